@@ -1,1 +1,1 @@
-
+"""VCPUSet: keep a running QEMU machine at its declared vCPU count."""

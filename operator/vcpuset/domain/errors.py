@@ -1,0 +1,124 @@
+"""What can go wrong between a VCPUSet and its machine, told apart by what to do about it.
+
+    VCPUSetError
+     +-- InvalidMonitor           the set names a monitor that cannot be used: its author has to act
+     +-- MonitorError             talking to QEMU failed; the last command may or may not have run: observe again
+     |    +-- MonitorUnreachable  nobody listens, or what listens is no QMP monitor
+     |    +-- MonitorBusy         connected, but no greeting: another client holds the monitor, or QEMU hangs
+     |    +-- MonitorTimeout      a command was sent and no reply came in time
+     +-- CommandError             QEMU answered with an error: the command did not run
+          +-- TransientError      the same command can succeed later without anybody's help
+          |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
+          |    +-- Migrating      a migration runs
+          |    +-- SlotTaken      the slot or the device id came into use since it was looked at
+          +-- DeviceGone          the device is not there (any more): for an unplug, success
+          +-- PermanentError      it can never succeed on this machine as it is
+          +-- CommandRefused      QEMU's words are unknown to us: tried again, slowly, and shown to the user
+     +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
+          +-- Conflict            the object has changed since it was read: read again
+          +-- ObjectGone          the object does not exist (any more)
+
+Every message names the thing and the cause; the original exception is chained.
+"""
+
+__all__ = [
+    "APIError",
+    "CommandError",
+    "CommandRefused",
+    "Conflict",
+    "DeviceGone",
+    "GuestNotReady",
+    "InvalidMonitor",
+    "Migrating",
+    "MonitorBusy",
+    "MonitorError",
+    "MonitorTimeout",
+    "MonitorUnreachable",
+    "ObjectGone",
+    "PermanentError",
+    "SlotTaken",
+    "TransientError",
+    "VCPUSetError",
+]
+
+
+class VCPUSetError(Exception):
+    """Base of every error that this program raises on purpose."""
+
+
+class InvalidMonitor(VCPUSetError):
+    """`spec.monitor` names something that this operator must not or cannot open."""
+
+
+class MonitorError(VCPUSetError):
+    """Talking to QEMU failed. Whether the last command ran is not known."""
+
+
+class MonitorUnreachable(MonitorError):
+    """Nobody listens at the monitor's address, the connection broke, or its other end does not speak QMP."""
+
+
+class MonitorBusy(MonitorError):
+    """The connection stands, or is queued, but QEMU sends no greeting.
+
+    A monitor serves one client at a time. From outside, another client and a QEMU that hangs look alike.
+    """
+
+
+class MonitorTimeout(MonitorError):
+    """QEMU did not answer a command within its deadline. The command may still run later."""
+
+
+class CommandError(VCPUSetError):
+    """QEMU answered a command with an error.
+
+    command      the QMP command
+    error_class  QEMU's class, the only stable part ("GenericError", "DeviceNotFound", …)
+    description  QEMU's own words
+    """
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{command}: {description}")
+        self.command = command
+        self.error_class = error_class
+        self.description = description
+
+
+class TransientError(CommandError):
+    """The same command can succeed later without anybody changing the machine's configuration."""
+
+
+class GuestNotReady(TransientError):
+    """The guest's firmware or kernel has not taken over CPU hotplug: still booting, or booted with acpi=off."""
+
+
+class Migrating(TransientError):
+    """QEMU refuses changes while a migration runs."""
+
+
+class SlotTaken(TransientError):
+    """The slot is occupied, or the device id is in use (also by a device whose unplug is pending)."""
+
+
+class DeviceGone(CommandError):
+    """The device does not exist (QEMU's class DeviceNotFound)."""
+
+
+class PermanentError(CommandError):
+    """The command can never succeed on this machine as it was started."""
+
+
+class CommandRefused(CommandError):
+    """QEMU refused with words that this program does not know."""
+
+
+class APIError(VCPUSetError):
+    """The Kubernetes API server refused a request, failed, or could not be reached in time."""
+
+
+class Conflict(APIError):
+    """HTTP 409: the object has changed since it was read."""
+
+
+class ObjectGone(APIError):
+    """HTTP 404: the object does not exist (any more)."""

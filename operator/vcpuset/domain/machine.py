@@ -1,0 +1,187 @@
+"""One machine as QEMU shows it: an immutable snapshot, taken in one monitor session.
+
+Sources: `query-status`, `query-hotpluggable-cpus`, `query-cpus-fast`, `query-acpi-ospm-status`, `query-migrate`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Activity", "Answer", "Machine", "Ost", "Slot"]
+
+_X86 = frozenset({"i386", "x86_64"})
+
+_SAFE = frozenset({"running", "paused", "prelaunch"})
+_GONE = frozenset({"shutdown", "guest-panicked", "internal-error", "postmigrate", "watchdog"})
+
+_OST_EJECT = frozenset({0x03, 0x103})
+"""`_OST` source events of an eject: asked for by the host, and begun by the guest (ACPI 6.5, 6.3.5)."""
+
+
+class Activity(enum.Enum):
+    """What a machine's QEMU run state means for a change of its CPUs."""
+
+    CHANGEABLE = "changeable"
+    """CPUs can be plugged and unplugged."""
+    BUSY = "busy"
+    """Not now: it migrates, saves, restores, sleeps, or is in a state that this program does not know."""
+    OVER = "over"
+    """Not any more: shut down, panicked, failed, or migrated away."""
+
+
+class Answer(enum.Enum):
+    """What is known of a guest's reaction to an unplug request; the value is shown in `status.pendingUnplugs`."""
+
+    IN_PROGRESS = "InProgress"
+    FAILURE = "Failure"
+    UNRECOGNIZED_NOTIFY = "UnrecognizedNotify"
+    NOT_SUPPORTED = "NotSupported"
+    IN_USE = "InUse"
+    BUSY = "Busy"
+    DEPENDENCY_BUSY = "DependencyBusy"
+    REJECTED = "Rejected"
+    """Not the guest's: QEMU itself refused `device_del`."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the request is over and the CPU stays."""
+        return self is not Answer.IN_PROGRESS
+
+    @property
+    def words(self) -> str:
+        """The answer for a person, with its ACPI code."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Answer.IN_PROGRESS: "in progress (_OST 0x84)",
+    Answer.FAILURE: "non-specific failure (_OST 0x1)",
+    Answer.UNRECOGNIZED_NOTIFY: "unrecognised notification (_OST 0x2)",
+    Answer.NOT_SUPPORTED: "not supported by the guest (_OST 0x80)",
+    Answer.IN_USE: "device in use (_OST 0x81)",
+    Answer.BUSY: "device busy (_OST 0x82)",
+    Answer.DEPENDENCY_BUSY: "a dependency is busy (_OST 0x83)",
+    Answer.REJECTED: "refused by QEMU",
+}
+
+_ANSWERS = {
+    0x01: Answer.FAILURE,
+    0x02: Answer.UNRECOGNIZED_NOTIFY,
+    0x80: Answer.NOT_SUPPORTED,
+    0x81: Answer.IN_USE,
+    0x82: Answer.BUSY,
+    0x83: Answer.DEPENDENCY_BUSY,
+    0x84: Answer.IN_PROGRESS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ost:
+    """One `_OST` report of a guest about a CPU slot (`ACPI_DEVICE_OST`, `query-acpi-ospm-status`)."""
+
+    source: int
+    status: int
+
+    @property
+    def answer(self) -> Answer | None:
+        """What it says about an eject; None: nothing (it is about a plug, or reports success)."""
+        if self.source not in _OST_EJECT or self.status == 0:
+            return None
+        # A code that ACPI does not define is still a "no": only 0 is success and only 0x84 is in progress.
+        return _ANSWERS.get(self.status, Answer.FAILURE)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place for a CPU: an entry of `query-hotpluggable-cpus`.
+
+    index       position in ascending order of the topology ids; on x86 QEMU's cpu-index and `_OST` slot
+    driver      the QOM type to plug (`type`)
+    props       the properties to plug it with, exactly as QEMU listed them
+    vcpus       vCPUs that the slot holds (`vcpus-count`; more than one where only whole cores are plugged)
+    path        QOM path of the CPU in it; None: free
+    thread_id   host thread of its first vCPU; None: free. Path and thread name one CPU of one QEMU process.
+    """
+
+    index: int
+    driver: str
+    props: Mapping[str, int | str]
+    vcpus: int = 1
+    path: str | None = None
+    thread_id: int | None = None
+
+    @property
+    def boot(self) -> bool:
+        """Whether the CPU in it came from `-smp`; one that came with an id, from anybody, counts as plugged."""
+        return self.path is not None and self.path.startswith("/machine/unattached/")
+
+    @property
+    def device_id(self) -> str:
+        """The id that this program gives to a CPU that it plugs here; libvirt's form."""
+        return f"vcpu{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What QEMU said about one machine.
+
+    run_state  `query-status`
+    arch       `target` of `query-cpus-fast`
+    vcpus      the number of entries of `query-cpus-fast`: the truth about the count
+    slots      ascending; None: the machine type does not support CPU hotplug
+    migrating  an outgoing migration is under way, whatever the run state
+    ost        the last `_OST` report of each CPU slot; None: the machine has no `query-acpi-ospm-status`
+    """
+
+    run_state: str
+    arch: str
+    vcpus: int
+    slots: tuple[Slot, ...] | None
+    migrating: bool = False
+    ost: Mapping[int, Ost] | None = None
+
+    @property
+    def activity(self) -> Activity:
+        """Whether CPUs can be changed in the current run state."""
+        if self.run_state in _GONE:
+            return Activity.OVER
+        if self.run_state in _SAFE and not self.migrating:
+            return Activity.CHANGEABLE
+        return Activity.BUSY
+
+    @property
+    def occupied(self) -> tuple[Slot, ...]:
+        """The slots that hold a CPU, ascending."""
+        return tuple(slot for slot in self.slots or () if slot.path is not None)
+
+    @property
+    def free(self) -> tuple[Slot, ...]:
+        """The slots that hold none, ascending."""
+        return tuple(slot for slot in self.slots or () if slot.path is None)
+
+    @property
+    def unpluggable(self) -> tuple[Slot, ...]:
+        """The occupied slots that QEMU can be asked to free: never slot 0, and none at all on s390x."""
+        if self.arch == "s390x":
+            return ()
+        return tuple(slot for slot in self.occupied if slot.index != 0)
+
+    @property
+    def floor(self) -> int:
+        """The fewest vCPUs that this machine can come down to."""
+        return self.vcpus - sum(slot.vcpus for slot in self.unpluggable)
+
+    @property
+    def ceiling(self) -> int:
+        """The most vCPUs that this machine can have."""
+        return self.vcpus + sum(slot.vcpus for slot in self.free)
+
+    @property
+    def guest_takes_unplugs(self) -> bool:
+        """Whether the guest's ACPI has taken over CPU hotplug.
+
+        Until then x86 QEMU up to 10.2 is in its "legacy" mode: it refuses `device_del` and shows no `_OST` slots.
+        """
+        return self.arch not in _X86 or self.ost is None or bool(self.ost)

@@ -1,0 +1,158 @@
+"""A VCPUSet as a value: what the user declared and what the operator last reported."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NewType
+
+from vcpuset.domain.machine import Answer
+
+__all__ = [
+    "BootVCPUs",
+    "Condition",
+    "Monitor",
+    "Request",
+    "Spec",
+    "Status",
+    "TCPMonitor",
+    "UID",
+    "UnixMonitor",
+    "Unplug",
+    "UnplugPolicy",
+    "VCPUSet",
+]
+
+UID = NewType("UID", str)
+"""`metadata.uid`: names one object for ever, also after another of the same name took its place."""
+
+
+class UnplugPolicy(enum.Enum):
+    """`spec.unplug.policy`."""
+
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+
+
+class BootVCPUs(enum.Enum):
+    """`spec.unplug.bootVCPUs`."""
+
+    UNPLUG = "Unplug"
+    KEEP = "Keep"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixMonitor:
+    """A monitor on a unix socket; `path` is relative to the namespace's folder below the socket root."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TCPMonitor:
+    """A monitor on plain TCP: neither encrypted nor authenticated."""
+
+    host: str
+    port: int
+
+
+Monitor = UnixMonitor | TCPMonitor
+
+
+@dataclass(frozen=True, slots=True)
+class Unplug:
+    """`spec.unplug`; times in seconds."""
+
+    policy: UnplugPolicy = UnplugPolicy.ENABLED
+    boot_vcpus: BootVCPUs = BootVCPUs.UNPLUG
+    timeout_seconds: int = 60
+    retry_seconds: int = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """`spec`, as far as the operator acts on it (the API server holds the guard rails of `vcpus`)."""
+
+    vcpus: int
+    monitor: Monitor
+    unplug: Unplug = Unplug()
+    suspend: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One unplug request that the guest has not granted: an entry of `status.pendingUnplugs`.
+
+    requested_at  when it was last made, UTC; written before `device_del` is sent
+    attempts      how often it was made
+    answer        None: no sign of an answer
+    """
+
+    slot: int
+    path: str
+    thread_id: int
+    requested_at: datetime
+    attempts: int = 1
+    answer: Answer | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the guest may still carry it out."""
+        return self.answer is None or not self.answer.refused
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A `metav1.Condition`; `status` is "True" or "False"."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    last_transition_time: datetime
+    observed_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`status`. The counts are observations; None: never made.
+
+    unplug_started_at  when the first unplug request of this generation was made; None: none is open
+    """
+
+    observed_generation: int = -1
+    vcpus: int | None = None
+    min_vcpus: int | None = None
+    max_vcpus: int | None = None
+    selector: str | None = None
+    unplug_started_at: datetime | None = None
+    pending_unplugs: tuple[Request, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+
+    @property
+    def ready(self) -> Condition | None:
+        """The Ready condition; None before the first report."""
+        return next((condition for condition in self.conditions if condition.type == "Ready"), None)
+
+
+@dataclass(frozen=True, slots=True)
+class VCPUSet:
+    """One VCPUSet object."""
+
+    uid: UID
+    namespace: str
+    name: str
+    generation: int
+    resource_version: str
+    created_at: datetime
+    spec: Spec
+    status: Status = Status()
+
+    @property
+    def seniority(self) -> tuple[datetime, str]:
+        """Orders the sets that name one monitor: the smallest keeps it."""
+        return (self.created_at, self.uid)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
