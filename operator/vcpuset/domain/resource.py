@@ -10,6 +10,7 @@ from typing import NewType
 from vcpuset.domain.machine import Answer
 
 __all__ = [
+    "UID",
     "BootVCPUs",
     "Condition",
     "Monitor",
@@ -17,7 +18,6 @@ __all__ = [
     "Spec",
     "Status",
     "TCPMonitor",
-    "UID",
     "UnixMonitor",
     "Unplug",
     "UnplugPolicy",
