@@ -1,0 +1,151 @@
+"""What to do about the difference between a declared and an observed count: pure decisions.
+
+Rules that hold for every plan:
+
+* CPUs are plugged only while fewer are present than the target, lowest free slot first.
+* The guest is asked only while present - leaving > target, where leaving are the requests that it may still carry
+  out. So never more are asked for than are too many, whatever becomes of the earlier requests.
+* Plugged CPUs are asked for before those of the boot, the highest slot first; one that was refused, after all others.
+* The target is what the declaration comes to on this machine: never above its ceiling or below its floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from vcpuset.domain.machine import Activity, Machine, Slot
+from vcpuset.domain.reasons import Reason
+from vcpuset.domain.requests import CPU, cpu_of, due_at
+from vcpuset.domain.resource import BootVCPUs, Request, Spec, Unplug, UnplugPolicy
+
+__all__ = ["Goal", "Plan", "goal", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """The count to bring a machine to.
+
+    count    the reachable count that is nearest to the declared one
+    reason   why it is not the declared one; None: it is
+    message  the same for a person, with the remedy
+    """
+
+    count: int
+    reason: Reason | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one pass does: at most one of the two is not empty.
+
+    plug  free slots to fill, in this order, until `goal.count` vCPUs are present; the rest stands by
+    ask   occupied slots to ask the guest for, in this order; each holds a CPU that may be asked for now
+    """
+
+    goal: Goal
+    plug: tuple[Slot, ...] = ()
+    ask: tuple[Slot, ...] = ()
+
+
+def plan(
+    spec: Spec, machine: Machine, requests: Sequence[Request], *, inherited: Collection[CPU], now: datetime
+) -> Plan:
+    """The next step for this machine.
+
+    requests   those still open
+    inherited  the CPUs of requests that an earlier process wrote down
+    """
+    aim = goal(spec, machine)
+    if spec.suspend or machine.activity is not Activity.CHANGEABLE:
+        return Plan(aim)
+    if machine.vcpus < aim.count:
+        return Plan(aim, plug=machine.free)
+    if machine.vcpus > aim.count and machine.guest_takes_unplugs:
+        return Plan(aim, ask=tuple(_to_ask(spec.unplug, machine, aim.count, requests, inherited, now)))
+    return Plan(aim)
+
+
+def goal(spec: Spec, machine: Machine) -> Goal:
+    """What the declared count comes to on this machine."""
+    declared, present = spec.vcpus, machine.vcpus
+    if machine.slots is None:
+        if declared == present:
+            return Goal(present)
+        return Goal(
+            present,
+            Reason.HOTPLUG_UNSUPPORTED,
+            "the machine type does not support CPU hotplug: restart the VM with that count, or on another machine type",
+        )
+    if declared > machine.ceiling:
+        return Goal(
+            machine.ceiling,
+            Reason.INSUFFICIENT_SLOTS,
+            f"the machine has slots for {machine.ceiling} vCPUs: declare at most that, "
+            "or restart the VM with a larger -smp maxcpus",
+        )
+    floor, reason, remedy = _floor(spec.unplug, machine)
+    if declared < floor:
+        return Goal(floor, reason, f"{remedy}; it cannot come below {floor} vCPUs")
+    step = max((slot.vcpus for slot in machine.slots), default=1)
+    if misfit := (declared - present) % step:
+        return Goal(
+            declared - misfit,
+            Reason.GRANULARITY,
+            f"CPUs come and go in cores of {step} vCPUs: declare {declared - misfit} or {declared - misfit + step}",
+        )
+    return Goal(declared)
+
+
+def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str]:
+    """The fewest vCPUs that machine and policy allow, and which of the two stands in the way."""
+    unpluggable = machine.unpluggable
+    if not unpluggable:
+        words = "QEMU cannot unplug CPUs of this machine" if machine.arch == "s390x" else "slot 0 cannot be unplugged"
+        return machine.floor, Reason.UNPLUG_UNSUPPORTED, words
+    if unplug.policy is UnplugPolicy.DISABLED:
+        return machine.vcpus, Reason.UNPLUG_DISABLED, "spec.unplug.policy is Disabled, so vCPUs are only added"
+    kept = sum(slot.vcpus for slot in unpluggable if slot.boot) if unplug.boot_vcpus is BootVCPUs.KEEP else 0
+    if kept:
+        return machine.floor + kept, Reason.BOOT_VCPUS_KEPT, "spec.unplug.bootVCPUs is Keep"
+    return machine.floor, Reason.UNPLUG_UNSUPPORTED, "slot 0 cannot be unplugged"
+
+
+def _candidates(unplug: Unplug, machine: Machine) -> list[Slot]:
+    """The slots that may be asked for at all, in the order of asking."""
+    keep_boot = unplug.boot_vcpus is BootVCPUs.KEEP
+    found = [slot for slot in machine.unpluggable if not (slot.boot and keep_boot)]
+    return sorted(found, key=lambda slot: (slot.boot, -slot.index))
+
+
+def _to_ask(
+    unplug: Unplug,
+    machine: Machine,
+    target: int,
+    requests: Sequence[Request],
+    inherited: Collection[CPU],
+    now: datetime,
+) -> Iterator[Slot]:
+    book = {cpu_of(request): request for request in requests}
+    may_ask = {cpu for cpu, request in book.items() if due_at(request, unplug, inherited) <= now}
+    candidates = _candidates(unplug, machine)
+    leaving = [slot for slot in machine.occupied if (r := book.get(cpu_of(slot))) is not None and r.in_flight]
+    surplus = machine.vcpus - target
+
+    # A request in flight that has fallen due is made again, for its own CPU, so no further CPU leaves by it; no more
+    # of them than are still wanted, for the target may have risen since.
+    pressed = surplus - sum(slot.vcpus for slot in leaving if cpu_of(slot) not in may_ask)
+    for slot in candidates:
+        if slot in leaving and cpu_of(slot) in may_ask and slot.vcpus <= pressed:
+            pressed -= slot.vcpus
+            yield slot
+
+    wanted = surplus - sum(slot.vcpus for slot in leaving)
+    fresh = [slot for slot in candidates if cpu_of(slot) not in book]
+    refused = [slot for slot in candidates if slot not in leaving and cpu_of(slot) in may_ask]
+    for slot in (*fresh, *refused):
+        if slot.vcpus <= wanted:
+            wanted -= slot.vcpus
+            yield slot
