@@ -1,0 +1,32 @@
+"""Fixtures for tests that need a Kubernetes API. Nothing is started for a test that does not ask for one."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from harness.controlplane import ControlPlane
+
+__all__ = ["control_plane", "namespace"]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def control_plane() -> AsyncIterator[ControlPlane]:
+    """One API server for the whole run, with the project's CRD. Tests share it, so each uses a namespace of its own.
+
+    A test that stops the API server or changes something cluster-wide starts a `ControlPlane` of its own.
+    """
+    async with ControlPlane() as running:
+        await running.install_crd()
+        yield running
+
+
+@pytest.fixture
+async def namespace(control_plane: ControlPlane) -> AsyncIterator[str]:
+    """The name of a fresh namespace. Afterwards it is emptied of VCPUSets, so that no later operator serves them.
+
+    The namespace itself stays: there is no controller here that could finish its deletion.
+    """
+    name = await control_plane.namespace()
+    yield name
+    await control_plane.request("DELETE", f"/apis/vcpuset.dev/v1alpha1/namespaces/{name}/vcpusets")

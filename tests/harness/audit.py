@@ -1,0 +1,69 @@
+"""What clients asked of the API server, from its audit log: how tests and benchmarks count requests and writes.
+
+Recorded are all requests of service accounts, and everyone's requests to this project's resources and to Events.
+Each is one record, made when its response is complete: for a watch that is its end.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+__all__ = ["AUDIT_POLICY", "AuditEvent", "read_audit_log"]
+
+AUDIT_POLICY: Final[Mapping[str, Any]] = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [
+        {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+        {"level": "Metadata", "resources": [{"group": "vcpuset.dev"}, {"group": "events.k8s.io"}]},
+        {"level": "None"},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class AuditEvent:
+    """One request; strings that do not apply are empty."""
+
+    user: str
+    verb: str  # get, list, watch, create, update, patch, delete, deletecollection
+    group: str
+    resource: str
+    subresource: str
+    namespace: str
+    name: str
+    code: int  # the HTTP status
+    request_uri: str
+
+    @property
+    def is_write(self) -> bool:
+        """Whether the request was to change something (it may have been refused: see `code`)."""
+        return self.verb not in ("get", "list", "watch")
+
+    @classmethod
+    def parse(cls, line: str | bytes) -> Self:
+        """One line of the log."""
+        record = json.loads(line)
+        target = record.get("objectRef", {})
+        return cls(
+            user=record.get("user", {}).get("username", ""),
+            verb=record["verb"],
+            group=target.get("apiGroup", ""),
+            resource=target.get("resource", ""),
+            subresource=target.get("subresource", ""),
+            namespace=target.get("namespace", ""),
+            name=target.get("name", ""),
+            code=record.get("responseStatus", {}).get("code", 0),
+            request_uri=record["requestURI"],
+        )
+
+
+def read_audit_log(log: Path, since: int = 0) -> list[AuditEvent]:
+    """The records that begin at byte `since` or later, but not one that is only half written."""
+    with log.open("rb") as stream:
+        stream.seek(since)
+        whole_lines, _, _ = stream.read().rpartition(b"\n")
+    return [AuditEvent.parse(line) for line in whole_lines.splitlines()]

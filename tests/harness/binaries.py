@@ -1,0 +1,85 @@
+"""Which etcd, kube-apiserver and kubectl the tests and the demo use, and where they are.
+
+They are built from the modules pinned beside this file (build/controlplane/go.mod) and kept in the cache folder under
+a name made from those pins, so that changing a pin asks for a new build. `KUBEBUILDER_ASSETS`, the variable that the
+Go operators' tests use, takes precedence.
+"""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from harness.cache import cache_dir, digest
+
+__all__ = [
+    "CONTROL_PLANE_MODULE",
+    "NAMES",
+    "Binaries",
+    "BinariesMissing",
+    "binaries",
+    "built_folder",
+    "kubernetes_version",
+]
+
+CONTROL_PLANE_MODULE: Final = Path(__file__).resolve().parent / "build" / "controlplane"
+"""The folder with the go.mod that pins the control plane."""
+
+NAMES: Final = ("etcd", "kube-apiserver", "kubectl")
+
+BUILD_RECIPE: Final = "1"
+"""Raise this when the way of building changes the programs although go.mod does not."""
+
+
+class BinariesMissing(Exception):
+    """The control plane's programs are not where they should be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Binaries:
+    """Paths of the control plane's programs."""
+
+    etcd: Path
+    kube_apiserver: Path
+    kubectl: Path
+
+    @classmethod
+    def within(cls, folder: Path) -> Self | None:
+        """The programs in `folder`, or None unless all of them are there and executable."""
+        paths = [folder / name for name in NAMES]
+        return cls(*paths) if all(os.access(path, os.X_OK) for path in paths) else None
+
+
+def kubernetes_version() -> str:
+    """The Kubernetes version that go.mod pins, such as `v1.36.3`."""
+    text = (CONTROL_PLANE_MODULE / "go.mod").read_text()
+    found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", text, re.MULTILINE)
+    if found is None:
+        raise BinariesMissing(f"{CONTROL_PLANE_MODULE / 'go.mod'} pins no k8s.io/kubernetes")
+    return found[1]
+
+
+def built_folder() -> Path:
+    """Where the programs built from the present pins belong."""
+    pins = [(CONTROL_PLANE_MODULE / name).read_bytes() for name in ("go.mod", "go.sum")]
+    return cache_dir() / "controlplane" / digest([*pins, BUILD_RECIPE, platform.machine()])
+
+
+def binaries() -> Binaries:
+    """The programs of `KUBEBUILDER_ASSETS` if that is set, else those in the cache folder.
+
+    Raises:
+        BinariesMissing: they are not there.
+    """
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    folder = Path(assets) if assets else built_folder()
+    found = Binaries.within(folder)
+    if found is not None:
+        return found
+    if assets:
+        raise BinariesMissing(
+            f"KUBEBUILDER_ASSETS={assets}: not all of {', '.join(NAMES)} are there; correct or unset the variable"
+        )
+    raise BinariesMissing(f"the control plane is not built ({folder} lacks a program): run `make setup`")

@@ -1,0 +1,329 @@
+"""A real Kubernetes API: etcd and kube-apiserver on loopback, in one temporary folder.
+
+There is no scheduler, controller manager or kubelet: nothing starts pods, makes default service accounts or finishes
+the deletion of a namespace (use a fresh one per test instead). RBAC is on, as in a cluster, so that the operator can be
+run with the rights that are shipped. A `ControlPlane` is not bound to an event loop.
+"""
+
+import asyncio
+import http.client
+import json
+import os
+import shutil
+import ssl
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from types import TracebackType
+from typing import Any, Final, Self
+
+from harness.audit import AUDIT_POLICY, AuditEvent, read_audit_log
+from harness.binaries import Binaries, binaries
+from harness.cache import REPOSITORY
+from harness.processes import Child, Completed, ReservedPort, run
+from harness.wait import until
+
+__all__ = ["Answer", "ControlPlane"]
+
+START_SECONDS: Final = 120.0
+"""How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the API server answered to a plain HTTP request; `body` is parsed if it is JSON, else text."""
+
+    status: int
+    body: Any
+
+
+class ControlPlane:
+    """An API server of one's own.
+
+    async with ControlPlane() as control_plane:
+        await control_plane.install_crd()
+        await control_plane.kubectl("apply", "-f", "-", input=manifest)
+    """
+
+    def __init__(self) -> None:
+        self.directory = Path()
+        """Holds everything: data, keys, logs, kubeconfigs. Removed by `stop()`."""
+        self.kubeconfig = Path()
+        """A kubeconfig of a user who may do everything."""
+        self.url = ""
+        self.token = token_hex(16)
+        """The bearer token of that user."""
+        self.audit_log = Path()
+        self.kubectl_path = Path()
+        self._binaries: Binaries | None = None
+        self._ports: list[ReservedPort] = []
+        self._etcd: Child | None = None
+        self._apiserver: Child | None = None
+        self._apiserver_argv: list[str | Path] = []
+        self._tls: ssl.SSLContext | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start both servers and wait until the API server says that it is ready.
+
+        When it fails or is cancelled, nothing is left behind.
+
+        Raises:
+            BinariesMissing: `make setup` has not been run.
+            ChildDied: a server ended; the message has the end of its log.
+            TimeoutError: not ready within two minutes; the same.
+        """
+        self._binaries = binaries()
+        self.kubectl_path = self._binaries.kubectl
+        self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-control-plane-"))
+        self.kubeconfig = self.directory / "admin.kubeconfig"
+        self.audit_log = self.directory / "audit.log"
+        self.audit_log.touch()
+        try:
+            await self._start_etcd(self._binaries.etcd)
+            await self._prepare_apiserver(self._binaries.kube_apiserver)
+            await self.start_apiserver()
+            self._write_kubeconfig(self.kubeconfig, self.token)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """End both servers and remove the folder. Safe to call again."""
+        for child in (self._apiserver, self._etcd):
+            if child is not None:
+                await child.stop()
+        self._apiserver = self._etcd = None
+        for port in self._ports:
+            port.release()
+        self._ports.clear()
+        if self.directory != Path():
+            await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
+
+    async def start_apiserver(self) -> None:
+        """Start the API server (again), on the port and with the data it had."""
+        child = Child.start(
+            self._apiserver_argv, name="kube-apiserver", log=self.directory / "kube-apiserver.log", cwd=self.directory
+        )
+        self._apiserver = child
+        await self._until_up(child, self._is_ready)
+
+    async def stop_apiserver(self, *, kill: bool = False) -> None:
+        """End the API server, politely or with SIGKILL; clients then get "connection refused". etcd stays."""
+        if self._apiserver is None:
+            return
+        if kill:
+            self._apiserver.kill()
+        else:
+            await self._apiserver.stop(timeout=30)
+        self._apiserver = None
+
+    # --- use ------------------------------------------------------------------------------------------------------
+
+    async def kubectl(
+        self,
+        *arguments: str | Path,
+        input: str | None = None,  # noqa: A002 - the name that subprocess.run uses
+        check: bool = True,
+        timeout: float = 60,
+        kubeconfig: Path | None = None,
+    ) -> Completed:
+        """Run kubectl, as the user who may do everything or as the one of `kubeconfig`.
+
+        Raises:
+            CommandFailed: exit status not 0, and `check` is set; the message holds all that kubectl said.
+            TimeoutError: no end within `timeout` seconds.
+        """
+        argv = [self.kubectl_path, "--kubeconfig", kubeconfig or self.kubeconfig, *arguments]
+        # The user's own kubectl settings and caches take no part.
+        env = {**os.environ, "HOME": str(self.directory), "KUBECACHEDIR": str(self.directory / "kubectl-cache")}
+        env.pop("KUBECONFIG", None)
+        return await run(argv, input=input, env=env, check=check, timeout=timeout)
+
+    async def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: str = "application/json"
+    ) -> Answer:
+        """One plain HTTP request as the user who may do everything: some milliseconds, where kubectl needs 100.
+
+        Raises:
+            OSError: no connection, or no answer within 10 s.
+        """
+        return await asyncio.to_thread(self._request, method, path, body, accept)
+
+    async def install_crd(self, folder: Path = REPOSITORY / "crds") -> None:
+        """Apply the definitions in `folder` and wait until the API server serves them and tells kubectl so."""
+        source = "--kustomize" if (folder / "kustomization.yaml").exists() else "--filename"
+        applied = await self.kubectl("apply", "--server-side", "--force-conflicts", "--output=name", source, folder)
+        names = applied.stdout.split()
+        await self.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names, timeout=70)
+        groups = {name.rpartition("/")[2].partition(".")[2] for name in names}  # such as vcpuset.dev
+
+        async def discoverable() -> bool:
+            # What kubectl looks up; it follows the condition by a moment.
+            answer = await self.request(
+                "GET", "/apis", accept="application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+            )
+            return groups <= {item["metadata"]["name"] for item in answer.body.get("items", ())}
+
+        await until(discoverable, 60, f"the API server to list {', '.join(sorted(groups))}")
+
+    async def namespace(self, prefix: str = "test") -> str:
+        """Create a namespace with a name that no other has, and return the name."""
+        name = f"{prefix}-{token_hex(5)}"
+        answer = await self.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+        if answer.status != http.client.CREATED:
+            raise RuntimeError(f"cannot create namespace {name}: {answer.status} {answer.body}")
+        return name
+
+    async def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
+        """A kubeconfig that acts as an existing ServiceAccount, with a token bound to it that lasts a day."""
+        made = await self.kubectl("create", "token", name, "--namespace", namespace, "--duration=24h")
+        path = self.directory / f"{namespace}-{name}.kubeconfig"
+        self._write_kubeconfig(path, made.stdout.strip(), namespace)
+        return path
+
+    def audit_offset(self) -> int:
+        """The present end of the audit log, for `audit_events(since=…)`."""
+        return self.audit_log.stat().st_size
+
+    def audit_events(self, since: int = 0) -> list[AuditEvent]:
+        """Requests recorded since an earlier `audit_offset()`.
+
+        A record follows its response by a moment: wait for the one expected, or make a last request and wait for
+        that, before counting.
+        """
+        return read_audit_log(self.audit_log, since)
+
+    # --- making ---------------------------------------------------------------------------------------------------
+
+    async def _start_etcd(self, etcd: Path) -> None:
+        client, peer = self._reserve(), self._reserve()
+        self._etcd_url = f"http://127.0.0.1:{client.number}"
+        peer_url = f"http://127.0.0.1:{peer.number}"
+        child = Child.start(
+            [
+                etcd,
+                f"--data-dir={self.directory / 'etcd'}",
+                f"--listen-client-urls={self._etcd_url}",
+                f"--advertise-client-urls={self._etcd_url}",
+                f"--listen-peer-urls={peer_url}",
+                f"--initial-advertise-peer-urls={peer_url}",
+                f"--initial-cluster=default={peer_url}",
+                "--socket-reuse-port=true",  # see ReservedPort
+                "--unsafe-no-fsync",  # the data need not survive the machine
+                "--log-level=warn",
+            ],
+            name="etcd",
+            log=self.directory / "etcd.log",
+            cwd=self.directory,
+        )
+        self._etcd = child
+
+        async def listening() -> bool:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", client.number)
+            except OSError:
+                return False
+            writer.close()
+            await writer.wait_closed()
+            return True
+
+        await self._until_up(child, listening)
+
+    async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
+        port = self._reserve()
+        self.url = f"https://127.0.0.1:{port.number}"
+        key = self.directory / "service-account.key"
+        await run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key])
+        tokens = self.directory / "tokens.csv"
+        tokens.touch(mode=0o600)
+        tokens.write_text(f'{self.token},admin,admin,"system:masters"\n')
+        policy = self.directory / "audit-policy.json"
+        policy.write_text(json.dumps(AUDIT_POLICY))
+        self._apiserver_argv = [
+            kube_apiserver,
+            f"--etcd-servers={self._etcd_url}",
+            f"--cert-dir={self.directory / 'certificates'}",  # it makes its own certificate there
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",  # else it looks for a network interface, and fails without one
+            "--endpoint-reconciler-type=none",  # a loopback address may not stand in Endpoints
+            f"--secure-port={port.number}",
+            "--permit-port-sharing",  # see ReservedPort
+            f"--token-auth-file={tokens}",
+            "--authorization-mode=RBAC",
+            f"--service-account-issuer={self.url}",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-cluster-ip-range=10.96.0.0/24",
+            "--disable-admission-plugins=ServiceAccount",  # nobody makes default service accounts here
+            f"--audit-policy-file={policy}",
+            f"--audit-log-path={self.audit_log}",
+            "--audit-log-maxsize=100000",  # MB: never rotate, offsets must stay valid
+            "--profiling=false",
+        ]
+
+    def _reserve(self) -> ReservedPort:
+        port = ReservedPort()
+        self._ports.append(port)
+        return port
+
+    async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
+        async def up() -> bool:
+            child.require_running()
+            return await is_up()
+
+        await until(up, START_SECONDS, lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n", interval=0.1)
+
+    async def _is_ready(self) -> bool:
+        try:
+            answer = await self.request("GET", "/readyz")
+        except OSError:  # nobody listens yet, the certificate is not yet there, …
+            return False
+        return answer.status == http.client.OK
+
+    @property
+    def _certificate(self) -> Path:
+        return self.directory / "certificates" / "apiserver.crt"
+
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None, accept: str) -> Answer:
+        if self._tls is None:
+            self._tls = ssl.create_default_context(cafile=str(self._certificate))
+        host, _, port = self.url.removeprefix("https://").partition(":")
+        connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
+        headers = {"Authorization": f"Bearer {self.token}", "Accept": accept, "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            raw = response.read()
+        except http.client.HTTPException as error:
+            raise OSError(f"{method} {self.url}{path}: {error!r}") from error
+        finally:
+            connection.close()
+        is_json = "json" in response.getheader("Content-Type", "")
+        return Answer(response.status, json.loads(raw) if is_json else raw.decode())
+
+    def _write_kubeconfig(self, path: Path, token: str, namespace: str = "default") -> None:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {"name": "test", "cluster": {"server": self.url, "certificate-authority": str(self._certificate)}}
+            ],
+            "users": [{"name": "test", "user": {"token": token}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],
+            "current-context": "test",
+        }
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config, indent=2))  # JSON is YAML
