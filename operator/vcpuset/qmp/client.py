@@ -1,0 +1,160 @@
+"""`qemu.qmp`'s client (0.0.6) with what a long-running program needs of it.
+
+The library's client suits a script. Kept open for days, and against peers that may misbehave, it needs some care, all
+of which is in this module because it reaches into the library; the version is pinned for that reason:
+
+- It keeps every event it ever saw, and formats every message for a log that nobody reads: for 4096 CPU slots that
+  costs more than the query. Here events go to a callback and nothing is formatted.
+- Its request ids start from 0 in every client, so that a reply left over from an earlier client of the same monitor
+  could be taken for one of ours.
+- `disconnect()` first waits until the peer has read everything, which a hanging peer never does, and on TLS never
+  returns at all. Every command that matters has been awaited by then: nothing is worth flushing.
+- A loss of the connection wakes nobody but pending commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import ssl as tls
+from collections.abc import Callable
+from typing import cast
+
+from qemu.qmp import Message, QMPClient, Runstate
+
+from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
+
+__all__ = ["READ_LIMIT", "Client"]
+
+READ_LIMIT = 4 * 1024 * 1024
+"""The longest message that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
+
+_BURST = 64
+"""How many messages are taken from the buffer before others get their turn."""
+
+_HEAD_START = 0.25
+"""Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
+
+# The library reports each failure to its log and then raises it. What it raises is translated, and told to the user,
+# by its caller; saying it twice, as an error, would fill the log with monitors that are merely not there yet.
+_SILENT = logging.Logger("qemu.qmp")
+_SILENT.disabled = True
+
+
+class Client(QMPClient):
+    """One connection to a monitor, from `connect` to `end`; not to be used again after that.
+
+    connected  whether the connection has been made (the greeting may still be missing)
+    cause      why the connection was lost; None: it is not, or not known
+    """
+
+    def __init__(self, on_event: Callable[[Message], None], on_loss: Callable[[], None]) -> None:
+        super().__init__(readbuflen=READ_LIMIT)
+        self.logger = _SILENT
+        self.connected = False
+        self.cause: BaseException | None = None
+        self._on_event = on_event
+        self._on_loss = on_loss
+        self._received = 0
+        self._execute_id = secrets.randbelow(1 << 40)
+
+    async def open(self, endpoint: Endpoint) -> None:
+        """Connect, await the greeting, negotiate. No deadline; raises OSError or what `qemu.qmp` raises."""
+        if isinstance(endpoint, TCPEndpoint):
+            await self.connect((endpoint.host, endpoint.port))
+            return
+        connection = endpoint.connect()
+        try:
+            await self.connect(connection)
+        except BaseException:
+            connection.close()
+            raise
+
+    async def end(self, seconds: float) -> None:
+        """Close the connection, within `seconds`, whatever its state; never raises (but CancelledError)."""
+        self._on_loss = _nothing
+        self._abort()
+        if self.runstate is Runstate.IDLE:
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self.disconnect()
+        except Exception as error:  # noqa: BLE001 - it raises again what broke the connection, of whatever type
+            self.cause = self.cause or error
+
+    # What follows overrides the library's own hooks.
+
+    async def _do_connect(
+        self, address: tuple[str, int] | str | socket.socket, ssl: tls.SSLContext | None = None
+    ) -> None:
+        if isinstance(address, tuple):
+            self._set_state(Runstate.CONNECTING)
+            self._reader, self._writer = await asyncio.open_connection(
+                *address, ssl=ssl, limit=self.readbuflen, happy_eyeballs_delay=_HEAD_START
+            )
+            _keep_alive(self._writer.get_extra_info("socket"))
+        else:
+            await super()._do_connect(address, ssl)
+        self.connected = True
+
+    async def _establish_session(self) -> None:
+        await super()._establish_session()
+        assert self._bh_tasks is not None
+        self._bh_tasks.add_done_callback(self._note_cause)
+
+    def _note_cause(self, tasks: asyncio.Future[tuple[None, None]]) -> None:
+        if not tasks.cancelled():
+            self.cause = tasks.exception()
+
+    def _set_state(self, state: Runstate) -> None:
+        lost = self._runstate is Runstate.RUNNING and state is Runstate.DISCONNECTING
+        super()._set_state(state)
+        if lost:
+            self._on_loss()
+
+    async def _event_dispatch(self, msg: Message) -> None:
+        self._on_event(msg)
+
+    async def _on_message(self, msg: Message) -> None:
+        waiting = self._pending.get(cast("str | None", msg.get("id")))
+        if waiting is not None and waiting.full():
+            return  # A second reply with one id: its predecessor is about to be taken, and putting it would block.
+        await super()._on_message(msg)
+
+    async def _do_recv(self) -> Message:
+        # Reading from a full buffer never yields to the event loop: a storm of events would stop everything else.
+        self._received += 1
+        if self._received % _BURST == 0:
+            await asyncio.sleep(0)
+        return await super()._do_recv()
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    async def _bh_flush_writer(self) -> None:
+        return
+
+    async def _bh_close_stream(self, error_pathway: bool = False) -> None:
+        self._abort()
+        await super()._bh_close_stream(error_pathway)
+
+    def _abort(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within two minutes that a host on an idle connection has gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _nothing() -> None:
+    """Nobody is told of a loss that was asked for."""

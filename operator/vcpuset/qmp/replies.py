@@ -1,0 +1,157 @@
+"""QEMU's replies as domain values.
+
+Each function takes what one query returned. Unknown keys are ignored, since every QEMU release adds some; a known key
+of another type, or one that is missing, raises `Malformed`: a number made of something else would end up in a plan.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
+
+from vcpuset.domain.machine import Ost, Slot
+
+__all__ = ["CPUs", "Malformed", "cpus", "migrating", "ost", "ost_of_event", "run_state", "slots"]
+
+_T = TypeVar("_T")
+
+_TOPOLOGY = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+"""The ids that order slots, outermost first. On x86 a slot's rank in this order is QEMU's cpu-index."""
+
+_MIGRATING = frozenset({
+    "setup", "cancelling", "active", "postcopy-active", "postcopy-paused", "postcopy-recover-setup",
+    "postcopy-recover", "colo", "pre-switchover", "device", "wait-unplug",
+})  # fmt: skip
+"""`MigrationStatus` (QEMU 10.0, qapi/migration.json) without none, cancelled, completed and failed."""
+
+
+class Malformed(ValueError):
+    """A reply does not look like what its command returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class CPUs:
+    """`query-cpus-fast`: architecture, number of vCPUs, and the lowest host thread of each CPU device."""
+
+    arch: str
+    count: int
+    threads: Mapping[str, int]
+
+
+def run_state(reply: object) -> str:
+    """`query-status`: the run state."""
+    return _member(_object(reply), "status", str)
+
+
+def cpus(reply: object) -> CPUs:
+    """`query-cpus-fast`. Devices are named by their QOM path; a device of several vCPUs (a core) has one entry."""
+    arch = ""
+    count = 0
+    threads: dict[str, int] = {}
+    for entry in _objects(reply):
+        arch = _member(entry, "target", str)
+        count += 1
+        path = _device(_member(entry, "qom-path", str))
+        thread = _member(entry, "thread-id", int)
+        threads[path] = min(thread, threads.get(path, thread))
+    if not count:
+        raise Malformed("an empty list")
+    return CPUs(arch, count, threads)
+
+
+def slots(reply: object, threads: Mapping[str, int]) -> tuple[Slot, ...] | None:
+    """`query-hotpluggable-cpus`, ascending; `threads` is that of `cpus`.
+
+    None: the two replies do not speak of the same CPUs; one came or went between them.
+    """
+    entries = [(entry, _props(entry)) for entry in _objects(reply)]
+    entries.sort(key=lambda pair: tuple(_rank(pair[1], key) for key in _TOPOLOGY))
+    found = []
+    for index, (entry, props) in enumerate(entries):
+        path = _member(entry, "qom-path", str) if "qom-path" in entry else None
+        found.append(
+            Slot(
+                index=index,
+                driver=_member(entry, "type", str),
+                props=props,
+                vcpus=_member(entry, "vcpus-count", int),
+                path=path,
+                thread_id=threads.get(path) if path is not None else None,
+            )
+        )
+    return tuple(found) if {slot.path for slot in found} - {None} == threads.keys() else None
+
+
+def ost(reply: object) -> Mapping[int, Ost]:
+    """`query-acpi-ospm-status`: the last report about each CPU slot. Empty while the guest's ACPI is not up."""
+    reports = {}
+    for entry in _objects(reply):
+        if _member(entry, "slot-type", str) == "CPU":
+            reports[_slot(entry)] = Ost(_member(entry, "source", int), _member(entry, "status", int))
+    return MappingProxyType(reports)
+
+
+def ost_of_event(data: object) -> tuple[int, Ost] | None:
+    """`ACPI_DEVICE_OST`: slot and report; None: it is not about a CPU."""
+    entry = _object(_member(_object(data), "info", dict))
+    if _member(entry, "slot-type", str) != "CPU":
+        return None
+    return _slot(entry), Ost(_member(entry, "source", int), _member(entry, "status", int))
+
+
+def migrating(reply: object) -> bool:
+    """`query-migrate`: whether a migration is under way. Without one, ever, the reply is an empty object."""
+    entry = _object(reply)
+    return "status" in entry and _member(entry, "status", str) in _MIGRATING
+
+
+def _device(path: str) -> str:
+    """The QOM path of the device that a vCPU belongs to: on pseries its threads are children of the core."""
+    parent, _, child = path.rpartition("/")
+    return parent if child.startswith("thread[") else path
+
+
+def _props(entry: Mapping[str, object]) -> Mapping[str, int | str]:
+    props: dict[str, int | str] = {}
+    for key, value in _object(_member(entry, "props", dict)).items():
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise Malformed(f"{key!r} is {reprlib.repr(value)}")
+        props[key] = value
+    return MappingProxyType(props)
+
+
+def _rank(props: Mapping[str, int | str], key: str) -> int:
+    value = props.get(key, -1)
+    if not isinstance(value, int):
+        raise Malformed(f"{key!r} is {reprlib.repr(value)}")
+    return value
+
+
+def _slot(entry: Mapping[str, object]) -> int:
+    """QEMU sends the number of a slot as a string."""
+    text = _member(entry, "slot", str)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise Malformed(f"'slot' is {reprlib.repr(text)}")
+    return int(text)
+
+
+def _member(entry: Mapping[str, object], key: str, kind: type[_T]) -> _T:
+    value = entry.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise Malformed(f"{key!r} is {reprlib.repr(value)}" if key in entry else f"an entry without {key!r}")
+    return value
+
+
+def _object(value: object) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise Malformed(reprlib.repr(value))
+    return value
+
+
+def _objects(value: object) -> Iterator[Mapping[str, object]]:
+    if not isinstance(value, list):
+        raise Malformed(reprlib.repr(value))
+    return map(_object, value)

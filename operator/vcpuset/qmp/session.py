@@ -1,0 +1,247 @@
+"""One connection to one monitor: observe the machine, plug, unplug, and hear what the guest answers.
+
+A monitor serves one client at a time, so a session is held only while there is work or its events are waited for.
+Every wait has a deadline. A command that missed its deadline, or was cut off, may still have run, or run later:
+whoever sees `MonitorError` closes the session and observes anew.
+
+Events only say "look again": `wake` is called, and the next observation decides. The guest's answer to an unplug
+request is the exception, since on machines without `query-acpi-ospm-status` an event is all there is of it. Nothing
+here grows with the age of a session or the number of its events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar
+
+from qemu.qmp import ExecuteError, Message
+
+from vcpuset.domain.errors import CommandError, MonitorTimeout, MonitorUnreachable
+from vcpuset.domain.machine import Answer, Machine, Ost, Slot
+from vcpuset.qmp import replies, translate
+from vcpuset.qmp.client import Client
+from vcpuset.qmp.sockets import Endpoint
+
+__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "Session"]
+
+OPEN_SECONDS: Final = 3.0
+"""For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor takes for ever."""
+
+COMMAND_SECONDS: Final = 10.0
+"""For the reply to one command. The slowest that is known, listing 4096 slots, takes 0.15 s on an idle host."""
+
+CLOSE_SECONDS: Final = 2.0
+"""For closing. Nothing is flushed and nobody is waited for, so it takes a millisecond; this only bounds a fault."""
+
+_ROUNDS: Final = 20
+_ROUND_SECONDS: Final = 0.02
+"""How often, and after which pause, the two lists of CPUs are read again when they disagree.
+
+While a CPU leaves, QEMU shows its slot as free some ms before the CPU drops out of `query-cpus-fast`.
+"""
+
+_WAKING: Final = frozenset({
+    "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
+    "RESUME", "SHUTDOWN", "STOP", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "WATCHDOG",
+})  # fmt: skip
+"""Events after which a pass could see something else. `ACPI_DEVICE_OST` is looked at more closely."""
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """A session with a monitor, opened by `Session.open`; close it, also after an error."""
+
+    def __init__(self, where: str, wake: Callable[[], None], command_seconds: float, close_seconds: float) -> None:
+        self._where = where
+        self._wake = wake
+        self._command_seconds = command_seconds
+        self._close_seconds = close_seconds
+        self._client = Client(self._on_event, self._on_loss)
+        self._open = False
+        self._closed = False
+        self._waking = False
+        self._asked: dict[int, str] = {}
+        self._answers: dict[int, Answer] = {}
+
+    @classmethod
+    async def open(
+        cls,
+        endpoint: Endpoint,
+        wake: Callable[[], None],
+        *,
+        open_seconds: float = OPEN_SECONDS,
+        command_seconds: float = COMMAND_SECONDS,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> Session:
+        """Connect, wait for the greeting, negotiate.
+
+        `wake` is called from the event loop, soon after, when an event arrives that can matter, and once when the
+        connection is lost; never after `close`. Several events in one go make one call. It must not raise.
+
+        Raises MonitorUnreachable if nobody listens or what listens does not speak QMP, MonitorBusy if no greeting
+        comes, MonitorTimeout if QEMU greets and then answers no more. The endpoint may be closed afterwards.
+        """
+        session = cls(str(endpoint), wake, command_seconds, close_seconds)
+        await session._connect(endpoint, open_seconds)
+        return session
+
+    async def _connect(self, endpoint: Endpoint, seconds: float) -> None:
+        client = self._client
+        try:
+            async with asyncio.timeout(seconds):
+                await client.open(endpoint)
+        except TimeoutError as error:
+            await self.close()
+            if not client.connected:
+                raise MonitorUnreachable(f"{self._where} did not take the connection within {seconds:g} s") from error
+            if client.greeting is None:
+                raise translate.busy(self._where) from error
+            raise MonitorTimeout(f"{self._where} greeted but did not negotiate within {seconds:g} s") from error
+        except Exception as error:
+            await self.close()
+            raise translate.connect_failure(self._where, error) from error
+        self._open = True
+
+    @property
+    def alive(self) -> bool:
+        """False once the connection is lost or closed."""
+        return self._open
+
+    async def observe(self) -> Machine:
+        """What QEMU shows of the machine now.
+
+        Raises MonitorUnreachable (also for replies that make no sense), MonitorTimeout (also if the CPUs change as
+        fast as they are read), CommandError if QEMU refuses a query that every QEMU has.
+        """
+        for _ in range(_ROUNDS):
+            machine = await self._observe_once()
+            if machine is not None:
+                return machine
+            await asyncio.sleep(_ROUND_SECONDS)
+        raise MonitorTimeout(
+            f"{self._where}: query-hotpluggable-cpus and query-cpus-fast disagreed {_ROUNDS} times in a row:"
+            " CPUs come and go too fast to be counted"
+        )
+
+    async def _observe_once(self) -> Machine | None:
+        # One after the other: sent all at once they take QEMU as long (measured with 8, 64 and 4096 slots).
+        run_state = await self._query("query-status", replies.run_state)
+        migrating = await self._query("query-migrate", replies.migrating)
+        ost: Mapping[int, Ost] | None
+        try:
+            ost = await self._query("query-acpi-ospm-status", replies.ost)
+        except CommandError:  # No ACPI here, or no such command: either way nothing is known.
+            ost = None
+        cpus = await self._query("query-cpus-fast", replies.cpus)
+        slots: tuple[Slot, ...] | None
+        try:
+            slots = await self._query("query-hotpluggable-cpus", lambda reply: replies.slots(reply, cpus.threads))
+        except CommandError as error:
+            if not translate.says_no_hotplug(error):
+                raise
+            slots = None
+        else:
+            if slots is None:
+                return None
+        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost)
+
+    async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
+        reply = await self._execute(command)
+        try:
+            return read(reply)
+        except replies.Malformed as error:
+            raise MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU") from error
+
+    async def plug(self, slot: Slot) -> None:
+        """Put a CPU into a free slot. It counts at once; the guest takes it later, if it will.
+
+        Raises SlotTaken, Migrating, PermanentError, CommandRefused, or MonitorError.
+        """
+        await self._execute("device_add", {**slot.props, "driver": slot.driver, "id": slot.device_id})
+
+    async def unplug(self, slot: Slot) -> None:
+        """Ask the guest to give back the CPU in an occupied slot; returns when QEMU has passed the request on.
+
+        Raises DeviceGone if it has left already, GuestNotReady, Migrating, PermanentError, CommandRefused, or
+        MonitorError. ValueError: the slot is free.
+        """
+        if slot.path is None:
+            raise ValueError(f"slot {slot.index} holds no CPU")
+        self._asked[slot.index] = slot.path
+        self._answers.pop(slot.index, None)
+        # A name without a slash would be taken for a device id; every CPU has a path, and only plugged ones have an id.
+        await self._execute("device_del", {"id": slot.path})
+
+    def answer(self, slot: int) -> Answer | None:
+        """What the guest has answered, by event, since the last `unplug` of that slot in this session."""
+        return self._answers.get(slot)
+
+    async def close(self) -> None:
+        """End the session. Pending commands raise MonitorUnreachable. Never raises, and again is harmless.
+
+        Cancelled, it has cut the connection all the same.
+        """
+        self._open = False
+        self._closed = True
+        await self._client.end(self._close_seconds)
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        try:
+            async with asyncio.timeout(self._command_seconds):
+                return await self._client.execute(command, arguments)
+        except TimeoutError as error:
+            raise MonitorTimeout(
+                f"{self._where} has not answered {command} within {self._command_seconds:g} s;"
+                " it may still carry it out"
+            ) from error
+        except ExecuteError as error:
+            raise translate.refusal(command, error) from error
+        except Exception as error:
+            raise translate.loss(self._where, command, error, self._client.cause) from error
+
+    def _on_event(self, event: Message) -> None:
+        name, data = event["event"], event.get("data")
+        if name == "ACPI_DEVICE_OST":
+            self._on_ost(data)
+        elif name == "DEVICE_UNPLUG_GUEST_ERROR" and isinstance(data, dict):
+            # What spapr sends in place of an _OST; it says no more than "no".
+            for slot, path in self._asked.items():
+                if path == data.get("path"):
+                    self._answers[slot] = Answer.FAILURE
+        if name in _WAKING:
+            self._wake_soon()
+
+    def _on_ost(self, data: object) -> None:
+        try:
+            report = replies.ost_of_event(data)
+        except replies.Malformed as error:
+            _log.warning("%s sent an ACPI_DEVICE_OST that is not understood: %s", self._where, error)
+            return
+        if report is None:
+            return
+        slot, ost = report
+        if ost.answer is not None and slot in self._asked:
+            self._answers[slot] = ost.answer
+        # "In progress" needs no pass of its own: a final answer, or the CPU's departure, follows.
+        if ost.answer is not Answer.IN_PROGRESS:
+            self._wake_soon()
+
+    def _on_loss(self) -> None:
+        if self._open:
+            self._open = False
+            self._wake_soon()
+
+    def _wake_soon(self) -> None:
+        if not self._waking:
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._wake_now)
+
+    def _wake_now(self) -> None:
+        self._waking = False
+        if not self._closed:
+            self._wake()

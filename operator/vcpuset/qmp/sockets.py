@@ -1,0 +1,199 @@
+"""From what a VCPUSet names to an endpoint to connect to.
+
+A unix monitor is named by a path below `<socket root>/<namespace>/`, and the people who may write into that folder
+need not be trusted with those of other namespaces. So no name is looked up twice and no symbolic link is followed:
+
+1. The folders are opened one by one, each relative to the descriptor of the one before, with `O_PATH | O_NOFOLLOW`.
+2. The socket is opened in the same way. `O_PATH` opens the inode without using it: a FIFO cannot block, a device
+   does not react.
+3. The connection goes through `/proc/self/fd/<descriptor>`, which leads to that inode whatever its name means by now.
+   It is also shorter than the 107 bytes that a socket address can hold, however long the path is.
+
+The socket root itself belongs to the administrator and may be a symbolic link. What this cannot see is a hard link:
+whoever can make one to another namespace's socket reaches it. Linux refuses that to all but the socket's owner and
+root (`fs.protected_hardlinks`, on by default); the two names have one identity, so that `MonitorConflict` shows it.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
+
+__all__ = ["Endpoint", "TCPEndpoint", "UnixEndpoint", "open_socket"]
+
+_KINDS = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class UnixEndpoint:
+    """A unix socket found by `open_socket`. It owns a file descriptor: close it, or use it in a `with` block.
+
+    An open session does not need it any more.
+
+    identity  device and inode of the socket; unique only for as long as the endpoint is open
+    """
+
+    def __init__(self, descriptor: int, identity: tuple[int, int], name: str) -> None:
+        self.identity = identity
+        self._descriptor = descriptor
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+    def connect(self) -> socket.socket:
+        """A non-blocking socket connected to this very inode.
+
+        Never waits: a unix connect either succeeds at once or fails. Raises OSError, with EAGAIN (BlockingIOError) if
+        the listener's queue is full, as it is when others wait for a busy monitor.
+        """
+        if self._descriptor < 0:
+            raise OSError(errno.EBADF, "the endpoint has been closed")
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.setblocking(False)
+            # Not loop.sock_connect(): it takes EAGAIN for "in progress" and then reports success.
+            connection.connect(f"/proc/self/fd/{self._descriptor}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def close(self) -> None:
+        """Give the descriptor back; again is harmless."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            warnings.warn(f"{self} was never closed", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class TCPEndpoint:
+    """A monitor on plain TCP; `host` is a name or an address, an IPv6 one without brackets."""
+
+    host: str
+    port: int
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Host in one spelling, and port. Two names of one host remain two."""
+        try:
+            return (str(ipaddress.ip_address(self.host)), self.port)
+        except ValueError:
+            return (self.host.lower().rstrip("."), self.port)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+Endpoint = UnixEndpoint | TCPEndpoint
+
+
+def open_socket(root: Path, namespace: str, path: str) -> UnixEndpoint:
+    """The socket at `path` below the folder of `namespace` in the socket root.
+
+    Raises InvalidMonitor if the path is not acceptable, a symbolic link stands anywhere below the root, or what it
+    names is no socket; MonitorUnreachable if a part of it is missing or may not be opened. Does not touch the socket:
+    whether anybody listens shows at `Session.open`.
+    """
+    name = f"{namespace}/{path}"
+    if _bad_segment(namespace):
+        raise InvalidMonitor(f"{namespace!r} cannot be the name of a namespace's folder")
+    if path.startswith("/"):
+        raise InvalidMonitor(f"spec.monitor.unix.path {path!r} is absolute: give it relative to the namespace's folder")
+    segments = path.split("/")
+    for segment in segments:
+        if reason := _bad_segment(segment):
+            raise InvalidMonitor(f"spec.monitor.unix.path {path!r} {reason}")
+
+    try:
+        here = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MonitorUnreachable(f"the socket root {root} cannot be opened: {error.strerror}") from error
+    try:
+        walked = ""
+        for folder in (namespace, *segments[:-1]):
+            walked += f"{folder}/"
+            below = _open_beneath(here, folder, walked.rstrip("/"))
+            os.close(here)
+            here = below
+            _require(here, stat.S_IFDIR, walked.rstrip("/"))
+        found = _open_beneath(here, segments[-1], name)
+    finally:
+        os.close(here)
+    try:
+        status = _require(found, stat.S_IFSOCK, name)
+    except BaseException:
+        os.close(found)
+        raise
+    return UnixEndpoint(found, (status.st_dev, status.st_ino), name)
+
+
+def _bad_segment(segment: str) -> str | None:
+    """What is wrong with one part of a path; None: nothing."""
+    if segment == "":
+        return "has an empty segment"
+    if segment in {".", ".."}:
+        return f"has a segment {segment!r}: it must not leave the namespace's folder"
+    if "/" in segment or "\0" in segment:
+        return "has a character that no file name can hold"
+    try:
+        encoded = os.fsencode(segment)
+    except UnicodeEncodeError:
+        return "has a character that no file name can hold"
+    return "has a segment of more than 255 bytes" if len(encoded) > 255 else None
+
+
+def _open_beneath(folder: int, segment: str, name: str) -> int:
+    """Descriptor of one entry of an open folder, a symbolic link itself and not its target."""
+    try:
+        return os.open(segment, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except FileNotFoundError as error:
+        raise MonitorUnreachable(f"there is no {name} below the socket root (yet): is QEMU running?") from error
+    except PermissionError as error:
+        raise MonitorUnreachable(
+            f"{name} below the socket root may not be opened: let the operator's user (uid {os.geteuid()}) enter"
+            " its folder"
+        ) from error
+    except OSError as error:
+        raise MonitorUnreachable(f"{name} below the socket root cannot be opened: {error.strerror}") from error
+
+
+def _require(descriptor: int, kind: int, name: str) -> os.stat_result:
+    """The status of an open file, which has to be of this kind."""
+    status = os.fstat(descriptor)
+    found = stat.S_IFMT(status.st_mode)
+    if found != kind:
+        raise InvalidMonitor(
+            f"{name} below the socket root is {_KINDS.get(found, 'something else')}, not {_KINDS[kind]}"
+        )
+    return status

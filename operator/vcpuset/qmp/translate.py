@@ -1,0 +1,159 @@
+"""Foreign errors as ours: the only place that reads QEMU's words or knows what `qemu.qmp` raises.
+
+QEMU promises the class of an error and nothing about its text, and nearly every class is GenericError. So the texts
+below are hints, taken from QEMU's source and checked by run where said. A text that none of them fits becomes
+`CommandRefused`, which is tried again, slowly: a wrong guess must not give up on a machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from qemu.qmp import ConnectError, ExecuteError, QMPError
+
+from vcpuset.domain.errors import (
+    CommandError,
+    CommandRefused,
+    DeviceGone,
+    GuestNotReady,
+    Migrating,
+    MonitorBusy,
+    MonitorError,
+    MonitorUnreachable,
+    PermanentError,
+    SlotTaken,
+)
+
+__all__ = ["busy", "connect_failure", "loss", "refusal", "says_no_hotplug"]
+
+_BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        # device_del on pc and q35 before the guest's ACPI took over; for ever with acpi=off. hw/acpi/{ich9,piix4}.c up
+        # to 10.2 (run: 7.2, 10.0); 11.1 accepts and latches instead.
+        ("device unplug request for not supported device type", GuestNotReady),
+        # device_add, device_del. system/qdev-monitor.c (run: 7.2 to 11.1).
+        ("not allowed while migrating", Migrating),
+        # device_add; also while the unplug of that id is pending. system/qdev-monitor.c (run: 7.2 to 11.1); without
+        # the word "device" in older releases.
+        (r"^Duplicate (device )?ID '", SlotTaken),
+        # device_add. "CPU[3] with APIC ID 3 exists", hw/i386/x86-common.c (run: 7.2 to 11.1);
+        # "cpu(id2=0:0:2) with arch-id 2 exists", hw/loongarch/virt.c (10.0).
+        (r"with (APIC ID|arch-id) \S+ exists", SlotTaken),
+        # device_add. "core 8 already populated", hw/ppc/spapr.c.
+        (r"^core \d+ already populated", SlotTaken),
+        # device_add. "Unable to add CPU with core-id: 2, it already exists", target/s390x/cpu-system.c.
+        ("it already exists", SlotTaken),
+        # device_del of slot 0. hw/i386/x86-common.c (run: 7.2 to 11.1).
+        ("Boot CPU is unpluggable", PermanentError),
+        # device_del of core 0. hw/ppc/spapr.c.
+        ("Boot CPU core may not be unplugged", PermanentError),
+        # device_del. "hot-unplug of boot cpu(id0=0:0:0) not supported", hw/loongarch/virt.c (run: 11.1).
+        (r"hot-unplug of boot cpu", PermanentError),
+        # device_del. "CPU hot unplug not supported on this machine", hw/s390x/s390-virtio-ccw.c (run: 11.1), spapr with
+        # old machine types; "CPU hot unplug not supported without ACPI", hw/i386/pc.c (isapc).
+        ("hot unplug not supported", PermanentError),
+        # "unplug not supported by microvm", hw/i386/microvm.c (run: 10.0).
+        ("unplug not supported by", PermanentError),
+        # OVMF with SMM whose firmware negotiated broadcast SMIs but no CPU hotplug. hw/isa/lpc_ich9.c, hw/acpi/ich9.c.
+        (r"SMI was(n't| not) enabled by firmware", PermanentError),
+        # "Bus 'main-system-bus' does not support hotplugging", "Device 'x' does not support hotplugging".
+        # hw/core/qdev.c, system/qdev-monitor.c (run: 7.2, 11.1).
+        ("does not support hotplugging", PermanentError),
+        # "Parameter 'driver' expects a pluggable device type". system/qdev-monitor.c (run: arm and riscv, 11.1).
+        ("expects a pluggable device type", PermanentError),
+        # "Device 'max-arm-cpu' can not be hotplugged on this machine". hw/core/qdev.c (run: 11.1).
+        ("can not be hotplugged", PermanentError),
+        # "current -smp configuration requires kernel irqchip and X2APIC API support." hw/i386/x86.c, KVM.
+        ("requires kernel irqchip and X2APIC", PermanentError),
+        # Wrong driver or properties: the list of slots is at odds with what QEMU accepts. hw/i386/x86-common.c,
+        # qom/object.c, system/qdev-monitor.c (run: 7.2 to 11.1), hw/ppc/spapr.c.
+        ("Invalid CPU type", PermanentError),
+        ("CPU core type should be", PermanentError),
+        (r"^Property '.*' not found", PermanentError),
+        ("is not a valid device model name", PermanentError),
+        (r"^Invalid parameter type for '", PermanentError),
+        (r"^Invalid CPU [a-z]+-id: \S+ must be in range", PermanentError),
+        (r"^invalid (core|node)[- ]id", PermanentError),
+        (r"^core id \S+ out of range", PermanentError),
+        (r"^CPU [a-z]+-id is not set", PermanentError),
+    )
+)
+
+# hw/core/machine-qmp-cmds.c: "machine does not support hot-plugging CPUs" (run: microvm, 10.0); before 8.0 "The feature
+# 'query-hotpluggable-cpus' is not enabled".
+_NO_HOTPLUG = re.compile(r"does not support hot-?plugging|feature 'query-hotpluggable-cpus' is not enabled")
+
+_NOBODY = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
+_QUEUED = frozenset({errno.EAGAIN, errno.EINVAL})
+"""The listener's queue is full: others wait for the monitor already. asyncio makes EINVAL of the kernel's EAGAIN."""
+
+_LONGEST = 200
+"""Characters of a foreign message that are shown; `qemu.qmp` puts whole replies into its own."""
+
+
+def refusal(command: str, error: ExecuteError) -> CommandError:
+    """QEMU's error reply to `command`."""
+    words = _brief(error)
+    return _kind(command, error.error_class, words)(command, error.error_class, words)
+
+
+def _kind(command: str, error_class: str, words: str) -> type[CommandError]:
+    if error_class == "DeviceNotFound" and command == "device_del":
+        return DeviceGone
+    if error_class == "CommandNotFound":
+        return PermanentError
+    return next((kind for pattern, kind in _BY_TEXT if pattern.search(words)), CommandRefused)
+
+
+def says_no_hotplug(error: CommandError) -> bool:
+    """Whether this error of `query-hotpluggable-cpus` means that the machine type has no CPU hotplug."""
+    return error.error_class == "CommandNotFound" or _NO_HOTPLUG.search(error.description) is not None
+
+
+def busy(where: str) -> MonitorBusy:
+    """Connected or queued, but no greeting."""
+    return MonitorBusy(
+        f"{where} does not greet: another client holds this monitor, or QEMU hangs;"
+        " give the operator a monitor of its own"
+    )
+
+
+def connect_failure(where: str, error: BaseException) -> MonitorError:
+    """What kept a session from being opened; `error` is what the operating system or `qemu.qmp` raised."""
+    cause = error.exc if isinstance(error, ConnectError) else error
+    match cause:
+        case OSError(errno=number) if number in _QUEUED:
+            return busy(where)
+        case ConnectionResetError() | BrokenPipeError() | EOFError():
+            return MonitorUnreachable(f"{where} closed the connection before the session began: is QEMU ending?")
+        case OSError(errno=number) if number in _NOBODY:
+            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(cause)})")
+        case PermissionError():
+            return MonitorUnreachable(
+                f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
+            )
+        case OSError():
+            return MonitorUnreachable(f"{where} cannot be reached: {_brief(cause)}")
+        case _:
+            return MonitorUnreachable(f"{where} does not speak QMP: {_brief(cause)}")
+
+
+def loss(where: str, command: str, error: BaseException, cause: BaseException | None) -> MonitorUnreachable:
+    """A command that found no connection, lost it, or got a reply that is none.
+
+    error  what `execute` raised
+    cause  what broke the connection, if that is known
+    """
+    if cause is None and isinstance(error, QMPError):
+        return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
+    return MonitorUnreachable(f"{where} closed the connection before it answered {command}: {_brief(cause or error)}")
+
+
+def _brief(error: BaseException) -> str:
+    """The words of an error in one printable line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    words = "".join(letter if letter.isprintable() else "?" for letter in words[: _LONGEST + 1])
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"
