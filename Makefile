@@ -1,0 +1,51 @@
+# Everything here does its own set-up first; once done, that takes a fraction of a second.
+#   make PYTHON=/usr/bin/python3.12 …     another interpreter (3.11 or later) for the virtual environment
+#   VCPUSET_CACHE=/some/folder make …     another place for what is built (default: ~/.cache/vcpuset)
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+# The parts of one run share a machine and a virtual environment.
+.NOTPARALLEL:
+.PHONY: help setup demo test check bench
+
+is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for each in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$each -c '$(is_new_enough)' 2>/dev/null; then command -v $$each; break; fi; done)
+endif
+PY := .venv/bin/python
+
+export PYTHONPATH := $(CURDIR)/tests
+
+# $(call set-up,part …): all parts, or only the ones named.
+define set-up
+	@if ! '$(PYTHON)' -c '$(is_new_enough)' 2>/dev/null; then \
+		echo 'Python 3.11 or later is needed and "$(PYTHON)" is not that (Debian 12: apt-get install python3).' \
+			'Say where it is with: make PYTHON=/path/to/python3' >&2; exit 2; fi
+	@'$(PYTHON)' -m harness.setup $(1)
+endef
+
+help: ## Show this help
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## Install and build what the other targets need (they do it by themselves)
+	$(call set-up)
+
+demo: ## Show the operator resize a running Linux guest (KEEP=1 leaves it all running)
+	$(call set-up)
+	@$(PY) -m harness.demo
+
+test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
+	$(call set-up)
+	$(PY) -m pytest $(ARGS)
+
+check: ## Check format, lint, types and the import contracts
+	$(call set-up,system venv)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: ## Measure the operator against raw QMP on one guest
+	$(call set-up)
+	@$(PY) bench/latency.py $(ARGS)

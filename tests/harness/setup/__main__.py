@@ -1,0 +1,74 @@
+"""`python -m harness.setup [part …]`: all parts, or only those named (system, venv, controlplane, guest)."""
+
+import contextlib
+import fcntl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from harness import guestimage
+from harness.cache import cache_dir
+from harness.setup.console import SetupFailed, run_visibly, say
+from harness.setup.controlplane import ensure_control_plane
+from harness.setup.system import install_missing
+from harness.setup.venv import VENV_PYTHON, ensure_venv
+
+__all__ = ["main"]
+
+
+def ensure_guest() -> None:
+    """Build the test guest, unless the cache folder has it."""
+    try:
+        guestimage.images()
+    except FileNotFoundError:
+        say("==> Test guest")
+        run_visibly([VENV_PYTHON, "-m", "harness.guestimage"], seconds=3600)
+
+
+PARTS: Final[dict[str, Callable[[], None]]] = {
+    "system": install_missing,
+    "venv": ensure_venv,
+    "controlplane": ensure_control_plane,
+    "guest": ensure_guest,
+}
+"""In the order in which they need each other."""
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Hold the lock of the cache folder; the kernel releases it however this process ends."""
+    with (cache_dir() / "set-up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is running: waiting for its end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts named, or all. Returns the exit status: 2 if something is missing that cannot be got here."""
+    unknown = set(arguments) - PARTS.keys()
+    if unknown:
+        sys.stderr.write(f"set-up has no part {', '.join(sorted(unknown))}; its parts: {', '.join(PARTS)}\n")
+        return 2
+    began = time.monotonic()
+    try:
+        with one_at_a_time():
+            for name, ensure in PARTS.items():
+                if not arguments or name in arguments:
+                    ensure()
+    except SetupFailed as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"set-up: {error}\n")
+        return error.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("\nset-up: interrupted; the next one goes on from here\n")
+        return 130
+    say(f"set-up: all there ({time.monotonic() - began:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

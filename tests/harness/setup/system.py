@@ -1,0 +1,214 @@
+"""What must be installed on the machine itself, and installing it where that can be done unasked.
+
+On Debian 12, as root or with sudo, the missing packages are installed. Anywhere else, and for users without sudo, the
+same command lines are printed for whoever may run them, and set-up ends with status 2.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import ssl
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from harness.setup import backports
+from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
+
+__all__ = ["QEMU", "Requirement", "Step", "install_missing", "missing", "qemu_version", "steps"]
+
+QEMU: Final = "qemu-system-x86_64"
+
+QEMU_MINIMUM: Final = (8, 2)
+"""Older ones corrupt their memory after a CPU was removed under TCG (seen with 7.2), which is all that the tests do."""
+
+BACKPORTS_FILE: Final = Path("/etc/apt/sources.list.d/vcpuset-backports.sources")
+
+APT: Final = (
+    "DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "
+    "-o Acquire::http::Timeout=60 -o Acquire::https::Timeout=60"
+)
+
+INSTALL_SECONDS: Final = 1800
+UPDATE_TRIES: Final = 5
+"""`apt-get update` does not wait for the lock of the package lists, which a machine just booted often holds."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that must be on the machine."""
+
+    what: str
+    """For people: what it is, and why."""
+    debian: str
+    """The Debian package that brings it."""
+    fedora: str
+    is_met: Callable[[], bool]
+    newer: bool = False
+    """Whether Debian 12 has it only in its backports."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A shell command line that needs root."""
+
+    line: str
+    seconds: float = 60
+    tries: int = 1
+
+
+def qemu_version() -> tuple[int, int] | None:
+    """The version of the installed QEMU, or None if there is none."""
+    found = re.search(r"version (\d+)\.(\d+)", probe([QEMU, "--version"]) or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _has_program(name: str) -> Callable[[], bool]:
+    return lambda: shutil.which(name) is not None
+
+
+def _has_venv() -> bool:
+    # Debian's own python3 has the module venv always, but not what it needs to put pip into an environment.
+    return probe([sys.executable, "-c", "import ensurepip, venv"]) is not None
+
+
+def _has_certificates() -> bool:
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile:
+        return True
+    return bool(paths.capath) and any(Path(paths.capath).iterdir())
+
+
+def _qemu_is_good() -> bool:
+    version = qemu_version()
+    return version is not None and version >= QEMU_MINIMUM
+
+
+REQUIREMENTS: Final = (
+    Requirement("venv and ensurepip of Python", "python3-venv", "python3", _has_venv),
+    Requirement("openssl, which makes the keys of the test API server", "openssl", "openssl", _has_program("openssl")),
+    Requirement("setpriv, which ends children with their parent", "util-linux", "util-linux", _has_program("setpriv")),
+    Requirement("certificate authorities, for downloads", "ca-certificates", "ca-certificates", _has_certificates),
+    Requirement("dpkg-deb, to unpack the guest's packages", "dpkg", "dpkg", _has_program("dpkg-deb")),
+    Requirement(
+        f"{QEMU} {'.'.join(map(str, QEMU_MINIMUM))} or later (older ones crash after a CPU was removed under TCG)",
+        "qemu-system-x86",
+        "qemu-system-x86-core",
+        _qemu_is_good,
+        newer=True,
+    ),
+)
+
+
+def missing() -> list[Requirement]:
+    """What is not there yet."""
+    return [requirement for requirement in REQUIREMENTS if not requirement.is_met()]
+
+
+def install_missing() -> None:
+    """Install what is missing.
+
+    Raises:
+        NotPossible: this is not Debian 12, or nobody here may install; the message has the lines to run.
+        SetupFailed: an installation failed, or did not bring what was missing.
+    """
+    if not sys.platform.startswith("linux"):
+        raise NotPossible(f"Linux is needed, this is {platform.system()}: use a Debian 12 machine")
+    needed = missing()
+    if not needed:
+        return
+    say("missing on this machine:")
+    for requirement in needed:
+        say(f"  - {requirement.what}")
+    version = qemu_version()
+    if version and any(requirement.newer for requirement in needed):
+        say(f"    (installed is {version[0]}.{version[1]}, which the installation replaces)")
+    if not _is_debian_12():
+        raise NotPossible(_advice(needed))
+    if sys.base_prefix != "/usr" and any(requirement.debian == "python3-venv" for requirement in needed):
+        raise NotPossible(
+            f"{sys.executable} is not Debian's Python and lacks ensurepip: run make with PYTHON=/usr/bin/python3"
+        )
+    todo = steps(needed, backports.targets())
+    become_root = _become_root()
+    if become_root is None:
+        lines = "\n".join(f"    {step.line}" for step in todo)
+        raise NotPossible(
+            f"Installing needs root, and there is no sudo for this user. As root, run:\n\n{lines}\n\nThen try again."
+        )
+    _run(todo, become_root)
+    still = missing()
+    if still:
+        raise SetupFailed(f"installed, but still missing: {'; '.join(requirement.what for requirement in still)}")
+
+
+def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) -> list[Step]:
+    """The command lines that install `needed` on Debian 12."""
+    plain = sorted({requirement.debian for requirement in needed if not requirement.newer})
+    newer = sorted({requirement.debian for requirement in needed if requirement.newer})
+    todo: list[Step] = []
+    update = Step(f"{APT} update", seconds=900, tries=UPDATE_TRIES)
+    if newer and not backports.has_backports(sources, "bookworm"):
+        text = backports.backports_source(sources, "bookworm")
+        quoted = " ".join(shlex.quote(line) for line in text.splitlines())
+        todo.append(Step(f"printf '%s\\n' {quoted} > {BACKPORTS_FILE}"))
+    todo.append(update)
+    if plain:
+        todo.append(Step(f"{APT} install --yes --no-install-recommends {' '.join(plain)}", seconds=INSTALL_SECONDS))
+    if newer:
+        install = f"{APT} install --yes --no-install-recommends -t bookworm-backports {' '.join(newer)}"
+        todo.append(Step(install, seconds=INSTALL_SECONDS))
+    return todo
+
+
+def _run(todo: Sequence[Step], become_root: Sequence[str]) -> None:
+    for step in todo:
+        for attempt in range(1, step.tries + 1):
+            try:
+                run_visibly([*become_root, "sh", "-ec", step.line], seconds=step.seconds)
+            except SetupFailed:
+                if attempt == step.tries:
+                    raise
+                say(f"trying again in 10 s ({attempt} of {step.tries} tries failed)")
+                time.sleep(10)
+            else:
+                break
+
+
+def _become_root() -> list[str] | None:
+    """What to put before a command so that it runs as root, or None."""
+    if os.geteuid() == 0:
+        return []
+    if shutil.which("sudo") is None:
+        return None
+    if probe(["sudo", "-n", "true"]) is not None:
+        return ["sudo", "-n"]
+    return ["sudo"] if sys.stdin.isatty() else None
+
+
+def _is_debian_12() -> bool:
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return False
+    return release.get("ID") == "debian" and release.get("VERSION_ID") == "12"
+
+
+def _advice(needed: Sequence[Requirement]) -> str:
+    """How to get what is missing on a system where nothing is installed unasked."""
+    head = "Only on Debian 12 is this installed by itself."
+    if shutil.which("apt-get"):
+        names = " ".join(sorted({requirement.debian for requirement in needed}))
+        line = f"{APT} install --yes --no-install-recommends {names}"
+        old = "Debian 13, Ubuntu 24.04 and later have a QEMU that is new enough; older ones do not.\n"
+    elif shutil.which("dnf"):
+        line = f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"
+        old = ""
+    else:
+        return f"{head} Install the above with your system's package manager, then try again."
+    return f"{head} As root, run:\n\n    {line}\n\n{old}Then try again."
