@@ -1,0 +1,300 @@
+"""Our own requests to the API server: list VCPUSets, write their status, post Events.
+
+kopf does the watching and nothing else, because its patches know no resourceVersion. Each request has a deadline and
+fails with an `APIError`; nothing is retried here, except once with fresh credentials after a 401: the callers know
+whether the request still makes sense later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import logging
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+import msgspec
+from kubernetes.aio.client.api_client import ApiClient
+
+from vcpuset.domain.errors import APIError, Conflict, ObjectGone
+from vcpuset.domain.resource import UID, Status, VCPUSet
+from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
+from vcpuset.kube.login import load_configuration
+
+__all__ = ["Cluster", "Scope", "Throttled"]
+
+REQUEST_SECONDS: Final = 10.0
+"""Deadline of one request, from connecting to the last byte of the answer."""
+
+PAGE: Final = 500
+"""Objects per answer of a list; client-go's choice."""
+
+LIST_ATTEMPTS: Final = 5
+"""How often a list begins anew because the API server has forgotten where it was (HTTP 410, after some minutes)."""
+
+_MERGE_PATCH: Final = "application/merge-patch+json"
+
+_log = logging.getLogger(__name__)
+
+
+class Throttled(APIError):
+    """The API server is overloaded or still starting (HTTP 429, 503) and says when to come back, in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class _Expired(APIError):
+    """HTTP 410: the point to go on from is no longer known."""
+
+
+class _Unauthorized(APIError):
+    """HTTP 401: the credentials are not, or no longer, accepted."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which VCPUSets this operator serves. The API server does the selecting.
+
+    node_name       those of this node; None: those without a node
+    namespaces      only in these; empty: in all
+    label_selector  only those that match, in kubectl's syntax; None: all
+    """
+
+    node_name: str | None = None
+    namespaces: tuple[str, ...] = ()
+    label_selector: str | None = None
+
+    @property
+    def field_selector(self) -> str:
+        """`spec.nodeName=` with nothing behind it selects the sets that have none."""
+        return f"spec.nodeName={self.node_name or ''}"
+
+
+class Cluster:
+    """One API server. Close it, or use it as an asynchronous context manager."""
+
+    def __init__(self, client: ApiClient, kubeconfig: Path | None) -> None:
+        self.kubeconfig: Final = kubeconfig
+        self._client = client
+        self._login = asyncio.Lock()
+        self._reported: dict[UID, str] = {}
+        """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
+
+    @classmethod
+    async def connect(cls, kubeconfig: Path | None) -> Self:
+        """Find the credentials. Nothing is sent yet.
+
+        Raises:
+            APIError: there are none; says what to do.
+        """
+        return cls(await _make_client(kubeconfig), kubeconfig)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections. Requests that are under way fail."""
+        await _close(self._client)
+
+    async def list(self, scope: Scope) -> builtins.list[VCPUSet]:
+        """All sets of the scope. Objects that cannot be decoded are logged, once, and left out.
+
+        Raises:
+            APIError: also when the API server does not know VCPUSets.
+        """
+        bodies: builtins.list[Mapping[str, Any]] = []
+        for namespace in scope.namespaces or (None,):
+            bodies += await self._list(namespace, scope)
+        return [vcpuset for vcpuset in map(self._decode, bodies) if vcpuset is not None]
+
+    async def write_status(self, vcpuset: VCPUSet, status: Status) -> VCPUSet:
+        """Make `status` the status of `vcpuset`, if that is still the latest version; return the new version.
+
+        Without a difference nothing is sent, and `vcpuset` itself returned. After a failure other than the two named
+        the write may have happened all the same.
+
+        Raises:
+            Conflict: the object has changed since.
+            ObjectGone: it does not exist (any more).
+            APIError: anything else; `Throttled` says when to come back.
+        """
+        patch = encode_status(status)
+        if patch == encode_status(vcpuset.status):
+            return vcpuset
+        body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
+        path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
+        return decode(await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH))
+
+    async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
+        """Create an `events.k8s.io/v1` Event.
+
+        Raises:
+            APIError: it may have been created all the same.
+        """
+        await self._request("POST", _path("events.k8s.io/v1", "events", namespace), body=event)
+
+    async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
+        """Merge `patch` into an Event.
+
+        Raises:
+            ObjectGone: the API server has forgotten it; it keeps Events for an hour.
+            APIError: anything else.
+        """
+        path = f"{_path('events.k8s.io/v1', 'events', namespace)}/{name}"
+        await self._request("PATCH", path, body=patch, content_type=_MERGE_PATCH)
+
+    # --- lists ----------------------------------------------------------------------------------------------------
+
+    async def _list(self, namespace: str | None, scope: Scope) -> builtins.list[Mapping[str, Any]]:
+        for attempt in range(1, LIST_ATTEMPTS + 1):
+            try:
+                return await self._list_pages(namespace, scope)
+            except _Expired:
+                # The token that the answer carries would go on with a later state: a set that moved could be missed.
+                if attempt == LIST_ATTEMPTS:
+                    raise
+            except ObjectGone as error:
+                raise APIError(
+                    f"the API server does not know {PLURAL}.{GROUP}: apply the folder crds/ of this version first"
+                ) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _list_pages(self, namespace: str | None, scope: Scope) -> builtins.list[Mapping[str, Any]]:
+        query = [("limit", str(PAGE)), ("fieldSelector", scope.field_selector)]
+        if scope.label_selector:
+            query.append(("labelSelector", scope.label_selector))
+        bodies: builtins.list[Mapping[str, Any]] = []
+        token = ""
+        while True:
+            page = [*query, ("continue", token)] if token else query
+            answer = await self._request("GET", _path(API_VERSION, PLURAL, namespace), query=page)
+            bodies += answer["items"]
+            token = answer["metadata"].get("continue", "")
+            if not token:
+                return bodies
+
+    def _decode(self, body: Mapping[str, Any]) -> VCPUSet | None:
+        try:
+            return decode(body)
+        except InvalidObject as error:
+            metadata = body.get("metadata", {})
+            uid, version = UID(metadata.get("uid", "")), metadata.get("resourceVersion", "")
+            if self._reported.get(uid) != version:
+                self._reported[uid] = version
+                _log.error("%s", error)
+            return None
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: builtins.list[tuple[str, str]] | None = None,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        what = f"{method} {path}"
+        client = self._client
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                try:
+                    return await _send(client, method, path, query or [], body, content_type)
+                except _Unauthorized:
+                    fresh = await self._log_in_again(client)
+                    return await _send(fresh, method, path, query or [], body, content_type)
+        except TimeoutError as error:
+            host = client.configuration.host
+            raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
+        except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            raise APIError(f"{what}: {error or repr(error)}") from error
+        except msgspec.DecodeError as error:
+            raise APIError(f"{what}: the answer is not JSON: {error}") from error
+
+    async def _log_in_again(self, refused: ApiClient) -> ApiClient:
+        """A client with credentials read anew, in place of one whose credentials were refused."""
+        async with self._login:
+            if self._client is refused:  # else another request has done it meanwhile
+                self._client = await _make_client(self.kubeconfig)
+                await _close(refused)
+            return self._client
+
+
+async def _make_client(kubeconfig: Path | None) -> ApiClient:
+    client = ApiClient(await load_configuration(kubeconfig))
+    client.user_agent = "vcpuset"
+    return client
+
+
+async def _close(client: Any) -> None:  # noqa: ANN401 - ApiClient has no annotations
+    await client.close()
+
+
+def _path(api_version: str, plural: str, namespace: str | None) -> str:
+    return (
+        f"/apis/{api_version}/{plural}" if namespace is None else f"/apis/{api_version}/namespaces/{namespace}/{plural}"
+    )
+
+
+async def _send(
+    client: ApiClient,
+    method: str,
+    path: str,
+    query: list[tuple[str, str]],
+    body: Mapping[str, Any] | None,
+    content_type: str,
+) -> dict[str, Any]:
+    """One request and its answer, through the untyped layer below the generated API classes.
+
+    Those would add a model class per kind and a second parse; what they know beyond it is the path.
+    """
+    untyped: Any = client
+    request = await untyped.param_serialize(
+        method,
+        path,
+        query_params=query,
+        header_params={"Accept": "application/json", "Content-Type": content_type},
+        body=body,
+        auth_settings=["BearerToken"],
+    )
+    response = await untyped.call_api(*request)
+    raw: bytes = await response.read()
+    if 200 <= response.status < 300:
+        decoded: dict[str, Any] = msgspec.json.decode(raw)
+        return decoded
+    raise _refusal(f"{method} {path}", response.status, response.headers, raw)
+
+
+def _refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
+    """The API server's refusal as one of our errors: the only place that reads HTTP status codes."""
+    try:
+        reason = str(msgspec.json.decode(raw)["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        reason = raw[:500].decode(errors="replace").strip()
+    message = f"{what}: HTTP {code}: {reason}"
+    match code:
+        case 401:
+            return _Unauthorized(f"{message} (the credentials are not accepted)")
+        case 404:
+            return ObjectGone(message)
+        case 409:
+            return Conflict(message)
+        case 410:
+            return _Expired(message)
+        case 429 | 503 if headers.get("Retry-After", "").isdecimal():
+            return Throttled(message, float(headers["Retry-After"]))
+        case _:
+            return APIError(message)

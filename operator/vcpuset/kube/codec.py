@@ -1,0 +1,264 @@
+"""VCPUSet objects as the API server sends them, and their status as it is written back.
+
+Reading is tolerant: the API server has validated what it stores, fields that this version does not know are skipped,
+and what the schema gives a default may be missing. Only an object that cannot be understood is an error, so that a set
+made for a newer version is left alone instead of half obeyed.
+
+Writing gives the whole status as a JSON merge patch (RFC 7386): a field without a value is null there, which removes
+it. What is written is read back as the same value, so comparing two `Status` says whether a write is due; the one loss
+is deliberate: `lastTransitionTime` has whole seconds, as everywhere in Kubernetes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from vcpuset.domain.errors import VCPUSetError
+from vcpuset.domain.machine import Answer
+from vcpuset.domain.resource import (
+    UID,
+    BootVCPUs,
+    Condition,
+    Monitor,
+    Request,
+    Spec,
+    Status,
+    TCPMonitor,
+    UnixMonitor,
+    Unplug,
+    UnplugPolicy,
+    VCPUSet,
+)
+
+__all__ = ["API_VERSION", "GROUP", "KIND", "PLURAL", "VERSION", "InvalidObject", "decode", "describe", "encode_status"]
+
+GROUP: Final = "vcpuset.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "VCPUSet"
+PLURAL: Final = "vcpusets"
+
+_Time = Annotated[datetime, msgspec.Meta(tz=True)]
+_UNPLUG: Final = Unplug()
+
+
+class InvalidObject(VCPUSetError):
+    """An object that this version cannot understand; the message names the object and the field."""
+
+
+class _Metadata(msgspec.Struct, rename="camel"):
+    uid: str
+    namespace: str
+    name: str
+    resource_version: str
+    creation_timestamp: _Time
+    generation: int
+
+
+class _Unix(msgspec.Struct):
+    path: str
+
+
+class _TCP(msgspec.Struct):
+    host: str
+    port: int
+    insecure: bool = False
+
+
+class _Monitor(msgspec.Struct):
+    unix: _Unix | None = None
+    tcp: _TCP | None = None
+
+
+class _Unplug(msgspec.Struct, rename="camel"):
+    policy: UnplugPolicy = UnplugPolicy.ENABLED
+    boot_vcpus: BootVCPUs = msgspec.field(default=BootVCPUs.UNPLUG, name="bootVCPUs")
+    timeout_seconds: int = _UNPLUG.timeout_seconds
+    retry_seconds: int = _UNPLUG.retry_seconds
+
+
+class _Spec(msgspec.Struct):
+    vcpus: int
+    monitor: _Monitor
+    unplug: _Unplug = msgspec.field(default_factory=_Unplug)
+    suspend: bool = False
+
+
+class _Request(msgspec.Struct, rename="camel"):
+    slot: int
+    path: str
+    thread_id: int = msgspec.field(name="threadID")
+    requested_at: _Time
+    attempts: int = 1
+    answer: Answer | None = None
+
+
+class _Condition(msgspec.Struct, rename="camel"):
+    type: str
+    status: str
+    reason: str
+    message: str
+    last_transition_time: _Time
+    observed_generation: int = -1
+
+
+class _Status(msgspec.Struct, rename="camel"):
+    observed_generation: int = -1
+    vcpus: int | None = None
+    min_vcpus: int | None = msgspec.field(default=None, name="minVCPUs")
+    max_vcpus: int | None = msgspec.field(default=None, name="maxVCPUs")
+    selector: str | None = None
+    unplug_started_at: _Time | None = None
+    pending_unplugs: tuple[_Request, ...] = ()
+    conditions: tuple[_Condition, ...] = ()
+
+
+class _Object(msgspec.Struct):
+    metadata: _Metadata
+    spec: _Spec
+    status: _Status = msgspec.field(default_factory=_Status)
+
+
+def decode(body: Mapping[str, Any]) -> VCPUSet:
+    """The object as a value.
+
+    Raises:
+        InvalidObject: a field is missing, of another type, or holds a choice that this version does not know.
+    """
+    try:
+        wire = msgspec.convert(dict(body), _Object)
+        return VCPUSet(
+            uid=UID(wire.metadata.uid),
+            namespace=wire.metadata.namespace,
+            name=wire.metadata.name,
+            generation=wire.metadata.generation,
+            resource_version=wire.metadata.resource_version,
+            created_at=wire.metadata.creation_timestamp.astimezone(UTC),
+            spec=_spec(wire.spec),
+            status=_status(wire.status),
+        )
+    except (msgspec.ValidationError, ValueError) as error:
+        # msgspec says where: "… - at `$.spec.monitor.tcp.port`".
+        raise InvalidObject(
+            f"VCPUSet {describe(body)} cannot be understood by this version of the operator, "
+            f"which leaves its machine alone: {str(error).replace('`$.', '`')}"
+        ) from error
+
+
+def describe(body: Mapping[str, Any]) -> str:
+    """`namespace/name` of an object that may be no VCPUSet at all."""
+    metadata = body.get("metadata")
+    if not isinstance(metadata, Mapping):
+        return "without metadata"
+    return f"{metadata.get('namespace', '?')}/{metadata.get('name', '?')}"
+
+
+def encode_status(status: Status) -> dict[str, Any]:
+    """The value of `status` in a merge patch that makes the stored status equal to `status`."""
+    return {
+        "observedGeneration": status.observed_generation,
+        "vcpus": status.vcpus,
+        "minVCPUs": status.min_vcpus,
+        "maxVCPUs": status.max_vcpus,
+        "selector": status.selector,
+        "unplugStartedAt": None if status.unplug_started_at is None else _microseconds(status.unplug_started_at),
+        # A merge patch replaces lists as a whole. Nulls inside of them would be stored, so there are none.
+        "pendingUnplugs": [_encode_request(request) for request in status.pending_unplugs] or None,
+        "conditions": [_encode_condition(condition) for condition in status.conditions] or None,
+    }
+
+
+def _spec(wire: _Spec) -> Spec:
+    return Spec(
+        vcpus=wire.vcpus,
+        monitor=_monitor(wire.monitor),
+        unplug=Unplug(
+            policy=wire.unplug.policy,
+            boot_vcpus=wire.unplug.boot_vcpus,
+            timeout_seconds=wire.unplug.timeout_seconds,
+            retry_seconds=wire.unplug.retry_seconds,
+        ),
+        suspend=wire.suspend,
+    )
+
+
+def _monitor(wire: _Monitor) -> Monitor:
+    match wire:
+        case _Monitor(unix=_Unix(path=path), tcp=None):
+            return UnixMonitor(path)
+        case _Monitor(unix=None, tcp=_TCP(host=host, port=port, insecure=True)):
+            return TCPMonitor(host, port)
+        case _Monitor(unix=None, tcp=_TCP()):
+            # The schema demands it too. Never speak plain text to a monitor whose author has not agreed to it.
+            raise ValueError("must be true - at `$.spec.monitor.tcp.insecure`")
+        case _:
+            raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.spec.monitor`")
+
+
+def _status(wire: _Status) -> Status:
+    return Status(
+        observed_generation=wire.observed_generation,
+        vcpus=wire.vcpus,
+        min_vcpus=wire.min_vcpus,
+        max_vcpus=wire.max_vcpus,
+        selector=wire.selector,
+        unplug_started_at=None if wire.unplug_started_at is None else wire.unplug_started_at.astimezone(UTC),
+        pending_unplugs=tuple(
+            Request(
+                slot=request.slot,
+                path=request.path,
+                thread_id=request.thread_id,
+                requested_at=request.requested_at.astimezone(UTC),
+                attempts=request.attempts,
+                answer=request.answer,
+            )
+            for request in wire.pending_unplugs
+        ),
+        conditions=tuple(
+            Condition(
+                type=condition.type,
+                status=condition.status,
+                reason=condition.reason,
+                message=condition.message,
+                last_transition_time=condition.last_transition_time.astimezone(UTC),
+                observed_generation=condition.observed_generation,
+            )
+            for condition in wire.conditions
+        ),
+    )
+
+
+def _encode_request(request: Request) -> dict[str, Any]:
+    encoded: dict[str, Any] = {
+        "slot": request.slot,
+        "path": request.path,
+        "threadID": request.thread_id,
+        "requestedAt": _microseconds(request.requested_at),
+        "attempts": request.attempts,
+    }
+    if request.answer is not None:
+        encoded["answer"] = request.answer.value
+    return encoded
+
+
+def _encode_condition(condition: Condition) -> dict[str, Any]:
+    return {
+        "type": condition.type,
+        "status": condition.status,
+        "reason": condition.reason,
+        "message": condition.message,
+        "lastTransitionTime": _rfc3339(condition.last_transition_time, "seconds"),
+        "observedGeneration": condition.observed_generation,
+    }
+
+
+def _microseconds(time: datetime) -> str:
+    return _rfc3339(time, "microseconds")
+
+
+def _rfc3339(time: datetime, timespec: str) -> str:
+    return time.astimezone(UTC).isoformat(timespec=timespec).removesuffix("+00:00") + "Z"

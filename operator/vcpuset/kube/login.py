@@ -1,0 +1,90 @@
+"""Where the API server is, and who we are: one source for kopf's watch and for our own requests.
+
+In this order: the file given with `--kubeconfig`, the files named by `KUBECONFIG`, `~/.kube/config`, and in a pod the
+service account. Read anew at each login, so rotated tokens and `exec` plugins work.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import kopf
+import yaml
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config.config_exception import ConfigException
+from kubernetes.aio.config.incluster_config import load_incluster_config
+from kubernetes.aio.config.kube_config import load_kube_config
+
+from vcpuset.domain.errors import APIError
+
+__all__ = ["connection_info", "load_configuration"]
+
+# The client's loaders have no type annotations.
+_load_kube_config: Any = load_kube_config
+_load_incluster_config: Any = load_incluster_config
+
+_REMEDY: Final = "give --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
+
+
+async def load_configuration(kubeconfig: Path | None) -> Configuration:
+    """The address and the credentials of the API server.
+
+    Raises:
+        APIError: there are none, or they cannot be used; says what to do.
+    """
+    configuration = Configuration()
+    files = _kubeconfig_files(kubeconfig)
+    try:
+        if files is not None:
+            # persist_config would write refreshed tokens into a file that belongs to somebody else.
+            await _load_kube_config(config_file=files, client_configuration=configuration, persist_config=False)
+        elif "KUBERNETES_SERVICE_HOST" in os.environ:
+            _load_incluster_config(client_configuration=configuration)
+        else:
+            raise APIError(f"no Kubernetes credentials found: {_REMEDY}")
+    except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # The last three: the loader does not check what it has read.
+        source = "of the service account" if files is None else f"in {files}"
+        raise APIError(f"cannot use the Kubernetes credentials {source}: {error}; {_REMEDY}") from error
+    if configuration.tls_server_name:
+        # kopf cannot do it, and a watch to another server than the one that is written to would be worse.
+        raise APIError(f"tls-server-name in {files} is not supported: use a server address that is in its certificate")
+    return configuration
+
+
+async def connection_info(kubeconfig: Path | None) -> kopf.ConnectionInfo:
+    """The same for kopf.
+
+    Raises:
+        APIError: see `load_configuration`.
+    """
+    configuration = await load_configuration(kubeconfig)
+    scheme, _, token = (await configuration.get_api_key_with_prefix("BearerToken") or "").rpartition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        scheme=scheme.capitalize() or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        proxy_url=configuration.proxy,
+        trust_env=True,  # as the Kubernetes client does
+    )
+
+
+def _kubeconfig_files(explicit: Path | None) -> str | None:
+    """One or several files, separated as in PATH; None: there is no kubeconfig."""
+    if explicit is not None:
+        if not explicit.is_file():
+            raise APIError(f"there is no kubeconfig {explicit}: {_REMEDY}")
+        return str(explicit)
+    named = os.environ.get("KUBECONFIG")
+    if named:
+        if not any(Path(file).expanduser().is_file() for file in named.split(os.pathsep) if file):
+            raise APIError(f"KUBECONFIG names no file that exists ({named}): {_REMEDY}")
+        return named
+    default = Path("~/.kube/config").expanduser()
+    return str(default) if default.is_file() else None

@@ -1,0 +1,203 @@
+"""The watch on VCPUSets: kopf as informer, and nothing of kopf besides.
+
+kopf logs in, discovers, lists, watches and reconnects. One `on.event` handler keeps the cache and says what changed;
+whatever acts on it is elsewhere. kopf's own handlers for creation, update and timers are not used: they write
+annotations and finalizers, and act on edges where this operator compares states.
+
+kopf ends when watching fails for a reason that waiting does not cure (the resource is no longer served, the API server
+refuses the selector, …). So does `Source.run`, with an error: the process is meant to end and be started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import kopf
+
+# `kopf.spawn_tasks(insights=…)` is public, but its type is not exported.
+from kopf._cogs.structs.references import Insights
+
+from vcpuset.domain.errors import APIError
+from vcpuset.domain.resource import UID
+from vcpuset.kube.cache import Cache
+from vcpuset.kube.cluster import Scope
+from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
+from vcpuset.kube.login import connection_info
+
+__all__ = ["Source", "watch_settings"]
+
+BACKOFF_SECONDS: Final = 30.0
+"""The longest pause between two attempts to reach the API server."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Backoffs:
+    """Pauses after failed requests, in seconds: doubling, with jitter, for ever. kopf iterates anew per request."""
+
+    def __iter__(self) -> Iterator[float]:
+        pause = 1.0
+        while True:
+            yield random.uniform(pause / 2, pause)  # noqa: S311 - no secret
+            pause = min(2 * pause, BACKOFF_SECONDS)
+
+
+def watch_settings(scope: Scope) -> kopf.OperatorSettings:
+    """kopf's settings for watching `scope` and doing nothing else."""
+    settings = kopf.OperatorSettings()
+    settings.peering.standalone = True
+    settings.scanning.disabled = True  # no watch on CRDs and namespaces, and no rights needed for it
+    settings.posting.enabled = False  # Events come from our own recorder
+    settings.process.ultimate_exiting_timeout = None  # it would be a SIGKILL while we clean up
+    # As tuples: kopf takes the string "vcpuset.dev/vcpusets" as a resource name that nothing has (1.45.2).
+    settings.watching.field_selectors[GROUP, PLURAL] = scope.field_selector
+    if scope.label_selector:
+        settings.watching.label_selectors[GROUP, PLURAL] = scope.label_selector
+    settings.watching.connect_timeout = 10
+    settings.watching.server_timeout = 300  # an integer: the API server refuses "300.0"
+    settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Backoffs()
+    settings.networking.trust_env = True  # as the Kubernetes client does
+    settings.queueing.idle_timeout = 1.0  # one task per object, kept for this long after its last event
+    return settings
+
+
+class Source:
+    """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included."""
+
+    def __init__(self, kubeconfig: Path | None, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+        self._kubeconfig = kubeconfig
+        self._scope = scope
+        self._cache = cache
+        self._changed = changed
+
+    async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
+        """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
+
+        Tasks of others are left alone (`kopf.operator` would cancel all that began after it). When cancelled, it
+        closes its connections first.
+
+        Raises:
+            APIError: watching failed for good, or there is nothing to watch.
+        """
+        # kopf reports each retried request as an error and each handler call as information.
+        kopf_log = logging.getLogger("kopf")
+        if kopf_log.level == logging.NOTSET:
+            kopf_log.setLevel(logging.WARNING)
+
+        halt = asyncio.Event()
+        watching = asyncio.create_task(self._watch(halt, stop, ready or asyncio.Event()), name="watch")
+        stopping = asyncio.create_task(stop.wait(), name="watch: stop flag")
+        try:
+            await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            # Not cancelled but asked to end, since a cancelled kopf leaves its connections open. The time that takes is
+            # bounded: the handler never waits.
+            halt.set()
+            await asyncio.shield(watching)
+
+    async def _watch(self, halt: asyncio.Event, stop: asyncio.Event, ready: asyncio.Event) -> None:
+        insights = Insights()
+        try:
+            tasks = await kopf.spawn_tasks(
+                registry=self._registry(),
+                settings=watch_settings(self._scope),
+                insights=insights,
+                standalone=True,
+                clusterwide=not self._scope.namespaces,
+                namespaces=self._scope.namespaces,
+                stop_flag=halt,
+            )
+            if threading.current_thread() is threading.main_thread():
+                # In place of kopf's handlers, which raise InvalidStateError at a second signal.
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            check = asyncio.create_task(_check(insights, ready, halt), name="watch: check")
+            try:
+                await kopf.run_tasks(tasks, ignored=_AllTasks())
+            finally:
+                halt.set()
+                served = await check
+        except APIError:
+            raise
+        except Exception as error:
+            raise APIError(f"watching VCPUSets failed: {error}") from error
+        if not served:
+            raise APIError(
+                f"the API server does not serve {PLURAL}.{VERSION}.{GROUP}: apply the folder crds/ of this version"
+            )
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+
+        @kopf.on.login(registry=registry)
+        async def log_in(**_: object) -> kopf.ConnectionInfo:
+            try:
+                return await connection_info(self._kubeconfig)
+            except APIError as error:
+                raise kopf.LoginError(str(error)) from error
+
+        @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+        async def observe(event: kopf.RawEvent, body: kopf.Body, uid: str, **_: object) -> None:
+            self._observe(event["type"], body, UID(uid))
+
+        return registry
+
+    def _observe(self, event_type: str | None, body: kopf.Body, uid: UID) -> None:
+        """Take over one watch event. A type of None is an entry of a list.
+
+        DELETED stands for a deletion and for a set that has left the selection.
+        """
+        if event_type == "DELETED":
+            news = self._cache.drop(uid) is not None
+        else:
+            try:
+                news = self._cache.put(decode(body))
+            except InvalidObject as error:
+                _log.error("%s", error)
+                # To go on with what it said before would be to obey half of it.
+                news = self._cache.drop(uid) is not None
+        if news:
+            self._changed(uid)
+
+
+class _AllTasks(Collection["asyncio.Task[Any]"]):
+    """All tasks of the loop, now and later. `kopf.run_tasks` waits for, and then cancels, those it is not told of."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        return iter(asyncio.all_tasks())
+
+    def __len__(self) -> int:
+        return len(asyncio.all_tasks())
+
+
+async def _check(insights: Insights, ready: asyncio.Event, halt: asyncio.Event) -> bool:
+    """Set `ready` when kopf has found something to watch. If it finds nothing it would idle for ever: halt it.
+
+    Returns whether it found something, or was halted before it knew.
+    """
+    known = asyncio.create_task(insights.ready_resources.wait())
+    halted = asyncio.create_task(halt.wait())
+    try:
+        await asyncio.wait({known, halted}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        known.cancel()
+        halted.cancel()
+    if not insights.ready_resources.is_set():
+        return True
+    if not insights.watched_resources:
+        halt.set()
+        return False
+    ready.set()
+    return True

@@ -1,0 +1,34 @@
+"""The list that makes up for what a watch can miss.
+
+A watch that breaks and begins anew reports what exists, but not what was deleted meanwhile. One list, from time to
+time, finds those sets; the first one fills the cache before the watch is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vcpuset.domain.resource import UID
+from vcpuset.kube.cache import Cache
+from vcpuset.kube.cluster import Cluster, Scope
+
+__all__ = ["sweep"]
+
+
+async def sweep(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+    """Make `cache` hold what the API server has, and call `changed` for each set that is new, newer or gone.
+
+    Raises:
+        APIError: the list failed; the cache is as it was.
+    """
+    before = {vcpuset.uid: vcpuset.resource_version for vcpuset in cache}
+    listed = await cluster.list(scope)
+    for vcpuset in listed:
+        if cache.put(vcpuset):
+            changed(vcpuset.uid)
+    for uid in before.keys() - {vcpuset.uid for vcpuset in listed}:
+        known = cache.get(uid)
+        # A set that came, or came back, while the list was under way need not be in it.
+        if known is not None and known.resource_version == before[uid]:
+            cache.drop(uid)
+            changed(uid)
