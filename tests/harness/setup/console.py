@@ -31,20 +31,21 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def run_visibly(argv: Sequence[str | Path], *, seconds: float, cwd: Path | None = None) -> None:
-    """Show a command and run it with its output going to the terminal.
+def run_visibly(argv: Sequence[str | Path], *, seconds: float, shown: str = "") -> None:
+    """Show a command (as `shown`, if given) and run it with its output going to the terminal.
 
     Raises:
         SetupFailed: it failed, or took longer than `seconds`.
     """
     words = [str(part) for part in argv]
-    say(f"+ {shlex.join(words)}")
+    shown = shown or shlex.join(words)
+    say(f"+ {shown}")
     try:
-        status = subprocess.run(words, cwd=cwd, timeout=seconds, check=False).returncode
+        status = subprocess.run(words, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired as error:
-        raise SetupFailed(f"no end within {seconds:.0f} s: {shlex.join(words)}") from error
+        raise SetupFailed(f"no end within {seconds:.0f} s: {shown}") from error
     if status != 0:
-        raise SetupFailed(f"exit status {status} (see above): {shlex.join(words)}")
+        raise SetupFailed(f"exit status {status} (see above): {shown}")
 
 
 def probe(argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str | None:

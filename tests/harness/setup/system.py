@@ -29,10 +29,11 @@ QEMU_MINIMUM: Final = (8, 2)
 
 BACKPORTS_FILE: Final = Path("/etc/apt/sources.list.d/vcpuset-backports.sources")
 
-APT: Final = (
-    "DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "
-    "-o Acquire::http::Timeout=60 -o Acquire::https::Timeout=60"
+UNATTENDED: Final = (
+    "apt-get() { DEBIAN_FRONTEND=noninteractive command apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "
+    '-o Acquire::http::Timeout=60 -o Acquire::https::Timeout=60 "$@"; }; '
 )
+"""Goes before a line that is run here: nobody answers questions, and a lock or a mirror may be busy for a while."""
 
 INSTALL_SECONDS: Final = 1800
 UPDATE_TRIES: Final = 5
@@ -152,16 +153,16 @@ def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) ->
     plain = sorted({requirement.debian for requirement in needed if not requirement.newer})
     newer = sorted({requirement.debian for requirement in needed if requirement.newer})
     todo: list[Step] = []
-    update = Step(f"{APT} update", seconds=900, tries=UPDATE_TRIES)
+    update = Step("apt-get update", seconds=900, tries=UPDATE_TRIES)
     if newer and not backports.has_backports(sources, "bookworm"):
         text = backports.backports_source(sources, "bookworm")
         quoted = " ".join(shlex.quote(line) for line in text.splitlines())
         todo.append(Step(f"printf '%s\\n' {quoted} > {BACKPORTS_FILE}"))
     todo.append(update)
     if plain:
-        todo.append(Step(f"{APT} install --yes --no-install-recommends {' '.join(plain)}", seconds=INSTALL_SECONDS))
+        todo.append(Step(f"apt-get install --yes --no-install-recommends {' '.join(plain)}", seconds=INSTALL_SECONDS))
     if newer:
-        install = f"{APT} install --yes --no-install-recommends -t bookworm-backports {' '.join(newer)}"
+        install = f"apt-get install --yes --no-install-recommends -t bookworm-backports {' '.join(newer)}"
         todo.append(Step(install, seconds=INSTALL_SECONDS))
     return todo
 
@@ -170,7 +171,7 @@ def _run(todo: Sequence[Step], become_root: Sequence[str]) -> None:
     for step in todo:
         for attempt in range(1, step.tries + 1):
             try:
-                run_visibly([*become_root, "sh", "-ec", step.line], seconds=step.seconds)
+                run_visibly([*become_root, "sh", "-ec", UNATTENDED + step.line], seconds=step.seconds, shown=step.line)
             except SetupFailed:
                 if attempt == step.tries:
                     raise
@@ -204,7 +205,7 @@ def _advice(needed: Sequence[Requirement]) -> str:
     head = "Only on Debian 12 is this installed by itself."
     if shutil.which("apt-get"):
         names = " ".join(sorted({requirement.debian for requirement in needed}))
-        line = f"{APT} install --yes --no-install-recommends {names}"
+        line = f"apt-get install --yes --no-install-recommends {names}"
         old = "Debian 13, Ubuntu 24.04 and later have a QEMU that is new enough; older ones do not.\n"
     elif shutil.which("dnf"):
         line = f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"
