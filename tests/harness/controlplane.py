@@ -157,6 +157,8 @@ class ControlPlane:
     ) -> Answer:
         """One plain HTTP request as the user who may do everything: some milliseconds, where kubectl needs 100.
 
+        The body of a PATCH is a merge-patch.
+
         Raises:
             OSError: no connection, or no answer within 10 s.
         """
@@ -302,7 +304,8 @@ class ControlPlane:
             self._tls = ssl.create_default_context(cafile=str(self._certificate))
         host, _, port = self.url.removeprefix("https://").partition(":")
         connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
-        headers = {"Authorization": f"Bearer {self.token}", "Accept": accept, "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {self.token}", "Accept": accept}
+        headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()

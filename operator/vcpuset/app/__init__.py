@@ -1,1 +1,1 @@
-
+"""The operator as a process: settings, wiring, health, metrics."""

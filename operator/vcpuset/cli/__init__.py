@@ -1,1 +1,1 @@
-
+"""The `vcpuset` command."""

@@ -6,6 +6,7 @@
      |    +-- MonitorUnreachable  nobody listens, or what listens is no QMP monitor
      |    +-- MonitorBusy         connected, but no greeting: another client holds the monitor, or QEMU hangs
      |    +-- MonitorTimeout      a command was sent and no reply came in time
+     +-- MachineUnsettled         CPUs came or went while they were counted: look again in a moment
      +-- CommandError             QEMU answered with an error: the command did not run
           +-- TransientError      the same command can succeed later without anybody's help
           |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
@@ -29,6 +30,7 @@ __all__ = [
     "DeviceGone",
     "GuestNotReady",
     "InvalidMonitor",
+    "MachineUnsettled",
     "Migrating",
     "MonitorBusy",
     "MonitorError",
@@ -67,6 +69,10 @@ class MonitorBusy(MonitorError):
 
 class MonitorTimeout(MonitorError):
     """QEMU did not answer a command within its deadline. The command may still run later."""
+
+
+class MachineUnsettled(VCPUSetError):
+    """CPUs came or went between the two lists that an observation consists of."""
 
 
 class CommandError(VCPUSetError):

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from vcpuset.domain.errors import (
     CommandError,
@@ -73,6 +74,11 @@ class Verdict:
     pace: Pace
     due: datetime | None = None
 
+    @property
+    def event_type(self) -> Literal["Normal", "Warning"]:
+        """The type of the Kubernetes Event for a change to this verdict."""
+        return "Warning" if self.state is State.STALLED or self.reason in _WORRYING else "Normal"
+
 
 def judge(
     spec: Spec,
@@ -99,7 +105,7 @@ def judge(
             Pace.STEADY,
         )
     if machine.vcpus == spec.vcpus:
-        text = f"QEMU has {machine.vcpus} vCPUs, as declared.{_may_leave(requests)}"
+        text = f"QEMU has {_vcpus(machine.vcpus)}, as declared.{_may_leave(requests)}"
         return _verdict(Reason.CONVERGED, text, *_pace_of_leaving(spec, requests, inherited, now))
     if spec.suspend:
         return _verdict(
@@ -187,8 +193,8 @@ def _unplug_unfinished(
         return _verdict(Reason.UNPLUG_REFUSED, text, pace, until, stalled=overdue)
 
     text = (
-        f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may hang, "
-        f"be paused, or not support CPU hot-unplug. A late answer is still taken. {again}."
+        f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may "
+        f"hang, be paused, or not support CPU hot-unplug. A late answer is still taken. {again}."
     )
     return _verdict(Reason.UNPLUG_TIMED_OUT, text, pace, due)
 
@@ -274,6 +280,17 @@ def conditions(
     )
 
 
+_WORRYING = frozenset(
+    {
+        Reason.UNPLUG_REFUSED,
+        Reason.MONITOR_UNREACHABLE,
+        Reason.MONITOR_BUSY,
+        Reason.MONITOR_TIMEOUT,
+        Reason.MACHINE_NOT_RUNNING,
+    }
+)
+"""Not failures (they may pass), but nothing that happens on a good day."""
+
 _UNDER_WAY = frozenset({Reason.PLUGGING.value, Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})
 
 
@@ -326,7 +343,11 @@ def _may_leave(requests: Sequence[Request]) -> str:
 
 
 def _counts(spec: Spec, machine: Machine) -> str:
-    return f"{machine.vcpus} vCPUs present, {spec.vcpus} declared"
+    return f"{_vcpus(machine.vcpus)} present, {spec.vcpus} declared"
+
+
+def _vcpus(count: int) -> str:
+    return "1 vCPU" if count == 1 else f"{count} vCPUs"
 
 
 def _refusals(refused: Sequence[Request]) -> str:

@@ -56,9 +56,12 @@ def asked(requests: Iterable[Request], slots: Iterable[Slot], now: datetime) -> 
     return tuple(sorted(book.values(), key=lambda request: request.slot))
 
 
-def withdrawn(requests: Iterable[Request], cpus: Collection[CPU]) -> tuple[Request, ...]:
-    """The requests without those of these CPUs, which never reached the guest."""
-    return tuple(request for request in requests if cpu_of(request) not in cpus)
+def withdrawn(requests: Iterable[Request], before: Iterable[Request], cpus: Collection[CPU]) -> tuple[Request, ...]:
+    """The requests as they stand if those for `cpus` were never made: what was on the book `before` counts again."""
+    earlier = {cpu_of(request): request for request in before}
+    return tuple(
+        kept for request in requests if (kept := earlier.get(cpu_of(request)) if cpu_of(request) in cpus else request)
+    )
 
 
 def due_at(request: Request, unplug: Unplug, inherited: Collection[CPU]) -> datetime:

@@ -1,0 +1,106 @@
+"""Prometheus metrics, with controller-runtime's names where it has one for the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from vcpuset.runtime.workers import Label
+from vcpuset.runtime.workqueue import QueueStatistics
+
+__all__ = ["Metrics"]
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+_CONTROLLER = "vcpuset"
+
+
+class Metrics:
+    """The metrics of one process; it watches the work queue and its workers."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("controller",)
+        self._queued = Histogram(
+            "workqueue_queue_duration_seconds",
+            "Time that a key waited in the queue.",
+            ("name",),
+            registry=self.registry,
+            buckets=_SECONDS,
+        ).labels(_CONTROLLER)
+        self._worked = Histogram(
+            "workqueue_work_duration_seconds",
+            "Time that a key was worked on.",
+            ("name",),
+            registry=self.registry,
+            buckets=_SECONDS,
+        ).labels(_CONTROLLER)
+        self._passes = Counter(
+            "controller_runtime_reconcile_total",
+            "Passes, by result.",
+            ("controller", "result"),
+            registry=self.registry,
+        )
+        for result in get_args(Label):
+            self._passes.labels(_CONTROLLER, result)  # a series that is there from the start has a rate
+        self._seconds = Histogram(
+            "controller_runtime_reconcile_time_seconds",
+            "Time that a pass took.",
+            labels,
+            registry=self.registry,
+            buckets=_SECONDS,
+        ).labels(_CONTROLLER)
+        self._active = Gauge(
+            "controller_runtime_active_workers", "Passes under way.", labels, registry=self.registry
+        ).labels(_CONTROLLER)
+
+    def watch_queue(self, statistics: Callable[[], QueueStatistics]) -> None:
+        """Show the queue's own numbers, read when they are asked for."""
+        for name, text, read in (
+            ("workqueue_depth", "Keys that wait for a worker.", lambda: statistics().depth),
+            ("workqueue_adds_total", "Keys that became due so far.", lambda: statistics().adds_total),
+            ("workqueue_retries_total", "Keys added after a failure so far.", lambda: statistics().retries_total),
+            (
+                "workqueue_unfinished_work_seconds",
+                "Time that the keys in work have been there, summed.",
+                lambda: statistics().unfinished_seconds,
+            ),
+            (
+                "workqueue_longest_running_processor_seconds",
+                "Time that the oldest key in work has been there.",
+                lambda: statistics().longest_running_seconds,
+            ),
+        ):
+            Gauge(name, text, ("name",), registry=self.registry).labels(_CONTROLLER).set_function(read)
+
+    def watch_sets(self, count: Callable[[], int]) -> None:
+        """Show how many sets this process serves."""
+        Gauge("vcpuset_sets", "VCPUSets that this operator serves.", registry=self.registry).set_function(count)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    # QueueObserver
+
+    def waited(self, seconds: float) -> None:
+        """A key was handed out so many seconds after it was added."""
+        self._queued.observe(seconds)
+
+    def worked(self, seconds: float) -> None:
+        """A key was given back so many seconds after it was handed out."""
+        self._worked.observe(seconds)
+
+    # WorkerObserver
+
+    def started(self) -> None:
+        """A pass began."""
+        self._active.inc()
+
+    def finished(self, label: Label, seconds: float) -> None:
+        """A pass ended."""
+        self._active.dec()
+        self._passes.labels(_CONTROLLER, label).inc()
+        self._seconds.observe(seconds)

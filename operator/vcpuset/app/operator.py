@@ -1,0 +1,131 @@
+"""The operator put together: one event loop, one work queue, everything else only adds keys to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from vcpuset.app.health import serve_http
+from vcpuset.app.metrics import Metrics
+from vcpuset.app.settings import Settings
+from vcpuset.domain.errors import APIError
+from vcpuset.domain.resource import UID
+from vcpuset.kube.cache import Cache
+from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.recorder import Recorder
+from vcpuset.kube.source import Source
+from vcpuset.kube.sweep import sweep
+from vcpuset.qmp.monitors import Monitors
+from vcpuset.reconciler import Reconciler
+from vcpuset.runtime.backoff import ExponentialBackoff, jittered
+from vcpuset.runtime.tasks import TaskOwner
+from vcpuset.runtime.workers import run_workers
+from vcpuset.runtime.workqueue import WorkQueue
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+BACKOFF = ExponentialBackoff(base_seconds=0.25, factor=2, cap_seconds=30, jitter=0.5)
+"""How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
+
+SWEEP_SECONDS = 300.0
+"""How often all sets are listed, to find deletions that a broken watch has missed."""
+
+GRACE_SECONDS = 10.0
+"""How long passes may go on after the end was asked for; more than one slow QMP command takes."""
+
+STUCK_SECONDS = 180.0
+"""A pass that takes longer is stuck: each of its calls has a deadline, and together they need less."""
+
+
+async def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
+
+    APIError: there are no credentials, or the watch failed for good. TaskEndedError: another part failed.
+    """
+    async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
+        stop = asyncio.Event()
+        serving = asyncio.create_task(_serve(settings, cluster, owner, stop), name="operator")
+        failing = asyncio.ensure_future(owner.wait())
+        try:
+            await asyncio.wait({serving, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                stop.set()
+            await serving
+            if failing.done():
+                await failing
+        finally:
+            failing.cancel()
+    logger.info("stopped")
+
+
+async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
+    """Wire everything, work until `stop` is set or the watch ends, and give every monitor back."""
+    scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
+    metrics = Metrics()
+    queue: WorkQueue[UID] = WorkQueue(BACKOFF, metrics)
+    metrics.watch_queue(queue.statistics)
+    cache = Cache()
+    metrics.watch_sets(lambda: len(cache))
+    recorder = Recorder(cluster)
+    monitors = Monitors(settings.socket_root, queue.add)
+    reconciler = Reconciler(
+        cache=cache,
+        cluster=cluster,
+        recorder=recorder,
+        monitors=monitors,
+        enqueue=queue.add,
+        resync_seconds=settings.resync_seconds,
+        clock=lambda: datetime.now(UTC),
+    )
+    source = Source(settings.kubeconfig, scope, cache, reconciler.changed)
+    listed = asyncio.Event()
+
+    def ill() -> str | None:
+        seconds = queue.statistics().longest_running_seconds
+        return f"a pass has been running for {seconds:.0f} s" if seconds > STUCK_SECONDS else None
+
+    if settings.http_address is not None:
+        owner.spawn(serve_http(settings.http_address, metrics, ready=listed, ill=ill), "http")
+    owner.spawn(recorder.run(), "event recorder")
+
+    # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor is
+    # the older.
+    await _first_list(cluster, scope, cache, reconciler.changed)
+    listed.set()
+    logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
+    owner.spawn(_sweep_for_ever(cluster, scope, cache, reconciler.changed), "sweep")
+    owner.spawn(
+        run_workers(queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics),
+        "workers",
+    )
+    try:
+        await source.run(stop)
+    finally:
+        queue.shut_down()
+        await owner.finish("workers")
+        await monitors.close()
+
+
+async def _first_list(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+    failures = 0
+    while True:
+        try:
+            return await sweep(cluster, scope, cache, changed)
+        except APIError as error:
+            failures += 1
+            delay = BACKOFF.delay(failures)
+            logger.warning("first list: %s; tried again in %.1f s", error, delay)
+            await asyncio.sleep(delay)
+
+
+async def _sweep_for_ever(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+    while True:
+        await asyncio.sleep(jittered(SWEEP_SECONDS, 0.1))
+        try:
+            await sweep(cluster, scope, cache, changed)
+        except APIError as error:
+            logger.warning("sweep: %s; the next one is in %.0f s", error, SWEEP_SECONDS)

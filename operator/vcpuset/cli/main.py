@@ -1,0 +1,154 @@
+"""`vcpuset`: the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+from pythonjsonlogger.json import JsonFormatter
+
+from vcpuset.app.operator import run as run_operator
+from vcpuset.app.settings import Settings
+from vcpuset.domain.errors import VCPUSetError
+
+__all__ = ["main"]
+
+
+class _Address(click.ParamType[tuple[str, int] | None]):
+    """HOST:PORT; empty: off."""
+
+    name = "HOST:PORT"
+
+    def convert(
+        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int] | None:
+        """Take HOST:PORT apart; an IPv6 host stands in brackets."""
+        if isinstance(value, tuple):
+            return value
+        if not value:
+            return None
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            self.fail(f"{value!r} is not HOST:PORT (or empty, for off)", param, ctx)
+        return host.strip("[]"), int(port)
+
+
+@click.group()
+@click.version_option(package_name="vcpuset")
+def main() -> None:
+    """Keep running QEMU machines at their declared vCPU count."""
+
+
+@main.command()
+@click.option(
+    "--node-name",
+    envvar="VCPUSET_NODE_NAME",
+    help="Serve the sets whose spec.nodeName is this; without it, those that name no node.",
+)
+@click.option(
+    "--namespace",
+    "namespaces",
+    multiple=True,
+    envvar="VCPUSET_NAMESPACE",
+    help="Serve this namespace only; may be repeated (in the environment: separated by spaces).",
+)
+@click.option("--label-selector", envvar="VCPUSET_LABEL_SELECTOR", help="Serve only the sets that match it.")
+@click.option(
+    "--socket-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="VCPUSET_SOCKET_ROOT",
+    help="Folder with one folder of unix monitors for each namespace; without it, unix monitors are not served.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=Settings.workers,
+    show_default=True,
+    envvar="VCPUSET_WORKERS",
+    help="How many sets are worked on at once.",
+)
+@click.option(
+    "--resync-seconds",
+    type=click.FloatRange(1, 86400),
+    default=Settings.resync_seconds,
+    show_default=True,
+    envvar="VCPUSET_RESYNC_SECONDS",
+    help="How often a machine is looked at without an occasion, 10 % more or less.",
+)
+@click.option(
+    "--http-address",
+    type=_Address(),
+    default="127.0.0.1:8080",
+    show_default=True,
+    envvar="VCPUSET_HTTP_ADDRESS",
+    help="Where /healthz, /readyz and /metrics are served; empty: nowhere.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    envvar="VCPUSET_LOG_FORMAT",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    envvar="VCPUSET_LOG_LEVEL",
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    envvar="VCPUSET_KUBECONFIG",
+    help="Without it: KUBECONFIG or ~/.kube/config if there is one, else the pod's service account.",
+)
+def run(
+    node_name: str | None,
+    namespaces: tuple[str, ...],
+    label_selector: str | None,
+    socket_root: Path | None,
+    workers: int,
+    resync_seconds: float,
+    http_address: tuple[str, int] | None,
+    log_format: str,
+    log_level: str,
+    kubeconfig: Path | None,
+) -> None:
+    """Run the operator until SIGTERM or SIGINT."""
+    _log(log_format, log_level)
+    settings = Settings(
+        node_name=node_name or None,
+        namespaces=namespaces,
+        label_selector=label_selector or None,
+        socket_root=socket_root,
+        workers=workers,
+        resync_seconds=resync_seconds,
+        http_address=http_address,
+        kubeconfig=kubeconfig,
+    )
+    try:
+        asyncio.run(run_operator(settings))
+    except VCPUSetError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _log(log_format: str, level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(
+            JsonFormatter(
+                "%(asctime)s %(levelname)s %(name)s %(message)s",
+                rename_fields={"asctime": "timestamp", "levelname": "level", "name": "logger"},
+            )
+        )
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+if __name__ == "__main__":
+    main()

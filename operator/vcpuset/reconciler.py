@@ -1,0 +1,420 @@
+"""One level-triggered pass: observe a machine, decide, act, observe again, report.
+
+A pass knows nothing of what woke it: a changed spec, an event of QEMU, a timer and a restart of the operator are all
+the same. What a successor must know, the unplug requests in flight, stands in the object's status and is written
+before a request is made; everything else is read from the machine. So the operator may die at any point.
+
+What is kept in memory only makes passes better, never right: the session while a guest works on requests, and what
+the machine's `_OST` reports were before this process asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from vcpuset.domain.errors import (
+    APIError,
+    CommandError,
+    DeviceGone,
+    InvalidMonitor,
+    MachineUnsettled,
+    MonitorError,
+    ObjectGone,
+    SlotTaken,
+    TransientError,
+    VCPUSetError,
+)
+from vcpuset.domain.machine import Answer, Machine, Ost
+from vcpuset.domain.plan import Goal, Plan, goal, plan
+from vcpuset.domain.reasons import Reason
+from vcpuset.domain.report import (
+    Pace,
+    Verdict,
+    conditions,
+    conflict,
+    failure,
+    is_progress,
+    judge,
+    observed,
+    opened_at,
+    plugging,
+)
+from vcpuset.domain.requests import CPU, answered, asked, cpu_of, still_open, withdrawn
+from vcpuset.domain.resource import UID, Request, UnixMonitor, VCPUSet
+from vcpuset.kube.cache import Cache
+from vcpuset.kube.cluster import Cluster
+from vcpuset.kube.recorder import Recorder
+from vcpuset.qmp.monitors import Monitors
+from vcpuset.qmp.session import Session
+from vcpuset.runtime.backoff import jittered
+from vcpuset.runtime.claims import Claims
+from vcpuset.runtime.workers import Done, Result, Retry
+
+__all__ = ["Reconciler"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often a machine is looked at while its guest works on requests, should no event come."""
+
+UNSETTLED_SECONDS = 0.02
+"""How soon a machine is looked at again whose CPUs came or went while they were counted.
+
+QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`.
+"""
+
+PROGRESS_SECONDS = (3.0, 10.0, 30.0)
+"""How long after a status write mere progress is written: later and later while one change goes on.
+
+A change that takes less than three seconds thus costs a fixed number of writes, however many CPUs it moves.
+"""
+
+
+@dataclass
+class _Track:
+    """What this process remembers of one set.
+
+    sent        the requests that this process made, with the slot's `_OST` report that stood before
+    written_at  loop time of the last status write
+    progress    how many writes the change under way has cost for progress alone
+    """
+
+    sent: dict[CPU, Ost | None] = field(default_factory=dict)
+    written_at: float = 0.0
+    progress: int = 0
+
+
+class Reconciler:
+    """Brings the machine of a VCPUSet to its declared count, one pass at a time.
+
+    The work queue hands a set to one pass at a time, so nothing here is locked.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Cache,
+        cluster: Cluster,
+        recorder: Recorder,
+        monitors: Monitors,
+        enqueue: Callable[[UID], None],
+        resync_seconds: float,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._cache = cache
+        self._cluster = cluster
+        self._recorder = recorder
+        self._monitors = monitors
+        self._enqueue = enqueue
+        self._resync_seconds = resync_seconds
+        self._clock = clock
+        self._claims: Claims[UID] = Claims()
+        self._tracks: dict[UID, _Track] = {}
+
+    def changed(self, uid: UID) -> None:
+        """Note that the cache has news of this set (or has dropped it); called for every such change."""
+        vcpuset = self._cache.get(uid)
+        if vcpuset is None:
+            for touched in self._claims.release(uid):
+                self._enqueue(touched)
+        else:
+            self._claim(vcpuset, _address(vcpuset))
+        self._enqueue(uid)
+
+    async def reconcile(self, uid: UID) -> Result:
+        """One pass. Raises nothing that it expects; what it returns says when to come back."""
+        vcpuset = self._cache.get(uid)
+        if vcpuset is None:
+            # Deleted, or another operator's now: the machine stays as it is.
+            self._tracks.pop(uid, None)
+            await self._monitors.release(uid)
+            return Done()
+        try:
+            verdict = await self._converge(vcpuset)
+        except MachineUnsettled:
+            # A CPU is just leaving. What this pass has done is done; the next one sees what came of it.
+            return Done(requeue_after=UNSETTLED_SECONDS)
+        except ObjectGone:
+            # The watch will say the same in a moment, and call again.
+            return Done()
+        except APIError as error:
+            # Nothing is lost: the next pass starts from the machine and from the newest object.
+            return Retry(error)
+        if verdict.pace is not Pace.HELD:
+            await self._monitors.release(uid)
+        return self._come_back(verdict)
+
+    async def _converge(self, vcpuset: VCPUSet) -> Verdict:
+        try:
+            session = await self._take_monitor(vcpuset)
+            if isinstance(session, Verdict):
+                return await self._report_unseen(vcpuset, session)
+            return await self._bring_to_count(vcpuset, session)
+        except (InvalidMonitor, MonitorError) as error:
+            # The last command may or may not have run: close, and look before anything is repeated.
+            await self._monitors.release(vcpuset.uid)
+            # The pass may have written since; its requests must not be written over.
+            newest = self._cache.get(vcpuset.uid) or vcpuset
+            return await self._report_unseen(newest, failure(error))
+
+    async def _take_monitor(self, vcpuset: VCPUSet) -> Session | Verdict:
+        """The session with the set's machine, or why this set may not have one."""
+        if (holder := self._claims.senior(vcpuset.uid)) is not None:
+            return self._yield_to(holder)
+        try:
+            endpoint_context = self._monitors.resolve(vcpuset)
+        except (InvalidMonitor, MonitorError):
+            # The inode that was there is not this set's any more.
+            self._claim(vcpuset, _address(vcpuset))
+            raise
+        with endpoint_context as endpoint:
+            # A socket can have several names (hard links): the inode tells.
+            self._claim(vcpuset, _address(vcpuset), endpoint.identity)
+            if (holder := self._claims.senior(vcpuset.uid)) is not None:
+                return self._yield_to(holder)
+            return await self._monitors.session(vcpuset.uid, endpoint)
+
+    def _claim(self, vcpuset: VCPUSet, *keys: Hashable) -> None:
+        for touched in self._claims.claim(vcpuset.uid, vcpuset.seniority, keys):
+            self._enqueue(touched)
+
+    def _yield_to(self, holder: UID) -> Verdict:
+        return conflict(str(self._cache.get(holder) or holder))
+
+    async def _bring_to_count(self, vcpuset: VCPUSet, session: Session) -> Verdict:
+        """Observe, plan, act, observe again, report."""
+        track = self._tracks.setdefault(vcpuset.uid, _Track())
+        machine = await session.observe()
+        requests = self._known_requests(vcpuset, track, session, machine)
+        blocked: CommandError | None = None
+
+        step = self._plan(vcpuset, track, machine, requests)
+        if step.plug:
+            vcpuset, machine, blocked = await self._plug(vcpuset, session, machine, step.goal)
+        # Each round asks for CPUs that were not asked for before, or not lately, so the rounds end.
+        while step.ask and blocked is None:
+            vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
+            machine = await session.observe()
+            requests = still_open(requests, machine, self._clock())
+            step = self._plan(vcpuset, track, machine, requests)
+
+        verdict = self._judge(vcpuset, track, machine, requests, blocked)
+        await self._report(vcpuset, machine, requests, verdict)
+        return verdict
+
+    def _known_requests(
+        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
+    ) -> tuple[Request, ...]:
+        """The requests in the status that are still open, with what the guest has answered since."""
+        requests = still_open(vcpuset.status.pending_unplugs, machine, self._clock())
+        # A CPU that is gone never comes back as the same: its entry would only grow the book.
+        track.sent = {
+            cpu_of(request): track.sent[cpu_of(request)] for request in requests if cpu_of(request) in track.sent
+        }
+
+        def answer(request: Request) -> Answer | None:
+            if (told := session.answer(request.slot)) is not None:
+                return told
+            # A report that stood before this process asked is about something older. When an earlier process asked,
+            # none can be dated, so none counts.
+            report = (machine.ost or {}).get(request.slot)
+            cpu = cpu_of(request)
+            return report.answer if report is not None and cpu in track.sent and report != track.sent[cpu] else None
+
+        requests = answered(requests, answer)
+        if machine.vcpus <= goal(vcpuset.spec, machine).count:
+            # Nothing is to be given back any more; who said no before may be asked afresh another time.
+            requests = tuple(request for request in requests if request.in_flight)
+        return requests
+
+    async def _plug(
+        self, vcpuset: VCPUSet, session: Session, machine: Machine, aim: Goal
+    ) -> tuple[VCPUSet, Machine, CommandError | None]:
+        """Fill free slots until the goal is reached, saying so meanwhile."""
+        # The report waits for nothing and nothing waits for the report, except the end of this step.
+        announcement, work = await asyncio.gather(
+            self._announce_plug(vcpuset, machine, aim), self._fill(session, machine, aim), return_exceptions=True
+        )
+        for outcome in (work, announcement):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        assert isinstance(announcement, VCPUSet)
+        assert isinstance(work, tuple)
+        machine, blocked = work
+        return announcement, machine, blocked
+
+    async def _announce_plug(self, vcpuset: VCPUSet, machine: Machine, aim: Goal) -> VCPUSet:
+        if self._reported(vcpuset) in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
+            # A repeated attempt; if it ends as the one before, nothing is to be written at all.
+            return vcpuset
+        return await self._report(
+            vcpuset, machine, vcpuset.status.pending_unplugs, plugging(vcpuset.spec, machine, aim)
+        )
+
+    async def _fill(self, session: Session, machine: Machine, aim: Goal) -> tuple[Machine, CommandError | None]:
+        taken: set[int] = set()
+        blocked: CommandError | None = None
+        while (missing := aim.count - machine.vcpus) > 0:
+            free = [slot for slot in machine.free if slot.index not in taken]
+            if not free:
+                break
+            for slot in free:
+                if slot.vcpus > missing:
+                    return await session.observe(), None
+                try:
+                    await session.plug(slot)
+                except SlotTaken as error:
+                    # Somebody was faster, or the id is in use elsewhere: look again, another free slot does as well.
+                    taken.add(slot.index)
+                    blocked = error
+                    break
+                except CommandError as error:
+                    return await session.observe(), error
+                missing -= slot.vcpus
+            else:
+                blocked = None
+            machine = await session.observe()
+            if blocked is None:
+                break
+        return machine, blocked
+
+    async def _ask(
+        self,
+        vcpuset: VCPUSet,
+        track: _Track,
+        session: Session,
+        machine: Machine,
+        requests: Sequence[Request],
+        step: Plan,
+    ) -> tuple[VCPUSet, tuple[Request, ...], CommandError | None]:
+        """Write the requests down, then make them."""
+        before = requests
+        requests = asked(requests, step.ask, self._clock())
+        # First the record, then the deed: whoever comes after a crash must not ask twice. If the record cannot be
+        # written, this raises and nobody is asked.
+        verdict = self._judge(vcpuset, track, machine, requests, None)
+        vcpuset = await self._report(vcpuset, machine, requests, verdict, must=True)
+        rejected: set[CPU] = set()
+        unsent: set[CPU] = set()
+        blocked: CommandError | None = None
+        for position, slot in enumerate(step.ask):
+            try:
+                await session.unplug(slot)
+            except DeviceGone:
+                continue
+            except TransientError as error:
+                # The guest is not up, or a migration began: neither this request nor the rest was made.
+                unsent = {cpu_of(each) for each in step.ask[position:]}
+                blocked = error
+                break
+            except CommandError as error:
+                logger.warning("%s: %s", vcpuset, error)
+                rejected.add(cpu_of(slot))
+            track.sent[cpu_of(slot)] = (machine.ost or {}).get(slot.index)
+        requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in rejected else None)
+        return vcpuset, withdrawn(requests, before, unsent), blocked
+
+    def _plan(self, vcpuset: VCPUSet, track: _Track, machine: Machine, requests: Sequence[Request]) -> Plan:
+        inherited = _inherited(track, requests)
+        return plan(vcpuset.spec, machine, requests, inherited=inherited, now=self._clock())
+
+    def _judge(
+        self,
+        vcpuset: VCPUSet,
+        track: _Track,
+        machine: Machine,
+        requests: Sequence[Request],
+        blocked: CommandError | None,
+    ) -> Verdict:
+        now = self._clock()
+        aim = goal(vcpuset.spec, machine)
+        return judge(
+            vcpuset.spec,
+            machine,
+            aim,
+            requests,
+            started=opened_at(vcpuset.status, vcpuset.generation, requests, machine.vcpus - aim.count, now),
+            inherited=_inherited(track, requests),
+            blocked=blocked,
+            reported=self._reported(vcpuset),
+            now=now,
+        )
+
+    def _reported(self, vcpuset: VCPUSet) -> str | None:
+        """The reason that the status gives for this generation."""
+        ready = vcpuset.status.ready
+        return ready.reason if ready is not None and ready.observed_generation == vcpuset.generation else None
+
+    async def _report_unseen(self, vcpuset: VCPUSet, verdict: Verdict) -> Verdict:
+        """Report without an observation: the counts and requests of the last one stand."""
+        await self._report(vcpuset, None, vcpuset.status.pending_unplugs, verdict)
+        return verdict
+
+    async def _report(
+        self,
+        vcpuset: VCPUSet,
+        machine: Machine | None,
+        requests: Sequence[Request],
+        verdict: Verdict,
+        *,
+        must: bool = False,
+    ) -> VCPUSet:
+        """Bring the status up to date if it is not; returns the set as it stands now.
+
+        must  write progress too, instead of leaving it to a later pass
+        """
+        now = self._clock()
+        surplus = 0 if machine is None else machine.vcpus - goal(vcpuset.spec, machine).count
+        started = opened_at(vcpuset.status, vcpuset.generation, requests, surplus, now)
+        status = observed(vcpuset, machine, requests, started)
+        status = replace(status, conditions=conditions(vcpuset.status.conditions, verdict, vcpuset.generation, now))
+        if status == vcpuset.status:
+            return vcpuset
+        track = self._tracks.setdefault(vcpuset.uid, _Track())
+        loop_time = asyncio.get_running_loop().time()
+        progress = is_progress(vcpuset.status, status)
+        if progress and not must:
+            pause = PROGRESS_SECONDS[min(track.progress, len(PROGRESS_SECONDS) - 1)]
+            if loop_time < track.written_at + pause:
+                return vcpuset
+        before = vcpuset.status.ready
+        written = await self._cluster.write_status(vcpuset, status)
+        self._cache.put(written)
+        track.written_at = loop_time
+        track.progress = track.progress + 1 if progress else 0
+        if before is None or before.reason != verdict.reason:
+            logger.info("%s: %s: %s", vcpuset, verdict.reason, verdict.message)
+            self._recorder.record(
+                vcpuset, type=verdict.event_type, reason=verdict.reason, action="Reconcile", note=verdict.message
+            )
+        return written
+
+    def _come_back(self, verdict: Verdict) -> Result:
+        match verdict.pace:
+            case Pace.HELD:
+                return Done(requeue_after=LOOK_SECONDS)
+            case Pace.RETRY:
+                return Retry(VCPUSetError(f"{verdict.reason}: {verdict.message}"))
+            case Pace.STEADY:
+                seconds = jittered(self._resync_seconds, 0.1)
+                if verdict.due is not None:
+                    seconds = min(seconds, max(0.0, (verdict.due - self._clock()).total_seconds()))
+                return Done(requeue_after=seconds)
+
+
+def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
+    """The CPUs that an earlier process wrote down, or that this one did not get round to ask for."""
+    return {cpu_of(request) for request in requests} - track.sent.keys()
+
+
+def _address(vcpuset: VCPUSet) -> tuple[str, ...]:
+    """The monitor's address as the set spells it; known also while nothing is there."""
+    match vcpuset.spec.monitor:
+        case UnixMonitor(path):
+            return ("unix", vcpuset.namespace, path)
+        case monitor:
+            return ("tcp", monitor.host, str(monitor.port))

@@ -1,0 +1,64 @@
+"""Who may use a thing that several name: the most senior of them.
+
+Each claimant states the keys of all that it names. It holds them if no more senior claimant shares one of them; when
+that one lets go, those who share its keys are told, so that the next takes over at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Claims"]
+
+C = TypeVar("C", bound=Hashable)
+
+
+class Claims(Generic[C]):
+    """Claims of claimants `C` on hashable keys. Synchronous; every method is O(claimants that share a key)."""
+
+    def __init__(self) -> None:
+        self._claimants: defaultdict[Hashable, dict[C, Any]] = defaultdict(dict)
+        """Key → claimant → seniority (anything ordered; the smallest wins). No key is left without a claimant."""
+        self._keys: dict[C, frozenset[Hashable]] = {}
+
+    def claim(self, claimant: C, seniority: Any, keys: Iterable[Hashable]) -> set[C]:  # noqa: ANN401 - any ordered value
+        """Claim these keys and no others; returns the other claimants whose standing may have changed by it."""
+        wanted = frozenset(keys)
+        held = self._keys.get(claimant, frozenset())
+        if wanted == held:
+            return set()
+        touched = self._sharers(claimant, wanted ^ held)
+        for key in held - wanted:
+            self._drop(claimant, key)
+        for key in wanted:
+            self._claimants[key][claimant] = seniority
+        self._keys[claimant] = wanted
+        return touched
+
+    def release(self, claimant: C) -> set[C]:
+        """Let go of everything; returns those whose standing may have changed by it."""
+        touched = self._sharers(claimant, self._keys.get(claimant, frozenset()))
+        for key in self._keys.pop(claimant, frozenset()):
+            self._drop(claimant, key)
+        return touched
+
+    def senior(self, claimant: C) -> C | None:
+        """The most senior other claimant that comes before this one; None: this one holds what it claims."""
+        rivals = {
+            other: seniority
+            for key in self._keys.get(claimant, frozenset())
+            for other, seniority in self._claimants[key].items()
+            if seniority < self._claimants[key][claimant]
+        }
+        return min(rivals, key=lambda other: rivals[other], default=None)
+
+    def _sharers(self, claimant: C, keys: Iterable[Hashable]) -> set[C]:
+        # .get: asking about a key must not create it
+        return {other for key in keys for other in self._claimants.get(key, {})} - {claimant}
+
+    def _drop(self, claimant: C, key: Hashable) -> None:
+        del self._claimants[key][claimant]
+        if not self._claimants[key]:
+            del self._claimants[key]

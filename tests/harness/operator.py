@@ -1,0 +1,121 @@
+"""The real operator, as a child process: `vcpuset run` with the flags that a test gives it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from harness.controlplane import ControlPlane
+from harness.processes import Child, free_port
+from harness.wait import until
+
+__all__ = ["OperatorProcess"]
+
+_COMMAND = ("-m", "vcpuset.cli.main", "run")
+
+
+class OperatorProcess:
+    """One operator. Its log is in `log`; its health and metrics are at `url`.
+
+    kubeconfig   as whom it speaks to the API server
+    socket_root  the folder with the namespaces' folders; None: it serves no unix monitors
+    arguments    more flags of `vcpuset run`
+    """
+
+    def __init__(
+        self,
+        control_plane: ControlPlane,
+        *arguments: str,
+        socket_root: Path | None = None,
+        kubeconfig: Path | None = None,
+        python: str | None = None,
+    ) -> None:
+        import sys
+
+        self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
+        self.log = self.directory / "log"
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._argv = [
+            python or sys.executable,
+            *_COMMAND,
+            f"--kubeconfig={kubeconfig or control_plane.kubeconfig}",
+            f"--http-address=127.0.0.1:{self._port}",
+            *([f"--socket-root={socket_root}"] if socket_root else []),
+            *arguments,
+        ]
+        self._child: Child | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running operator."""
+        assert self._child is not None, "the operator has not been started"
+        return self._child.pid
+
+    async def start(self, *, ready: bool = True) -> Self:
+        """Start it (again); with `ready`, wait until it has listed the sets."""
+        self._child = Child.start(self._argv, name="vcpuset run", log=self.log)
+        if ready:
+            await until(self._is_ready, 60, lambda: f"the operator's /readyz; its log ends with:\n{self.tail()}\n")
+        return self
+
+    def tail(self, lines: int = 40) -> str:
+        """The end of the log, for messages."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def text(self) -> str:
+        """The whole log."""
+        return self.log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self._child is not None:
+            self._child.kill()
+
+    async def stop(self) -> int:
+        """Ask it to end (SIGTERM); returns the exit status."""
+        assert self._child is not None, "the operator has not been started"
+        return await self._child.stop(timeout=30)
+
+    def metrics(self) -> str:
+        """What `/metrics` says now."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:  # noqa: S310 - our own URL
+            text: str = answer.read().decode()
+            return text
+
+    def rss_bytes(self) -> int:
+        """Its resident memory."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no VmRSS")
+
+    def _is_ready(self) -> bool:
+        assert self._child is not None
+        self._child.require_running()
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:  # noqa: S310 - our own URL
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await self.start()
+        except BaseException:
+            await self._end()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._child is not None:
+            await self._child.stop(timeout=30)
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""VCPUSets as a user sees them: manifests, and what the API server says of them.
+
+`User` writes and reads through the API server over HTTP, because a kubectl process costs more than the whole of a test;
+the tests of kubectl itself call `ControlPlane.kubectl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.controlplane import Answer, ControlPlane
+from harness.wait import until
+
+__all__ = ["Seen", "User", "manifest"]
+
+API = "/apis/vcpuset.dev/v1alpha1"
+WAIT_SECONDS = 90.0
+
+
+def manifest(
+    namespace: str, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any
+) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    """A VCPUSet: its monitor is a path below the namespace's folder, or host and port; `spec` holds further fields."""
+    address: dict[str, Any] = (
+        {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
+        if isinstance(monitor, tuple)
+        else {"unix": {"path": str(monitor)}}
+    )
+    return {
+        "apiVersion": "vcpuset.dev/v1alpha1",
+        "kind": "VCPUSet",
+        "metadata": {"namespace": namespace, "name": name},
+        "spec": {"vcpus": vcpus, "monitor": address, **spec},
+    }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A VCPUSet as the API server returned it."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """`status`."""
+        found: Mapping[str, Any] = self.body.get("status", {})
+        return found
+
+    @property
+    def vcpus(self) -> int | None:
+        """`status.vcpus`."""
+        return self.status.get("vcpus")
+
+    @property
+    def pending(self) -> list[Mapping[str, Any]]:
+        """`status.pendingUnplugs`."""
+        return list(self.status.get("pendingUnplugs") or [])
+
+    @property
+    def current(self) -> bool:
+        """Whether the status is about the spec as it stands."""
+        return bool(self.status.get("observedGeneration") == self.body["metadata"]["generation"])
+
+    def condition(self, kind: str) -> Mapping[str, Any]:
+        """A condition; empty if it is not there."""
+        return next((each for each in self.status.get("conditions", []) if each["type"] == kind), {})
+
+    @property
+    def states(self) -> tuple[str | None, str | None, str | None]:
+        """The statuses of Ready, Reconciling and Stalled."""
+        ready, reconciling, stalled = (
+            self.condition(kind).get("status") for kind in ("Ready", "Reconciling", "Stalled")
+        )
+        return ready, reconciling, stalled
+
+    @property
+    def reason(self) -> str | None:
+        """The reason of Ready, if it is about the spec as it stands."""
+        return self.condition("Ready").get("reason") if self.current else None
+
+    @property
+    def message(self) -> str:
+        """The message of Ready."""
+        return str(self.condition("Ready").get("message", ""))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is Ready for the spec as it stands."""
+        return self.current and self.condition("Ready").get("status") == "True"
+
+
+class User:
+    """Somebody who works with the VCPUSets of one namespace."""
+
+    def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
+        self.control_plane = control_plane
+        self.namespace = namespace
+        self._path = f"{API}/namespaces/{namespace}/vcpusets"
+
+    async def create(self, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any) -> Seen:  # noqa: ANN401 - JSON
+        """Create a set."""
+        return Seen(await self._ok("POST", self._path, manifest(self.namespace, name, vcpus, monitor, **spec)))
+
+    async def get(self, name: str) -> Seen:
+        """A set as it is now."""
+        return Seen(await self._ok("GET", f"{self._path}/{name}"))
+
+    async def change(self, name: str, **spec: Any) -> Seen:  # noqa: ANN401 - JSON
+        """Change fields of a set's spec (merge-patch: None removes a field)."""
+        return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"spec": spec}))
+
+    async def touch(self, name: str) -> Seen:
+        """Change an annotation and nothing else."""
+        current = await self.get(name)
+        version = current.body["metadata"]["resourceVersion"]
+        body = {"metadata": {"annotations": {"touched-at": version}}}
+        return Seen(await self._ok("PATCH", f"{self._path}/{name}", body))
+
+    async def delete(self, name: str) -> None:
+        """Delete a set; it is gone at once, for it has no finalizer."""
+        await self._ok("DELETE", f"{self._path}/{name}")
+
+    async def wait(self, name: str, holds: Callable[[Seen], bool], what: str, timeout: float = WAIT_SECONDS) -> Seen:
+        """Wait until something holds for a set; returns the set as it was then."""
+        last: Seen | None = None
+
+        async def look() -> Seen | None:
+            nonlocal last
+            last = await self.get(name)
+            return last if holds(last) else None
+
+        def described() -> str:
+            shown = None if last is None else json.dumps(last.status, indent=1)
+            return f"{self.namespace}/{name}: {what}; its status was {shown}"
+
+        found = await until(look, timeout, described, interval=0.05)
+        assert found is not None
+        return found
+
+    async def wait_ready(self, name: str, timeout: float = WAIT_SECONDS) -> Seen:
+        """Wait until a set is Ready for its spec as it stands."""
+        return await self.wait(name, lambda seen: seen.ready, "Ready", timeout)
+
+    async def wait_reason(
+        self, name: str, reason: str, timeout: float = WAIT_SECONDS, *, stalled: bool = False
+    ) -> Seen:
+        """Wait until a set gives this reason, and Stalled is as said (for reasons that may be either)."""
+
+        def holds(seen: Seen) -> bool:
+            return seen.reason == reason and (not stalled or seen.states[2] == "True")
+
+        return await self.wait(name, holds, f"reason {reason}", timeout)
+
+    async def events(self, name: str) -> list[Mapping[str, Any]]:
+        """The Events about a set, oldest first."""
+        found = await self._ok("GET", f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events")
+        mine = [each for each in found["items"] if each["regarding"].get("name") == name]
+        return sorted(mine, key=lambda each: str(each["eventTime"]))
+
+    async def _ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+        answer: Answer = await self.control_plane.request(method, path, body)
+        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
+        return answer.body
