@@ -1,0 +1,281 @@
+"""`kubectl apply -k deploy` on a real API server: all of it is accepted, and it grants what is needed and no more.
+
+There is no controller manager or kubelet here, so no pod is started: what the pod looks like is checked by the API
+server's own admission, and the program with these rights is run by the end-to-end tests.
+"""
+
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+import yaml
+
+from harness.cache import REPOSITORY
+from harness.controlplane import ControlPlane
+from harness.wait import until
+
+__all__: list[str] = []
+
+DEPLOY: Final = REPOSITORY / "deploy"
+EXAMPLES: Final = sorted((DEPLOY / "examples").glob("*.yaml"))
+Json = dict[str, Any]
+
+OPERATOR: Final = "system:serviceaccount:vcpuset-system:vcpuset"
+
+INSECURE: Final = """\
+apiVersion: vcpuset.dev/v1alpha1
+kind: VCPUSet
+metadata: {name: open}
+spec:
+  vcpus: 2
+  monitor: {tcp: {host: 192.0.2.10, port: 4444, insecure: true}}
+"""
+
+PRIVATE: Final = """\
+apiVersion: vcpuset.dev/v1alpha1
+kind: VCPUSet
+metadata: {name: private}
+spec:
+  vcpus: 2
+  monitor: {unix: {path: vm/qmp.sock}}
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[ControlPlane]:
+    """An API server of this module's own, since `deploy` is cluster-wide; set up by that one command alone."""
+    async with ControlPlane() as running:
+        applied = await running.kubectl("apply", "--server-side", "-k", DEPLOY)
+        # Pod security and deprecated fields are told by warnings only.
+        assert applied.stderr == ""
+        await running.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
+
+        async def warned() -> bool:
+            done = await running.kubectl("create", "--dry-run=server", "-f", "-", input=INSECURE, check=False)
+            return "INSECURE" in done.stderr
+
+        # The API server takes a new policy into force some moments later.
+        await until(warned, 60, "the warning of an insecure monitor", interval=0.5)
+        yield running
+
+
+async def deployment(cluster: ControlPlane) -> Json:
+    """The Deployment as the API server has it."""
+    got = json.loads((await cluster.kubectl("get", "deploy/vcpuset", "-n", "vcpuset-system", "-o", "json")).stdout)
+    assert isinstance(got, dict)
+    return got
+
+
+async def test_applying_twice_changes_nothing(cluster: ControlPlane) -> None:
+    again = await cluster.kubectl("diff", "--server-side", "-k", DEPLOY)  # exit status 1 if there is a difference
+    assert again.stdout == ""
+
+
+async def test_everything_is_named_for_the_project_and_nothing_else_is_applied(cluster: ControlPlane) -> None:
+    built = (await cluster.kubectl("kustomize", DEPLOY)).stdout
+    parts = {(part["kind"], part["metadata"]["name"]) for part in yaml.safe_load_all(built)}
+    assert parts == {
+        ("Namespace", "vcpuset-system"),
+        ("CustomResourceDefinition", "vcpusets.vcpuset.dev"),
+        ("ServiceAccount", "vcpuset"),
+        ("ClusterRole", "vcpuset-operator"),
+        ("ClusterRole", "vcpuset-view"),
+        ("ClusterRole", "vcpuset-edit"),
+        ("ClusterRoleBinding", "vcpuset-operator"),
+        ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
+        ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
+        ("Deployment", "vcpuset"),
+    }
+
+
+async def test_the_image_is_replaced_by_a_kustomization_of_the_users_own(cluster: ControlPlane, tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    shutil.copytree(REPOSITORY / "crds", tmp_path / "crds")
+    overlay = {
+        "resources": ["deploy"],
+        "images": [{"name": "vcpuset", "newName": "registry.example.com/vcpuset", "newTag": "1.2.3"}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    built = (await cluster.kubectl("kustomize", tmp_path)).stdout
+    assert "image: registry.example.com/vcpuset:1.2.3" in built
+
+
+async def test_the_namespace_admits_the_operators_pod_and_no_less_restricted_one(cluster: ControlPlane) -> None:
+    template = (await deployment(cluster))["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "vcpuset"}, "spec": template["spec"]}
+    arguments = ("create", "--namespace", "vcpuset-system", "--dry-run=server", "-f", "-")
+    await cluster.kubectl(*arguments, input=json.dumps(pod))
+    del pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
+    looser = await cluster.kubectl(*arguments, input=json.dumps(pod), check=False)
+    assert 'violates PodSecurity "restricted:latest": allowPrivilegeEscalation' in looser.stderr
+
+
+async def test_two_operators_never_run_at_once(cluster: ControlPlane) -> None:
+    spec = (await deployment(cluster))["spec"]
+    assert spec["replicas"] == 1
+    assert spec["strategy"] == {"type": "Recreate"}
+
+
+# --- rights ---------------------------------------------------------------------------------------------------------
+
+
+async def may(cluster: ControlPlane, user: str, verb: str, resource: str, *more: str) -> bool:
+    """Whether the API server would let `user` do it."""
+    resource, _, subresource = resource.partition("/")
+    about = [f"--subresource={subresource}"] if subresource else []  # `TYPE/X` would ask about an object named X
+    answer = await cluster.kubectl("auth", "can-i", verb, resource, *about, f"--as={user}", *more, check=False)
+    return {"yes": True, "no": False}[answer.stdout.strip()]
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        ("get", "vcpusets.vcpuset.dev"),
+        ("list", "vcpusets.vcpuset.dev"),
+        ("watch", "vcpusets.vcpuset.dev"),
+        ("patch", "vcpusets.vcpuset.dev/status"),
+        ("create", "events.events.k8s.io"),
+        ("patch", "events.events.k8s.io"),
+    ],
+)
+async def test_the_operator_may(cluster: ControlPlane, verb: str, resource: str) -> None:
+    assert await may(cluster, OPERATOR, verb, resource, "--all-namespaces")
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        ("create", "vcpusets.vcpuset.dev"),
+        ("update", "vcpusets.vcpuset.dev"),
+        ("patch", "vcpusets.vcpuset.dev"),
+        ("delete", "vcpusets.vcpuset.dev"),
+        ("patch", "vcpusets.vcpuset.dev/scale"),
+        ("update", "vcpusets.vcpuset.dev/finalizers"),
+        ("list", "events.events.k8s.io"),
+        ("create", "events"),
+        ("get", "secrets"),
+        ("list", "pods"),
+        ("create", "pods/exec"),
+        ("list", "nodes"),
+        ("list", "namespaces"),
+        ("list", "customresourcedefinitions.apiextensions.k8s.io"),
+        ("create", "leases.coordination.k8s.io"),
+        ("escalate", "clusterroles.rbac.authorization.k8s.io"),
+    ],
+)
+async def test_the_operator_may_not(cluster: ControlPlane, verb: str, resource: str) -> None:
+    assert not await may(cluster, OPERATOR, verb, resource, "--all-namespaces")
+
+
+async def test_the_operator_has_no_rights_but_those_and_what_everyone_has(cluster: ControlPlane) -> None:
+    async def rights(user: str) -> set[str]:
+        listed = await cluster.kubectl("auth", "can-i", "--list", "--no-headers", f"--as={user}")
+        return {" ".join(line.split()) for line in listed.stdout.splitlines()}
+
+    stranger = "system:serviceaccount:vcpuset-system:stranger"
+    assert await rights(OPERATOR) - await rights(stranger) == {
+        "vcpusets.vcpuset.dev [] [] [get list watch]",
+        "vcpusets.vcpuset.dev/status [] [] [patch]",
+        "events.events.k8s.io [] [] [create patch]",
+    }
+
+
+VIEW: Final = {
+    ("list", "vcpusets.vcpuset.dev"),
+    ("get", "vcpusets.vcpuset.dev/status"),
+    ("get", "vcpusets.vcpuset.dev/scale"),
+}
+EDIT: Final = {
+    ("create", "vcpusets.vcpuset.dev"),
+    ("update", "vcpusets.vcpuset.dev"),
+    ("delete", "vcpusets.vcpuset.dev"),
+    ("patch", "vcpusets.vcpuset.dev/scale"),
+}
+NOBODY: Final = {("patch", "vcpusets.vcpuset.dev/status")}
+
+
+@pytest.mark.parametrize(
+    ("roles", "granted"),
+    [
+        pytest.param(["vcpuset-view"], VIEW, id="viewers read"),
+        pytest.param(["vcpuset-view", "vcpuset-edit"], VIEW | EDIT, id="editors read and change"),
+    ],
+)
+async def test_the_roles_for_people_grant(
+    cluster: ControlPlane, roles: list[str], granted: set[tuple[str, str]]
+) -> None:
+    namespace = await cluster.namespace()
+    for role in roles:
+        await cluster.kubectl("create", "rolebinding", role, f"--clusterrole={role}", "--user=jo", "-n", namespace)
+
+    async def told() -> set[tuple[str, str]]:
+        asked = VIEW | EDIT | NOBODY
+        return {(verb, what) for verb, what in asked if await may(cluster, "jo", verb, what, "-n", namespace)}
+
+    async def as_granted() -> bool:
+        return await told() == granted
+
+    # A binding takes force some moments after it is written.
+    await until(as_granted, 60, f"jo to have the rights {sorted(granted)}")
+
+
+async def test_the_roles_for_people_join_the_clusters_own(cluster: ControlPlane) -> None:
+    # No controller is here to join them; the labels are what it goes by.
+    ours = "app.kubernetes.io/name=vcpuset"
+    joined = {}
+    for whole in ("view", "edit", "admin"):
+        label = f"rbac.authorization.k8s.io/aggregate-to-{whole}=true"
+        found = await cluster.kubectl("get", "clusterroles", f"--selector={ours},{label}", "-o=name")
+        joined[whole] = {line.partition("/")[2] for line in found.stdout.split()}
+    assert joined == {
+        "view": {"vcpuset-view"},
+        "edit": {"vcpuset-view", "vcpuset-edit"},
+        "admin": {"vcpuset-view", "vcpuset-edit"},
+    }
+
+
+# --- warning --------------------------------------------------------------------------------------------------------
+
+
+async def test_kubectl_warns_of_an_insecure_monitor_and_lets_it_pass(cluster: ControlPlane) -> None:
+    namespace = await cluster.namespace()
+    created = await cluster.kubectl("create", "-n", namespace, "-f", "-", input=INSECURE)
+    assert created.stdout == "vcpuset.vcpuset.dev/open created\n"
+    assert created.stderr.startswith("Warning: ")
+    assert "INSECURE MONITOR: spec.monitor.tcp is neither encrypted nor authenticated." in created.stderr
+
+
+async def test_kubectl_does_not_warn_when_an_insecure_set_is_scaled_or_reported_on(cluster: ControlPlane) -> None:
+    namespace = await cluster.namespace()
+    await cluster.kubectl("create", "-n", namespace, "-f", "-", input=INSECURE)
+    scaled = await cluster.kubectl("scale", "-n", namespace, "vcs/open", "--replicas=3")
+    assert scaled.stderr == ""
+    status = ("--subresource=status", "--type=merge", "-p", '{"status": {"vcpus": 2}}')
+    reported = await cluster.kubectl("patch", "-n", namespace, "vcs", "open", *status)
+    assert reported.stderr == ""
+
+
+async def test_kubectl_does_not_warn_of_a_unix_monitor(cluster: ControlPlane) -> None:
+    created = await cluster.kubectl("create", "--dry-run=server", "-f", "-", input=PRIVATE)
+    assert created.stderr == ""
+
+
+async def test_a_refused_manifest_is_refused_for_its_own_fault(cluster: ControlPlane) -> None:
+    manifest = INSECURE.replace(", insecure: true", "")
+    refused = await cluster.kubectl("create", "--dry-run=server", "-f", "-", input=manifest, check=False)
+    assert refused.returncode == 1
+    assert "spec.monitor.tcp.insecure: Invalid value: must be true" in refused.stderr
+    assert "Warning" not in refused.stderr
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+async def test_an_example_is_accepted(cluster: ControlPlane, example: Path) -> None:
+    created = await cluster.kubectl("create", "--dry-run=server", "-f", example)
+    assert created.stdout.endswith("created (server dry run)\n")
