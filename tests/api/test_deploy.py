@@ -1,7 +1,7 @@
 """`kubectl apply -k deploy` on a real API server: all of it is accepted, and it grants what is needed and no more.
 
 There is no controller manager or kubelet here, so no pod is started: what the pod looks like is checked by the API
-server's own admission, and the program with these rights is run by the end-to-end tests.
+server's own admission, and the program is run beside it, with the pod's arguments and service account.
 """
 
 import json
@@ -16,6 +16,8 @@ import yaml
 
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
+from harness.operator import OperatorProcess
+from harness.processes import free_port
 from harness.wait import until
 
 __all__: list[str] = []
@@ -118,6 +120,34 @@ async def test_two_operators_never_run_at_once(cluster: ControlPlane) -> None:
     spec = (await deployment(cluster))["spec"]
     assert spec["replicas"] == 1
     assert spec["strategy"] == {"type": "Recreate"}
+
+
+async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_deployment(
+    cluster: ControlPlane,
+) -> None:
+    template = (await deployment(cluster))["spec"]["template"]["spec"]
+    container = template["containers"][0]
+    words: list[str] = [*container["command"], *container["args"]]
+    assert words[:2] == ["vcpuset", "run"]
+    # Only where it listens is the test's own.
+    arguments = [word for word in words[2:] if not word.startswith("--http-address=")]
+    rights = await cluster.service_account_kubeconfig("vcpuset-system", template["serviceAccountName"])
+    namespace = await cluster.namespace()
+    nobody_listens = INSECURE.replace("192.0.2.10, port: 4444", f"127.0.0.1, port: {free_port()}")
+    await cluster.kubectl("create", "-n", namespace, "-f", "-", input=nobody_listens)
+    async with OperatorProcess(cluster, *arguments, kubeconfig=rights) as operator:
+
+        async def reported() -> bool:
+            row = await cluster.kubectl("get", "vcs", "open", "-n", namespace, "--no-headers")
+            return "MonitorUnreachable" in row.stdout
+
+        async def told() -> bool:
+            events = await cluster.kubectl("get", "events.events.k8s.io", "-n", namespace, "--no-headers")
+            return "MonitorUnreachable" in events.stdout
+
+        await until(reported, 60, lambda: f"the status to say why; the operator's log ends with:\n{operator.tail()}\n")
+        await until(told, 60, lambda: f"the event; the operator's log ends with:\n{operator.tail()}\n")
+        assert "forbidden" not in operator.text().lower()
 
 
 # --- rights ---------------------------------------------------------------------------------------------------------
