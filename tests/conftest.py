@@ -1,5 +1,6 @@
 """Fixtures for tests that need a Kubernetes API. Nothing is started for a test that does not ask for one."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -8,6 +9,14 @@ import pytest_asyncio
 from harness.controlplane import ControlPlane
 
 __all__ = ["control_plane", "namespace"]
+
+
+def pytest_configure() -> None:
+    """Have no event loop but the tests' own: looptime would otherwise make one before a first test that needs none.
+
+    That loop would never be closed, which is an error here.
+    """
+    asyncio.set_event_loop(None)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -37,6 +37,7 @@ class AuditEvent:
     name: str
     code: int  # the HTTP status
     request_uri: str
+    user_agent: str = ""
 
     @property
     def is_write(self) -> bool:
@@ -58,6 +59,7 @@ class AuditEvent:
             name=target.get("name", ""),
             code=record.get("responseStatus", {}).get("code", 0),
             request_uri=record["requestURI"],
+            user_agent=record.get("userAgent", ""),
         )
 
 

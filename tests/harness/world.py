@@ -23,7 +23,7 @@ WAIT_SECONDS = 90.0
 
 def manifest(
     namespace: str, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any
-) -> dict[str, Any]:  # noqa: ANN401 - JSON
+) -> dict[str, Any]:
     """A VCPUSet: its monitor is a path below the namespace's folder, or host and port; `spec` holds further fields."""
     address: dict[str, Any] = (
         {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
@@ -101,7 +101,7 @@ class User:
         self.namespace = namespace
         self._path = f"{API}/namespaces/{namespace}/vcpusets"
 
-    async def create(self, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any) -> Seen:  # noqa: ANN401 - JSON
+    async def create(self, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any) -> Seen:
         """Create a set."""
         return Seen(await self._ok("POST", self._path, manifest(self.namespace, name, vcpus, monitor, **spec)))
 
@@ -109,7 +109,7 @@ class User:
         """A set as it is now."""
         return Seen(await self._ok("GET", f"{self._path}/{name}"))
 
-    async def change(self, name: str, **spec: Any) -> Seen:  # noqa: ANN401 - JSON
+    async def change(self, name: str, **spec: Any) -> Seen:
         """Change fields of a set's spec (merge-patch: None removes a field)."""
         return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"spec": spec}))
 
