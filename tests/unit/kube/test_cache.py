@@ -1,0 +1,80 @@
+"""The cache only moves forward, whoever reports and in whatever order."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from vcpuset.domain.resource import UID, Spec, UnixMonitor, VCPUSet
+from vcpuset.kube.cache import Cache
+
+WEB = VCPUSet(
+    uid=UID("0000-1"),
+    namespace="default",
+    name="web",
+    generation=1,
+    resource_version="100",
+    created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    spec=Spec(2, UnixMonitor("web.sock")),
+)
+
+
+def version(number: str) -> VCPUSet:
+    """WEB at another resourceVersion."""
+    return replace(WEB, resource_version=number)
+
+
+@pytest.fixture
+def cache() -> Cache:
+    """A cache that holds WEB at resourceVersion 100."""
+    filled = Cache()
+    assert filled.put(WEB)
+    return filled
+
+
+@pytest.mark.parametrize(
+    ("number", "is_news"),
+    [
+        pytest.param("100", False, id="the same"),
+        pytest.param("99", False, id="older, though its text is greater"),
+        pytest.param("1000", True, id="newer, though its text is smaller"),
+        pytest.param("opaque", True, id="not a number: sent in order"),
+    ],
+)
+def test_only_news_are_stored(cache: Cache, number: str, is_news: bool) -> None:
+    assert cache.put(version(number)) is is_news
+    assert cache.get(WEB.uid) == (version(number) if is_news else WEB)
+
+
+def test_a_dropped_set_is_gone(cache: Cache) -> None:
+    assert cache.drop(WEB.uid) == WEB
+    assert cache.get(WEB.uid) is None
+    assert (len(cache), list(cache)) == (0, [])
+    assert cache.drop(WEB.uid) is None
+
+
+@pytest.mark.parametrize("late", ["99", "100"])
+def test_a_late_report_does_not_bring_a_dropped_set_back(cache: Cache, late: str) -> None:
+    cache.drop(WEB.uid)
+    assert not cache.put(version(late))
+    assert len(cache) == 0
+
+
+def test_a_dropped_set_comes_back_with_a_later_version(cache: Cache) -> None:
+    cache.drop(WEB.uid)
+    assert cache.put(version("101"))
+    assert cache.get(WEB.uid) == version("101")
+
+
+def test_another_set_of_the_same_name_is_another_set(cache: Cache) -> None:
+    cache.drop(WEB.uid)
+    successor = replace(WEB, uid=UID("0000-2"), resource_version="5")
+    assert cache.put(successor)
+    assert list(cache) == [successor]
+
+
+def test_sets_may_be_dropped_while_the_cache_is_walked_through(cache: Cache) -> None:
+    cache.put(replace(WEB, uid=UID("0000-2")))
+    for vcpuset in cache:
+        cache.drop(vcpuset.uid)
+    assert len(cache) == 0
