@@ -61,6 +61,8 @@ class Step:
     line: str
     seconds: float = 60
     tries: int = 1
+    undo: str = ""
+    """The command line that takes the step back, run if a later step fails."""
 
 
 def qemu_version() -> tuple[int, int] | None:
@@ -157,7 +159,7 @@ def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) ->
     if newer and not backports.has_backports(sources, "bookworm"):
         text = backports.backports_source(sources, "bookworm")
         quoted = " ".join(shlex.quote(line) for line in text.splitlines())
-        todo.append(Step(f"printf '%s\\n' {quoted} > {BACKPORTS_FILE}"))
+        todo.append(Step(f"printf '%s\\n' {quoted} > {BACKPORTS_FILE}", undo=f"rm {BACKPORTS_FILE}"))
     todo.append(update)
     if plain:
         todo.append(Step(f"apt-get install --yes --no-install-recommends {' '.join(plain)}", seconds=INSTALL_SECONDS))
@@ -168,17 +170,31 @@ def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) ->
 
 
 def _run(todo: Sequence[Step], become_root: Sequence[str]) -> None:
-    for step in todo:
-        for attempt in range(1, step.tries + 1):
-            try:
-                run_visibly([*become_root, "sh", "-ec", UNATTENDED + step.line], seconds=step.seconds, shown=step.line)
-            except SetupFailed:
-                if attempt == step.tries:
-                    raise
-                say(f"trying again in 10 s ({attempt} of {step.tries} tries failed)")
-                time.sleep(10)
-            else:
-                break
+    done: list[Step] = []
+    try:
+        for step in todo:
+            _run_step(step, become_root)
+            done.append(step)
+    except SetupFailed:
+        # A mirror without backports, for example: with that source, every later `apt-get update` would fail.
+        for step in reversed(done):
+            if step.undo:
+                run_visibly([*become_root, "sh", "-ec", step.undo], seconds=step.seconds, shown=step.undo)
+        raise
+
+
+def _run_step(step: Step, become_root: Sequence[str]) -> None:
+    for attempt in range(1, step.tries + 1):
+        try:
+            # Not sh: it has no functions of such names.
+            run_visibly([*become_root, "bash", "-ec", UNATTENDED + step.line], seconds=step.seconds, shown=step.line)
+        except SetupFailed:
+            if attempt == step.tries:
+                raise
+            say(f"trying again in 10 s ({attempt} of {step.tries} tries failed)")
+            time.sleep(10)
+        else:
+            return
 
 
 def _become_root() -> list[str] | None:

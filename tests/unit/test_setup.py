@@ -1,0 +1,178 @@
+"""Set-up's decisions: which apt source is followed, which command lines result, what the pins cover."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from harness.cache import REPOSITORY
+from harness.setup import system
+from harness.setup.backports import Target, backports_source, has_backports
+from harness.setup.console import NotPossible
+
+DEB822 = """\
+# The machine's mirror.
+Types: deb deb-src
+URIs: http://mirror.example/debian
+Suites: bookworm bookworm-updates
+Components: main contrib
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+
+Types: deb
+URIs: http://mirror.example/debian-security
+Suites: bookworm-security
+Components: main
+Signed-By: /elsewhere.gpg
+"""
+
+DEB822_WITH_KEY = """\
+Types: deb
+Enabled: yes
+URIs: http://other.example/debian/ http://mirror.example/debian/
+Suites: bookworm
+Components: main
+Architectures: amd64
+Signed-By:
+ -----BEGIN PGP PUBLIC KEY BLOCK-----
+ .
+ mQINBGPL0BUBEADmW5NdOOHwPIJlgPu6JDcKw/NZJPR8lsD3K87ZM18gzyQZJD+w
+ -----END PGP PUBLIC KEY BLOCK-----
+Check-Valid-Until: no
+"""
+
+ONE_LINE = """\
+# deb cdrom:[Debian GNU/Linux 12]/ bookworm main
+deb-src http://mirror.example/debian/ bookworm main
+deb http://mirror.example/debian/ bookworm-updates main
+deb [arch=amd64,i386 signed-by=/key.gpg check-valid-until=no] http://mirror.example/debian/ bookworm main contrib
+"""
+
+
+def target(
+    file: Path,
+    release: str = "bookworm",
+    uri: str = "http://mirror.example/debian/",
+    origin: str = "Debian",
+    component: str = "main",
+) -> Target:
+    return Target(release, component, uri, origin, file)
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        pytest.param(
+            "debian.sources",
+            DEB822,
+            "Types: deb\nURIs: http://mirror.example/debian/\nSuites: bookworm-backports\nComponents: main\n"
+            "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n",
+            id="deb822",
+        ),
+        pytest.param(
+            "debian.sources",
+            DEB822_WITH_KEY,
+            "Types: deb\nURIs: http://mirror.example/debian/\nSuites: bookworm-backports\nComponents: main\n"
+            "Architectures: amd64\n"
+            "Signed-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n"
+            " mQINBGPL0BUBEADmW5NdOOHwPIJlgPu6JDcKw/NZJPR8lsD3K87ZM18gzyQZJD+w\n"
+            " -----END PGP PUBLIC KEY BLOCK-----\n"
+            "Check-Valid-Until: no\n",
+            id="deb822-with-the-key-inside",
+        ),
+        pytest.param(
+            "sources.list",
+            ONE_LINE,
+            "Types: deb\nURIs: http://mirror.example/debian/\nSuites: bookworm-backports\nComponents: main\n"
+            "Architectures: amd64 i386\nSigned-By: /key.gpg\nCheck-Valid-Until: no\n",
+            id="one-line",
+        ),
+        pytest.param(
+            "sources.list",
+            "deb http://mirror.example/debian bookworm main\n",
+            "Types: deb\nURIs: http://mirror.example/debian/\nSuites: bookworm-backports\nComponents: main\n",
+            id="one-line-without-options",
+        ),
+    ],
+)
+def test_backports_come_from_the_machines_own_mirror_with_its_options(
+    tmp_path: Path, name: str, text: str, expected: str
+) -> None:
+    assert backports_source([target(written(tmp_path, name, text))], "bookworm") == expected
+
+
+def test_another_publishers_suite_of_the_same_name_is_not_followed(tmp_path: Path) -> None:
+    file = written(tmp_path, "sources.list", "")
+    stranger = target(file, uri="http://stranger.example/", origin="Stranger")
+    debian = target(file)
+    assert "URIs: http://mirror.example/debian/" in backports_source([stranger, debian], "bookworm")
+    with pytest.raises(NotPossible, match="no apt source of Debian's suite bookworm"):
+        backports_source([stranger], "bookworm")
+
+
+def test_before_the_first_update_the_path_tells_debians_source(tmp_path: Path) -> None:
+    file = written(tmp_path, "sources.list", "")
+    stranger = target(file, uri="http://stranger.example/", origin="")
+    assert "URIs: http://mirror.example/debian/" in backports_source([stranger, target(file, origin="")], "bookworm")
+
+
+@pytest.mark.parametrize(
+    ("release", "component", "expected"),
+    [
+        pytest.param("bookworm-backports", "main", True, id="there"),
+        pytest.param("bookworm-backports", "contrib", False, id="without-main"),
+        pytest.param("trixie-backports", "main", False, id="of-another-version"),
+        pytest.param("bookworm", "main", False, id="not-there"),
+    ],
+)
+def test_backports_already_in_use_are_noticed(tmp_path: Path, release: str, component: str, expected: bool) -> None:
+    assert has_backports([target(tmp_path, release, component=component)], "bookworm") is expected
+
+
+def lines(names: set[str], sources: list[Target]) -> list[str]:
+    needed = [requirement for requirement in system.REQUIREMENTS if requirement.debian in names]
+    assert len(needed) == len(names)
+    return [step.line for step in system.steps(needed, sources)]
+
+
+def test_only_qemu_comes_from_the_backports_which_are_added_first(tmp_path: Path) -> None:
+    file = written(tmp_path, "sources.list", "deb [signed-by=/k.gpg] http://mirror.example/debian bookworm main\n")
+    assert lines({"openssl", "python3-venv", "qemu-system-x86"}, [target(file)]) == [
+        (
+            "printf '%s\\n' 'Types: deb' 'URIs: http://mirror.example/debian/' 'Suites: bookworm-backports' "
+            "'Components: main' 'Signed-By: /k.gpg' > /etc/apt/sources.list.d/vcpuset-backports.sources"
+        ),
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends openssl python3-venv",
+        "apt-get install --yes --no-install-recommends -t bookworm-backports qemu-system-x86",
+    ]
+
+
+def test_no_source_is_added_without_need(tmp_path: Path) -> None:
+    configured = [target(tmp_path), target(tmp_path, "bookworm-backports", origin="Debian Backports")]
+    assert lines({"qemu-system-x86"}, configured) == [
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends -t bookworm-backports qemu-system-x86",
+    ]
+    assert lines({"openssl"}, [target(tmp_path)]) == [
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends openssl",
+    ]
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pinned = re.findall(r"^([\w.-]+)==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    required = {plain(re.split(r"[<>=!~;\[ ]", requirement)[0]) for requirement in wanted}
+    assert required <= {plain(name) for name in pinned}
