@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,8 @@ from harness.controlplane import ControlPlane
 from harness.vcpusets import VCPUSets
 from harness.wait import until
 from vcpuset.domain.errors import APIError
-from vcpuset.domain.resource import UID
+from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.kube import codec, source
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.source import Source
@@ -182,8 +185,6 @@ async def test_our_own_status_write_is_no_news(sets: VCPUSets) -> None:
     ):
         await watch.until_names("web")
         (vcpuset,) = watch.cache
-        from dataclasses import replace
-
         written = await cluster.write_status(vcpuset, replace(vcpuset.status, observed_generation=1, vcpus=2))
         # Whichever comes first, the answer to the write or the watch's echo of it: the other one is old.
         told = len(watch.changes)
@@ -222,11 +223,6 @@ async def test_an_object_that_cannot_be_understood_is_logged_and_the_rest_goes_o
     sets: VCPUSets, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The schema admits none, so the object is made unreadable on its way in."""
-    from collections.abc import Mapping
-    from typing import Any
-
-    from vcpuset.domain.resource import VCPUSet
-    from vcpuset.kube import codec, source
 
     def decode(body: Mapping[str, Any]) -> VCPUSet:
         if body["spec"]["vcpus"] == 13:
@@ -307,7 +303,7 @@ async def test_the_watch_and_the_sweep_survive_a_restart_of_the_api_server() -> 
             await sets.create(name)
         async with await Cluster.connect(own.kubeconfig) as cluster, watching(own.kubeconfig, Scope()) as watch:
             await watch.until_names("stays", "goes")
-            await own.stop_apiserver()
+            await own.stop_apiserver(kill=True)  # politely it would wait for the watch
             with pytest.raises(APIError):
                 await cluster.list(Scope())
             await own.start_apiserver()

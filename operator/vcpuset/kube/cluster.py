@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import logging
 import ssl
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +85,8 @@ class Cluster:
     def __init__(self, client: ApiClient, kubeconfig: Path | None) -> None:
         self.kubeconfig: Final = kubeconfig
         self._client = client
+        self._users: Counter[ApiClient] = Counter()
+        """Requests under way; one client, and after a new login the one before for as long as it is in use."""
         self._login = asyncio.Lock()
         self._reported: dict[UID, str] = {}
         """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
@@ -208,29 +212,44 @@ class Cluster:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         what = f"{method} {path}"
-        client = self._client
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 try:
-                    return await _send(client, method, path, query or [], body, content_type)
+                    async with self._borrowed() as client:
+                        return await _send(client, method, path, query or [], body, content_type)
                 except _Unauthorized:
-                    fresh = await self._log_in_again(client)
-                    return await _send(fresh, method, path, query or [], body, content_type)
+                    await self._log_in_again(client)
+                async with self._borrowed() as client:
+                    return await _send(client, method, path, query or [], body, content_type)
         except TimeoutError as error:
-            host = client.configuration.host
+            host = self._client.configuration.host
             raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             raise APIError(f"{what}: {error or repr(error)}") from error
         except msgspec.DecodeError as error:
             raise APIError(f"{what}: the answer is not JSON: {error}") from error
 
-    async def _log_in_again(self, refused: ApiClient) -> ApiClient:
-        """A client with credentials read anew, in place of one whose credentials were refused."""
+    async def _log_in_again(self, refused: ApiClient) -> None:
+        """Put a client with credentials read anew in place of one whose credentials were refused."""
         async with self._login:
             if self._client is refused:  # else another request has done it meanwhile
                 self._client = await _make_client(self.kubeconfig)
-                await _close(refused)
-            return self._client
+                if not self._users[refused]:
+                    del self._users[refused]
+                    await _close(refused)
+
+    @contextlib.asynccontextmanager
+    async def _borrowed(self) -> AsyncIterator[ApiClient]:
+        """The client for one request. The last request on one that was replaced closes it."""
+        client = self._client
+        self._users[client] += 1
+        try:
+            yield client
+        finally:
+            self._users[client] -= 1
+            if client is not self._client and not self._users[client]:
+                del self._users[client]
+                await _close(client)
 
 
 async def _make_client(kubeconfig: Path | None) -> ApiClient:
