@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-from harness.controlplane import ControlPlane
 from harness.processes import Child, free_port
 from harness.wait import until
 
@@ -18,24 +18,28 @@ __all__ = ["OperatorProcess"]
 _COMMAND = ("-m", "vcpuset.cli.main", "run")
 
 
+class HasKubeconfig(Protocol):
+    """A cluster, as far as an operator needs to know it; `ControlPlane` is one."""
+
+    kubeconfig: Path
+
+
 class OperatorProcess:
     """One operator. Its log is in `log`; its health and metrics are at `url`.
 
-    kubeconfig   as whom it speaks to the API server
+    kubeconfig   as whom it speaks to the API server; None: as the cluster's own says
     socket_root  the folder with the namespaces' folders; None: it serves no unix monitors
     arguments    more flags of `vcpuset run`
     """
 
     def __init__(
         self,
-        control_plane: ControlPlane,
+        cluster: HasKubeconfig,
         *arguments: str,
         socket_root: Path | None = None,
         kubeconfig: Path | None = None,
         python: str | None = None,
     ) -> None:
-        import sys
-
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
         self.log = self.directory / "log"
         self._port = free_port()
@@ -43,7 +47,7 @@ class OperatorProcess:
         self._argv = [
             python or sys.executable,
             *_COMMAND,
-            f"--kubeconfig={kubeconfig or control_plane.kubeconfig}",
+            f"--kubeconfig={kubeconfig or cluster.kubeconfig}",
             f"--http-address=127.0.0.1:{self._port}",
             *([f"--socket-root={socket_root}"] if socket_root else []),
             *arguments,
