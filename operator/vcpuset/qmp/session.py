@@ -206,6 +206,8 @@ class Session:
 
     def _on_event(self, event: Message) -> None:
         name, data = event["event"], event.get("data")
+        if not isinstance(name, str):
+            return
         if name == "ACPI_DEVICE_OST":
             self._on_ost(data)
         elif name == "DEVICE_UNPLUG_GUEST_ERROR" and isinstance(data, dict):

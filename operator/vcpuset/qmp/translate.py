@@ -12,6 +12,7 @@ import os
 import re
 
 from qemu.qmp import ConnectError, ExecuteError, QMPError
+from qemu.qmp.qmp_client import NegotiationError
 
 from vcpuset.domain.errors import (
     CommandError,
@@ -137,6 +138,8 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
             )
         case OSError():
             return MonitorUnreachable(f"{where} cannot be reached: {_brief(cause)}")
+        case NegotiationError():
+            return MonitorUnreachable(f"{where} greeted as QMP does, but did not accept qmp_capabilities")
         case _:
             return MonitorUnreachable(f"{where} does not speak QMP: {_brief(cause)}")
 
@@ -149,7 +152,8 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
     """
     if cause is None and isinstance(error, QMPError):
         return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
-    return MonitorUnreachable(f"{where} closed the connection before it answered {command}: {_brief(cause or error)}")
+    why = "the other end closed it" if isinstance(cause, EOFError) else _brief(cause or error)
+    return MonitorUnreachable(f"the connection to {where} broke before {command} was answered: {why}")
 
 
 def _brief(error: BaseException) -> str:
