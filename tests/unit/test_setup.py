@@ -1,5 +1,6 @@
 """Set-up's decisions: which apt source is followed, which command lines result, what the pins cover."""
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from harness.cache import REPOSITORY
 from harness.setup import system
 from harness.setup.backports import Target, backports_source, has_backports
-from harness.setup.console import NotPossible
+from harness.setup.console import NotPossible, SetupFailed
 
 DEB822 = """\
 # The machine's mirror.
@@ -164,6 +165,24 @@ def test_no_source_is_added_without_need(tmp_path: Path) -> None:
         "apt-get update",
         "apt-get install --yes --no-install-recommends openssl",
     ]
+
+
+def test_apt_asks_nothing_and_waits_for_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = written(tmp_path, "apt-get", f'#!/bin/sh\necho "$DEBIAN_FRONTEND: $*" > {tmp_path}/called\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    system.run_steps([system.Step("apt-get install --yes 'a b'")], become_root=[])
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("noninteractive: -o DPkg::Lock::Timeout=600 ")
+    assert called.endswith(" install --yes a b\n")
+
+
+def test_a_source_that_was_added_is_removed_when_a_later_step_fails(tmp_path: Path) -> None:
+    added = tmp_path / "added.sources"
+    todo = [system.Step(f"echo Types: deb > {added}", undo=f"rm {added}"), system.Step(f"cat {added}; exit 100")]
+    with pytest.raises(SetupFailed, match=r"exit status 100 \(see above\): cat "):
+        system.run_steps(todo, become_root=[])
+    assert not added.exists()
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -20,7 +20,7 @@ from typing import Final
 from harness.setup import backports
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
-__all__ = ["QEMU", "Requirement", "Step", "install_missing", "missing", "qemu_version", "steps"]
+__all__ = ["QEMU", "Requirement", "Step", "install_missing", "missing", "qemu_version", "run_steps", "steps"]
 
 QEMU: Final = "qemu-system-x86_64"
 
@@ -144,7 +144,7 @@ def install_missing() -> None:
         raise NotPossible(
             f"Installing needs root, and there is no sudo for this user. As root, run:\n\n{lines}\n\nThen try again."
         )
-    _run(todo, become_root)
+    run_steps(todo, become_root)
     still = missing()
     if still:
         raise SetupFailed(f"installed, but still missing: {'; '.join(requirement.what for requirement in still)}")
@@ -169,7 +169,12 @@ def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) ->
     return todo
 
 
-def _run(todo: Sequence[Step], become_root: Sequence[str]) -> None:
+def run_steps(todo: Sequence[Step], become_root: Sequence[str]) -> None:
+    """Run the steps, with `become_root` put before each command; if one fails, take back those done.
+
+    Raises:
+        SetupFailed: a step failed, each time it was tried.
+    """
     done: list[Step] = []
     try:
         for step in todo:

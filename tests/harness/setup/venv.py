@@ -34,7 +34,9 @@ def ensure_venv() -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     present = probe([VENV_PYTHON, "-c", "import pip, sys; print('{}.{}'.format(*sys.version_info))"])
     if present is None or present.strip() != version:
-        run_visibly([sys.executable, "-m", "venv", "--clear", VENV], seconds=300)
+        # Not sys.executable: that may be the very environment which is being replaced, if it is active.
+        base: str = getattr(sys, "_base_executable", sys.executable)
+        run_visibly([base, "-m", "venv", "--clear", VENV], seconds=300)
     pip: list[str | Path] = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     constraints = REPOSITORY / "constraints.txt"
     run_visibly(
