@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ class Halfway(Fault):
 
     async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
         await link.send({"id": answer["id"], "error": {"class": 5}})
+
+
+@dataclass
+class GarbageFromTheDeaf(Fault):
+    """Garbage, while nothing is read any more."""
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        await link.send_bytes(GARBAGE)
+        await link.left()
 
 
 @contextlib.asynccontextmanager
@@ -350,6 +360,14 @@ async def test_closing_does_not_wait_for_a_peer_that_reads_nothing(namespace_fol
         assert {type(result) for result in results} <= {MonitorTimeout, MonitorUnreachable}
 
 
+async def test_a_break_is_told_at_once_even_if_the_peer_reads_nothing(namespace_folder: Path, connect: Connect) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": GarbageFromTheDeaf()}) as monitor:
+        session = await connect(monitor.path)
+        commands = ["query-status", *["x" * (1 << 20)] * 4]
+        results = await asyncio.gather(*map(session._execute, commands), return_exceptions=True)
+        assert [type(result) for result in results] == [MonitorUnreachable] * 5
+
+
 async def test_a_cancelled_close_has_cut_the_connection_all_the_same(namespace_folder: Path, connect: Connect) -> None:
     async with FaultyMonitor(namespace_folder / "qmp") as monitor:
         session = await connect(monitor.path)
@@ -368,19 +386,19 @@ async def test_a_storm_of_events_neither_blocks_the_loop_nor_leaves_anything_beh
     faults: dict[str, Fault] = {"query-status": Storm(before=5000, after=5000)}
     async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path, wakes)
-        turns = 0
+        at_each_turn = [0]
 
         async def others() -> None:
-            nonlocal turns
             while True:
+                at_each_turn.append(session._client._received)
                 await asyncio.sleep(0)
-                turns += 1
 
         other = asyncio.create_task(others())
         for _ in range(2):
             assert (await session.observe()).vcpus == 2
         other.cancel()
-        assert turns > 100
+        assert at_each_turn[-1] > 20_000
+        assert max(later - earlier for earlier, later in pairwise(at_each_turn)) < 200
         assert wakes.count == 0  # RTC_CHANGE tells nothing about CPUs
         gc.collect()
         kept = sum(type(thing).__name__ == "Message" for thing in gc.get_objects())
