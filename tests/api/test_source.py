@@ -293,6 +293,28 @@ async def test_a_cancelled_watch_leaves_no_task_and_no_connection(sets: VCPUSets
     await until(lambda: asyncio.all_tasks() <= before, WAIT, "kopf's tasks to end")
 
 
+async def test_credentials_that_are_refused_end_the_watch(control_plane: ControlPlane, tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(control_plane.kubeconfig.read_text().replace(control_plane.token, "expired"))
+    watch = Watch(kubeconfig, Scope())
+    with pytest.raises(APIError, match="does not accept the credentials"):
+        async with asyncio.timeout(WAIT):
+            await watch.task
+
+
+async def test_credentials_that_are_not_there_yet_are_awaited(
+    sets: VCPUSets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await sets.create("web")
+    kubeconfig = tmp_path / "kubeconfig"
+    watch = Watch(kubeconfig, Scope(namespaces=(sets.namespace,)))
+    await until(lambda: f"there is no kubeconfig {kubeconfig}" in caplog.text, WAIT, "the failed login in the log")
+    kubeconfig.write_text(sets.control_plane.kubeconfig.read_text())
+    await watch.until_names("web")
+    watch.stop.set()
+    await asyncio.wait_for(watch.task, WAIT)
+
+
 async def test_a_missing_definition_ends_the_watch_with_a_remedy() -> None:
     async with ControlPlane() as bare:
         watch = Watch(bare.kubeconfig, Scope())

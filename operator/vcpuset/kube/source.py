@@ -36,6 +36,9 @@ __all__ = ["Source", "watch_settings"]
 BACKOFF_SECONDS: Final = 30.0
 """The longest pause between two attempts to reach the API server."""
 
+LOGIN_RETRY_SECONDS: Final = 5.0
+"""Pause after credentials could not be read, for instance while they are being replaced."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -136,8 +139,10 @@ class Source:
             finally:
                 halt.set()
                 served = await check
-        except APIError:
-            raise
+        except kopf.LoginError as error:
+            # kopf's own words advise to install a client library.
+            refused = "watching VCPUSets failed: the API server does not accept the credentials (HTTP 401)"
+            raise APIError(refused) from error
         except Exception as error:
             raise APIError(f"watching VCPUSets failed: {error}") from error
         if not served:
@@ -148,7 +153,7 @@ class Source:
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
 
-        @kopf.on.login(registry=registry)
+        @kopf.on.login(registry=registry, id="login", backoff=LOGIN_RETRY_SECONDS)
         async def log_in(**_: object) -> kopf.ConnectionInfo:
             try:
                 return await connection_info(self._kubeconfig)
