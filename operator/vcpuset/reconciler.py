@@ -67,6 +67,9 @@ UNSETTLED_SECONDS = 0.02
 QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`.
 """
 
+UNSETTLED_LOOKS = 50
+"""After so many such looks in a row it is no moment any more, and is reported as a monitor that cannot be used."""
+
 PROGRESS_SECONDS = (3.0, 10.0, 30.0)
 """How long after a status write mere progress is written: later and later while one change goes on.
 
@@ -81,11 +84,13 @@ class _Track:
     sent        the requests that this process made, with the slot's `_OST` report that stood before
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
+    unsettled   how many looks in a row could not count the CPUs
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
     written_at: float = 0.0
     progress: int = 0
+    unsettled: int = 0
 
 
 class Reconciler:
@@ -154,12 +159,19 @@ class Reconciler:
             if isinstance(session, Verdict):
                 return await self._report_unseen(vcpuset, session)
             return await self._bring_to_count(vcpuset, session)
-        except (InvalidMonitor, MonitorError) as error:
+        except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
+            if isinstance(error, MachineUnsettled) and self._may_settle(vcpuset):
+                raise
             # The last command may or may not have run: close, and look before anything is repeated.
             await self._monitors.release(vcpuset.uid)
             # The pass may have written since; its requests must not be written over.
             newest = self._cache.get(vcpuset.uid) or vcpuset
             return await self._report_unseen(newest, failure(error))
+
+    def _may_settle(self, vcpuset: VCPUSet) -> bool:
+        track = self._tracks.setdefault(vcpuset.uid, _Track())
+        track.unsettled += 1
+        return track.unsettled <= UNSETTLED_LOOKS
 
     async def _take_monitor(self, vcpuset: VCPUSet) -> Session | Verdict:
         """The session with the set's machine, or why this set may not have one."""
@@ -189,6 +201,7 @@ class Reconciler:
         """Observe, plan, act, observe again, report."""
         track = self._tracks.setdefault(vcpuset.uid, _Track())
         machine = await session.observe()
+        track.unsettled = 0
         requests = self._known_requests(vcpuset, track, session, machine)
         blocked: CommandError | None = None
 

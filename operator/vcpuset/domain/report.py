@@ -163,12 +163,18 @@ def _unplug_unfinished(
     overdue = now >= deadline
     in_flight = [request for request in requests if request.in_flight]
     refused = [request for request in requests if not request.in_flight]
-    due = min(due_at(request, spec.unplug, inherited) for request in requests)
+    # What is due already and was not asked for is not wanted now: nothing to come back for.
+    dues = [at for request in requests if (at := due_at(request, spec.unplug, inherited)) > now]
+    due = min(dues, default=None)
     expected = any(now < request.requested_at + timeout for request in in_flight)
     pace = Pace.HELD if expected else Pace.STEADY
     again = f"Asked again every {spec.unplug.retry_seconds} s"
 
-    if in_flight and not overdue:
+    # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
+    repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
+    still_refused = bool(refused) or (expected and reported == Reason.UNPLUG_REFUSED)
+
+    if in_flight and not overdue and not (repeated and still_refused):
         text = f"{counts}; the guest was asked to give back {slot_list(in_flight)} at {_time(in_flight)}"
         if refused:
             text += f", after it had refused {_refusals(refused)}"
@@ -181,15 +187,14 @@ def _unplug_unfinished(
         text = f"{counts}; QEMU refused to unplug {slot_list(refused)}{words}. {again}."
         return _verdict(Reason.UNPLUG_UNSUPPORTED, text, Pace.STEADY, due)
 
-    # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
-    if refused or (expected and reported == Reason.UNPLUG_REFUSED):
+    if still_refused:
         what = f"refused to give back {_refusals(refused)}" if refused else "refused"
         asked = f", last for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
         text = (
             f"{counts}; the guest {what} and there is no other candidate. Find out what holds the CPUs (pinned or "
             f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}."
         )
-        until = due if overdue else min(due, deadline)
+        until = due if overdue else min([*dues, deadline])
         return _verdict(Reason.UNPLUG_REFUSED, text, pace, until, stalled=overdue)
 
     text = (

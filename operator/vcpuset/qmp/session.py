@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 from qemu.qmp import ExecuteError, Message
 
-from vcpuset.domain.errors import CommandError, MonitorTimeout, MonitorUnreachable
+from vcpuset.domain.errors import CommandError, MachineUnsettled, MonitorTimeout, MonitorUnreachable
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.client import Client
@@ -34,13 +34,6 @@ COMMAND_SECONDS: Final = 10.0
 
 CLOSE_SECONDS: Final = 2.0
 """For closing. Nothing is flushed and nobody is waited for, so it takes a millisecond; this only bounds a fault."""
-
-_ROUNDS: Final = 20
-_ROUND_SECONDS: Final = 0.02
-"""How often, and after which pause, the two lists of CPUs are read again when they disagree.
-
-While a CPU leaves, QEMU shows its slot as free some ms before the CPU drops out of `query-cpus-fast`.
-"""
 
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
@@ -115,20 +108,10 @@ class Session:
     async def observe(self) -> Machine:
         """What QEMU shows of the machine now.
 
-        Raises MonitorUnreachable (also for replies that make no sense), MonitorTimeout (also if the CPUs change as
-        fast as they are read), CommandError if QEMU refuses a query that every QEMU has.
+        Raises MonitorUnreachable (also for replies that make no sense), MonitorTimeout, MachineUnsettled if the two
+        lists of CPUs disagree (while a CPU leaves, that can be for some ms), CommandError if QEMU refuses a query that
+        every QEMU has.
         """
-        for _ in range(_ROUNDS):
-            machine = await self._observe_once()
-            if machine is not None:
-                return machine
-            await asyncio.sleep(_ROUND_SECONDS)
-        raise MonitorTimeout(
-            f"{self._where}: query-hotpluggable-cpus and query-cpus-fast disagreed {_ROUNDS} times in a row:"
-            " CPUs come and go too fast to be counted"
-        )
-
-    async def _observe_once(self) -> Machine | None:
         # One after the other: sent all at once they take QEMU as long (measured with 8, 64 and 4096 slots).
         run_state = await self._query("query-status", replies.run_state)
         migrating = await self._query("query-migrate", replies.migrating)
@@ -147,7 +130,7 @@ class Session:
             slots = None
         else:
             if slots is None:
-                return None
+                raise MachineUnsettled(f"{self._where}: CPUs came or went while they were counted")
         return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost)
 
     async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
@@ -178,7 +161,7 @@ class Session:
         await self._execute("device_del", {"id": slot.path})
 
     def answer(self, slot: int) -> Answer | None:
-        """What the guest has answered, by event, since the last `unplug` of that slot in this session."""
+        """What the guest has answered, by event, in this session and since the last `unplug` of that slot in it."""
         return self._answers.get(slot)
 
     async def close(self) -> None:
@@ -227,7 +210,8 @@ class Session:
         if report is None:
             return
         slot, ost = report
-        if ost.answer is not None and slot in self._asked:
+        # Also of slots that this session has not asked for: an earlier one may have.
+        if ost.answer is not None:
             self._answers[slot] = ost.answer
         # "In progress" needs no pass of its own: a final answer, or the CPU's departure, follows.
         if ost.answer is not Answer.IN_PROGRESS:
