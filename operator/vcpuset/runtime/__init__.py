@@ -1,1 +1,12 @@
+"""Generic asyncio parts of the operator: they know neither Kubernetes nor QEMU.
 
+    workqueue   which key needs work, when, and that no key is worked on twice at once
+    backoff     how long to wait after a failure; spreading of regular work
+    workers     tasks that serve a work queue, and the one place that turns an outcome into queue calls
+    tasks       background tasks that always have an owner who sees their end
+
+Only the standard library is imported here, and only the event loop's clock is read, so every timer
+can be tested on virtual time.
+"""
+
+__all__ = ["backoff", "tasks", "workers", "workqueue"]

@@ -1,0 +1,70 @@
+"""How long to wait: after failures, and between regular looks.
+
+Pure arithmetic. Randomness comes in as an argument and nothing waits here, so that the work queue
+stays the only owner of timers.
+"""
+
+from __future__ import annotations
+
+import random as random_module
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["ExponentialBackoff", "Random", "jittered"]
+
+Random = Callable[[], float]
+"""Gives a number in [0, 1), as `random.random` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExponentialBackoff:
+    """Delays that grow with the number of failures in a row: base, base x factor, ... up to the cap.
+
+    Jitter only ever shortens a delay. So the cap is a promise ("tried at least every 30 s"), and many
+    keys that have failed together and reached the cap still spread out.
+    """
+
+    base_seconds: float
+    """The delay after the first failure."""
+    factor: float
+    """What every further failure multiplies the delay by; at least 1."""
+    cap_seconds: float
+    """No delay is longer."""
+    jitter: float
+    """The largest part of a delay that may be taken off: 0 for none, 1 for anything down to no delay."""
+    random: Random = random_module.random
+
+    def __post_init__(self) -> None:
+        if not 0 < self.base_seconds <= self.cap_seconds:
+            raise ValueError(
+                f"back-off from {self.base_seconds} s to {self.cap_seconds} s: "
+                "the base must be above 0 and not above the cap"
+            )
+        if self.factor < 1:
+            raise ValueError(f"back-off factor {self.factor}: must be at least 1")
+        _check_fraction(self.jitter)
+
+    def delay(self, failures: int) -> float:
+        """Seconds to wait after this many failures in a row (at least 1)."""
+        if failures < 1:
+            raise ValueError(f"delay after {failures} failures: there is none before the first")
+        try:
+            seconds = min(self.base_seconds * self.factor ** (failures - 1), self.cap_seconds)
+        except OverflowError:  # a float ends at 2**1024; a key can fail more often than that
+            seconds = self.cap_seconds
+        return seconds * (1 - self.jitter * self.random())
+
+
+def jittered(seconds: float, fraction: float, random: Random = random_module.random) -> float:
+    """`seconds`, made up to `fraction` (0 to 1) shorter or longer, so that regular work spreads out.
+
+    For regular looks, whose average should stay what was asked for. A delay after a failure has its
+    own jitter in `ExponentialBackoff`.
+    """
+    _check_fraction(fraction)
+    return seconds * (1 + fraction * (2 * random() - 1))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"jitter {fraction}: must be a fraction from 0 to 1")

@@ -1,0 +1,173 @@
+"""Tasks that serve a work queue.
+
+A handler looks at one key and returns what came of it. `_settle` alone turns that into queue calls, a
+log line and a metric label, so the rules of retrying stand in one place:
+
+    Done()                    nothing to do until the next event
+    Done(requeue_after=60)    as above, and look again in 60 s
+    Retry(error)              an expected failure: look again after the back-off
+    (an exception)            a defect: logged with its traceback, then as Retry
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar, assert_never
+
+from vcpuset.runtime.workqueue import QueueShutDown, WorkQueue
+
+__all__ = ["Done", "Label", "Result", "Retry", "WorkerObserver", "run_workers"]
+
+K = TypeVar("K", bound=Hashable)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The pass succeeded, which ends the key's back-off."""
+
+    requeue_after: float | None = None
+    """Seconds until the key is looked at again without an event; None for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The pass failed in a foreseen way, and trying again can help."""
+
+    error: Exception
+    """Why; its text is logged, without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Crash:
+    """The handler raised: a defect in it, not a result that it chose."""
+
+    error: BaseException
+
+
+Result = Done | Retry
+"""What a handler returns."""
+
+Label = Literal["done", "requeued", "retry", "crash", "cancelled"]
+"""How a pass ended, for metrics."""
+
+
+class WorkerObserver(Protocol):
+    """Told of every pass, for metrics. It must not raise."""
+
+    def started(self) -> None:
+        """A worker has taken a key: one more is active."""
+
+    def finished(self, label: Label, seconds: float) -> None:
+        """A worker has given its key back: one less is active."""
+
+
+async def run_workers(
+    queue: WorkQueue[K],
+    handler: Callable[[K], Awaitable[Result]],
+    *,
+    count: int,
+    grace_seconds: float,
+    observer: WorkerObserver | None = None,
+) -> None:
+    """Serve the queue with `count` workers until it is shut down.
+
+    Then each worker finishes the key in its hands, but takes no other: a successor begins by looking at
+    everything anyway, and the sooner it can, the better. Passes that last longer than `grace_seconds`
+    are cancelled. Cancelling this coroutine cancels all passes at once; their keys are due again.
+
+    An exception in the handler never ends a worker. A defect in this module ends all of them, with an
+    `ExceptionGroup` from here.
+    """
+    if count < 1:
+        raise ValueError(f"{count} workers: at least 1 is needed")
+    async with asyncio.TaskGroup() as group:
+        workers = [
+            group.create_task(_work(queue, handler, observer), name=f"worker-{number}") for number in range(count)
+        ]
+        await queue.wait_shut_down()
+        _, late = await asyncio.wait(workers, timeout=grace_seconds)
+        for worker in late:
+            worker.cancel()
+
+
+async def _work(
+    queue: WorkQueue[K],
+    handler: Callable[[K], Awaitable[Result]],
+    observer: WorkerObserver | None,
+) -> None:
+    while not queue.shutting_down:
+        try:
+            key = await queue.get()
+        except QueueShutDown:
+            return
+        await _serve(queue, key, handler, observer)
+        # get() does not wait while keys are ready, and a handler need not wait either: without this, a
+        # full queue could keep the loop from everything else.
+        await asyncio.sleep(0)
+
+
+async def _serve(
+    queue: WorkQueue[K],
+    key: K,
+    handler: Callable[[K], Awaitable[Result]],
+    observer: WorkerObserver | None,
+) -> None:
+    """One pass over one key, which is given back whatever happens."""
+    loop = asyncio.get_running_loop()
+    started_at = loop.time()
+    if observer is not None:
+        observer.started()
+    label: Label = "cancelled"
+    try:
+        outcome = await _run(handler, key)
+        label = _settle(queue, key, outcome)
+    except asyncio.CancelledError:
+        logger.warning("%s: pass cut off after %.1f s", key, loop.time() - started_at)
+        # The work is not done. Ignored when the queue is shut down, and, other than add(), after a drop().
+        queue.add_after(key, 0)
+        raise
+    finally:
+        queue.done(key)
+        if observer is not None:
+            observer.finished(label, loop.time() - started_at)
+
+
+async def _run(handler: Callable[[K], Awaitable[Result]], key: K) -> Result | _Crash:
+    """Call the handler; only the cancellation of this worker gets through as an exception."""
+    try:
+        return await handler(key)
+    except asyncio.CancelledError as error:
+        worker = asyncio.current_task()
+        if worker is None or worker.cancelling():
+            raise
+        # Nobody cancelled the worker: something that the handler awaited was cancelled. Passed on, it
+        # would end the worker without a word.
+        return _Crash(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, _settle logs it and tries again
+        return _Crash(error)
+
+
+def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
+    """Turn the outcome of a pass into queue calls, a log line and a label."""
+    match outcome:
+        case Done(requeue_after=delay):
+            queue.forget(key)
+            if delay is None:
+                return "done"
+            queue.add_after(key, delay)
+            return "requeued"
+        case Retry(error):
+            queue.add_rate_limited(key)
+            logger.info("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
+            return "retry"
+        case _Crash(error):
+            queue.add_rate_limited(key)
+            logger.error("%s: pass failed with a defect; it will be retried", key, exc_info=error)
+            return "crash"
+        case _:
+            assert_never(outcome)

@@ -1,0 +1,281 @@
+"""Keys that need work: the queue between everything that notices and the workers that act.
+
+The contract is that of client-go's work queue, because it has proved itself under level-triggered
+controllers. A key names an object and carries nothing else, so ten events about one object are one
+piece of work:
+
+    queue.add(key)                # something happened: look at it
+    queue.add_after(key, 60)      # look at it again, at the latest in 60 s
+    queue.add_rate_limited(key)   # it failed: look again after the back-off
+    queue.forget(key)             # it succeeded: the back-off starts anew
+    queue.drop(key)               # the object is gone
+
+    key = await queue.get()       # a worker takes a key ...
+    queue.done(key)               # ... and gives it back, whatever came of it
+
+Three things differ from client-go. A pass supersedes the timers set before it: its own result says
+when to look next, so a key has at most one timer, and none while it is due anyway. A deleted object's
+key can be dropped. And giving back a key that was not handed out is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from vcpuset.runtime.backoff import ExponentialBackoff
+
+__all__ = ["QueueObserver", "QueueShutDown", "QueueStatistics", "WorkQueue"]
+
+K = TypeVar("K", bound=Hashable)
+
+
+class QueueShutDown(Exception):  # the name that asyncio's own queue gives this from Python 3.13 on
+    """`get()`: the queue was shut down and nothing is ready any more."""
+
+
+class QueueObserver(Protocol):
+    """Told how long things took, for metrics. It must not raise."""
+
+    def waited(self, seconds: float) -> None:
+        """A key was handed out so many seconds after it was added."""
+
+    def worked(self, seconds: float) -> None:
+        """A key was given back so many seconds after it was handed out."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """The queue at one moment; what to look at when work does not move."""
+
+    depth: int
+    """Keys that are ready and wait for a worker."""
+    processing: int
+    """Keys in the hands of workers."""
+    delayed: int
+    """Keys that wait for their timer."""
+    failing: int
+    """Keys whose last pass failed."""
+    adds_total: int
+    """How often a key became due, by an event or a timer; an add of a key already due does not count."""
+    retries_total: int
+    """How often a key was added after a failure."""
+    longest_running_seconds: float
+    """How long the oldest of the keys in work has been there; a stuck worker shows here."""
+    unfinished_seconds: float
+    """The same, summed over all keys in work."""
+
+
+class WorkQueue(Generic[K]):
+    """Fair; stingy: a key is never handed out twice at once, and added several times before its turn
+    it is handed out once; a key added while it is worked on is handed out again.
+
+    It belongs to the event loop that runs when it is made: it cannot be made without one, and is used
+    from that loop's thread only (from others by `loop.call_soon_threadsafe(queue.add, key)`). Workers
+    need not be there yet when keys are added. Nothing here waits but `get()` and `wait_shut_down()`.
+
+    The sets are unbounded: they hold each key once, so they are bounded by the number of objects.
+    """
+
+    def __init__(self, backoff: ExponentialBackoff, observer: QueueObserver | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._backoff = backoff
+        self._observer = observer
+
+        # Due, in order of work, with the loop time of the add. Ordered dictionaries rather than a deque
+        # and a set: drop() takes a key out of the middle at no cost.
+        self._ready: OrderedDict[K, float] = OrderedDict()
+        # Handed out and not yet given back, with the loop time of the hand-out. None is in _ready.
+        self._processing: dict[K, float] = {}
+        # Added while in _processing, with the time of the add; done() moves them to _ready.
+        self._again: dict[K, float] = {}
+        # Dropped while in _processing: what the rest of that pass says of the old object does not count.
+        self._dropped: set[K] = set()
+        # One timer for a key, none for a key that is due (in _ready or _again). A loop handle for each,
+        # because asyncio already keeps its handles in one heap, and clears cancelled ones out of it; a
+        # heap of our own would do the same once more. It costs about 0.3 kB a key.
+        self._timers: dict[K, asyncio.TimerHandle] = {}
+        # Shared by all timers: a handle would otherwise keep a copy of its caller's context alive.
+        self._timer_context = contextvars.Context()
+        self._failures: dict[K, int] = {}
+
+        self._getters: deque[asyncio.Future[None]] = deque()
+        self._shut_down = asyncio.Event()
+        self._adds_total = 0
+        self._retries_total = 0
+
+    # Adding.
+
+    def add(self, key: K) -> None:
+        """Have the key worked on as soon as a worker is free; ignored once shut down."""
+        if self.shutting_down:
+            return
+        self._cancel_timer(key)
+        if self._is_due(key):
+            return
+        self._adds_total += 1
+        if key in self._processing:
+            self._again[key] = self._loop.time()
+        else:
+            self._ready[key] = self._loop.time()
+            self._wake_getter()
+
+    def add_after(self, key: K, delay: float) -> None:
+        """Add the key in `delay` seconds, unless it is due earlier anyway; ignored once shut down.
+
+        Of several deadlines the earliest wins. The next hand-out of the key ends them all: the pass that
+        then starts decides anew. A deadline set during a pass outlives `done()`.
+        """
+        if self.shutting_down or self._is_due(key) or key in self._dropped:
+            return
+        if delay <= 0:
+            self.add(key)
+            return
+        deadline = self._loop.time() + delay
+        timer = self._timers.get(key)
+        if timer is not None and timer.when() <= deadline:
+            return
+        self._cancel_timer(key)
+        self._timers[key] = self._loop.call_at(deadline, self.add, key, context=self._timer_context)
+
+    def add_rate_limited(self, key: K) -> None:
+        """Count a failure of the key and add it after the back-off; ignored once shut down.
+
+        A key that was added in the meantime does not wait: there is something new to look at.
+        """
+        if self.shutting_down or key in self._dropped:
+            return
+        self._retries_total += 1
+        self._failures[key] = self.failures(key) + 1
+        self.add_after(key, self._backoff.delay(self._failures[key]))
+
+    # Taking and giving back.
+
+    async def get(self) -> K:
+        """Wait for a key and take it; it is the caller's until `done(key)`.
+
+        A cancelled `get()` has taken nothing. Await it directly: in a task of its own it may have taken
+        a key by the time that the task is cancelled.
+
+        Raises `QueueShutDown` when the queue is shut down and no key is ready.
+        """
+        while not self._ready:
+            if self.shutting_down:
+                raise QueueShutDown
+            getter = self._loop.create_future()
+            self._getters.append(getter)
+            try:
+                await getter
+            except asyncio.CancelledError:
+                if not getter.cancelled():
+                    # Woken for a key and cancelled before it could take it: someone else has to.
+                    if self._ready:
+                        self._wake_getter()
+                elif getter in self._getters:  # an add in the meantime may have passed it over
+                    self._getters.remove(getter)
+                raise
+        key, added_at = self._ready.popitem(last=False)
+        now = self._loop.time()
+        self._processing[key] = now
+        if self._observer is not None:
+            self._observer.waited(now - added_at)
+        return key
+
+    def done(self, key: K) -> None:
+        """Give back a key taken by `get()`; if it was added since, it is due again.
+
+        Raises `ValueError` if the key is not in work.
+        """
+        if key not in self._processing:
+            raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
+        started_at = self._processing.pop(key)
+        self._dropped.discard(key)
+        if key in self._again:
+            self._ready[key] = self._again.pop(key)
+            self._wake_getter()
+        if self._observer is not None:
+            self._observer.worked(self._loop.time() - started_at)
+
+    def forget(self, key: K) -> None:
+        """End the key's back-off, after a success. It does not replace `done()`."""
+        self._failures.pop(key, None)
+
+    def drop(self, key: K) -> None:
+        """The key's object is gone: forget everything about it.
+
+        A pass that is under way just ends: what it still adds with a delay is ignored. Only `add()`
+        brings the key back, for a new object of the same name.
+        """
+        self._cancel_timer(key)
+        self._ready.pop(key, None)
+        self._again.pop(key, None)
+        self._failures.pop(key, None)
+        if key in self._processing:
+            self._dropped.add(key)
+
+    # Ending.
+
+    def shut_down(self) -> None:
+        """Refuse new keys and end all timers. What is ready can still be taken; waiting `get()`s raise."""
+        self._shut_down.set()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        while self._getters:
+            self._wake_getter()
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether `shut_down()` was called."""
+        return self._shut_down.is_set()
+
+    async def wait_shut_down(self) -> None:
+        """Wait until `shut_down()` is called."""
+        await self._shut_down.wait()
+
+    # Looking.
+
+    def failures(self, key: K) -> int:
+        """How often in a row the key has failed."""
+        return self._failures.get(key, 0)
+
+    def __len__(self) -> int:
+        """The number of keys that are ready."""
+        return len(self._ready)
+
+    def statistics(self) -> QueueStatistics:
+        """What the queue holds now, and its totals so far."""
+        now = self._loop.time()
+        running = [now - started_at for started_at in self._processing.values()]
+        return QueueStatistics(
+            depth=len(self._ready),
+            processing=len(self._processing),
+            delayed=len(self._timers),
+            failing=len(self._failures),
+            adds_total=self._adds_total,
+            retries_total=self._retries_total,
+            longest_running_seconds=max(running, default=0.0),
+            unfinished_seconds=sum(running),
+        )
+
+    # Own use.
+
+    def _is_due(self, key: K) -> bool:
+        return key in self._ready or key in self._again
+
+    def _cancel_timer(self, key: K) -> None:
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _wake_getter(self) -> None:
+        """Wake the one that has waited longest; it takes a key itself when it runs."""
+        while self._getters:
+            getter = self._getters.popleft()
+            if not getter.done():
+                getter.set_result(None)
+                return
