@@ -198,7 +198,7 @@ async def test_an_answer_in_progress_is_heard_and_wakes_nobody(
     assert wakes.count == 0
 
 
-async def test_answers_about_other_slots_and_about_plugs_are_not_taken_for_an_answer(
+async def test_an_answer_counts_for_its_own_slot_only_and_a_report_about_a_plug_is_none(
     q35: Guest, connect: Connect, acpi: Acpi
 ) -> None:
     session = await connect(q35.monitors[0])
@@ -207,10 +207,10 @@ async def test_answers_about_other_slots_and_about_plugs_are_not_taken_for_an_an
     await acpi.ost(1, Source.DEVICE_CHECK, Status.FAILURE)
     await session.observe()
     assert session.answer(1) is None
-    assert session.answer(2) is None
+    assert session.answer(2) is Answer.BUSY
 
 
-async def test_a_request_of_an_earlier_session_has_no_answer_in_this_one(
+async def test_the_answer_to_a_request_of_an_earlier_session_is_heard_too(
     q35: Guest, connect: Connect, acpi: Acpi, wakes: Wakes
 ) -> None:
     earlier = await connect(q35.monitors[0])
@@ -219,7 +219,7 @@ async def test_a_request_of_an_earlier_session_has_no_answer_in_this_one(
     session = await connect(q35.monitors[0], wakes)
     await acpi.refuse(1)
     await until(lambda: wakes.count, 60, "a wake")
-    assert session.answer(1) is None
+    assert session.answer(1) is Answer.BUSY
 
 
 async def test_a_refusal_on_machines_without_acpi_comes_by_path(namespace_folder: Path, connect: Connect) -> None:
