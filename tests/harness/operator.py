@@ -60,6 +60,11 @@ class OperatorProcess:
         assert self._child is not None, "the operator has not been started"
         return self._child.pid
 
+    def require_running(self) -> None:
+        """Raise `ChildDied`, with the end of the log, unless it runs."""
+        assert self._child is not None, "the operator has not been started"
+        self._child.require_running()
+
     async def start(self, *, ready: bool = True) -> Self:
         """Start it (again); with `ready`, wait until it has listed the sets."""
         self._child = Child.start(self._argv, name="vcpuset run", log=self.log)
@@ -99,8 +104,7 @@ class OperatorProcess:
         raise AssertionError("no VmRSS")
 
     def _is_ready(self) -> bool:
-        assert self._child is not None
-        self._child.require_running()
+        self.require_running()
         try:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:  # noqa: S310 - our own URL
                 return bool(answer.status == 200)
