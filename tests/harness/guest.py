@@ -22,7 +22,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from harness.guestimage import INITRAMFS, KERNEL
 from harness.guestimage import images as built_images
 from harness.processes import Child, ReservedPort
 from harness.qmp import raw
+from harness.sockets import LONGEST_PATH, listener, listening, option_value
 from harness.wait import until
 
 __all__ = ["Guest", "GuestError", "GuestOptions", "parse_cpu_list"]
@@ -44,7 +44,6 @@ T = TypeVar("T")
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 nokaslr cryptomgr.notests tsc=reliable no_timer_check"
 """All after panic=-1 only make the boot shorter, as does the plain CPU model."""
 
-LONGEST_SOCKET_PATH = 107
 START_SECONDS = 60.0
 BOOT_SECONDS = 180.0
 SHELL_SECONDS = 60.0
@@ -161,9 +160,9 @@ class Guest:
             self._sockets.append(self.agent_path)
         self.hardware += extra
         for path in self._sockets:
-            if len(str(path).encode()) > LONGEST_SOCKET_PATH:
+            if len(str(path).encode()) > LONGEST_PATH:
                 self._release()
-                raise ValueError(f"longer than the {LONGEST_SOCKET_PATH} bytes that a socket path may have: {path}")
+                raise ValueError(f"longer than the {LONGEST_PATH} bytes that a socket path may have: {path}")
 
     @property
     def tcp_address(self) -> tuple[str, int]:
@@ -204,18 +203,18 @@ class Guest:
             path.unlink(missing_ok=True)  # an earlier QEMU's, killed: nobody listens there
         arguments = [self.qemu, *self.hardware, *self._backends]
         for path in [*self.monitors, self.control]:
-            arguments += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
+            arguments += ["-qmp", f"unix:{option_value(path)},server=on,wait=off"]
         if self._restore is not None:
             arguments += ["-incoming", f"file:{self._restore}"]
         with contextlib.ExitStack() as stack:
             descriptors = []
             if self._port is not None:
-                listener = stack.enter_context(_listener(self._port.number))
-                descriptors.append(listener.fileno())
-                arguments += ["-chardev", f"socket,id=tcp,fd={listener.fileno()},server=on,wait=off"]
+                descriptor = stack.enter_context(listener(self._port.number)).fileno()
+                descriptors.append(descriptor)
+                arguments += ["-chardev", f"socket,id=tcp,fd={descriptor},server=on,wait=off"]
                 arguments += ["-mon", "chardev=tcp,mode=control"]
             self._child = Child.start(arguments, name="QEMU", log=self._messages_path, pass_fds=descriptors)
-        await self._until(lambda: set(map(str, self._sockets)) <= _listening(), START_SECONDS, "QEMU to listen")
+        await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")
         if self._restore is not None:
             await self._resume()
         return self
@@ -223,7 +222,7 @@ class Guest:
     async def _resume(self) -> None:
         """Let a restored guest go on. It does not report by itself then, so its state is asked for."""
         try:
-            async with raw(self.control) as client:
+            async with raw(self.control, hopeless=lambda: self.returncode is not None) as client:
 
                 async def loaded() -> bool:
                     return bool((await client.call("query-status"))["status"] != "inmigrate")
@@ -397,28 +396,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _escaped(path: Path) -> str:
-    """A path as part of a QEMU option."""
-    return str(path).replace(",", ",,")
-
-
-def _listening() -> set[str]:
-    """The paths of all unix sockets of this machine that accept connections.
-
-    Connecting to find out would take the place of the monitor's first client.
-    """
-    accepts_connections = "00010000"
-    # Num RefCount Protocol Flags Type St Inode Path
-    rows = (line.split(None, 7) for line in _read(Path("/proc/net/unix")).splitlines())
-    return {row[7] for row in rows if len(row) == 8 and row[3] == accepts_connections}
-
-
-def _listener(port: int) -> socket.socket:
-    """A listening socket to hand over: QEMU's own would not share the port with its `ReservedPort`."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(1)
-    return listener

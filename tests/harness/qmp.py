@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate
 
 __all__ = ["Monitor", "Raw", "count", "device_add", "device_del", "execute", "raw", "slots"]
 
@@ -69,29 +69,35 @@ class Raw(QMPClient):
 
 
 @contextlib.asynccontextmanager
-async def raw(monitor: Monitor, timeout: float = CONNECT_SECONDS) -> AsyncIterator[Raw]:
+async def raw(
+    monitor: Monitor, timeout: float = CONNECT_SECONDS, hopeless: Callable[[], bool] = lambda: False
+) -> AsyncIterator[Raw]:
     """A session with a monitor. It tries again while the monitor refuses or is held by another client.
 
-    TimeoutError: no session within `timeout` seconds; its cause is the last refusal.
+    TimeoutError: no session within `timeout` seconds, or earlier if `hopeless`; its cause is the last refusal.
     """
-    client = await _connected(monitor, timeout)
+    client = await _connected(monitor, timeout, hopeless)
     try:
         yield client
     finally:
         await _close(client)
 
 
-async def _connected(monitor: Monitor, timeout: float) -> Raw:
+async def _connected(monitor: Monitor, timeout: float, hopeless: Callable[[], bool]) -> Raw:
     address = str(monitor) if isinstance(monitor, Path) else monitor
-    refusal: QMPError | None = None
+    refusal: ConnectError | None = None
     try:
         async with asyncio.timeout(timeout):
             while True:
                 client = Raw()
                 try:
                     await client.connect(address)
-                except QMPError as error:  # nobody listens yet, or two others wait already
-                    refusal = error
+                except ConnectError as error:
+                    if not isinstance(error.exc, OSError | EOFError):
+                        raise  # somebody answers, but that is no monitor
+                    refusal = error  # nobody listens yet, or two others wait already
+                    if hopeless():
+                        raise TimeoutError from error
                     await asyncio.sleep(0.05)
                 else:
                     return client
