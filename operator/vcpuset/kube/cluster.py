@@ -87,7 +87,6 @@ class Cluster:
         self._client = client
         self._users: Counter[ApiClient] = Counter()
         """Requests under way; one client, and after a new login the one before for as long as it is in use."""
-        self._writing: dict[UID, tuple[int, Mapping[str, Any]]] = {}
         """The status writes under way; one per set, as each set is worked on once at a time."""
         self._login = asyncio.Lock()
         self._reported: dict[UID, str] = {}
@@ -141,18 +140,7 @@ class Cluster:
             return vcpuset
         body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
         path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
-        self._writing[vcpuset.uid] = vcpuset.generation, patch
-        try:
-            return decode(await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH))
-        finally:
-            self._writing.pop(vcpuset.uid, None)
-
-    def is_echo(self, vcpuset: VCPUSet) -> bool:
-        """Whether this is the very version that a status write under way makes.
-
-        The watch may show it before the write is answered. To take that for news would cost a pass for each write.
-        """
-        return self._writing.get(vcpuset.uid) == (vcpuset.generation, encode_status(vcpuset.status))
+        return decode(await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH))
 
     async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an `events.k8s.io/v1` Event.

@@ -25,7 +25,7 @@ import kopf
 from kopf._cogs.structs.references import Insights
 
 from vcpuset.domain.errors import APIError
-from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Scope
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
@@ -75,21 +75,11 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
 class Source:
     """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included."""
 
-    def __init__(
-        self,
-        kubeconfig: Path | None,
-        scope: Scope,
-        cache: Cache,
-        changed: Callable[[UID], None],
-        *,
-        is_echo: Callable[[VCPUSet], bool] = lambda _: False,
-    ) -> None:
-        """`is_echo` says of a version whether it is our own write, of which `changed` need not be told."""
+    def __init__(self, kubeconfig: Path | None, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
         self._kubeconfig = kubeconfig
         self._scope = scope
         self._cache = cache
         self._changed = changed
-        self._is_echo = is_echo
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
         """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
@@ -175,8 +165,7 @@ class Source:
             news = self._cache.drop(uid) is not None
         else:
             try:
-                vcpuset = decode(body)
-                news = self._cache.put(vcpuset) and not self._is_echo(vcpuset)
+                news = self._cache.put(decode(body))
             except InvalidObject as error:
                 _log.error("%s", error)
                 # To go on with what it said before would be to obey half of it.
