@@ -211,7 +211,9 @@ def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
 
 def failure(error: VCPUSetError) -> Verdict:
     """What is reported when the machine could not be looked at."""
-    text = f"{str(error)[:1].upper()}{str(error)[1:]}."
+    words = str(error)
+    # A path or a field keeps its spelling.
+    text = f"{words[:1].upper()}{words[1:]}." if words.split(" ", 1)[0].isalpha() else f"{words}."
     match error:
         case InvalidMonitor():
             return _verdict(Reason.INVALID_MONITOR, text, Pace.STEADY)
