@@ -162,7 +162,7 @@ class Scenario:
             pass
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(steps=steps)
 async def test_no_key_is_lost_or_handed_out_twice_at_once_or_without_reason(steps: list[Step]) -> None:
     scenario = Scenario()
@@ -174,13 +174,16 @@ async def test_no_key_is_lost_or_handed_out_twice_at_once_or_without_reason(step
     assert (statistics.depth, statistics.processing, statistics.delayed) == (0, 0, 0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(steps=steps)
 async def test_no_one_waits_while_a_key_is_ready(steps: list[Step]) -> None:
     scenario = Scenario()
     for step in [*steps, Wait(1)]:
         await scenario.do(step)
-        if isinstance(step, Wait) and step.seconds > 0:  # so everyone who was woken has run
+        if isinstance(step, Wait):
+            # A timer may have fired at the very end of the wait: let the one it woke run. No timer ends
+            # at an odd millisecond, so none fires at the end of this.
+            await asyncio.sleep(0.001)
             waiting = [getter for getter in scenario.getters if not getter.done()]
             assert not (waiting and len(scenario.queue)), "a get() sleeps beside a ready key"
     await scenario.run_dry()
