@@ -127,8 +127,8 @@ def _download(work: Path, report: Callable[[str], None]) -> dict[str, Path]:
     apt = Apt(work, report)
     try:
         return _download_from(apt)
-    except PackageError as error:
-        report(f"the machine's package lists do not do ({error})")
+    except PackageError:  # if it is no matter of the lists, the second try says so
+        report("the machine's package lists are missing or out of date")
     apt.use_fresh_lists()
     return _download_from(apt)
 

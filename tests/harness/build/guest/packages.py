@@ -44,14 +44,17 @@ class Apt:
         self._options = ["-o", "APT::Sandbox::User=root"]  # no helper user needs access to `folder`
 
     def use_fresh_lists(self) -> None:
-        """Fetch the package lists of the machine's sources into the private folder and use those from now on."""
+        """Fetch the package lists of the machine's sources into the private folder and use those from now on.
+
+        A source that does not answer is reported only: it may be one that the guest does not need.
+        """
+        shutil.rmtree(self._folder / "deb", ignore_errors=True)  # what the old lists still gave
         lists = self._folder / "lists"
         (lists / "partial").mkdir(parents=True)
         (self._folder / "cache" / "archives" / "partial").mkdir(parents=True)
         self._options += ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={self._folder / 'cache'}"]
         self._report("fetching the package lists")
-        # --error-on=any: by default apt-get update succeeds even if no mirror answers.
-        self._run(["apt-get", "update", "-qq", "--error-on=any"], UPDATE_SECONDS)
+        self._run(["apt-get", "update", "-qq"], UPDATE_SECONDS)
 
     def newest(self, pattern: str) -> str | None:
         """The package whose whole name matches `pattern`; of several the one with the greatest number in group 1."""
@@ -95,6 +98,8 @@ class Apt:
             raise PackageError(f"{' '.join(command[:2])} took more than {seconds:.0f} s: check the network") from None
         if done.returncode:
             raise PackageError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+        if done.stderr.strip():
+            self._report(f"{' '.join(command[:2])}: {done.stderr.strip()}")
         return done.stdout
 
 
