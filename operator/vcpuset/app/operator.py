@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -48,6 +50,10 @@ async def run(settings: Settings) -> None:
     """
     async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
         stop = asyncio.Event()
+        # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
+        # process of a container a signal without a handler does nothing. (`Source.run` sets the same handlers anew.)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         serving = asyncio.create_task(_serve(settings, cluster, owner, stop), name="operator")
         failing = asyncio.ensure_future(owner.wait())
         try:
@@ -94,7 +100,8 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
     # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor is
     # the older.
-    await _first_list(cluster, scope, cache, reconciler.changed)
+    if not await _first_list(cluster, scope, cache, reconciler.changed, stop):
+        return
     listed.set()
     logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
     owner.spawn(_sweep_for_ever(cluster, scope, cache, reconciler.changed), "sweep")
@@ -110,16 +117,24 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         await monitors.close()
 
 
-async def _first_list(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+async def _first_list(
+    cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], stop: asyncio.Event
+) -> bool:
+    """Fill the cache, however long the API server is away; False: `stop` was set before that."""
     failures = 0
-    while True:
+    while not stop.is_set():
         try:
-            return await sweep(cluster, scope, cache, changed)
+            await sweep(cluster, scope, cache, changed)
         except APIError as error:
             failures += 1
             delay = BACKOFF.delay(failures)
             logger.warning("first list: %s; tried again in %.1f s", error, delay)
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await stop.wait()
+        else:
+            return True
+    return False
 
 
 async def _sweep_for_ever(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
