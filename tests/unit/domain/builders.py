@@ -1,0 +1,163 @@
+"""Machines, requests and sets for tests, in few words: what a test does not name is ordinary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from vcpuset.domain.errors import CommandError
+from vcpuset.domain.machine import Answer, Machine, Ost, Slot
+from vcpuset.domain.plan import goal
+from vcpuset.domain.report import Verdict, judge, opened_at
+from vcpuset.domain.requests import CPU
+from vcpuset.domain.resource import (
+    UID,
+    BootVCPUs,
+    Condition,
+    Request,
+    Spec,
+    Status,
+    UnixMonitor,
+    Unplug,
+    UnplugPolicy,
+    VCPUSet,
+)
+
+__all__ = [
+    "NOW",
+    "a_condition",
+    "a_machine",
+    "a_request",
+    "a_set",
+    "a_slot",
+    "a_spec",
+    "ago",
+    "thread_of",
+    "verdict_on",
+]
+
+NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
+
+NEVER_REPORTED = Status()
+
+QUIET = Ost(0, 0)
+"""What `query-acpi-ospm-status` shows of a slot that nothing has happened to."""
+
+
+def ago(seconds: float) -> datetime:
+    """So long before `NOW`."""
+    return NOW - timedelta(seconds=seconds)
+
+
+def thread_of(index: int) -> int:
+    """The host thread of the CPU in a slot of `a_machine`."""
+    return 1000 + index
+
+
+def a_slot(index: int, holds: str | None, *, threads: int = 1) -> Slot:
+    """A slot that is free (None), or holds a "boot" CPU or a "plugged" one."""
+    path = {
+        None: None,
+        "boot": f"/machine/unattached/device[{index}]",
+        "plugged": f"/machine/peripheral/vcpu{index}",
+    }[holds]
+    return Slot(index, "cpu", {"core-id": index}, threads, path, None if path is None else thread_of(index))
+
+
+def a_machine(
+    *,
+    boot: Iterable[int] = (0, 1),
+    plugged: Iterable[int] = (),
+    slots: int | None = 8,
+    threads: int = 1,
+    arch: str = "x86_64",
+    run_state: str = "running",
+    migrating: bool = False,
+    ost: Mapping[int, Ost] | str | None = "quiet",
+    vcpus: int | None = None,
+) -> Machine:
+    """A running x86 machine of eight slots with CPUs in 0 and 1, from the boot.
+
+    slots    how many; None: a machine type without CPU hotplug
+    threads  vCPUs to a slot
+    ost      {}: QEMU is in its legacy mode; None: the machine has no such query
+    vcpus    for a machine without slots
+    """
+    boot, plugged = frozenset(boot), frozenset(plugged)
+    if slots is None:
+        return Machine(run_state, arch, vcpus or 2, None, migrating, None)
+    found = tuple(
+        a_slot(index, "boot" if index in boot else "plugged" if index in plugged else None, threads=threads)
+        for index in range(slots)
+    )
+    shown = dict.fromkeys(range(slots), QUIET) if isinstance(ost, str) else ost
+    return Machine(run_state, arch, len(boot | plugged) * threads, found, migrating, shown)
+
+
+def a_request(
+    index: int,
+    *,
+    boot: bool = False,
+    at: datetime = NOW,
+    attempts: int = 1,
+    answer: Answer | None = None,
+    thread_id: int | None = None,
+) -> Request:
+    """A request for the CPU that `a_machine` has in this slot."""
+    path = a_slot(index, "boot" if boot else "plugged").path
+    assert path is not None
+    return Request(index, path, thread_of(index) if thread_id is None else thread_id, at, attempts, answer)
+
+
+def a_spec(
+    vcpus: int,
+    *,
+    policy: UnplugPolicy = UnplugPolicy.ENABLED,
+    boot_vcpus: BootVCPUs = BootVCPUs.UNPLUG,
+    timeout: int = 60,
+    retry: int = 300,
+    suspend: bool = False,
+) -> Spec:
+    """A spec with the API's defaults."""
+    return Spec(vcpus, UnixMonitor("web.sock"), Unplug(policy, boot_vcpus, timeout, retry), suspend)
+
+
+def a_set(spec: Spec | None = None, *, generation: int = 1, status: Status = NEVER_REPORTED) -> VCPUSet:
+    """A VCPUSet named default/web."""
+    return VCPUSet(UID("uid-web"), "default", "web", generation, "7", ago(3600), spec or a_spec(2), status)
+
+
+def verdict_on(
+    spec: Spec,
+    machine: Machine,
+    requests: Iterable[Request] = (),
+    *,
+    started: datetime | None = None,
+    inherited: Iterable[CPU] = (),
+    blocked: CommandError | None = None,
+    reported: str | None = None,
+    now: datetime = NOW,
+) -> Verdict:
+    """`judge` at the end of a pass. `started` is by default when the earliest of the requests was made."""
+    requests = tuple(requests)
+    aim = goal(spec, machine)
+    if started is None and requests:
+        started = min(request.requested_at for request in requests)
+    status = replace(Status(), observed_generation=1, unplug_started_at=started)
+    return judge(
+        spec,
+        machine,
+        aim,
+        requests,
+        started=opened_at(status, 1, requests, machine.vcpus - aim.count, now),
+        inherited=set(inherited),
+        blocked=blocked,
+        reported=reported,
+        now=now,
+    )
+
+
+def a_condition(kind: str, status: str, *, reason: str = "Converged", since: datetime = NOW) -> Condition:
+    """One condition of generation 1."""
+    return Condition(kind, status, reason, "words", since, 1)

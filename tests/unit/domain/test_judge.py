@@ -1,0 +1,408 @@
+"""What a pass reports: a verdict for every situation, stable while there is no news."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+import pytest
+
+from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, verdict_on
+from vcpuset.domain.errors import (
+    CommandRefused,
+    GuestNotReady,
+    InvalidMonitor,
+    Migrating,
+    MonitorBusy,
+    MonitorTimeout,
+    MonitorUnreachable,
+    PermanentError,
+    SlotTaken,
+    VCPUSetError,
+)
+from vcpuset.domain.machine import Answer
+from vcpuset.domain.plan import Goal
+from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import Pace, Verdict, conflict, failure, plugging
+from vcpuset.domain.requests import cpu_of
+from vcpuset.domain.resource import BootVCPUs, UnplugPolicy
+
+__all__: list[str] = []
+
+NO = Answer.IN_USE
+FOUR = a_machine(plugged=[2, 3])
+SMALL = a_machine(boot=[0], plugged=[1])
+"""Two CPUs, one of which can go: whatever is asked for it, there is no other candidate."""
+
+WORDS = "qemu's own words"
+
+
+@dataclass
+class Said:
+    """What is reported, and until when nothing is expected to change.
+
+    says   words that the message has
+    event  the type of the Kubernetes Event
+    due    seconds after NOW
+    """
+
+    reason: Reason
+    state: State
+    pace: Pace
+    says: str
+    event: Literal["Normal", "Warning"] = "Normal"
+    due: float | None = None
+
+
+CASES = {
+    "count matches": (
+        verdict_on(a_spec(4), FOUR),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "QEMU has 4 vCPUs, as declared."),
+    ),
+    "one vCPU is no vCPUs": (
+        verdict_on(a_spec(1), a_machine(boot=[0])),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "QEMU has 1 vCPU, as declared."),
+    ),
+    "count matches, suspended": (
+        verdict_on(a_spec(4, suspend=True), FOUR),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "as declared"),
+    ),
+    "count matches, migrating": (
+        verdict_on(a_spec(4), a_machine(plugged=[2, 3], migrating=True)),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "as declared"),
+    ),
+    "count matches, a request is still with the guest": (
+        verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(5))]),
+        Said(Reason.CONVERGED, State.READY, Pace.HELD, "may still take slot 3 away"),
+    ),
+    "count matches, an old request is still with the guest": (
+        verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(61))]),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "may still take slot 3 away"),
+    ),
+    "plugging": (
+        plugging(a_spec(6), FOUR, Goal(6)),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.HELD, "4 vCPUs present, 6 declared; plugging 2."),
+    ),
+    "plugging up to the ceiling only": (
+        plugging(a_spec(99), FOUR, Goal(8)),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.HELD, "plugging 4"),
+    ),
+    "a plug was refused for now": (
+        verdict_on(a_spec(6), FOUR, blocked=SlotTaken("device_add", "GenericError", WORDS)),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.RETRY, WORDS),
+    ),
+    "a plug was refused with unknown words": (
+        verdict_on(a_spec(6), FOUR, blocked=CommandRefused("device_add", "GenericError", WORDS)),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.RETRY, WORDS),
+    ),
+    "a plug can never succeed": (
+        verdict_on(a_spec(6), FOUR, blocked=PermanentError("device_add", "GenericError", WORDS)),
+        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, WORDS, "Warning"),
+    ),
+    "a CPU left while others were plugged": (
+        verdict_on(a_spec(6), FOUR),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.RETRY, "left again"),
+    ),
+    "asked": (
+        verdict_on(a_spec(2), FOUR, [a_request(2), a_request(3)]),
+        Said(
+            Reason.UNPLUGGING,
+            State.RECONCILING,
+            Pace.HELD,
+            "4 vCPUs present, 2 declared; the guest was asked to give back slots 2-3 at 2026-01-02T12:00:00Z.",
+        ),
+    ),
+    "asked, and in progress for a while": (
+        verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(30), answer=Answer.IN_PROGRESS)]),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slot 3"),
+    ),
+    "asked, one refused, another asked instead": (
+        verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(2), answer=NO), a_request(2)]),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "after it had refused slot 3: device in use (_OST 0x81)"),
+    ),
+    "asked, no answer for three seconds": (
+        verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(3))]),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet"),
+    ),
+    "asked, no answer from one, progress of another": (
+        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slots 2-3"),
+    ),
+    "the guest is not up": (
+        verdict_on(a_spec(1), a_machine(ost={})),
+        Said(Reason.WAITING_FOR_GUEST, State.RECONCILING, Pace.RETRY, "still booting, or was booted with acpi=off"),
+    ),
+    "device_del says that the guest is not up": (
+        verdict_on(a_spec(1), SMALL, blocked=GuestNotReady("device_del", "GenericError", WORDS)),
+        Said(Reason.WAITING_FOR_GUEST, State.RECONCILING, Pace.RETRY, WORDS),
+    ),
+    "refused, nobody else to ask": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(10), answer=NO)]),
+        Said(Reason.UNPLUG_REFUSED, State.RECONCILING, Pace.STEADY, "slot 1: device in use", "Warning", due=50),
+    ),
+    "refused, and so for timeoutSeconds": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60), answer=NO)]),
+        Said(Reason.UNPLUG_REFUSED, State.STALLED, Pace.STEADY, "Asked again every 300 s", "Warning", due=240),
+    ),
+    "refused, overdue, asked again just now": (
+        verdict_on(
+            a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(300), reported=Reason.UNPLUG_REFUSED.value
+        ),
+        Said(
+            Reason.UNPLUG_REFUSED, State.STALLED, Pace.HELD, "last for slot 1 at 2026-01-02T12:00:00Z", "Warning", 300
+        ),
+    ),
+    "refused, asked again, and no answer this time": (
+        verdict_on(
+            a_spec(1),
+            SMALL,
+            [a_request(1, at=ago(60), attempts=2)],
+            started=ago(400),
+            reported=Reason.UNPLUG_REFUSED.value,
+        ),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "has not given back slot 1", "Warning", due=240),
+    ),
+    "several refuse, with several words": (
+        verdict_on(
+            a_spec(1),
+            a_machine(boot=[0], plugged=[1, 2, 3]),
+            [
+                a_request(1, at=ago(9), answer=NO),
+                a_request(2, at=ago(9), answer=Answer.BUSY),
+                a_request(3, at=ago(9), answer=NO),
+            ],
+        ),
+        Said(
+            Reason.UNPLUG_REFUSED,
+            State.RECONCILING,
+            Pace.STEADY,
+            "slots 1, 3: device in use (_OST 0x81), slot 2: device busy (_OST 0x82)",
+            "Warning",
+            due=51,
+        ),
+    ),
+    "no answer within timeoutSeconds": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60))]),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "A late answer is still taken", "Warning", due=240),
+    ),
+    "no answer within timeoutSeconds, inherited": (
+        verdict_on(a_spec(1, timeout=90), SMALL, [a_request(1, at=ago(70))], started=ago(95), inherited=[("x", 1)]),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "has not given back slot 1", "Warning", due=230),
+    ),
+    "no answer, inherited: falls due by timeoutSeconds": (
+        verdict_on(
+            a_spec(1, timeout=90),
+            SMALL,
+            [a_request(1, at=ago(70))],
+            started=ago(95),
+            inherited=[cpu_of(a_request(1))],
+        ),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "has not given back slot 1", "Warning", due=20),
+    ),
+    "what is due but not wanted is nothing to come back for": (
+        verdict_on(a_spec(3), FOUR, [a_request(2, at=ago(400)), a_request(3, at=ago(100))]),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "slots 2-3", "Warning", due=200),
+    ),
+    "QEMU refuses every one": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(5), answer=Answer.REJECTED)]),
+        Said(
+            Reason.UNPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, "QEMU refused to unplug slot 1", "Warning", due=295
+        ),
+    ),
+    "migrating": (
+        verdict_on(a_spec(6), a_machine(migrating=True)),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration runs"),
+    ),
+    "device_add says that a migration runs": (
+        verdict_on(a_spec(6), FOUR, blocked=Migrating("device_add", "GenericError", WORDS)),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration runs"),
+    ),
+    "saving": (
+        verdict_on(a_spec(6), a_machine(run_state="save-vm")),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "run state 'save-vm'"),
+    ),
+    "shut down": (
+        verdict_on(a_spec(6), a_machine(run_state="shutdown")),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'shutdown'", "Warning"),
+    ),
+    "panicked, though the count matches": (
+        verdict_on(a_spec(2), a_machine(run_state="guest-panicked")),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'guest-panicked'", "Warning"),
+    ),
+    "at the ceiling": (
+        verdict_on(a_spec(9), a_machine(plugged=range(2, 8))),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.STEADY, "8 vCPUs present, 9 declared", "Warning"),
+    ),
+    "at the ceiling, but one may leave": (
+        verdict_on(a_spec(9), a_machine(plugged=range(2, 8)), [a_request(7, at=ago(4))]),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.HELD, "may still take slot 7 away", "Warning"),
+    ),
+    "at the floor": (
+        verdict_on(a_spec(1), a_machine(plugged=[2], arch="s390x")),
+        Said(Reason.UNPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, "QEMU cannot unplug", "Warning"),
+    ),
+    "grow only": (
+        verdict_on(a_spec(1, policy=UnplugPolicy.DISABLED), FOUR),
+        Said(Reason.UNPLUG_DISABLED, State.STALLED, Pace.STEADY, "policy is Disabled", "Warning"),
+    ),
+    "boot CPUs kept": (
+        verdict_on(a_spec(1, boot_vcpus=BootVCPUs.KEEP), a_machine()),
+        Said(Reason.BOOT_VCPUS_KEPT, State.STALLED, Pace.STEADY, "bootVCPUs is Keep", "Warning"),
+    ),
+    "whole cores only": (
+        verdict_on(a_spec(3), a_machine(boot=[0], threads=2)),
+        Said(Reason.GRANULARITY, State.STALLED, Pace.STEADY, "declare 2 or 4", "Warning"),
+    ),
+    "no hotplug": (
+        verdict_on(a_spec(3), a_machine(slots=None)),
+        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, "another machine type", "Warning"),
+    ),
+    "suspended": (
+        verdict_on(a_spec(3, suspend=True), a_machine()),
+        Said(Reason.SUSPENDED, State.HELD, Pace.STEADY, "2 vCPUs present, 3 declared; nothing is changed"),
+    ),
+    "suspended and migrating": (
+        verdict_on(a_spec(3, suspend=True), a_machine(migrating=True)),
+        Said(Reason.SUSPENDED, State.HELD, Pace.STEADY, "nothing is changed"),
+    ),
+    "suspended and shut down": (
+        verdict_on(a_spec(3, suspend=True), a_machine(run_state="shutdown")),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'shutdown'", "Warning"),
+    ),
+    "another set keeps the monitor": (
+        conflict("default/elder"),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "VCPUSet default/elder is older", "Warning"),
+    ),
+    "nobody listens": (
+        failure(MonitorUnreachable("nobody listens at a.sock")),
+        Said(Reason.MONITOR_UNREACHABLE, State.RECONCILING, Pace.RETRY, "a.sock", "Warning"),
+    ),
+    "another client": (
+        failure(MonitorBusy("no greeting from a.sock")),
+        Said(Reason.MONITOR_BUSY, State.RECONCILING, Pace.RETRY, "o greeting from a.sock", "Warning"),
+    ),
+    "no reply": (
+        failure(MonitorTimeout("no answer to query-status")),
+        Said(Reason.MONITOR_TIMEOUT, State.RECONCILING, Pace.RETRY, "query-status", "Warning"),
+    ),
+    "a bad path": (
+        failure(InvalidMonitor("a.sock is a folder")),
+        Said(Reason.INVALID_MONITOR, State.STALLED, Pace.STEADY, "a.sock is a folder", "Warning"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("verdict", "said"), [pytest.param(*case, id=name) for name, case in CASES.items()])
+def test_a_situation_has_its_reason_state_and_words(verdict: Verdict, said: Said) -> None:
+    assert (verdict.reason, verdict.state, verdict.pace) == (said.reason, said.state, said.pace), verdict.message
+    assert said.says in verdict.message
+    assert verdict.event_type == said.event
+    due = None if verdict.due is None else (verdict.due - NOW).total_seconds()
+    assert due == said.due
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_message_is_a_sentence(name: str) -> None:
+    message = CASES[name][0].message
+
+    assert message.endswith(".")
+    assert ".." not in message.replace("...", "")
+    assert "  " not in message
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_occurs_in_each_of_its_states_and_in_no_other(reason: Reason) -> None:
+    states = {verdict.state for verdict, _ in CASES.values() if verdict.reason is reason}
+
+    assert states == set(reason.states)
+
+
+def test_every_reason_has_a_name_of_one_word_and_a_meaning() -> None:
+    for reason in Reason:
+        assert reason.value.isalnum()
+        assert reason.value[0].isupper()
+        assert reason.meaning.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("report", "between"),
+    [
+        pytest.param(lambda now: verdict_on(a_spec(1), SMALL, [a_request(1)], now=now), (3, 59), id="pending"),
+        pytest.param(
+            lambda now: verdict_on(a_spec(1), SMALL, [a_request(1, answer=Answer.IN_PROGRESS)], now=now),
+            (0, 59),
+            id="in progress",
+        ),
+        pytest.param(lambda now: verdict_on(a_spec(1), SMALL, [a_request(1)], now=now), (60, 9999), id="timed out"),
+        pytest.param(
+            lambda now: verdict_on(a_spec(1), SMALL, [a_request(1, answer=NO)], now=now), (0, 59), id="refused"
+        ),
+        pytest.param(
+            lambda now: verdict_on(a_spec(1), SMALL, [a_request(1, answer=NO)], now=now),
+            (60, 9999),
+            id="refused for long",
+        ),
+        pytest.param(
+            lambda now: verdict_on(a_spec(4), FOUR, [a_request(3)], now=now), (0, 9999), id="ready, one may leave"
+        ),
+        pytest.param(lambda now: verdict_on(a_spec(6), a_machine(migrating=True), now=now), (0, 9999), id="busy"),
+        pytest.param(lambda now: verdict_on(a_spec(1), a_machine(ost={}), now=now), (0, 9999), id="guest not up"),
+    ],
+)
+def test_without_news_the_report_does_not_change(
+    report: Callable[[datetime], Verdict], between: tuple[float, float]
+) -> None:
+    first, last = (report(NOW + timedelta(seconds=seconds)) for seconds in between)
+
+    assert (first.reason, first.state, first.message) == (last.reason, last.state, last.message)
+
+
+@pytest.mark.parametrize("reported", [Reason.UNPLUG_REFUSED, Reason.UNPLUG_TIMED_OUT])
+def test_stalled_stays_through_the_retries(reported: Reason) -> None:
+    answer = NO if reported is Reason.UNPLUG_REFUSED else None
+    before = verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(300), answer=answer)])
+
+    asking = verdict_on(
+        a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(300), reported=before.reason.value, now=NOW
+    )
+    a_look_later = verdict_on(
+        a_spec(1),
+        SMALL,
+        [a_request(1, attempts=2)],
+        started=ago(300),
+        reported=asking.reason.value,
+        now=NOW + timedelta(seconds=10),
+    )
+
+    assert [each.state for each in (before, asking, a_look_later)] == [State.STALLED] * 3
+    assert [each.reason for each in (before, asking, a_look_later)] == [reported] * 3
+
+
+def test_a_retry_before_the_time_is_up_does_not_make_a_refusal_a_fresh_start() -> None:
+    spec = a_spec(1, timeout=60, retry=5)
+    refused = verdict_on(spec, SMALL, [a_request(1, at=ago(5), answer=NO)])
+
+    asking = verdict_on(spec, SMALL, [a_request(1, attempts=2)], started=ago(5), reported=refused.reason.value)
+
+    assert (
+        (asking.reason, asking.state) == (refused.reason, refused.state) == (Reason.UNPLUG_REFUSED, State.RECONCILING)
+    )
+
+
+def test_a_refused_set_is_looked_at_when_it_becomes_stalled_and_then_when_it_is_due() -> None:
+    def due_in(seconds: float) -> datetime | None:
+        return verdict_on(a_spec(1), SMALL, [a_request(1, answer=NO)], now=NOW + timedelta(seconds=seconds)).due
+
+    assert due_in(0) == due_in(59) == NOW + timedelta(seconds=60)
+    assert due_in(60) == due_in(299) == NOW + timedelta(seconds=300)
+    assert due_in(300) is None, "it would be asked now; a time that has passed would make the operator spin"
+
+
+def test_an_error_that_begins_with_a_name_keeps_its_spelling() -> None:
+    path = failure(InvalidMonitor("/run/vcpuset/a.sock is a folder")).message
+    words: VCPUSetError = MonitorUnreachable("nobody listens")
+
+    assert path.startswith("/run/vcpuset/a.sock is a folder")
+    assert failure(words).message == "Nobody listens."

@@ -1,0 +1,96 @@
+"""What an observation makes of the requests on the book."""
+
+from datetime import timedelta
+
+import pytest
+
+from unit.domain.builders import NOW, a_machine, a_request, a_slot, ago
+from vcpuset.domain.machine import Answer
+from vcpuset.domain.requests import answered, asked, cpu_of, due_at, still_open, withdrawn
+from vcpuset.domain.resource import Request, Unplug
+
+__all__: list[str] = []
+
+MACHINE = a_machine(plugged=[4, 5])
+
+
+def test_a_request_is_open_while_its_cpu_is_there() -> None:
+    requests = (a_request(4, at=ago(9)), a_request(1, boot=True, at=ago(8), answer=Answer.BUSY))
+
+    assert still_open(requests, MACHINE, NOW) == requests
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(a_request(6), id="the slot is free"),
+        pytest.param(a_request(4, thread_id=77), id="another CPU is in the slot, or another QEMU runs"),
+        pytest.param(a_request(4, boot=True), id="the CPU in the slot has another path"),
+    ],
+)
+def test_a_request_is_void_once_its_cpu_is_gone(request_: Request) -> None:
+    assert still_open([request_], MACHINE, NOW) == ()
+
+
+def test_a_request_goes_by_its_cpu_even_if_its_slot_is_counted_otherwise() -> None:
+    odd = Request(9, *cpu_of(a_slot(4, "plugged")), ago(9))
+
+    (kept,) = still_open([odd], MACHINE, NOW)
+
+    assert kept.slot == 4
+
+
+def test_after_the_clock_was_set_back_a_request_was_made_now() -> None:
+    (kept,) = still_open([a_request(4, at=NOW + timedelta(hours=1))], MACHINE, NOW)
+
+    assert kept.requested_at == NOW
+
+
+def test_an_answer_is_kept_until_there_is_another() -> None:
+    requests = (a_request(4, answer=Answer.IN_PROGRESS), a_request(5))
+    news = {5: Answer.IN_USE}
+
+    found = answered(requests, lambda request: news.get(request.slot))
+    later = answered(found, lambda request: {4: Answer.BUSY}.get(request.slot))
+
+    assert [request.answer for request in found] == [Answer.IN_PROGRESS, Answer.IN_USE]
+    assert [request.answer for request in later] == [Answer.BUSY, Answer.IN_USE]
+
+
+def test_asking_starts_an_entry_or_counts_one_up_and_forgets_its_answer() -> None:
+    before = (a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE),)
+
+    book = asked(before, [a_slot(5, "plugged"), a_slot(4, "plugged"), a_slot(1, "boot")], NOW)
+
+    assert book == (a_request(1, boot=True), a_request(4), a_request(5, attempts=3))
+
+
+def test_a_request_that_was_not_made_leaves_the_book_as_it_was() -> None:
+    before = (a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE), a_request(3, at=ago(5)))
+    book = asked(before, [a_slot(5, "plugged"), a_slot(4, "plugged")], NOW)
+    unsent = {cpu_of(a_slot(5, "plugged")), cpu_of(a_slot(4, "plugged"))}
+
+    assert set(withdrawn(book, before, unsent)) == set(before)
+    assert withdrawn(book, before, ()) == book
+
+
+@pytest.mark.parametrize(
+    ("answer", "inherited", "seconds"),
+    [
+        pytest.param(None, False, 300, id="own, unanswered"),
+        pytest.param(Answer.IN_USE, False, 300, id="own, refused"),
+        pytest.param(None, True, 60, id="inherited, unanswered: it may never have been sent"),
+        pytest.param(Answer.IN_PROGRESS, True, 300, id="inherited, in progress: it was sent"),
+        pytest.param(Answer.IN_USE, True, 300, id="inherited, refused"),
+    ],
+)
+def test_a_request_falls_due_after_its_interval(answer: Answer | None, inherited: bool, seconds: int) -> None:
+    request = a_request(4, answer=answer)
+
+    due = due_at(request, Unplug(timeout_seconds=60, retry_seconds=300), {cpu_of(request)} if inherited else set())
+
+    assert due == NOW + timedelta(seconds=seconds)
+
+
+def test_a_cpu_is_its_path_and_its_thread() -> None:
+    assert cpu_of(a_request(4)) == cpu_of(a_slot(4, "plugged")) != cpu_of(a_slot(4, "boot"))

@@ -1,0 +1,181 @@
+"""From a verdict to a status: conditions, transitions, and what may be written later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import pytest
+
+from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, verdict_on
+from vcpuset.domain.machine import Answer
+from vcpuset.domain.plan import goal
+from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import Pace, Verdict, conditions, is_progress, observed, opened_at, slot_list
+from vcpuset.domain.resource import Condition, Status
+
+__all__: list[str] = []
+
+READY = Verdict(Reason.CONVERGED, "QEMU has 2 vCPUs, as declared.", State.READY, Pace.STEADY)
+WORKING = Verdict(Reason.PLUGGING, "plugging 2.", State.RECONCILING, Pace.HELD)
+STUCK = Verdict(Reason.INSUFFICIENT_SLOTS, "slots for 8.", State.STALLED, Pace.STEADY)
+IDLE = Verdict(Reason.SUSPENDED, "nothing is changed.", State.HELD, Pace.STEADY)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "true"),
+    [(READY, ["Ready"]), (WORKING, ["Reconciling"]), (STUCK, ["Stalled"]), (IDLE, [])],
+    ids=lambda value: value.reason.value if isinstance(value, Verdict) else None,
+)
+def test_the_three_conditions_stand_in_order_and_at_most_one_is_true(verdict: Verdict, true: list[str]) -> None:
+    made = conditions((), verdict, 3, NOW)
+
+    assert [condition.type for condition in made] == ["Ready", "Reconciling", "Stalled"]
+    assert [condition.type for condition in made if condition.status == "True"] == true
+    assert {condition.status for condition in made} <= {"True", "False"}
+    assert {(each.reason, each.message, each.observed_generation) for each in made} == {
+        (verdict.reason.value, verdict.message, 3)
+    }
+
+
+def _since(made: tuple[Condition, ...]) -> dict[str, datetime]:
+    return {condition.type: condition.last_transition_time for condition in made}
+
+
+def test_only_a_condition_whose_status_changes_gets_a_new_transition_time() -> None:
+    before = conditions((), WORKING, 1, ago(60))
+
+    after = conditions(before, STUCK, 1, NOW)
+
+    assert _since(after) == {"Ready": ago(60), "Reconciling": NOW, "Stalled": NOW}
+
+
+def test_another_reason_message_or_generation_is_no_transition() -> None:
+    before = conditions((), WORKING, 1, ago(60))
+
+    after = conditions(before, replace(WORKING, reason=Reason.UNPLUGGING, message="other."), 2, NOW)
+
+    assert set(_since(after).values()) == {ago(60)}
+    assert {condition.observed_generation for condition in after} == {2}
+
+
+def test_transition_times_have_whole_seconds_as_everywhere_in_kubernetes() -> None:
+    made = conditions((), READY, 1, NOW + timedelta(microseconds=999_999))
+
+    assert set(_since(made).values()) == {NOW}
+
+
+def test_a_condition_that_is_missing_in_the_status_begins_now() -> None:
+    before = conditions((), READY, 1, ago(60))[:1]
+
+    assert _since(conditions(before, READY, 1, NOW)) == {"Ready": ago(60), "Reconciling": NOW, "Stalled": NOW}
+
+
+# --- observed -----------------------------------------------------------------------------------------------------
+
+
+def test_the_status_has_what_was_seen_not_what_was_declared() -> None:
+    machine = a_machine(plugged=[4])
+
+    status = observed(a_set(a_spec(7), generation=5), machine, [a_request(4)], ago(3))
+
+    assert (status.vcpus, status.min_vcpus, status.max_vcpus) == (3, 1, 8)
+    assert status.observed_generation == 5
+    assert status.selector == "vcpuset.dev/name=web"
+    assert status.pending_unplugs == (a_request(4),)
+    assert status.unplug_started_at == ago(3)
+
+
+def test_without_an_observation_the_last_one_stands() -> None:
+    last = Status(1, 3, 1, 8, "vcpuset.dev/name=web", ago(3), (a_request(4),))
+
+    status = observed(a_set(a_spec(7), generation=6, status=last), None, (), None)
+
+    assert status == replace(last, observed_generation=6)
+
+
+def test_a_set_whose_machine_was_never_seen_has_a_generation_and_no_count() -> None:
+    status = observed(a_set(), None, (), None)
+
+    assert (status.observed_generation, status.vcpus, status.max_vcpus) == (1, None, None)
+
+
+# --- opened_at ----------------------------------------------------------------------------------------------------
+
+OPEN = Status(observed_generation=4, unplug_started_at=ago(50))
+
+
+@pytest.mark.parametrize(
+    ("status", "generation", "surplus", "asked", "started"),
+    [
+        pytest.param(OPEN, 4, 1, True, ago(50), id="of this generation: it stands"),
+        pytest.param(OPEN, 5, 1, True, NOW, id="of an earlier generation: counts anew"),
+        pytest.param(OPEN, 4, 0, True, None, id="at the target: none"),
+        pytest.param(OPEN, 4, -1, True, None, id="below the target: none"),
+        pytest.param(OPEN, 4, 1, False, None, id="nothing asked for: none"),
+        pytest.param(replace(OPEN, unplug_started_at=None), 4, 1, True, NOW, id="the first request"),
+        pytest.param(
+            replace(OPEN, unplug_started_at=NOW + timedelta(hours=1)), 4, 1, True, NOW, id="the clock was set back"
+        ),
+    ],
+)
+def test_the_time_out_counts_from_the_first_request_of_the_generation(
+    status: Status, generation: int, surplus: int, asked: bool, started: datetime | None
+) -> None:
+    assert opened_at(status, generation, [a_request(4)] if asked else [], surplus, NOW) == started
+
+
+# --- is_progress --------------------------------------------------------------------------------------------------
+
+
+def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
+    verdict = Verdict(reason, f"{vcpus} present.", reason.states[0], Pace.HELD)
+    return Status(generation, vcpus, conditions=conditions((), verdict, generation, NOW))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "progress"),
+    [
+        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), True, id="one more plugged"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUGGING, vcpus=3), True, id="one more gone"),
+        pytest.param(_status(Reason.UNPLUG_PENDING), _status(Reason.UNPLUG_PENDING, vcpus=3), True, id="still waiting"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUG_PENDING), False, id="another reason"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.CONVERGED), False, id="the end"),
+        pytest.param(_status(Reason.UNPLUG_REFUSED), _status(Reason.UNPLUG_REFUSED, vcpus=3), False, id="no change"),
+        pytest.param(_status(Reason.CONVERGED), _status(Reason.CONVERGED, vcpus=5), False, id="ready all the time"),
+        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, generation=2), False, id="another generation"),
+        pytest.param(Status(), _status(Reason.PLUGGING), False, id="the first report"),
+    ],
+)
+def test_progress_is_a_change_that_goes_on_for_the_same_reason(old: Status, new: Status, progress: bool) -> None:
+    assert is_progress(old, new) is progress
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"),
+    [
+        ([5], "slot 5"),
+        ([1, 2, 3], "slots 1-3"),
+        ([7, 1, 3, 2, 5], "slots 1-3, 5, 7"),
+        ([1, 3], "slots 1, 3"),
+        (list(range(1, 4096)), "slots 1-4095"),
+    ],
+)
+def test_slots_are_named_as_ranges(slots: list[int], text: str) -> None:
+    assert slot_list(a_request(slot) for slot in slots) == text
+
+
+def test_a_change_for_the_worse_is_a_warning_also_when_it_is_no_stall() -> None:
+    refused = verdict_on(a_spec(1), a_machine(boot=[0], plugged=[1]), [a_request(1, at=ago(1), answer=Answer.IN_USE)])
+
+    assert refused.state is State.RECONCILING
+    assert refused.event_type == "Warning"
+    assert READY.event_type == WORKING.event_type == IDLE.event_type == "Normal"
+    assert STUCK.event_type == "Warning"
+
+
+def test_the_declared_count_is_the_goal_when_nothing_stands_in_its_way() -> None:
+    assert goal(a_spec(4), a_machine()).message == ""

@@ -1,0 +1,401 @@
+"""What passes come to: counts, status, writes, and who holds the monitor when."""
+
+from __future__ import annotations
+
+import pytest
+
+from unit.reconciler.laws import LawfulWorld
+from unit.reconciler.model import Guest, Qemu
+from vcpuset.domain.machine import Answer
+
+__all__: list[str] = []
+
+
+def _writes(world: LawfulWorld) -> list[str]:
+    """The reasons of the status writes so far."""
+    return [written.status.ready.reason for written in world.api.writes if written.status.ready is not None]
+
+
+def _slots_pending(world: LawfulWorld) -> list[int]:
+    return [request.slot for request in world.status().pending_unplugs]
+
+
+def test_a_set_that_is_right_from_the_start_costs_one_write(world: LawfulWorld, qemu: Qemu) -> None:
+    status = world.status()
+
+    assert _writes(world) == ["Converged"]
+    assert world.true_conditions() == ["Ready"]
+    assert (status.vcpus, status.min_vcpus, status.max_vcpus) == (2, 1, 8)
+    assert status.selector == "vcpuset.dev/name=web"
+    assert world.recorder.events == [("Normal", "Converged")]
+    assert world.sessions_held == 0
+
+
+def test_a_steady_state_costs_no_write_and_a_look_a_minute(world: LawfulWorld) -> None:
+    world.advance(3600)
+
+    assert _writes(world) == ["Converged"]
+    assert 1 + 3600 / 66 <= world.passes <= 1 + 3600 / 54
+
+
+def test_plugging_fills_the_lowest_slots_in_one_pass_and_two_writes(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+
+    assert sorted(qemu.cpus) == [0, 1, 2, 3, 4, 5]
+    assert _writes(world)[1:] == ["Plugging", "Converged"]
+    assert qemu.cpus[5][0] == "/machine/peripheral/vcpu5"
+    assert world.sessions_held == 0
+
+
+def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=8)
+    world.run_due()
+    qemu.guest = Guest.SLOW
+    world.apply("web", vcpus=3)
+    world.run_due()
+    assert qemu.latched == {3, 4, 5, 6, 7}
+    assert world.sessions_held == 1
+
+    qemu.guest_works()
+    world.run_due()
+
+    assert sorted(qemu.cpus) == [0, 1, 2]
+    assert _writes(world)[3:] == ["Unplugging", "Converged"]
+    assert world.status().pending_unplugs == ()
+    assert world.sessions_held == 0
+
+
+def test_down_to_one_gives_boot_cpus_back(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=1)
+    world.run_due()
+
+    assert sorted(qemu.cpus) == [0]
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_drift_is_undone_at_the_next_resync(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.device_add(5, "somebody-elses")
+    assert qemu.vcpus == 3
+
+    world.advance(67)
+
+    assert sorted(qemu.cpus) == [0, 1]
+
+
+def test_a_change_of_many_seconds_is_reported_now_and_then(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=8)
+    world.run_due()
+    before = len(world.api.writes)
+    qemu.guest = Guest.SLOW
+    world.apply("web", vcpus=2)
+    world.advance(0.1)
+    for index in (7, 6, 5, 4, 3, 2):
+        qemu.take_away(index)
+        world.advance(2)
+
+    assert world.reason() == "Converged"
+    # asked, progress after 3 s and 10 s more, done
+    assert 3 <= len(world.api.writes) - before <= 4
+
+
+def test_a_refused_cpu_is_replaced_by_the_next_in_the_same_pass(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.refused_slots = {5, 3}
+
+    world.apply("web", vcpus=4)
+    world.run_due()
+
+    assert world.reason() == "Converged"
+    assert qemu.vcpus == 4
+    assert {5, 3} <= set(qemu.cpus)
+    assert world.status().pending_unplugs == ()
+
+
+def test_a_guest_that_refuses_all_is_asked_again_until_it_gives_in(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.refused_slots = {1}
+    world.apply("web", vcpus=1)
+    world.advance(5)
+    assert world.reason() == "UnplugRefused"
+    assert world.true_conditions() == ["Reconciling"]
+    assert "slot 1: device in use (_OST 0x81)" in world.vcpuset().status.conditions[0].message
+
+    world.advance(60)
+    assert world.true_conditions() == ["Stalled"]
+    writes = len(world.api.writes)
+    world.advance(200)
+    assert len(world.api.writes) == writes
+
+    qemu.refused_slots = set()
+    world.advance(60)
+    assert world.true_conditions() == ["Ready"]
+    assert qemu.vcpus == 1
+
+
+def test_a_silent_guest_times_out_and_a_late_answer_is_taken(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.advance(10)
+    assert world.reason() == "UnplugPending"
+    world.advance(60)
+    assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
+    assert world.sessions_held == 0
+
+    qemu.guest_works()
+    world.advance(67)
+
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_each_request_to_a_silent_guest_is_made_again_after_retry_seconds(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+
+    attempts = []
+    for _ in range(4):
+        world.advance(300)
+        attempts.append(world.status().pending_unplugs[0].attempts)
+
+    assert attempts == [2, 3, 4, 5]
+    assert world.true_conditions() == ["Stalled"]
+
+
+def test_a_raised_target_does_not_overshoot_and_a_late_departure_is_plugged_again(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=2)
+    world.advance(1)
+    assert qemu.latched == {2, 3, 4, 5}
+
+    world.apply("web", vcpus=6)
+    world.advance(5)
+    assert (qemu.vcpus, world.true_conditions()) == (6, ["Ready"])
+    assert "may still take slots 2-5 away" in world.status().conditions[0].message
+
+    qemu.guest = Guest.PROMPT
+    qemu.guest_works()
+    world.advance(2)
+    assert (qemu.vcpus, world.true_conditions()) == (6, ["Ready"])
+    assert world.status().pending_unplugs == ()
+
+
+def test_a_target_between_the_old_and_the_new_one_asks_nobody_else_and_does_not_spin(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=4)
+    world.advance(310)
+    # Both are with the guest, made twice, and only one is wanted from here on.
+    world.apply("web", vcpus=5)
+    world.advance(360)
+    attempts = {request.slot: request.attempts for request in world.status().pending_unplugs}
+    assert attempts == {4: 2, 5: 3}
+
+    passes = world.passes
+    world.advance(200)
+
+    assert world.passes - passes <= 5
+
+
+def test_an_early_boot_is_waited_for(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.power_on(legacy=True)
+    world.apply("web", vcpus=1)
+    world.advance(3)
+    assert (world.reason(), world.true_conditions()) == ("WaitingForGuest", ["Reconciling"])
+    assert world.status().pending_unplugs == ()
+
+    qemu.legacy = False
+    world.advance(31)
+
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_a_request_that_qemu_did_not_take_is_not_on_the_book(world: LawfulWorld, qemu: Qemu) -> None:
+    """The migration begins after the look and before the request."""
+    world.apply("web", vcpus=4)
+    world.run_due()
+    world.apply("web", vcpus=2)
+
+    def migrate() -> None:
+        qemu.migrating = True
+
+    # session, look (2), write (2): the next point is that of the first request.
+    world.interrupt(5, migrate)
+    world.run_due()
+    assert (world.reason(), world.status().pending_unplugs) == ("MachineBusy", ())
+
+    qemu.migrating = False
+    world.advance(1)
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_a_cpu_that_qemu_rejects_is_replaced_and_named(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.rejected_slots = {1}
+    world.apply("web", vcpus=1)
+    world.run_due()
+
+    assert (world.reason(), world.true_conditions()) == ("UnplugUnsupported", ["Stalled"])
+    assert [request.answer for request in world.status().pending_unplugs] == [Answer.REJECTED]
+
+    qemu.rejected_slots = set()
+    world.advance(301)
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_a_machine_that_is_replaced_takes_its_requests_with_it(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.advance(5)
+    (old,) = world.status().pending_unplugs
+
+    qemu.power_on()
+    world.advance(1)
+
+    (new,) = world.status().pending_unplugs
+    assert (new.slot, new.path, new.attempts) == (old.slot, old.path, 1)
+    assert new.thread_id != old.thread_id
+
+
+def test_a_clock_that_is_set_back_an_hour_delays_a_retry_by_one_interval_only(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.advance(100)
+    world.set_clock(-3600)
+
+    world.advance(67 + 301)
+
+    assert world.status().pending_unplugs[0].attempts == 2
+
+
+def test_a_monitor_that_cannot_be_reached_keeps_the_last_counts(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.reachable = False
+    world.wake()
+    world.run_due()
+
+    assert (world.reason(), world.true_conditions()) == ("MonitorUnreachable", ["Reconciling"])
+    assert world.status().vcpus == 2
+    writes = len(world.api.writes)
+    world.advance(600)
+    assert len(world.api.writes) == writes
+
+    qemu.reachable = True
+    world.advance(31)
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_a_command_without_an_answer_may_have_run_and_is_not_repeated(world: LawfulWorld, qemu: Qemu) -> None:
+    """The reply to the second of two plugs is lost: the look that follows finds both."""
+    world.apply("web", vcpus=4)
+    world.interrupt(8, "fails")
+    world.run_due()
+    world.advance(5)
+
+    assert sorted(qemu.cpus) == [0, 1, 2, 3]
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_requests_that_were_written_outlive_a_lost_connection(world: LawfulWorld, qemu: Qemu) -> None:
+    """The reply to the first request is lost: the record of both stays, also in the report of the failure."""
+    world.apply("web", vcpus=4)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=2)
+    world.interrupt(6, "fails")
+    world.run_due()
+
+    assert qemu.latched == {3}
+    assert world.reason() == "MonitorTimeout"
+    assert _slots_pending(world) == [2, 3]
+
+    # Neither is known to have been made, so both are made again after timeoutSeconds.
+    world.advance(70)
+    assert qemu.latched == {2, 3}
+    assert [request.attempts for request in world.status().pending_unplugs] == [2, 2]
+
+
+def test_a_conflict_ends_the_pass_before_anybody_is_asked(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.interrupt(3, lambda: world.apply("web", vcpus=2, deliver=False))
+    world.run_due()
+    assert qemu.latched == set()
+
+    world.deliver()
+    world.advance(1)
+
+    assert qemu.latched == set()
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_without_the_api_server_nobody_is_asked(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.interrupt(3, "fails")
+    world.run_due()
+    assert qemu.latched == set()
+
+    world.advance(1)
+    assert qemu.latched == {1}
+
+
+def test_suspend_reports_and_changes_nothing(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=5, suspend=True)
+    world.advance(200)
+
+    assert qemu.vcpus == 2
+    assert (world.reason(), world.true_conditions()) == ("Suspended", [])
+
+    world.apply("web", suspend=False)
+    world.run_due()
+    assert (qemu.vcpus, world.true_conditions()) == (5, ["Ready"])
+
+
+def test_a_deleted_set_leaves_the_machine_as_it_is(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.SLOW
+    world.apply("web", vcpus=1)
+    world.run_due()
+    assert world.sessions_held == 1
+
+    world.delete("web")
+    world.advance(100)
+
+    assert world.sessions_held == 0
+    assert qemu.vcpus == 2
+
+
+@pytest.mark.parametrize("point", range(12))
+def test_an_operator_that_dies_anywhere_in_a_shrink_is_succeeded_without_a_second_request(
+    world: LawfulWorld, qemu: Qemu, point: int
+) -> None:
+    """The laws of `world` judge each request; here only the end is looked at."""
+    world.apply("web", vcpus=5)
+    world.run_due()
+    qemu.guest = Guest.SLOW
+    world.apply("web", vcpus=2)
+    world.interrupt(point, "dies")
+    world.advance(30)
+    assert world.operator_number == 2
+    qemu.guest_works()
+    qemu.guest = Guest.PROMPT
+
+    world.advance(61)
+
+    assert sorted(qemu.cpus) == [0, 1]
+    assert world.true_conditions() == ["Ready"]
+
+
+@pytest.mark.parametrize("point", range(8))
+def test_an_operator_that_dies_anywhere_in_a_growth_is_succeeded(world: LawfulWorld, qemu: Qemu, point: int) -> None:
+    world.apply("web", vcpus=4)
+    world.interrupt(point, "dies")
+    world.advance(1)
+
+    assert world.operator_number == 2
+    assert sorted(qemu.cpus) == [0, 1, 2, 3]
+    assert world.true_conditions() == ["Ready"]
