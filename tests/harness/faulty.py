@@ -169,6 +169,9 @@ class FaultyMonitor:
         """Cut all connections and remove the socket. Safe to call again."""
         if self._server is not None:
             self._server.close()
+        # asyncio needs three rounds from accepting a connection to `_accept`; until then nobody would close it.
+        for _ in range(4):
+            await asyncio.sleep(0)
         tasks = list(self._links.values())
         for link in list(self._links):
             link.abort()
