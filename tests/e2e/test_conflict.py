@@ -1,0 +1,202 @@
+"""Two sets that name one monitor: the older one keeps it, and the next one takes over as soon as it lets go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+
+from harness.controlplane import ControlPlane
+from harness.expect import HELD, READY, STALLED, shows
+from harness.faulty import FaultyMonitor
+from harness.guest import Guest
+from harness.operator import OperatorProcess
+from harness.qmp import count
+from harness.wait import until
+from harness.world import Seen, User
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
+    """An operator that never looks without an occasion: whoever takes over here was told to, at once."""
+    async with OperatorProcess(control_plane, "--resync-seconds=3600", socket_root=socket_root) as running:
+        yield running
+
+
+async def _pair(user: User, monitor: Path | str, vcpus: int, **spec: object) -> tuple[str, str]:
+    """Two sets with one monitor: the names of the older and the younger one."""
+    made = [await user.create(name, vcpus, monitor, **spec) for name in ("first", "second")]
+    made.sort(key=_seniority)
+    older, younger = (str(seen.body["metadata"]["name"]) for seen in made)
+    return older, younger
+
+
+async def test_the_younger_of_two_sets_stalls_and_names_the_older_one(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
+        older, younger = await _pair(user, "vm.sock", 3)
+        await user.change(younger, vcpus=5)
+        await shows(user, older, "Converged", READY, vcpus=3)
+        await user.wait_reason(younger, "MonitorConflict")
+        # Created first, the younger one may have been looked at before the older one was there.
+        seen = await user.get(younger)
+        await shows(
+            user,
+            younger,
+            "MonitorConflict",
+            STALLED,
+            f"VCPUSet {user.namespace}/{older} is older and names the same monitor",
+            "delete one of the two",
+            "takes over",
+            vcpus=seen.vcpus,
+        )
+        await user.touch(older)
+        await user.change(older, vcpus=4)
+        await shows(user, older, "Converged", READY, vcpus=4)
+        assert await count(guest.control) == 4
+
+
+async def test_nothing_flaps_while_two_sets_name_one_monitor(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with FaultyMonitor(folder / "vm.sock", cpus=2) as monitor:
+        older, younger = await _pair(user, "vm.sock", 2)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        statuses = [(await user.get(name)).status for name in (older, younger)]
+
+        async def both_are_looked_at_and_neither_is_written() -> None:
+            looks, passes = monitor.connections, _passes(operator)
+            versions = [(await user.touch(name)).body["metadata"]["resourceVersion"] for name in (younger, older)]
+            await until(lambda: _passes(operator) >= passes + 2, 60, "both sets to be looked at")
+            await until(lambda: monitor.connections > looks, 60, "the machine to be looked at")
+            for name, version in zip((younger, older), versions, strict=True):
+                assert (await user.get(name)).body["metadata"]["resourceVersion"] == version, f"{name} was written"
+
+        for _ in range(3):
+            await both_are_looked_at_and_neither_is_written()
+        assert [(await user.get(name)).status for name in (older, younger)] == statuses
+        reasons = [each["reason"] for each in await user.events(older)]
+        assert reasons.count("Converged") <= 1
+        assert "MonitorConflict" not in reasons
+
+
+async def test_the_younger_one_takes_over_at_once_when_the_older_one_is_deleted(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
+        older, younger = await _pair(user, "vm.sock", 3)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        await user.change(younger, vcpus=5)
+        await user.wait_reason(younger, "MonitorConflict")
+        assert await count(guest.control) == 3
+        await user.delete(older)
+        await shows(user, younger, "Converged", READY, vcpus=5)
+
+
+async def test_the_younger_one_takes_over_at_once_when_the_older_one_names_another_monitor(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with (
+        Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]),
+        Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "other.sock"]),
+    ):
+        older, younger = await _pair(user, "vm.sock", 3)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        await user.change(younger, vcpus=5)
+        await user.change(older, vcpus=4, monitor={"unix": {"path": "other.sock"}})
+        await shows(user, older, "Converged", READY, vcpus=4)
+        await shows(user, younger, "Converged", READY, vcpus=5)
+
+
+async def test_the_younger_one_takes_over_at_once_when_the_older_one_goes_to_another_operator(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]):
+        older, younger = await _pair(user, "vm.sock", 3)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        await user.change(younger, vcpus=5)
+        await user.change(older, nodeName="elsewhere")
+        await shows(user, younger, "Converged", READY, vcpus=5)
+
+
+async def test_a_suspended_older_set_keeps_its_monitor(folder: Path, operator: OperatorProcess, user: User) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
+        older, younger = await _pair(user, "vm.sock", 2)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        await user.change(older, vcpus=4, suspend=True)
+        await shows(user, older, "Suspended", HELD, vcpus=2)
+        await user.change(younger, vcpus=5)
+        await user.wait_reason(younger, "MonitorConflict")
+        assert await count(guest.control) == 2
+
+
+async def test_the_names_of_a_socket_s_hard_links_are_one_monitor(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
+        os.link(folder / "vm.sock", folder / "same.sock")
+        older, younger = await _pair(user, "vm.sock", 3)
+        await user.wait_reason(older, "Converged")
+        await user.change(younger, monitor={"unix": {"path": "same.sock"}}, vcpus=5)
+        seen = await user.wait_reason(younger, "MonitorConflict")
+        assert older in seen.message
+        assert await count(guest.control) == 3
+        (folder / "same.sock").unlink()
+        await user.touch(younger)
+        await user.wait_reason(younger, "MonitorUnreachable")
+
+
+async def test_a_tcp_monitor_is_one_monitor_in_every_spelling_and_in_every_namespace(
+    control_plane: ControlPlane, operator: OperatorProcess, user: User
+) -> None:
+    other = User(control_plane, await control_plane.namespace())
+    async with Guest(None, smp="2,maxcpus=8", tcp=True) as guest:
+        _, port = guest.tcp_address
+        one = await user.create("vm", 3, ("localhost", port))
+        two = await other.create("vm", 3, ("LocalHost", port))
+        try:
+            (_, its), (_, theirs) = sorted([(one, user), (two, other)], key=lambda each: _seniority(each[0]))
+            await its.wait_ready("vm")
+            seen = await theirs.wait_reason("vm", "MonitorConflict")
+            assert f"VCPUSet {its.namespace}/vm is older" in seen.message
+            await its.change("vm", vcpus=4)
+            await its.wait_ready("vm")
+            await theirs.change("vm", vcpus=5)
+            await its.delete("vm")
+            await shows(theirs, "vm", "Converged", READY, vcpus=5)
+        finally:
+            # This namespace has no fixture that empties it.
+            await control_plane.request("DELETE", f"/apis/vcpuset.dev/v1alpha1/namespaces/{other.namespace}/vcpusets")
+
+
+async def test_of_three_sets_the_next_oldest_takes_over_and_the_youngest_is_told_whom_it_waits_for_now(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]):
+        made = [await user.create(name, 3, "vm.sock") for name in ("a", "b", "c")]
+        made.sort(key=_seniority)
+        first, second, third = (str(seen.body["metadata"]["name"]) for seen in made)
+        await user.wait_reason(first, "Converged")
+        await user.wait(third, lambda seen: f"/{first} is older" in seen.message, f"waiting for {first}")
+        await user.delete(first)
+        await shows(user, second, "Converged", READY, vcpus=3)
+        await user.wait(third, lambda seen: f"/{second} is older" in seen.message, f"waiting for {second}")
+
+
+def _seniority(seen: Seen) -> tuple[str, str]:
+    """The smaller is the older: creation times are whole seconds, and within one the smaller uid counts."""
+    return seen.body["metadata"]["creationTimestamp"], seen.body["metadata"]["uid"]
+
+
+def _passes(operator: OperatorProcess) -> int:
+    """How many passes the operator has made."""
+    lines = [line for line in operator.metrics().splitlines() if line.startswith("controller_runtime_reconcile_total{")]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
