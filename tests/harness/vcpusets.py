@@ -9,7 +9,7 @@ from harness.controlplane import ControlPlane
 __all__ = ["VCPUSets", "manifest"]
 
 
-def manifest(name: str, labels: Mapping[str, str] | None = None, **spec: Any) -> dict[str, Any]:  # noqa: ANN401
+def manifest(name: str, labels: Mapping[str, str] | None = None, **spec: Any) -> dict[str, Any]:
     """A valid VCPUSet of 2 vCPUs with a unix monitor; `spec` overrides fields of its spec."""
     return {
         "apiVersion": "vcpuset.dev/v1alpha1",
@@ -35,7 +35,7 @@ class VCPUSets:
         self,
         name: str,
         labels: Mapping[str, str] | None = None,
-        **spec: Any,  # noqa: ANN401
+        **spec: Any,
     ) -> dict[str, Any]:
         """Store a new one and return it as stored."""
         return await self._request("POST", self.path, manifest(name, labels, **spec))
@@ -44,7 +44,7 @@ class VCPUSets:
         """The object as stored."""
         return await self._request("GET", f"{self.path}/{name}")
 
-    async def change(self, name: str, **spec: Any) -> dict[str, Any]:  # noqa: ANN401
+    async def change(self, name: str, **spec: Any) -> dict[str, Any]:
         """Set fields of the spec; None removes one. Returns the object as stored."""
         body = await self.get(name)
         body["spec"] = {key: value for key, value in {**body["spec"], **spec}.items() if value is not None}

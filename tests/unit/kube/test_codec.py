@@ -75,7 +75,7 @@ STATUSES = st.builds(
 )
 
 
-def body(**spec: Any) -> dict[str, Any]:  # noqa: ANN401
+def body(**spec: Any) -> dict[str, Any]:
     """BODY with other fields in its spec."""
     changed = copy.deepcopy(BODY)
     changed["spec"].update(spec)
