@@ -25,9 +25,9 @@ async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncItera
         yield running
 
 
-async def _pair(user: User, monitor: Path | str, vcpus: int, **spec: object) -> tuple[str, str]:
+async def _pair(user: User, monitor: Path | str, vcpus: int) -> tuple[str, str]:
     """Two sets with one monitor: the names of the older and the younger one."""
-    made = [await user.create(name, vcpus, monitor, **spec) for name in ("first", "second")]
+    made = [await user.create(name, vcpus, monitor) for name in ("first", "second")]
     made.sort(key=_seniority)
     older, younger = (str(seen.body["metadata"]["name"]) for seen in made)
     return older, younger

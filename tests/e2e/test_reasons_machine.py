@@ -85,6 +85,7 @@ async def test_every_run_state_in_which_a_change_is_unsafe_is_waited_out(
             await shows(user, "vm", "MachineBusy", RECONCILING, f"run state '{state}'", vcpus=2)
         assert monitor.received("device_add") == []
         monitor.status = "running"
+        await user.touch("vm")  # after so many vain looks the pause before the next one is long
         await shows(user, "vm", "Converged", READY, vcpus=3)
 
 
