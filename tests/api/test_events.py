@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harness.controlplane import ControlPlane
-from harness.vcpusets import VCPUSets
 from harness.wait import until
+from harness.world import User
 from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube import recorder as recorder_module
 from vcpuset.kube.cluster import Cluster, Scope
@@ -22,8 +22,8 @@ WAIT = 60.0
 
 
 @pytest.fixture
-def sets(control_plane: ControlPlane, namespace: str) -> VCPUSets:
-    return VCPUSets(control_plane, namespace)
+def sets(control_plane: ControlPlane, namespace: str) -> User:
+    return User(control_plane, namespace)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ async def cluster(control_plane: ControlPlane) -> AsyncIterator[Cluster]:
 
 
 @pytest.fixture
-async def vcpuset(cluster: Cluster, sets: VCPUSets) -> VCPUSet:
+async def vcpuset(cluster: Cluster, sets: User) -> VCPUSet:
     await sets.create("web")
     (created,) = await cluster.list(Scope(namespaces=(sets.namespace,)))
     return created
@@ -61,14 +61,14 @@ def record(recorder: Recorder, vcpuset: VCPUSet, note: str = "2 of 4 vCPUs") -> 
     recorder.record(vcpuset, type="Normal", reason="Plugging", action="Plug", note=note)
 
 
-async def events(sets: VCPUSets) -> list[dict[str, Any]]:
+async def events(sets: User) -> list[dict[str, Any]]:
     """The Events of the namespace, as kubectl shows them."""
     found = await sets.control_plane.kubectl("get", "events.events.k8s.io", "--namespace", sets.namespace, "-o=json")
     items: list[dict[str, Any]] = json.loads(found.stdout)["items"]
     return items
 
 
-async def until_events(sets: VCPUSets, count: int) -> list[dict[str, Any]]:
+async def until_events(sets: User, count: int) -> list[dict[str, Any]]:
     """Wait for exactly `count` Events."""
 
     async def enough() -> list[dict[str, Any]] | None:
@@ -78,7 +78,7 @@ async def until_events(sets: VCPUSets, count: int) -> list[dict[str, Any]]:
     return await until(enough, WAIT, f"{count} Events", interval=0.3) or []
 
 
-async def test_an_event_is_shown_with_its_set(cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet) -> None:
+async def test_an_event_is_shown_with_its_set(cluster: Cluster, sets: User, vcpuset: VCPUSet) -> None:
     recorder = Recorder(cluster, instance="agent-1")
     async with running(recorder):
         recorder.record(vcpuset, type="Warning", reason="MonitorBusy", action="Connect", note="another client holds it")
@@ -99,7 +99,7 @@ async def test_an_event_is_shown_with_its_set(cluster: Cluster, sets: VCPUSets, 
 
 
 async def test_equal_events_are_counted_in_one(
-    cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, sets: User, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(cluster)
     with fast_series(monkeypatch):
@@ -121,7 +121,7 @@ async def test_equal_events_are_counted_in_one(
     assert series["lastObservedTime"] >= by_note["2 of 4 vCPUs"]["eventTime"]
 
 
-async def test_a_series_ends_with_a_long_pause(cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet) -> None:
+async def test_a_series_ends_with_a_long_pause(cluster: Cluster, sets: User, vcpuset: VCPUSet) -> None:
     now = datetime.now(UTC)
     recorder = Recorder(cluster, clock=lambda: now)
     async with running(recorder):
@@ -133,7 +133,7 @@ async def test_a_series_ends_with_a_long_pause(cluster: Cluster, sets: VCPUSets,
 
 
 async def test_a_series_whose_event_has_expired_begins_anew(
-    cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, sets: User, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(cluster)
     with fast_series(monkeypatch):
@@ -151,7 +151,7 @@ async def test_a_series_whose_event_has_expired_begins_anew(
 
 
 async def test_what_cannot_be_posted_is_logged_and_the_next_is_posted(
-    cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, sets: User, vcpuset: VCPUSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder(cluster)
     async with running(recorder):
@@ -163,7 +163,7 @@ async def test_what_cannot_be_posted_is_logged_and_the_next_is_posted(
     )
 
 
-async def test_a_long_note_is_cut_where_the_api_demands_it(cluster: Cluster, sets: VCPUSets, vcpuset: VCPUSet) -> None:
+async def test_a_long_note_is_cut_where_the_api_demands_it(cluster: Cluster, sets: User, vcpuset: VCPUSet) -> None:
     recorder = Recorder(cluster)
     async with running(recorder):
         record(recorder, vcpuset, note="€" * 1000)  # 3 bytes each
@@ -173,7 +173,7 @@ async def test_a_long_note_is_cut_where_the_api_demands_it(cluster: Cluster, set
 
 async def test_a_full_queue_drops_the_oldest_says_so_once_and_never_blocks(
     cluster: Cluster,
-    sets: VCPUSets,
+    sets: User,
     vcpuset: VCPUSet,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

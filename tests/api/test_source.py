@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from harness.controlplane import ControlPlane
-from harness.vcpusets import VCPUSets
 from harness.wait import until
+from harness.world import User
 from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube import codec, source
@@ -73,21 +73,21 @@ async def watching(kubeconfig: Path, scope: Scope) -> AsyncIterator[Watch]:
 
 
 @pytest.fixture
-def sets(control_plane: ControlPlane, namespace: str) -> VCPUSets:
-    return VCPUSets(control_plane, namespace)
+def sets(control_plane: ControlPlane, namespace: str) -> User:
+    return User(control_plane, namespace)
 
 
 @pytest.fixture
-def second(sets: VCPUSets) -> Callable[[], Awaitable[VCPUSets]]:
+def second(sets: User) -> Callable[[], Awaitable[User]]:
     """Makes another namespace."""
 
-    async def make() -> VCPUSets:
-        return VCPUSets(sets.control_plane, await sets.control_plane.namespace())
+    async def make() -> User:
+        return User(sets.control_plane, await sets.control_plane.namespace())
 
     return make
 
 
-async def test_without_a_node_only_sets_without_a_node_are_shown(sets: VCPUSets) -> None:
+async def test_without_a_node_only_sets_without_a_node_are_shown(sets: User) -> None:
     await sets.create("before")
     await sets.create("elsewhere", nodeName="n1")
     async with watching(sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,))) as watch:
@@ -95,7 +95,7 @@ async def test_without_a_node_only_sets_without_a_node_are_shown(sets: VCPUSets)
         await watch.until_names("before", "after")
 
 
-async def test_a_set_that_moves_between_nodes_leaves_one_agent_and_comes_to_the_other(sets: VCPUSets) -> None:
+async def test_a_set_that_moves_between_nodes_leaves_one_agent_and_comes_to_the_other(sets: User) -> None:
     created = await sets.create("web", nodeName="n1")
     kubeconfig, here = sets.control_plane.kubeconfig, (sets.namespace,)
     async with (
@@ -108,7 +108,7 @@ async def test_a_set_that_moves_between_nodes_leaves_one_agent_and_comes_to_the_
         await sets.change("web", nodeName="n2")
         await first.until_names()
         await second.until_names("web")
-        assert first.changes == [created["metadata"]["uid"]]
+        assert first.changes == [created.uid]
 
         await sets.change("web", nodeName=None)
         await second.until_names()
@@ -118,7 +118,7 @@ async def test_a_set_that_moves_between_nodes_leaves_one_agent_and_comes_to_the_
         await first.until_names("web")
 
 
-async def test_a_set_shows_only_while_its_labels_match(sets: VCPUSets) -> None:
+async def test_a_set_shows_only_while_its_labels_match(sets: User) -> None:
     scope = Scope(namespaces=(sets.namespace,), label_selector="tier in (web, cache)")
     await sets.create("one", labels={"tier": "web"})
     await sets.create("two", labels={"tier": "database"})
@@ -129,7 +129,7 @@ async def test_a_set_shows_only_while_its_labels_match(sets: VCPUSets) -> None:
         await watch.until_names("two")
 
 
-async def test_only_the_named_namespaces_are_shown(sets: VCPUSets, second: Callable[[], Awaitable[VCPUSets]]) -> None:
+async def test_only_the_named_namespaces_are_shown(sets: User, second: Callable[[], Awaitable[User]]) -> None:
     other, third = await second(), await second()
     for place, name in ((sets, "one"), (other, "two"), (third, "three")):
         await place.create(name)
@@ -145,10 +145,10 @@ async def test_only_the_named_namespaces_are_shown(sets: VCPUSets, second: Calla
     await third.delete("four")
 
 
-async def test_each_change_is_told_once_and_so_is_the_end(sets: VCPUSets) -> None:
+async def test_each_change_is_told_once_and_so_is_the_end(sets: User) -> None:
     node = sets.namespace  # nobody else's
     async with watching(sets.control_plane.kubeconfig, Scope(node)) as watch:
-        uid = UID((await sets.create("web", nodeName=node))["metadata"]["uid"])
+        uid = UID((await sets.create("web", nodeName=node)).uid)
         await watch.until_names("web")
         assert watch.changes == [uid]
 
@@ -163,7 +163,7 @@ async def test_each_change_is_told_once_and_so_is_the_end(sets: VCPUSets) -> Non
         assert watch.changes == [uid] * 3
 
 
-async def test_what_the_cache_knows_from_a_list_is_no_news(sets: VCPUSets) -> None:
+async def test_what_the_cache_knows_from_a_list_is_no_news(sets: User) -> None:
     scope = Scope(namespaces=(sets.namespace,))
     await sets.create("known")
     async with (
@@ -177,7 +177,7 @@ async def test_what_the_cache_knows_from_a_list_is_no_news(sets: VCPUSets) -> No
 
 
 async def test_a_status_write_whose_answer_is_in_the_cache_already_is_no_news_but_one_of_others_is(
-    sets: VCPUSets,
+    sets: User,
 ) -> None:
     kubeconfig = sets.control_plane.kubeconfig
     await sets.create("web")
@@ -202,7 +202,7 @@ async def test_a_status_write_whose_answer_is_in_the_cache_already_is_no_news_bu
         assert watch.cache.get(vcpuset.uid) == newest
 
 
-async def test_watching_writes_nothing(sets: VCPUSets) -> None:
+async def test_watching_writes_nothing(sets: User) -> None:
     before = sets.control_plane.audit_offset()
     node = sets.namespace
     async with watching(sets.control_plane.kubeconfig, Scope(node)) as watch:
@@ -220,14 +220,14 @@ async def test_watching_writes_nothing(sets: VCPUSets) -> None:
 
     await until(watch_recorded, WAIT, "the audit record of the watch")
     writes = [event.verb for event in sets.control_plane.audit_events(before) if event.is_write]
-    assert sorted(writes) == ["create", "create", "create", "delete", "update"]  # this test's own
-    body = await sets.get("two")
+    assert sorted(writes) == ["create", "create", "create", "delete", "patch"]  # this test's own
+    body = (await sets.get("two")).body
     assert "annotations" not in body["metadata"]
     assert "finalizers" not in body["metadata"]
 
 
 async def test_an_object_that_cannot_be_understood_is_logged_and_the_rest_goes_on(
-    sets: VCPUSets, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    sets: User, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The schema admits none, so the object is made unreadable on its way in."""
 
@@ -250,7 +250,7 @@ async def test_an_object_that_cannot_be_understood_is_logged_and_the_rest_goes_o
         await watch.until_names("even")
 
 
-async def test_the_log_stays_quiet_and_is_not_reconfigured(sets: VCPUSets, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_stays_quiet_and_is_not_reconfigured(sets: User, caplog: pytest.LogCaptureFixture) -> None:
     handlers = list(logging.getLogger().handlers)
     with caplog.at_level(logging.INFO):
         async with watching(sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,))) as watch:
@@ -260,7 +260,7 @@ async def test_the_log_stays_quiet_and_is_not_reconfigured(sets: VCPUSets, caplo
     assert logging.getLogger().handlers == handlers
 
 
-async def test_tasks_of_others_outlive_the_watch(sets: VCPUSets) -> None:
+async def test_tasks_of_others_outlive_the_watch(sets: User) -> None:
     done = asyncio.Event()
     async with watching(sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,))):
         other = asyncio.create_task(done.wait())
@@ -270,7 +270,7 @@ async def test_tasks_of_others_outlive_the_watch(sets: VCPUSets) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_the_watch_and_a_second_one_does_no_harm(sets: VCPUSets, number: signal.Signals) -> None:
+async def test_a_signal_ends_the_watch_and_a_second_one_does_no_harm(sets: User, number: signal.Signals) -> None:
     problems: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     async with watching(sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,))) as watch:
@@ -282,7 +282,7 @@ async def test_a_signal_ends_the_watch_and_a_second_one_does_no_harm(sets: VCPUS
     assert problems == []
 
 
-async def test_a_cancelled_watch_leaves_no_task_and_no_connection(sets: VCPUSets) -> None:
+async def test_a_cancelled_watch_leaves_no_task_and_no_connection(sets: User) -> None:
     before = asyncio.all_tasks()
     watch = Watch(sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,)))
     await asyncio.wait_for(watch.ready.wait(), WAIT)
@@ -302,7 +302,7 @@ async def test_credentials_that_are_refused_end_the_watch(control_plane: Control
 
 
 async def test_credentials_that_are_not_there_yet_are_awaited(
-    sets: VCPUSets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sets: User, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await sets.create("web")
     kubeconfig = tmp_path / "kubeconfig"
@@ -327,7 +327,7 @@ async def test_the_watch_and_the_sweep_survive_a_restart_of_the_api_server() -> 
     """One API server of its own, for all that restarting one can show."""
     async with ControlPlane() as own:
         await own.install_crd()
-        sets = VCPUSets(own, await own.namespace())
+        sets = User(own, await own.namespace())
         for name in ("stays", "goes"):
             await sets.create(name)
         async with await Cluster.connect(own.kubeconfig) as cluster, watching(own.kubeconfig, Scope()) as watch:

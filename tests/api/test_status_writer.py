@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.controlplane import ControlPlane
-from harness.vcpusets import VCPUSets
 from harness.wait import until
+from harness.world import User
 from vcpuset.domain.errors import APIError, Conflict, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import UID, Condition, Request, Status, VCPUSet
@@ -40,8 +40,8 @@ FULL = Status(
 
 
 @pytest.fixture
-def sets(control_plane: ControlPlane, namespace: str) -> VCPUSets:
-    return VCPUSets(control_plane, namespace)
+def sets(control_plane: ControlPlane, namespace: str) -> User:
+    return User(control_plane, namespace)
 
 
 @pytest.fixture
@@ -56,22 +56,22 @@ async def only(cluster: Cluster, namespace: str) -> VCPUSet:
     return vcpuset
 
 
-async def test_a_new_set_reads_as_never_observed(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_a_new_set_reads_as_never_observed(cluster: Cluster, sets: User) -> None:
     created = await sets.create("web")
     vcpuset = await only(cluster, sets.namespace)
     assert str(vcpuset) == f"{sets.namespace}/web"
-    assert vcpuset.resource_version == created["metadata"]["resourceVersion"]
+    assert vcpuset.resource_version == created.body["metadata"]["resourceVersion"]
     assert vcpuset.status == Status(observed_generation=-1)
 
 
-async def test_a_written_status_is_what_is_read_back(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_a_written_status_is_what_is_read_back(cluster: Cluster, sets: User) -> None:
     await sets.create("web")
     before = await only(cluster, sets.namespace)
     written = await cluster.write_status(before, FULL)
     assert written.status == FULL
     assert await only(cluster, sets.namespace) == written
     assert (written.spec, written.generation) == (before.spec, before.generation)
-    assert (await sets.get("web"))["status"]["pendingUnplugs"][1] == {
+    assert (await sets.get("web")).status["pendingUnplugs"][1] == {
         "slot": 2,
         "path": "/machine/peripheral/vcpu2",
         "threadID": 1233,
@@ -80,15 +80,15 @@ async def test_a_written_status_is_what_is_read_back(cluster: Cluster, sets: VCP
     }
 
 
-async def test_what_a_status_leaves_out_is_removed(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_what_a_status_leaves_out_is_removed(cluster: Cluster, sets: User) -> None:
     await sets.create("web")
     written = await cluster.write_status(await only(cluster, sets.namespace), FULL)
     less = Status(observed_generation=1, vcpus=4)
     assert (await cluster.write_status(written, less)).status == less
-    assert (await sets.get("web"))["status"] == {"observedGeneration": 1, "vcpus": 4}
+    assert (await sets.get("web")).status == {"observedGeneration": 1, "vcpus": 4}
 
 
-async def test_a_status_that_does_not_differ_is_not_written(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_a_status_that_does_not_differ_is_not_written(cluster: Cluster, sets: User) -> None:
     await sets.create("web")
     written = await cluster.write_status(await only(cluster, sets.namespace), FULL)
     before = sets.control_plane.audit_offset()
@@ -106,19 +106,19 @@ async def test_a_status_that_does_not_differ_is_not_written(cluster: Cluster, se
     assert verbs == ["get"]
 
 
-async def test_a_status_made_from_an_older_version_is_a_conflict(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_a_status_made_from_an_older_version_is_a_conflict(cluster: Cluster, sets: User) -> None:
     await sets.create("web")
     old = await only(cluster, sets.namespace)
     await sets.change("web", vcpus=7)
     with pytest.raises(Conflict, match=r"PATCH .*/web/status: HTTP 409: .*the object has been modified"):
         await cluster.write_status(old, FULL)
-    body = await sets.get("web")
+    body = (await sets.get("web")).body
     assert body["spec"]["vcpus"] == 7
     assert body["status"] == {"observedGeneration": -1}
 
 
 async def test_a_set_that_is_gone_cannot_be_written_nor_can_its_successor_by_mistake(
-    cluster: Cluster, sets: VCPUSets
+    cluster: Cluster, sets: User
 ) -> None:
     await sets.create("web")
     old = await only(cluster, sets.namespace)
@@ -131,7 +131,7 @@ async def test_a_set_that_is_gone_cannot_be_written_nor_can_its_successor_by_mis
 
 
 async def test_a_status_that_the_schema_refuses_is_an_error_with_the_servers_words(
-    cluster: Cluster, sets: VCPUSets
+    cluster: Cluster, sets: User
 ) -> None:
     await sets.create("web")
     with pytest.raises(APIError, match=r"HTTP 422: .*status\.vcpus"):
@@ -139,25 +139,25 @@ async def test_a_status_that_the_schema_refuses_is_an_error_with_the_servers_wor
 
 
 async def test_a_list_is_narrowed_by_the_server_and_comes_in_pages(
-    cluster: Cluster, sets: VCPUSets, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, sets: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "PAGE", 2)
     for number in range(5):
         await sets.create(f"s{number}", labels={"tier": "web" if number else "none"}, nodeName="n1")
     await sets.create("elsewhere", labels={"tier": "web"}, nodeName="n2")
     other = await sets.control_plane.namespace()
-    await VCPUSets(sets.control_plane, other).create("other", labels={"tier": "web"}, nodeName="n1")
+    await User(sets.control_plane, other).create("other", labels={"tier": "web"}, nodeName="n1")
     here = Scope("n1", (sets.namespace,), "tier=web")
     assert {each.name for each in await cluster.list(here)} == {"s1", "s2", "s3", "s4"}
     both = replace(here, namespaces=(sets.namespace, other))
     assert {each.name for each in await cluster.list(both)} == {"s1", "s2", "s3", "s4", "other"}
     everywhere = {str(each) for each in await cluster.list(replace(here, namespaces=()))}
     assert {f"{sets.namespace}/s1", f"{other}/other"} <= everywhere
-    await VCPUSets(sets.control_plane, other).delete("other")
+    await User(sets.control_plane, other).delete("other")
 
 
 async def test_credentials_that_are_refused_are_read_anew_once(
-    control_plane: ControlPlane, sets: VCPUSets, tmp_path: Path
+    control_plane: ControlPlane, sets: User, tmp_path: Path
 ) -> None:
     await sets.create("web")
     kubeconfig = tmp_path / "kubeconfig"
@@ -237,9 +237,9 @@ async def test_an_answer_that_is_none_is_an_error(
             await cluster.list(Scope())
 
 
-async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(cluster: Cluster, sets: VCPUSets) -> None:
+async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(cluster: Cluster, sets: User) -> None:
     cache, changes, scope = Cache(), list[UID](), Scope(namespaces=(sets.namespace,))
-    uids = {name: (await sets.create(name))["metadata"]["uid"] for name in ("stays", "changes", "goes", "moves")}
+    uids = {name: (await sets.create(name)).uid for name in ("stays", "changes", "goes", "moves")}
     await sweep(cluster, scope, cache, changes.append)
     assert set(changes) == set(uids.values())
     assert len(cache) == 4
@@ -258,7 +258,7 @@ async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(clu
 
 
 async def test_a_set_that_comes_while_the_list_is_under_way_is_not_swept_away(
-    cluster: Cluster, sets: VCPUSets, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, sets: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, changes, scope = Cache(), list[UID](), Scope(namespaces=(sets.namespace,))
     await sets.create("goes")
@@ -280,7 +280,7 @@ async def test_a_set_that_comes_while_the_list_is_under_way_is_not_swept_away(
     assert changes == []
 
 
-async def test_a_failed_sweep_leaves_the_cache_as_it_was(cluster: Cluster, sets: VCPUSets, tmp_path: Path) -> None:
+async def test_a_failed_sweep_leaves_the_cache_as_it_was(cluster: Cluster, sets: User, tmp_path: Path) -> None:
     cache, scope = Cache(), Scope(namespaces=(sets.namespace,))
     await sets.create("web")
     await sweep(cluster, scope, cache, lambda _: None)

@@ -22,18 +22,26 @@ WAIT_SECONDS = 90.0
 
 
 def manifest(
-    namespace: str, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any
+    namespace: str,
+    name: str,
+    vcpus: int = 2,
+    monitor: str | Path | tuple[str, int] | None = None,
+    labels: Mapping[str, str] | None = None,
+    **spec: Any,
 ) -> dict[str, Any]:
-    """A VCPUSet: its monitor is a path below the namespace's folder, or host and port; `spec` holds further fields."""
+    """A VCPUSet; `spec` holds further fields.
+
+    monitor  a path below the namespace's folder, or host and port; None: the path NAME.sock
+    """
     address: dict[str, Any] = (
         {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
         if isinstance(monitor, tuple)
-        else {"unix": {"path": str(monitor)}}
+        else {"unix": {"path": str(monitor or f"{name}.sock")}}
     )
     return {
         "apiVersion": "vcpuset.dev/v1alpha1",
         "kind": "VCPUSet",
-        "metadata": {"namespace": namespace, "name": name},
+        "metadata": {"namespace": namespace, "name": name, "labels": dict(labels or {})},
         "spec": {"vcpus": vcpus, "monitor": address, **spec},
     }
 
@@ -49,6 +57,11 @@ class Seen:
         """`status`."""
         found: Mapping[str, Any] = self.body.get("status", {})
         return found
+
+    @property
+    def uid(self) -> str:
+        """`metadata.uid`."""
+        return str(self.body["metadata"]["uid"])
 
     @property
     def vcpus(self) -> int | None:
@@ -101,9 +114,17 @@ class User:
         self.namespace = namespace
         self._path = f"{API}/namespaces/{namespace}/vcpusets"
 
-    async def create(self, name: str, vcpus: int, monitor: str | Path | tuple[str, int], **spec: Any) -> Seen:
-        """Create a set."""
-        return Seen(await self._ok("POST", self._path, manifest(self.namespace, name, vcpus, monitor, **spec)))
+    async def create(
+        self,
+        name: str,
+        vcpus: int = 2,
+        monitor: str | Path | tuple[str, int] | None = None,
+        labels: Mapping[str, str] | None = None,
+        **spec: Any,
+    ) -> Seen:
+        """Create a set, as `manifest` makes it."""
+        body = manifest(self.namespace, name, vcpus, monitor, labels, **spec)
+        return Seen(await self._ok("POST", self._path, body))
 
     async def get(self, name: str) -> Seen:
         """A set as it is now."""
@@ -112,6 +133,10 @@ class User:
     async def change(self, name: str, **spec: Any) -> Seen:
         """Change fields of a set's spec (merge-patch: None removes a field)."""
         return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"spec": spec}))
+
+    async def label(self, name: str, **labels: str) -> Seen:
+        """Set labels of a set."""
+        return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"metadata": {"labels": labels}}))
 
     async def touch(self, name: str) -> Seen:
         """Change an annotation and nothing else."""

@@ -74,7 +74,10 @@ def test_without_options_the_documented_defaults_hold(vcpuset: Vcpuset) -> None:
     assert settings == Settings()
     assert settings.resync_seconds == 60
     assert settings.http_address == ("127.0.0.1", 8080)
-    assert settings.node_name is settings.label_selector is settings.socket_root is settings.kubeconfig is None
+    assert settings.node_name is None
+    assert settings.label_selector is None
+    assert settings.socket_root is None
+    assert settings.kubeconfig is None
     assert settings.namespaces == ()
 
 
