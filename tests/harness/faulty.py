@@ -168,10 +168,13 @@ class FaultyMonitor:
     async def stop(self) -> None:
         """Cut all connections and remove the socket. Safe to call again."""
         if self._server is not None:
+            # asyncio needs three rounds from accepting a connection to `_accept`. Until then nobody would close it, and
+            # a server closed in between (Python 3.11) drops it half made. So: accept no more, wait, close.
+            for listener in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            for _ in range(4):
+                await asyncio.sleep(0)
             self._server.close()
-        # asyncio needs three rounds from accepting a connection to `_accept`; until then nobody would close it.
-        for _ in range(4):
-            await asyncio.sleep(0)
         tasks = list(self._links.values())
         for link in list(self._links):
             link.abort()
