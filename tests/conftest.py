@@ -1,14 +1,18 @@
 """Fixtures for tests that need a Kubernetes API. Nothing is started for a test that does not ask for one."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from harness.controlplane import ControlPlane
+from harness.world import User
 
-__all__ = ["control_plane", "namespace"]
+__all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
 
 
 def pytest_configure() -> None:
@@ -39,3 +43,25 @@ async def namespace(control_plane: ControlPlane) -> AsyncIterator[str]:
     name = await control_plane.namespace()
     yield name
     await control_plane.request("DELETE", f"/apis/vcpuset.dev/v1alpha1/namespaces/{name}/vcpusets")
+
+
+@pytest.fixture
+def user(control_plane: ControlPlane, namespace: str) -> User:
+    """Somebody who works in the test's namespace."""
+    return User(control_plane, namespace)
+
+
+@pytest.fixture(scope="module")
+def socket_root() -> Iterator[Path]:
+    """The folder that an operator looks for monitors in; its path is short, for QEMU's sake."""
+    root = Path(tempfile.mkdtemp(prefix="vcpuset-root-"))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def folder(socket_root: Path, namespace: str) -> Path:
+    """Where the monitors of the test's namespace are."""
+    path = socket_root / namespace
+    path.mkdir()
+    return path

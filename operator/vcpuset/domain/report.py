@@ -298,18 +298,18 @@ _WORRYING = frozenset(
 )
 """Not failures (they may pass), but nothing that happens on a good day."""
 
-_UNDER_WAY = frozenset({Reason.PLUGGING.value, Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})
+_WITH_THE_GUEST = frozenset({Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})
 
 
 def is_progress(old: Status, new: Status) -> bool:
-    """Whether the change is mere progress of a change under way, which may be reported later.
+    """Whether the change is mere progress of an unplug under way, which may be reported later.
 
-    Not progress: another reason, another generation, the end.
+    Not progress: another generation, the end, bad news.
     """
     before, after = old.ready, new.ready
     if before is None or after is None or old.observed_generation != new.observed_generation:
         return False
-    return before.reason == after.reason and after.reason in _UNDER_WAY
+    return {before.reason, after.reason} <= _WITH_THE_GUEST
 
 
 def slot_list(requests: Iterable[Request]) -> str:

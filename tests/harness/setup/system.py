@@ -105,6 +105,20 @@ REQUIREMENTS: Final = (
         _qemu_is_good,
         newer=True,
     ),
+    Requirement(
+        "qemu-system-s390x, for tests of a machine that cannot unplug",
+        "qemu-system-s390x",
+        "qemu-system-s390x-core",
+        _has_program("qemu-system-s390x"),
+        newer=True,
+    ),
+    Requirement(
+        "qemu-system-ppc64, for tests of a machine that plugs whole cores",
+        "qemu-system-ppc",
+        "qemu-system-ppc-core",
+        _has_program("qemu-system-ppc64"),
+        newer=True,
+    ),
 )
 
 

@@ -136,18 +136,20 @@ def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
 @pytest.mark.parametrize(
     ("old", "new", "progress"),
     [
-        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), True, id="one more plugged"),
+        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), False, id="a plug that failed"),
         pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUGGING, vcpus=3), True, id="one more gone"),
         pytest.param(_status(Reason.UNPLUG_PENDING), _status(Reason.UNPLUG_PENDING, vcpus=3), True, id="still waiting"),
-        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUG_PENDING), False, id="another reason"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUG_PENDING), True, id="no answer so far"),
+        pytest.param(_status(Reason.UNPLUG_PENDING), _status(Reason.UNPLUGGING), True, id="a first answer"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUG_REFUSED), False, id="bad news"),
         pytest.param(_status(Reason.UNPLUGGING), _status(Reason.CONVERGED), False, id="the end"),
         pytest.param(_status(Reason.UNPLUG_REFUSED), _status(Reason.UNPLUG_REFUSED, vcpus=3), False, id="no change"),
         pytest.param(_status(Reason.CONVERGED), _status(Reason.CONVERGED, vcpus=5), False, id="ready all the time"),
-        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, generation=2), False, id="another generation"),
+        pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUGGING, generation=2), False, id="other spec"),
         pytest.param(Status(), _status(Reason.PLUGGING), False, id="the first report"),
     ],
 )
-def test_progress_is_a_change_that_goes_on_for_the_same_reason(old: Status, new: Status, progress: bool) -> None:
+def test_progress_is_an_unplug_that_goes_on(old: Status, new: Status, progress: bool) -> None:
     assert is_progress(old, new) is progress
 
 

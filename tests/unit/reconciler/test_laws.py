@@ -240,7 +240,7 @@ class _AnythingMayHappen(_AsTheGuestPleases):
 
 
 SETTINGS = settings(
-    max_examples=EXAMPLES or 60,
+    max_examples=EXAMPLES or 100,
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,

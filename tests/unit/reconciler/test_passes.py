@@ -203,6 +203,46 @@ def test_a_target_between_the_old_and_the_new_one_asks_nobody_else_and_does_not_
     assert world.passes - passes <= 5
 
 
+def test_a_refusal_that_nobody_heard_is_found_in_the_reports_of_the_slots(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.guest = Guest.SLOW
+    qemu.refused_slots = {1}
+    world.apply("web", vcpus=1)
+    world.run_due()
+    qemu.disconnect()
+    qemu.guest_works()
+    world.advance(1)
+
+    assert world.reason() == "UnplugRefused"
+    assert [request.answer for request in world.status().pending_unplugs] == [Answer.IN_USE]
+
+
+def test_a_refusal_of_an_earlier_request_is_no_answer_to_a_new_one(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.refused_slots = {1}
+    world.apply("web", vcpus=1)
+    world.advance(1)
+    assert world.reason() == "UnplugRefused"
+    world.apply("web", vcpus=2)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+
+    world.apply("web", vcpus=1)
+    world.advance(5)
+    world.restart_operator()
+    world.advance(5)
+
+    assert world.reason() == "UnplugPending"
+    assert [request.answer for request in world.status().pending_unplugs] == [None]
+
+
+def test_a_slot_whose_id_somebody_else_has_used_is_left_out(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.device_add(6, "vcpu2")
+    world.apply("web", vcpus=5)
+    world.run_due()
+
+    assert sorted(qemu.cpus) == [0, 1, 3, 4, 6]
+    assert world.true_conditions() == ["Ready"]
+
+
 def test_an_early_boot_is_waited_for(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.power_on(legacy=True)
     world.apply("web", vcpus=1)
