@@ -122,7 +122,7 @@ async def test_a_file_that_is_no_saved_state_is_an_error(tmp_path: Path) -> None
     state.write_bytes(b"nonsense")
     guest = Guest(images(), restore=state)
     try:
-        with pytest.raises(GuestError, match="did not take the saved state"):
+        with pytest.raises(GuestError, match="started from the saved state"):
             await guest.start()
     finally:
         await guest.stop()

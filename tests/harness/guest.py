@@ -231,7 +231,7 @@ class Guest:
                 await client.call("cont")
         except (QMPError, TimeoutError) as error:
             self.kill()
-            raise GuestError(f"QEMU did not take the saved state {self._restore}: {self._ended()}") from error
+            raise GuestError(self._ended()) from error
         if self.images is not None:
             cpu = "/sys/devices/system/cpu"
             seen = await self.shell(f"echo online=$(cat {cpu}/online) present=$(cat {cpu}/present)")
@@ -387,7 +387,8 @@ class Guest:
         return await until(look, timeout, described, interval=0.02)
 
     def _ended(self) -> str:
-        return f"QEMU ended ({self.returncode}): {self._tail()}"
+        state = f", started from the saved state {self._restore}" if self._restore is not None else ""
+        return f"QEMU ended ({self.returncode}{state}): {self._tail()}"
 
 
 def _read(path: Path) -> str:
