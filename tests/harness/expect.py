@@ -42,20 +42,21 @@ def check_form(seen: Seen) -> None:
 async def shows(
     user: User, name: str, reason: str, states: States, *words: str, vcpus: int | None, timeout: float = WAIT_SECONDS
 ) -> Seen:
-    """Wait until a set gives this reason with these statuses, and check the whole of its status.
+    """Wait until a set gives this reason with these statuses and words, and check the whole of its status.
 
     words  what the message has to say
     vcpus  `status.vcpus`; None: not there
     """
     seen = await user.wait(
         name,
-        lambda seen: seen.reason == reason and seen.states == states and seen.vcpus == vcpus,
-        f"{reason} {states} with {vcpus} vCPUs",
+        lambda seen: (
+            (seen.reason, seen.states, seen.vcpus) == (reason, states, vcpus)
+            and all(word in seen.message for word in words)
+        ),
+        f"{reason} {states} with {vcpus} vCPUs and a message with {words}",
         timeout,
     )
     check_form(seen)
-    for word in words:
-        assert word in seen.message, f"{word!r} is not in the message: {seen.message}"
     return seen
 
 

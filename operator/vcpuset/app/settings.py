@@ -28,7 +28,7 @@ class Settings:
     """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server; more than that helps
     only while many monitors are slow."""
 
-    resync_seconds: float = 60.0
+    resync_seconds: int = 60
     """How often a machine is looked at without an occasion, in seconds, 10 % more or less. Changes that others make
     to a machine are found by this look, so a longer time means a machine that is wrong for longer; each look costs
     some milliseconds."""

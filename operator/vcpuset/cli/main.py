@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import click
 from pythonjsonlogger.json import JsonFormatter
@@ -15,6 +18,9 @@ from vcpuset.app.settings import Settings
 from vcpuset.domain.errors import VCPUSetError
 
 __all__ = ["main"]
+
+
+_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})")
 
 
 class _Address(click.ParamType[tuple[str, int] | None]):
@@ -30,10 +36,28 @@ class _Address(click.ParamType[tuple[str, int] | None]):
             return value
         if not value:
             return None
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
+        found = _ADDRESS.fullmatch(value)
+        if found is None or int(found["port"]) > 65535:
             self.fail(f"{value!r} is not HOST:PORT (or empty, for off)", param, ctx)
-        return host.strip("[]"), int(port)
+        return found["ipv6"] or found["host"], int(found["port"])
+
+
+class _EmptyCounts(click.Option):
+    """An option whose environment variable may be set and empty; click takes that for unset."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The variable's value, also an empty one."""
+        return os.environ.get(self.envvar) if isinstance(self.envvar, str) else super().resolve_envvar_value(ctx)
+
+
+_T = TypeVar("_T")
+
+
+def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
+    """Refuse an empty value: it would mean the current folder, or every namespace."""
+    if any(str(each) in {"", "."} for each in (value if isinstance(value, tuple) else (value,)) if each is not None):
+        raise click.BadParameter("must not be empty", ctx, param)
+    return value
 
 
 @click.group()
@@ -53,6 +77,7 @@ def main() -> None:
     "namespaces",
     multiple=True,
     envvar="VCPUSET_NAMESPACE",
+    callback=_not_empty,
     help="Serve this namespace only; may be repeated (in the environment: separated by spaces).",
 )
 @click.option("--label-selector", envvar="VCPUSET_LABEL_SELECTOR", help="Serve only the sets that match it.")
@@ -60,6 +85,7 @@ def main() -> None:
     "--socket-root",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="VCPUSET_SOCKET_ROOT",
+    callback=_not_empty,
     help="Folder with one folder of unix monitors for each namespace; without it, unix monitors are not served.",
 )
 @click.option(
@@ -72,7 +98,7 @@ def main() -> None:
 )
 @click.option(
     "--resync-seconds",
-    type=click.FloatRange(1, 86400),
+    type=click.IntRange(1, 86400),
     default=Settings.resync_seconds,
     show_default=True,
     envvar="VCPUSET_RESYNC_SECONDS",
@@ -80,6 +106,7 @@ def main() -> None:
 )
 @click.option(
     "--http-address",
+    cls=_EmptyCounts,
     type=_Address(),
     default="127.0.0.1:8080",
     show_default=True,
@@ -112,7 +139,7 @@ def run(
     label_selector: str | None,
     socket_root: Path | None,
     workers: int,
-    resync_seconds: float,
+    resync_seconds: int,
     http_address: tuple[str, int] | None,
     log_format: str,
     log_level: str,
