@@ -87,7 +87,7 @@ CHOICES: list[tuple[str, str, str, Any]] = [
     ("--label-selector", "tier in (web, db)", "label_selector", "tier in (web, db)"),
     ("--socket-root", "/run/vcpuset", "socket_root", Path("/run/vcpuset")),
     ("--workers", "3", "workers", 3),
-    ("--resync-seconds", "7.5", "resync_seconds", 7.5),
+    ("--resync-seconds", "7", "resync_seconds", 7),
     ("--http-address", "0.0.0.0:9090", "http_address", ("0.0.0.0", 9090)),  # noqa: S104 - nothing listens here
     ("--kubeconfig", __file__, "kubeconfig", Path(__file__)),
 ]
