@@ -24,7 +24,7 @@ from vcpuset.qmp import replies, translate
 from vcpuset.qmp.client import Client
 from vcpuset.qmp.sockets import Endpoint
 
-__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "Session"]
+__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Session"]
 
 OPEN_SECONDS: Final = 3.0
 """For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor takes for ever."""
@@ -34,6 +34,10 @@ COMMAND_SECONDS: Final = 10.0
 
 CLOSE_SECONDS: Final = 2.0
 """For closing. Nothing is flushed and nobody is waited for, so it takes a millisecond; this only bounds a fault."""
+
+SETTLE_SECONDS: Final = 0.02
+"""How long events are gathered before `wake` is called. One CPU that leaves sends two or three within some ms, and each
+look at the machine takes time from the guest that is to give back the next."""
 
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
@@ -225,7 +229,7 @@ class Session:
     def _wake_soon(self) -> None:
         if not self._waking:
             self._waking = True
-            asyncio.get_running_loop().call_soon(self._wake_now)
+            asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._wake_now)
 
     def _wake_now(self) -> None:
         self._waking = False
