@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from vcpuset.domain.errors import (
     APIError,
     CommandError,
+    Conflict,
     DeviceGone,
     InvalidMonitor,
     MachineUnsettled,
@@ -28,7 +29,7 @@ from vcpuset.domain.errors import (
     TransientError,
     VCPUSetError,
 )
-from vcpuset.domain.machine import Answer, Machine, Ost
+from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.domain.plan import Goal, Plan, goal, plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import (
@@ -126,7 +127,8 @@ class Reconciler:
         if vcpuset is None:
             for touched in self._claims.release(uid):
                 self._enqueue(touched)
-        else:
+        elif not self._claims.has(uid, _address(vcpuset)):
+            # Otherwise the claims of its last pass stand, the one on the socket's inode among them.
             self._claim(vcpuset, _address(vcpuset))
         self._enqueue(uid)
 
@@ -144,10 +146,16 @@ class Reconciler:
             # A CPU is just leaving. What this pass has done is done; the next one sees what came of it.
             return Done(requeue_after=UNSETTLED_SECONDS)
         except ObjectGone:
-            # The watch will say the same in a moment, and call again.
+            # The watch, or at the latest the sweep, will say the same and call again.
+            await self._monitors.release(uid)
             return Done()
-        except APIError as error:
+        except Conflict as error:
             # Nothing is lost: the next pass starts from the machine and from the newest object.
+            return Retry(error)
+        except APIError as error:
+            # The same; but the API server can be away for long, and others may want the monitor.
+            logger.warning("%s: %s; tried again", vcpuset, error)
+            await self._monitors.release(uid)
             return Retry(error)
         if verdict.pace is not Pace.HELD:
             await self._monitors.release(uid)
@@ -175,7 +183,8 @@ class Reconciler:
 
     async def _take_monitor(self, vcpuset: VCPUSet) -> Session | Verdict:
         """The session with the set's machine, or why this set may not have one."""
-        if (holder := self._claims.senior(vcpuset.uid)) is not None:
+        # What stands at the address is looked up anew each time; the address itself is known without a look.
+        if (holder := self._claims.senior(vcpuset.uid, _address(vcpuset))) is not None:
             return self._yield_to(holder)
         try:
             endpoint_context = self._monitors.resolve(vcpuset)
@@ -271,13 +280,9 @@ class Reconciler:
     async def _fill(self, session: Session, machine: Machine, aim: Goal) -> tuple[Machine, CommandError | None]:
         taken: set[int] = set()
         blocked: CommandError | None = None
-        while (missing := aim.count - machine.vcpus) > 0:
-            free = [slot for slot in machine.free if slot.index not in taken]
-            if not free:
-                break
-            for slot in free:
-                if slot.vcpus > missing:
-                    return await session.observe(), None
+        while chosen := _first_fit(machine.free, aim.count - machine.vcpus, taken):
+            blocked = None
+            for slot in chosen:
                 try:
                     await session.plug(slot)
                 except SlotTaken as error:
@@ -287,9 +292,6 @@ class Reconciler:
                     break
                 except CommandError as error:
                     return await session.observe(), error
-                missing -= slot.vcpus
-            else:
-                blocked = None
             machine = await session.observe()
             if blocked is None:
                 break
@@ -422,6 +424,16 @@ class Reconciler:
 def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
     """The CPUs that an earlier process wrote down, or that this one did not get round to ask for."""
     return {cpu_of(request) for request in requests} - track.sent.keys()
+
+
+def _first_fit(free: Iterable[Slot], missing: int, taken: Collection[int]) -> list[Slot]:
+    """The first slots that together hold no more than the missing vCPUs."""
+    chosen = []
+    for slot in free:
+        if slot.index not in taken and slot.vcpus <= missing:
+            missing -= slot.vcpus
+            chosen.append(slot)
+    return chosen
 
 
 def _address(vcpuset: VCPUSet) -> tuple[str, ...]:

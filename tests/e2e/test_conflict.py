@@ -141,14 +141,20 @@ async def test_a_suspended_older_set_keeps_its_monitor(folder: Path, operator: O
 async def test_the_names_of_a_socket_s_hard_links_are_one_monitor(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
-    async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
+    async with Guest(None, smp="2,maxcpus=16", monitor_paths=[folder / "vm.sock"]) as guest:
         os.link(folder / "vm.sock", folder / "same.sock")
         older, younger = await _pair(user, "vm.sock", 3)
         await user.wait_reason(older, "Converged")
         await user.change(younger, monitor={"unix": {"path": "same.sock"}}, vcpus=5)
         seen = await user.wait_reason(younger, "MonitorConflict")
         assert older in seen.message
-        assert await count(guest.control) == 3
+        for vcpus in (4, 5, 6):
+            for _ in range(5):
+                await user.touch(older)
+            await user.change(older, vcpus=vcpus)
+            await user.wait_ready(older)
+        assert await count(guest.control) == 6
+        assert (await user.get(younger)).body == seen.body, "nothing flaps, whatever becomes of the older one"
         (folder / "same.sock").unlink()
         await user.touch(younger)
         await user.wait_reason(younger, "MonitorUnreachable")

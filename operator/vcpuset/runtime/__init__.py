@@ -3,10 +3,11 @@
     workqueue   which key needs work, when, and that no key is worked on twice at once
     backoff     how long to wait after a failure; spreading of regular work
     workers     tasks that serve a work queue, and the one place that turns an outcome into queue calls
+    claims      who may use a thing that several name
     tasks       background tasks that always have an owner who sees their end
 
 Only the standard library is imported here, and only the event loop's clock is read, so every timer
 can be tested on virtual time.
 """
 
-__all__ = ["backoff", "tasks", "workers", "workqueue"]
+__all__ = ["backoff", "claims", "tasks", "workers", "workqueue"]

@@ -37,6 +37,10 @@ class Claims(Generic[C]):
         self._keys[claimant] = wanted
         return touched
 
+    def has(self, claimant: C, key: Hashable) -> bool:
+        """Whether the claimant claims this key (among others)."""
+        return key in self._keys.get(claimant, frozenset())
+
     def release(self, claimant: C) -> set[C]:
         """Let go of everything; returns those whose standing may have changed by it."""
         touched = self._sharers(claimant, self._keys.get(claimant, frozenset()))
@@ -44,13 +48,17 @@ class Claims(Generic[C]):
             self._drop(claimant, key)
         return touched
 
-    def senior(self, claimant: C) -> C | None:
-        """The most senior other claimant that comes before this one; None: this one holds what it claims."""
+    def senior(self, claimant: C, key: Hashable | None = None) -> C | None:
+        """The most senior other claimant that comes before this one; None: this one holds what it claims.
+
+        key  look at this key alone; None: at all that it claims
+        """
+        keys = self._keys.get(claimant, frozenset())
         rivals = {
             other: seniority
-            for key in self._keys.get(claimant, frozenset())
-            for other, seniority in self._claimants[key].items()
-            if seniority < self._claimants[key][claimant]
+            for each in (keys if key is None else keys & {key})
+            for other, seniority in self._claimants[each].items()
+            if seniority < self._claimants[each][claimant]
         }
         return min(rivals, key=lambda other: rivals[other], default=None)
 

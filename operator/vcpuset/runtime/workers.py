@@ -163,7 +163,8 @@ def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
             return "requeued"
         case Retry(error):
             queue.add_rate_limited(key)
-            logger.info("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
+            # For debugging only: the handler has told whoever should know, and with many keys this would be a flood.
+            logger.debug("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
             return "retry"
         case _Crash(error):
             queue.add_rate_limited(key)

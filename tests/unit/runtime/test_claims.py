@@ -121,3 +121,15 @@ def test_everybody_whose_standing_changed_was_told(steps: list[tuple[int, set[st
         changed = {each for each in held if each in before and before[each] != after[each]} - {name}
         assert changed <= told
         before = after
+
+
+def test_one_key_can_be_asked_for_alone(claims: Claims[str]) -> None:
+    claims.claim("elder", 1, ["inode"])
+    claims.claim("younger", 2, ["path", "inode"])
+
+    assert claims.senior("younger", "path") is None
+    assert claims.senior("younger", "inode") == "elder"
+    assert claims.senior("younger", "unknown") is None
+    assert claims.has("younger", "path")
+    assert not claims.has("elder", "path")
+    assert not claims.has("nobody", "path")

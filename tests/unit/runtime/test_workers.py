@@ -119,12 +119,12 @@ async def test_a_key_that_failed_is_retried_with_a_backoff_that_a_success_ends()
 async def test_a_retry_logs_the_key_and_the_error_without_a_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, logger="vcpuset")
     queue = make_queue()
     async with working(queue, Script(Retry(OSError("monitor away")))):
         queue.add("ns/a")
         await asyncio.sleep(0.5)
-    (record,) = caplog.records
+    (record,) = [each for each in caplog.records if each.name.startswith("vcpuset")]
     assert "ns/a" in record.getMessage()
     assert "monitor away" in record.getMessage()
     assert record.exc_info is None
