@@ -25,6 +25,7 @@ from vcpuset.domain.errors import (
     MachineUnsettled,
     MonitorError,
     ObjectGone,
+    PermanentError,
     SlotTaken,
     TransientError,
     VCPUSetError,
@@ -308,6 +309,7 @@ class Reconciler:
     ) -> tuple[VCPUSet, tuple[Request, ...], CommandError | None]:
         """Write the requests down, then make them."""
         before = requests
+        with_guest = {cpu_of(request) for request in before if request.in_flight}
         requests = asked(requests, step.ask, self._clock())
         # First the record, then the deed: whoever comes after a crash must not ask twice. If the record cannot be
         # written, this raises and nobody is asked.
@@ -328,7 +330,10 @@ class Reconciler:
                 break
             except CommandError as error:
                 logger.warning("%s: %s", vcpuset, error)
-                rejected.add(cpu_of(slot))
+                # That a repetition is refused says nothing of the request that the guest has already; only what can
+                # never succeed cannot have been taken before.
+                if cpu_of(slot) not in with_guest or isinstance(error, PermanentError):
+                    rejected.add(cpu_of(slot))
             track.sent[cpu_of(slot)] = (machine.ost or {}).get(slot.index)
         requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in rejected else None)
         return vcpuset, withdrawn(requests, before, unsent), blocked

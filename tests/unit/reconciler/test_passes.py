@@ -288,6 +288,27 @@ def test_a_cpu_that_qemu_rejects_is_replaced_and_named(world: LawfulWorld, qemu:
     assert world.true_conditions() == ["Ready"]
 
 
+def test_a_repetition_that_qemu_rejects_does_not_end_the_request_that_the_guest_has(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """Otherwise another CPU would be asked for beside it, and both could leave."""
+    world.apply("web", vcpus=4)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=3)
+    world.run_due()
+    qemu.rejected_slots = {3}
+
+    world.advance(301)
+
+    assert qemu.latched == {3}
+    assert [(request.slot, request.answer) for request in world.status().pending_unplugs] == [(3, None)]
+    assert world.status().pending_unplugs[0].attempts == 2
+    qemu.guest_works()
+    world.advance(67)
+    assert (sorted(qemu.cpus), world.true_conditions()) == ([0, 1, 2], ["Ready"])
+
+
 def test_a_machine_that_is_replaced_takes_its_requests_with_it(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
