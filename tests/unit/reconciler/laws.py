@@ -3,7 +3,8 @@
 Checked at the moment of the deed, against the model, not against what the operator believes:
 
 * A CPU is plugged only while fewer are present than the target.
-* The guest is asked only for as many as are too many, requests that it still has included.
+* The guest is asked only for as many as are too many, requests that it still has included; a request that is on the
+  book as in flight may be repeated while any is wanted.
 * A request is in the status before it is made.
 * No CPU is asked for twice within its interval, by whichever operator: `retrySeconds`, or `timeoutSeconds` if the
   operator that asks cannot know that the first request was made.
@@ -92,7 +93,10 @@ class LawfulWorld(World):
         if not self._disturbed:
             leaving = {index for index in qemu.latched if qemu.cpus[index] in self._asks}
             # The guest may hold more requests than are wanted, if the target rose; another for the same CPU adds none.
-            more = qemu.threads if slot.index in leaving else (len(leaving) + 1) * qemu.threads
+            # That holds for what is on the book: whether the guest really has it nobody can know.
+            on_book = {cpu_of(each) for each in self._spec().status.pending_unplugs if each.in_flight}
+            repeated = slot.index in leaving or cpu in on_book
+            more = qemu.threads if repeated else (len(leaving) + 1) * qemu.threads
             assert more <= surplus, f"asked for slot {slot.index} beside {leaving}, and {surplus} vCPUs are too many"
 
         stored = self.vcpuset()
