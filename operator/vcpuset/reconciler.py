@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -30,8 +30,8 @@ from vcpuset.domain.errors import (
     TransientError,
     VCPUSetError,
 )
-from vcpuset.domain.machine import Answer, Machine, Ost, Slot
-from vcpuset.domain.plan import Goal, Plan, goal, plan
+from vcpuset.domain.machine import Answer, Machine, Ost
+from vcpuset.domain.plan import Goal, Plan, first_fit, goal, plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import (
     Pace,
@@ -281,7 +281,7 @@ class Reconciler:
     async def _fill(self, session: Session, machine: Machine, aim: Goal) -> tuple[Machine, CommandError | None]:
         taken: set[int] = set()
         blocked: CommandError | None = None
-        while chosen := _first_fit(machine.free, aim.count - machine.vcpus, taken):
+        while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
             blocked = None
             for slot in chosen:
                 try:
@@ -429,16 +429,6 @@ class Reconciler:
 def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
     """The CPUs that an earlier process wrote down, or that this one did not get round to ask for."""
     return {cpu_of(request) for request in requests} - track.sent.keys()
-
-
-def _first_fit(free: Iterable[Slot], missing: int, taken: Collection[int]) -> list[Slot]:
-    """The first slots that together hold no more than the missing vCPUs."""
-    chosen = []
-    for slot in free:
-        if slot.index not in taken and slot.vcpus <= missing:
-            missing -= slot.vcpus
-            chosen.append(slot)
-    return chosen
 
 
 def _address(vcpuset: VCPUSet) -> tuple[str, ...]:

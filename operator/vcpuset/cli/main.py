@@ -70,6 +70,7 @@ def main() -> None:
 @click.option(
     "--node-name",
     envvar="VCPUSET_NODE_NAME",
+    show_envvar=True,
     help="Serve the sets whose spec.nodeName is this; without it, those that name no node.",
 )
 @click.option(
@@ -77,14 +78,21 @@ def main() -> None:
     "namespaces",
     multiple=True,
     envvar="VCPUSET_NAMESPACE",
+    show_envvar=True,
     callback=_not_empty,
     help="Serve this namespace only; may be repeated (in the environment: separated by spaces).",
 )
-@click.option("--label-selector", envvar="VCPUSET_LABEL_SELECTOR", help="Serve only the sets that match it.")
+@click.option(
+    "--label-selector",
+    envvar="VCPUSET_LABEL_SELECTOR",
+    show_envvar=True,
+    help="Serve only the sets that match it.",
+)
 @click.option(
     "--socket-root",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="VCPUSET_SOCKET_ROOT",
+    show_envvar=True,
     callback=_not_empty,
     help="Folder with one folder of unix monitors for each namespace; without it, unix monitors are not served.",
 )
@@ -94,6 +102,7 @@ def main() -> None:
     default=Settings.workers,
     show_default=True,
     envvar="VCPUSET_WORKERS",
+    show_envvar=True,
     help="How many sets are worked on at once.",
 )
 @click.option(
@@ -102,6 +111,7 @@ def main() -> None:
     default=Settings.resync_seconds,
     show_default=True,
     envvar="VCPUSET_RESYNC_SECONDS",
+    show_envvar=True,
     help="How often a machine is looked at without an occasion, 10 % more or less.",
 )
 @click.option(
@@ -111,6 +121,7 @@ def main() -> None:
     default="127.0.0.1:8080",
     show_default=True,
     envvar="VCPUSET_HTTP_ADDRESS",
+    show_envvar=True,
     help="Where /healthz, /readyz and /metrics are served; empty: nowhere.",
 )
 @click.option(
@@ -119,6 +130,7 @@ def main() -> None:
     default="text",
     show_default=True,
     envvar="VCPUSET_LOG_FORMAT",
+    show_envvar=True,
 )
 @click.option(
     "--log-level",
@@ -126,11 +138,13 @@ def main() -> None:
     default="info",
     show_default=True,
     envvar="VCPUSET_LOG_LEVEL",
+    show_envvar=True,
 )
 @click.option(
     "--kubeconfig",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     envvar="VCPUSET_KUBECONFIG",
+    show_envvar=True,
     help="Without it: KUBECONFIG or ~/.kube/config if there is one, else the pod's service account.",
 )
 def run(

@@ -4,14 +4,15 @@ Rules that hold for every plan:
 
 * CPUs are plugged only while fewer are present than the target, lowest free slot first.
 * The guest is asked only while present - leaving > target, where leaving are the requests that it may still carry
-  out. So never more are asked for than are too many, whatever becomes of the earlier requests.
+  out. So never more are asked for than are too many. (A request that never reached the guest counts as leaving until it
+  is made again; should that happen while another is open, one CPU too many can leave, and is plugged again.)
 * Plugged CPUs are asked for before those of the boot, the highest slot first; one that was refused, after all others.
 * The target is what the declaration comes to on this machine: never above its ceiling or below its floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,7 +21,7 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.requests import CPU, cpu_of, due_at
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, Unplug, UnplugPolicy
 
-__all__ = ["Goal", "Plan", "goal", "plan"]
+__all__ = ["Goal", "Plan", "first_fit", "goal", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,16 @@ def goal(spec: Spec, machine: Machine) -> Goal:
             f"CPUs come and go in cores of {step} vCPUs: declare {declared - misfit} or {declared - misfit + step}",
         )
     return Goal(declared)
+
+
+def first_fit(free: Iterable[Slot], missing: int, taken: Collection[int]) -> list[Slot]:
+    """The first slots that together hold no more than the missing vCPUs."""
+    chosen = []
+    for slot in free:
+        if slot.index not in taken and slot.vcpus <= missing:
+            missing -= slot.vcpus
+            chosen.append(slot)
+    return chosen
 
 
 def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str]:
