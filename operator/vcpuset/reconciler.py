@@ -84,12 +84,14 @@ class _Track:
     """What this process remembers of one set.
 
     sent        the requests that this process made, with the slot's `_OST` report that stood before
+    rejected    what QEMU said to those that it rejected
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
     unsettled   how many looks in a row could not count the CPUs
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
+    rejected: dict[CPU, CommandError] = field(default_factory=dict)
     written_at: float = 0.0
     progress: int = 0
     unsettled: int = 0
@@ -234,10 +236,9 @@ class Reconciler:
     ) -> tuple[Request, ...]:
         """The requests in the status that are still open, with what the guest has answered since."""
         requests = still_open(vcpuset.status.pending_unplugs, machine, self._clock())
-        # A CPU that is gone never comes back as the same: its entry would only grow the book.
-        track.sent = {
-            cpu_of(request): track.sent[cpu_of(request)] for request in requests if cpu_of(request) in track.sent
-        }
+        # A CPU that is gone never comes back as the same: its entries would only grow the book.
+        still_there = {cpu_of(request) for request in requests}
+        track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
 
         def answer(request: Request) -> Answer | None:
             if (told := session.answer(request.slot)) is not None:
@@ -252,6 +253,8 @@ class Reconciler:
         if machine.vcpus <= goal(vcpuset.spec, machine).count:
             # Nothing is to be given back any more; who said no before may be asked afresh another time.
             requests = tuple(request for request in requests if request.in_flight)
+        refused = {cpu_of(request) for request in requests if not request.in_flight}
+        track.rejected = {cpu: error for cpu, error in track.rejected.items() if cpu in refused}
         return requests
 
     async def _plug(
@@ -315,10 +318,10 @@ class Reconciler:
         # written, this raises and nobody is asked.
         verdict = self._judge(vcpuset, track, machine, requests, None)
         vcpuset = await self._report(vcpuset, machine, requests, verdict, must=True)
-        rejected: set[CPU] = set()
         unsent: set[CPU] = set()
         blocked: CommandError | None = None
         for position, slot in enumerate(step.ask):
+            track.rejected.pop(cpu_of(slot), None)
             try:
                 await session.unplug(slot)
             except DeviceGone:
@@ -333,9 +336,9 @@ class Reconciler:
                 # That a repetition is refused says nothing of the request that the guest has already; only what can
                 # never succeed cannot have been taken before.
                 if cpu_of(slot) not in with_guest or isinstance(error, PermanentError):
-                    rejected.add(cpu_of(slot))
+                    track.rejected[cpu_of(slot)] = error
             track.sent[cpu_of(slot)] = (machine.ost or {}).get(slot.index)
-        requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in rejected else None)
+        requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in track.rejected else None)
         return vcpuset, withdrawn(requests, before, unsent), blocked
 
     def _plan(self, vcpuset: VCPUSet, track: _Track, machine: Machine, requests: Sequence[Request]) -> Plan:
@@ -359,7 +362,7 @@ class Reconciler:
             requests,
             started=opened_at(vcpuset.status, vcpuset.generation, requests, machine.vcpus - aim.count, now),
             inherited=_inherited(track, requests),
-            blocked=blocked,
+            blocked=blocked or next(iter(track.rejected.values()), None),
             reported=self._reported(vcpuset),
             now=now,
         )

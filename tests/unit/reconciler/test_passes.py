@@ -282,6 +282,11 @@ def test_a_cpu_that_qemu_rejects_is_replaced_and_named(world: LawfulWorld, qemu:
 
     assert (world.reason(), world.true_conditions()) == ("UnplugUnsupported", ["Stalled"])
     assert [request.answer for request in world.status().pending_unplugs] == [Answer.REJECTED]
+    ready = world.status().ready
+    assert ready is not None
+    assert "device_del: not this one" in ready.message
+    world.advance(120)
+    assert world.status().ready == ready
 
     qemu.rejected_slots = set()
     world.advance(301)
