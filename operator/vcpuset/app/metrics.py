@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from vcpuset.runtime.workers import Label
 from vcpuset.runtime.workqueue import QueueStatistics
@@ -58,22 +60,7 @@ class Metrics:
 
     def watch_queue(self, statistics: Callable[[], QueueStatistics]) -> None:
         """Show the queue's own numbers, read when they are asked for."""
-        for name, text, read in (
-            ("workqueue_depth", "Keys that wait for a worker.", lambda: statistics().depth),
-            ("workqueue_adds_total", "Keys that became due so far.", lambda: statistics().adds_total),
-            ("workqueue_retries_total", "Keys added after a failure so far.", lambda: statistics().retries_total),
-            (
-                "workqueue_unfinished_work_seconds",
-                "Time that the keys in work have been there, summed.",
-                lambda: statistics().unfinished_seconds,
-            ),
-            (
-                "workqueue_longest_running_processor_seconds",
-                "Time that the oldest key in work has been there.",
-                lambda: statistics().longest_running_seconds,
-            ),
-        ):
-            Gauge(name, text, ("name",), registry=self.registry).labels(_CONTROLLER).set_function(read)
+        self.registry.register(_Queue(statistics))
 
     def watch_sets(self, count: Callable[[], int]) -> None:
         """Show how many sets this process serves."""
@@ -104,3 +91,34 @@ class Metrics:
         self._active.dec()
         self._passes.labels(_CONTROLLER, label).inc()
         self._seconds.observe(seconds)
+
+
+class _Queue(Collector):
+    """The work queue's numbers, which it keeps itself."""
+
+    def __init__(self, statistics: Callable[[], QueueStatistics]) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading of all of them."""
+        now = self._statistics()
+        for family, name, text, value in (
+            (GaugeMetricFamily, "workqueue_depth", "Keys that wait for a worker.", now.depth),
+            (CounterMetricFamily, "workqueue_adds", "Keys that became due so far.", now.adds_total),
+            (CounterMetricFamily, "workqueue_retries", "Keys added after a failure so far.", now.retries_total),
+            (
+                GaugeMetricFamily,
+                "workqueue_unfinished_work_seconds",
+                "Time that the keys in work have been there, summed.",
+                now.unfinished_seconds,
+            ),
+            (
+                GaugeMetricFamily,
+                "workqueue_longest_running_processor_seconds",
+                "Time that the oldest key in work has been there.",
+                now.longest_running_seconds,
+            ),
+        ):
+            metric = family(name, text, labels=["name"])
+            metric.add_metric([_CONTROLLER], value)
+            yield metric
