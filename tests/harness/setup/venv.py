@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 import tomllib
 from pathlib import Path
@@ -51,4 +52,5 @@ def _wanted() -> str:
     # Settings of tools stand in the same file, but change nothing in the environment.
     tables = json.dumps([pyproject["build-system"], pyproject["project"], pyproject["tool"].get("setuptools")])
     constraints = (REPOSITORY / "constraints.txt").read_bytes()
-    return digest([sys.version, str(Path(sys.executable).resolve()), str(REPOSITORY), tables, constraints])
+    # Not sys.version: it has the build's date, and installing Debian's python3-venv may bring a newer build.
+    return digest([platform.python_version(), str(Path(sys.executable).resolve()), str(REPOSITORY), tables, constraints])
