@@ -53,4 +53,5 @@ def _wanted() -> str:
     tables = json.dumps([pyproject["build-system"], pyproject["project"], pyproject["tool"].get("setuptools")])
     constraints = (REPOSITORY / "constraints.txt").read_bytes()
     # Not sys.version: it has the build's date, and installing Debian's python3-venv may bring a newer build.
-    return digest([platform.python_version(), str(Path(sys.executable).resolve()), str(REPOSITORY), tables, constraints])
+    interpreter = (platform.python_version(), str(Path(sys.executable).resolve()))
+    return digest([*interpreter, str(REPOSITORY), tables, constraints])
