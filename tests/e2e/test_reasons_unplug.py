@@ -18,6 +18,8 @@ import pytest_asyncio
 from harness.acpi import Acpi, Status
 from harness.controlplane import ControlPlane
 from harness.expect import READY, RECONCILING, STALLED, history, reasons, shows
+from harness.faults import Error
+from harness.faulty import FaultyMonitor
 from harness.guest import Guest
 from harness.operator import OperatorProcess
 from harness.qmp import Raw, count, execute, raw
@@ -276,3 +278,17 @@ async def test_a_silent_guest_is_asked_again_every_retry_seconds(
 
 def _time(text: str) -> datetime:
     return datetime.fromisoformat(text)
+
+
+async def test_a_machine_that_rejects_the_request_itself_is_told_from_a_guest_that_refuses(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    """No QEMU for x86 that is known does so for a CPU that it lists; firmware without SMI for unplug would."""
+    words = "cpu hot-unplug with SMI wasn't enabled by firmware"
+    async with FaultyMonitor(folder / "vm.sock", cpus=2) as monitor:
+        monitor.faults["device_del"] = Error("GenericError", words)
+        await user.create("vm", 1, "vm.sock", unplug={"timeoutSeconds": 60, "retrySeconds": 3})
+        seen = await shows(user, "vm", "UnplugUnsupported", STALLED, "QEMU refused to unplug slot 1", words, vcpus=2)
+        assert [each["answer"] for each in seen.pending] == ["Rejected"]
+        monitor.faults.clear()
+        await shows(user, "vm", "Converged", READY, vcpus=1)

@@ -111,7 +111,7 @@ class Demo:
         """Declare, scale up, scale down, undo a stranger's change."""
         screen = self._screen
         text = json.dumps(manifest(self._cluster.namespace, "vm", BOOT, vm))
-        screen.command(f"kubectl apply -f - <<< '{json.dumps(json.loads(text)['spec'])}'   (kind: VCPUSet, name: vm)")
+        screen.command(f"kubectl apply -f - <<< '{text}'")
         begun = time.monotonic()
         await self._cluster.run("apply", "-f", "-", text=text)
         async with self._eyes():

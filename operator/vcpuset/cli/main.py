@@ -56,7 +56,7 @@ _T = TypeVar("_T")
 def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
     """Refuse an empty value: it would mean the current folder, or every namespace."""
     if any(str(each) in {"", "."} for each in (value if isinstance(value, tuple) else (value,)) if each is not None):
-        raise click.BadParameter("must not be empty", ctx, param)
+        raise click.BadParameter("must not be empty, nor the current folder", ctx, param)
     return value
 
 
@@ -131,6 +131,7 @@ def main() -> None:
     show_default=True,
     envvar="VCPUSET_LOG_FORMAT",
     show_envvar=True,
+    help="How log lines are written to standard error.",
 )
 @click.option(
     "--log-level",
@@ -139,6 +140,7 @@ def main() -> None:
     show_default=True,
     envvar="VCPUSET_LOG_LEVEL",
     show_envvar=True,
+    help="The least severe lines that are logged.",
 )
 @click.option(
     "--kubeconfig",

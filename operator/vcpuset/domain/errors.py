@@ -8,13 +8,14 @@
      |    +-- MonitorTimeout      a command was sent and no reply came in time
      +-- MachineUnsettled         CPUs came or went while they were counted: look again in a moment
      +-- CommandError             QEMU answered with an error: the command did not run
-          +-- TransientError      the same command can succeed later without anybody's help
-          |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
-          |    +-- Migrating      a migration runs
-          |    +-- SlotTaken      the slot or the device id came into use since it was looked at
-          +-- DeviceGone          the device is not there (any more): for an unplug, success
-          +-- PermanentError      it can never succeed on this machine as it is
-          +-- CommandRefused      QEMU's words are unknown to us: tried again, slowly, and shown to the user
+     |    +-- TransientError      the same command can succeed later without anybody's help
+     |    |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
+     |    |    +-- Migrating      a migration runs
+     |    |    +-- SlotTaken      the slot or the device id came into use since it was looked at
+     |    +-- DeviceGone          the device is not there (any more): for an unplug, success
+     |    +-- PermanentError      it can never succeed on this machine as it is
+     |    +-- CommandRefused      QEMU's words are unknown to us: tried again, slowly, and shown to the user
+     +-- InvalidObject            a VCPUSet that this version cannot understand (raised in kube/codec.py)
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)

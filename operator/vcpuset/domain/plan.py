@@ -84,12 +84,12 @@ def goal(spec: Spec, machine: Machine) -> Goal:
         return Goal(
             machine.ceiling,
             Reason.INSUFFICIENT_SLOTS,
-            f"the machine has slots for {machine.ceiling} vCPUs: declare at most that, "
+            f"the machine has no more than {machine.ceiling} vCPU slots: declare at most that, "
             "or restart the VM with a larger -smp maxcpus",
         )
-    floor, reason, remedy = _floor(spec.unplug, machine)
+    floor, reason, cause, way_out = _floor(spec.unplug, machine)
     if declared < floor:
-        return Goal(floor, reason, f"{remedy}; it cannot come below {floor} vCPUs")
+        return Goal(floor, reason, f"{cause}; it cannot come below {floor} vCPUs: declare at least that{way_out}")
     step = max((slot.vcpus for slot in machine.slots), default=1)
     if misfit := (declared - present) % step:
         return Goal(
@@ -110,18 +110,20 @@ def first_fit(free: Iterable[Slot], missing: int, taken: Collection[int]) -> lis
     return chosen
 
 
-def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str]:
-    """The fewest vCPUs that machine and policy allow, and which of the two stands in the way."""
+def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str, str]:
+    """The fewest vCPUs that machine and policy allow, what stands in the way, and what would clear it."""
     unpluggable = machine.unpluggable
     if not unpluggable:
         words = "QEMU cannot unplug CPUs of this machine" if machine.arch == "s390x" else "slot 0 cannot be unplugged"
-        return machine.floor, Reason.UNPLUG_UNSUPPORTED, words
+        return machine.floor, Reason.UNPLUG_UNSUPPORTED, words, ""
     if unplug.policy is UnplugPolicy.DISABLED:
-        return machine.vcpus, Reason.UNPLUG_DISABLED, "spec.unplug.policy is Disabled, so vCPUs are only added"
+        words = "spec.unplug.policy is Disabled, so vCPUs are only added"
+        return machine.vcpus, Reason.UNPLUG_DISABLED, words, ", or set it to Enabled"
     kept = sum(slot.vcpus for slot in unpluggable if slot.boot) if unplug.boot_vcpus is BootVCPUs.KEEP else 0
     if kept:
-        return machine.floor + kept, Reason.BOOT_VCPUS_KEPT, "spec.unplug.bootVCPUs is Keep"
-    return machine.floor, Reason.UNPLUG_UNSUPPORTED, "slot 0 cannot be unplugged"
+        words = "spec.unplug.bootVCPUs is Keep"
+        return machine.floor + kept, Reason.BOOT_VCPUS_KEPT, words, ", or set it to Unplug"
+    return machine.floor, Reason.UNPLUG_UNSUPPORTED, "slot 0 cannot be unplugged", ""
 
 
 def _candidates(unplug: Unplug, machine: Machine) -> list[Slot]:

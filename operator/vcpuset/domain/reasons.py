@@ -58,7 +58,11 @@ class Reason(enum.StrEnum):
         (State.STALLED,),
         "The guest has not answered within unplug.timeoutSeconds; asked again every unplug.retrySeconds.",
     )
-    MONITOR_UNREACHABLE = ("MonitorUnreachable", (State.RECONCILING,), "Nobody answers at the monitor's address.")
+    MONITOR_UNREACHABLE = (
+        "MonitorUnreachable",
+        (State.RECONCILING,),
+        "Nobody answers at the address, it may not be opened, or no QMP monitor is there.",
+    )
     MONITOR_BUSY = (
         "MonitorBusy",
         (State.RECONCILING,),
@@ -68,7 +72,7 @@ class Reason(enum.StrEnum):
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
-        "The machine migrates, saves, restores or sleeps: its CPUs cannot be changed now.",
+        "The machine migrates, saves, restores, sleeps or stands still (io-error): its CPUs cannot be changed now.",
     )
     MACHINE_NOT_RUNNING = (
         "MachineNotRunning",
@@ -83,7 +87,7 @@ class Reason(enum.StrEnum):
     UNPLUG_UNSUPPORTED = (
         "UnplugUnsupported",
         (State.STALLED,),
-        "Fewer vCPUs are declared than this machine can come down to; it runs at its floor.",
+        "Fewer vCPUs are declared than the machine can come down to, or QEMU refuses to unplug; see the message.",
     )
     UNPLUG_DISABLED = (
         "UnplugDisabled",

@@ -95,6 +95,7 @@ def judge(
     """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing.
 
     started   when the first request of this generation was made
+    inherited the CPUs of requests that an earlier process wrote down
     reported  the reason that stands in the status for this generation; None: none does
     blocked   why QEMU did not do what this pass wanted; None: it did, or nothing was wanted
     """
@@ -106,7 +107,7 @@ def judge(
         )
     if machine.vcpus == spec.vcpus:
         text = f"QEMU has {_vcpus(machine.vcpus)}, as declared.{_may_leave(requests)}"
-        return _verdict(Reason.CONVERGED, text, *_pace_of_leaving(spec, requests, inherited, now))
+        return _verdict(Reason.CONVERGED, text, _pace_of_leaving(spec, requests, now))
     if spec.suspend:
         return _verdict(
             Reason.SUSPENDED,
@@ -114,7 +115,8 @@ def judge(
             Pace.STEADY,
         )
     if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
-        why = "a migration runs" if machine.migrating or isinstance(blocked, Migrating) else "it passes by itself"
+        migrates = machine.migrating or isinstance(blocked, Migrating)
+        why = "a migration runs" if migrates else "tried again until the machine runs (or is paused)"
         return _verdict(
             Reason.MACHINE_BUSY,
             f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}.",
@@ -126,7 +128,7 @@ def judge(
         return _unplug_unfinished(spec, machine, requests, started, inherited, blocked, reported, now)
     assert goal.reason is not None, "the goal is met and is not the declared count"
     text = f"{_counts(spec, machine)}; {goal.message}.{_may_leave(requests)}"
-    return _verdict(goal.reason, text, *_pace_of_leaving(spec, requests, inherited, now))
+    return _verdict(goal.reason, text, _pace_of_leaving(spec, requests, now))
 
 
 def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
@@ -191,7 +193,7 @@ def _unplug_unfinished(
         what = f"refused to give back {_refusals(refused)}" if refused else "refused"
         asked = f", last for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
         text = (
-            f"{counts}; the guest {what} and there is no other candidate. Find out what holds the CPUs (pinned or "
+            f"{counts}; the guest {what}, and there is no other candidate. Find out what holds the CPUs (pinned or "
             f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}."
         )
         until = due if overdue else min([*dues, deadline])
@@ -332,14 +334,12 @@ def _verdict(
     return Verdict(reason, message, state, pace, due)
 
 
-def _pace_of_leaving(
-    spec: Spec, requests: Sequence[Request], inherited: Collection[CPU], now: datetime
-) -> tuple[Pace, datetime | None]:
+def _pace_of_leaving(spec: Spec, requests: Sequence[Request], now: datetime) -> Pace:
     """At the target, requests may still be with the guest: expected for a time-out, thereafter at any time."""
     asked = [request.requested_at for request in requests if request.in_flight]
     if asked and now < max(asked) + timedelta(seconds=spec.unplug.timeout_seconds):
-        return Pace.HELD, None
-    return Pace.STEADY, None
+        return Pace.HELD
+    return Pace.STEADY
 
 
 def _may_leave(requests: Sequence[Request]) -> str:
