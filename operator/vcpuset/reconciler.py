@@ -126,6 +126,8 @@ class Reconciler:
 
     def changed(self, uid: UID) -> None:
         """Note that the cache has news of this set (or has dropped it); called for every such change."""
+        # Before those who wait for its monitor: it may have a session to close.
+        self._enqueue(uid)
         vcpuset = self._cache.get(uid)
         if vcpuset is None:
             for touched in self._claims.release(uid):
@@ -133,7 +135,6 @@ class Reconciler:
         elif not self._claims.has(uid, _address(vcpuset)):
             # Otherwise the claims of its last pass stand, the one on the socket's inode among them.
             self._claim(vcpuset, _address(vcpuset))
-        self._enqueue(uid)
 
     async def reconcile(self, uid: UID) -> Result:
         """One pass. Raises nothing that it expects; what it returns says when to come back."""
@@ -149,11 +150,13 @@ class Reconciler:
             # A CPU is just leaving. What this pass has done is done; the next one sees what came of it.
             return Done(requeue_after=UNSETTLED_SECONDS)
         except ObjectGone:
-            # The watch, or at the latest the sweep, will say the same and call again.
+            # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
             await self._monitors.release(uid)
-            return Done()
+            return Done(requeue_after=jittered(self._resync_seconds, 0.1))
         except Conflict as error:
-            # Nothing is lost: the next pass starts from the machine and from the newest object.
+            # Nothing is lost: the next pass starts from the machine and from the newest object. That may be long in
+            # coming when the watch is broken, and others may want the monitor.
+            await self._monitors.release(uid)
             return Retry(error)
         except APIError as error:
             # The same; but the API server can be away for long, and others may want the monitor.
@@ -188,6 +191,8 @@ class Reconciler:
         """The session with the set's machine, or why this set may not have one."""
         # What stands at the address is looked up anew each time; the address itself is known without a look.
         if (holder := self._claims.senior(vcpuset.uid, _address(vcpuset))) is not None:
+            # Nor is it known any more what stands there: an inode of old may be another machine's by now.
+            self._claim(vcpuset, _address(vcpuset))
             return self._yield_to(holder)
         try:
             endpoint_context = self._monitors.resolve(vcpuset)
@@ -220,6 +225,7 @@ class Reconciler:
         step = self._plan(vcpuset, track, machine, requests)
         if step.plug:
             vcpuset, machine, blocked = await self._plug(vcpuset, session, machine, step.goal)
+            requests = still_open(requests, machine, self._clock())
         # Each round asks for CPUs that were not asked for before, or not lately, so the rounds end.
         while step.ask and blocked is None:
             vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
@@ -241,6 +247,9 @@ class Reconciler:
         track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
 
         def answer(request: Request) -> Answer | None:
+            if cpu_of(request) in track.rejected:
+                # The status need not say so yet: a report of progress may be put off, and a look may fail.
+                return Answer.REJECTED
             if (told := session.answer(request.slot)) is not None:
                 return told
             # A report that stood before this process asked is about something older. When an earlier process asked,

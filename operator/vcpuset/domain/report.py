@@ -176,6 +176,16 @@ def _unplug_unfinished(
     repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
     still_refused = bool(refused) or (expected and reported == Reason.UNPLUG_REFUSED)
 
+    # The same for one that QEMU had rejected, for the moment that its own answer takes.
+    rejected = [request for request in requests if request.answer is Answer.REJECTED]
+    rejected_again = reported == Reason.UNPLUG_UNSUPPORTED and all(
+        request.attempts > 1 and now < request.requested_at + PENDING_AFTER for request in in_flight
+    )
+    if len(rejected) == len(refused) and (not in_flight or rejected_again):
+        words = "" if blocked is None else f": {blocked}"
+        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}. {again}."
+        return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
+
     if in_flight and not overdue and not (repeated and still_refused):
         text = f"{counts}; the guest was asked to give back {slot_list(in_flight)} at {_time(in_flight)}"
         if refused:
@@ -183,11 +193,6 @@ def _unplug_unfinished(
         if all(request.answer is None and now - request.requested_at >= PENDING_AFTER for request in in_flight):
             return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.", Pace.HELD)
         return _verdict(Reason.UNPLUGGING, f"{text}.", Pace.HELD)
-
-    if not in_flight and all(request.answer is Answer.REJECTED for request in refused):
-        words = "" if blocked is None else f": {blocked}"
-        text = f"{counts}; QEMU refused to unplug {slot_list(refused)}{words}. {again}."
-        return _verdict(Reason.UNPLUG_UNSUPPORTED, text, Pace.STEADY, due)
 
     if still_refused:
         what = f"refused to give back {_refusals(refused)}" if refused else "refused"
@@ -259,7 +264,9 @@ def observed(
         vcpuset.status, observed_generation=vcpuset.generation, selector=f"vcpuset.dev/name={vcpuset.name}"
     )
     if machine is None:
-        return status
+        # The clock of another generation's requests is not this one's.
+        same = vcpuset.status.observed_generation == vcpuset.generation
+        return status if same else replace(status, unplug_started_at=None)
     return replace(
         status,
         vcpus=machine.vcpus,

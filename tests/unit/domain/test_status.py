@@ -91,7 +91,8 @@ def test_without_an_observation_the_last_one_stands() -> None:
 
     status = observed(a_set(a_spec(7), generation=6, status=last), None, (), None)
 
-    assert status == replace(last, observed_generation=6)
+    assert status == replace(last, observed_generation=6, unplug_started_at=None), "that time was another generation's"
+    assert observed(a_set(a_spec(7), generation=1, status=last), None, (), None) == last
 
 
 def test_a_set_whose_machine_was_never_seen_has_a_generation_and_no_count() -> None:

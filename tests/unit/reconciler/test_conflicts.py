@@ -116,3 +116,23 @@ def test_an_elder_that_appears_while_the_younger_waits_for_its_guest_takes_over(
     assert qemu.vcpus == 2
     assert world.true_conditions("elder") == ["Ready"]
     assert world.sessions_held == 0
+
+
+def test_a_set_that_yields_gives_up_what_it_knew_of_the_socket(empty_world: World, qemu: Qemu) -> None:
+    """File systems use an inode's number again: it may be another machine's by now."""
+    world, other = empty_world, Qemu()
+    world.machines["a.sock"] = qemu
+    world.apply("elder", vcpus=2, monitor={"unix": {"path": "elsewhere.sock"}})
+    world.advance(1)
+    world.apply("holder", vcpus=2)
+    world.advance(1)
+    world.apply("elder", monitor={"unix": {"path": "a.sock"}})
+    world.run_due()
+    assert world.reason("holder") == "MonitorConflict"
+
+    world.machines = {"a.sock": other, "c.sock": qemu}
+    world.advance(100)
+    world.apply("younger", vcpus=2, monitor={"unix": {"path": "c.sock"}})
+    world.run_due()
+
+    assert world.true_conditions("younger") == ["Ready"]

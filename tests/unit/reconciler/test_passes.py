@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
+from vcpuset.domain.errors import ObjectGone
 from vcpuset.domain.machine import Answer
 
 __all__: list[str] = []
@@ -465,3 +468,72 @@ def test_an_operator_that_dies_anywhere_in_a_growth_is_succeeded(world: LawfulWo
     assert world.operator_number == 2
     assert sorted(qemu.cpus) == [0, 1, 2, 3]
     assert world.true_conditions() == ["Ready"]
+
+
+def test_a_rejection_is_not_forgotten_while_the_guest_works_on_others(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.guest = Guest.SLOW
+    qemu.rejected_slots = {1}
+    world.apply("web", vcpus=1)
+    world.advance(3)
+    qemu.guest_works()
+    world.advance(5)
+
+    assert (world.reason(), sorted(qemu.cpus)) == ("UnplugUnsupported", [0, 1])
+    assert [request.answer for request in world.status().pending_unplugs] == [Answer.REJECTED]
+
+
+def test_a_cpu_that_qemu_rejects_time_and_again_is_reported_once(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.rejected_slots = {1}
+    world.apply("web", vcpus=1)
+    world.run_due()
+    reported = len(world.recorder.events)
+
+    world.advance(950)
+
+    assert world.status().pending_unplugs[0].attempts > 2
+    assert len(world.recorder.events) == reported
+
+
+def test_a_time_out_of_an_earlier_generation_is_not_inherited_although_the_first_look_fails(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=5)
+    world.advance(70)
+    assert world.reason() == "UnplugTimedOut"
+
+    qemu.reachable = False
+    qemu.disconnect()
+    world.apply("web", vcpus=3)
+    world.run_due()
+    assert world.reason() == "MonitorUnreachable"
+    qemu.reachable = True
+    world.advance(2)
+
+    assert (world.reason(), world.true_conditions()) == ("Unplugging", ["Reconciling"])
+
+
+def test_an_object_that_seems_to_be_gone_for_a_moment_is_looked_at_again(
+    world: LawfulWorld, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.apply("web", vcpus=2)
+    world.run_due()
+    qemu.take_away(1)
+    working = world.api._request
+    answers = iter([ObjectGone("404 page not found")])
+
+    async def request(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - as the one that it stands for
+        for error in answers:
+            raise error
+        return await working(*arguments, **options)
+
+    monkeypatch.setattr(world.api, "_request", request)
+    world.advance(140)
+    qemu.take_away(1)
+    world.advance(70)
+
+    assert (sorted(qemu.cpus), world.true_conditions()) == ([0, 1], ["Ready"])
