@@ -86,12 +86,12 @@ class Sets:
         self._control_plane = control_plane
         self._namespace = namespace
 
-    async def kubectl(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002
+    async def kubectl(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002 - the name that subprocess.run uses
         """What kubectl prints when it succeeds."""
         done = await self._control_plane.kubectl("--namespace", self._namespace, *arguments, input=input)
         return done.stdout
 
-    async def refused(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002
+    async def refused(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002 - as kubectl
         """What kubectl says when it fails, as it must."""
         done = await self._control_plane.kubectl("--namespace", self._namespace, *arguments, input=input, check=False)
         assert done.returncode != 0, f"accepted: {done.stdout}"

@@ -50,7 +50,7 @@ def test_props_are_passed_on_with_keys_that_this_program_does_not_know() -> None
     assert slots is not None
     assert slots[0].props == props
     with pytest.raises(TypeError):
-        slots[0].props["core-id"] = 2  # type: ignore[index]
+        slots[0].props["core-id"] = 2  # type: ignore[index]  # that it cannot be set is what is tested
 
 
 @pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device", "postcopy-active", "cancelling"])

@@ -211,7 +211,7 @@ def _run_step(step: Step, become_root: Sequence[str]) -> None:
             if attempt == step.tries:
                 raise
             say(f"trying again in 10 s ({attempt} of {step.tries} tries failed)")
-            time.sleep(10)
+            time.sleep(10)  # nothing tells when another apt-get gives the lock of the lists back
         else:
             return
 

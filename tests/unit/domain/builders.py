@@ -14,7 +14,6 @@ from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
     UID,
     BootVCPUs,
-    Condition,
     Request,
     Spec,
     Status,
@@ -26,7 +25,6 @@ from vcpuset.domain.resource import (
 
 __all__ = [
     "NOW",
-    "a_condition",
     "a_machine",
     "a_request",
     "a_set",
@@ -156,8 +154,3 @@ def verdict_on(
         reported=reported,
         now=now,
     )
-
-
-def a_condition(kind: str, status: str, *, reason: str = "Converged", since: datetime = NOW) -> Condition:
-    """One condition of generation 1."""
-    return Condition(kind, status, reason, "words", since, 1)
