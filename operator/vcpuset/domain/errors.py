@@ -15,6 +15,10 @@
      |    +-- DeviceGone          the device is not there (any more): for an unplug, success
      |    +-- PermanentError      it can never succeed on this machine as it is
      |    +-- CommandRefused      QEMU's words are unknown to us: tried again, slowly, and shown to the user
+     +-- AgentError               the guest's agent could not be asked: only what the guest says is missing
+     |    +-- AgentUnreachable    nobody listens, the connection broke, or what listens is no guest agent
+     |    +-- AgentTimeout        no answer: no agent runs in the guest, it hangs, or another client has it
+     |    +-- AgentRefused        the agent answered with an error
      +-- InvalidObject            a VCPUSet that this version cannot understand (raised in kube/codec.py)
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
           +-- Conflict            the object has changed since it was read: read again
@@ -25,6 +29,10 @@ Every message names the thing and the cause; the original exception is chained.
 
 __all__ = [
     "APIError",
+    "AgentError",
+    "AgentRefused",
+    "AgentTimeout",
+    "AgentUnreachable",
     "CommandError",
     "CommandRefused",
     "Conflict",
@@ -117,6 +125,36 @@ class PermanentError(CommandError):
 
 class CommandRefused(CommandError):
     """QEMU refused with words that this program does not know."""
+
+
+class AgentError(VCPUSetError):
+    """The guest's agent could not be asked. Neither plug nor unplug needs it."""
+
+
+class AgentUnreachable(AgentError):
+    """Nobody listens at the agent's socket, the connection broke, or its other end is no guest agent."""
+
+
+class AgentTimeout(AgentError):
+    """Connected, but no answer within the deadline.
+
+    QEMU takes the connection whether or not an agent runs in the guest, and serves one client at a time.
+    """
+
+
+class AgentRefused(AgentError):
+    """The agent answered a command with an error.
+
+    command      the agent's command
+    error_class  its class ("GenericError", "CommandNotFound", …)
+    description  its own words
+    """
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{command}: {description}")
+        self.command = command
+        self.error_class = error_class
+        self.description = description
 
 
 class APIError(VCPUSetError):
