@@ -58,6 +58,11 @@ class Reason(enum.StrEnum):
         (State.STALLED,),
         "The guest has not answered within unplug.timeoutSeconds; asked again every unplug.retrySeconds.",
     )
+    GUEST_CPUS_OFFLINE = (
+        "GuestCPUsOffline",
+        (State.RECONCILING,),
+        "QEMU has as many vCPUs as declared, but the guest has left some of them offline.",
+    )
     MONITOR_UNREACHABLE = (
         "MonitorUnreachable",
         (State.RECONCILING,),
