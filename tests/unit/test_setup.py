@@ -167,6 +167,19 @@ def test_no_source_is_added_without_need(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("architecture", ["x86_64", "s390x", "ppc64", "aarch64", "riscv64"])
+def test_each_emulator_that_a_test_starts_is_asked_for_and_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    program = f"qemu-system-{architecture}"
+    (requirement,) = [each for each in system.REQUIREMENTS if each.what.startswith(program)]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not requirement.is_met()
+    written(tmp_path, program, "#!/bin/sh\necho QEMU emulator version 10.0.2\n").chmod(0o755)
+    assert requirement.is_met()
+    assert requirement.newer, "Debian 12's own release of it is too old, or it has none in a package of that name"
+
+
 def test_apt_asks_nothing_and_waits_for_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = written(tmp_path, "apt-get", f'#!/bin/sh\necho "$DEBIAN_FRONTEND: $*" > {tmp_path}/called\n')
     program.chmod(0o755)

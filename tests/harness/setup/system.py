@@ -119,6 +119,20 @@ REQUIREMENTS: Final = (
         _has_program("qemu-system-ppc64"),
         newer=True,
     ),
+    Requirement(
+        "qemu-system-aarch64, for tests of a machine without CPU hotplug",
+        "qemu-system-arm",
+        "qemu-system-aarch64-core",
+        _has_program("qemu-system-aarch64"),
+        newer=True,
+    ),
+    Requirement(
+        "qemu-system-riscv64, for tests of another machine without CPU hotplug",
+        "qemu-system-riscv",
+        "qemu-system-riscv-core",
+        _has_program("qemu-system-riscv64"),
+        newer=True,
+    ),
 )
 
 
@@ -241,7 +255,10 @@ def _advice(needed: Sequence[Requirement]) -> str:
     if shutil.which("apt-get"):
         names = " ".join(sorted({requirement.debian for requirement in needed}))
         line = f"apt-get install --yes --no-install-recommends {names}"
-        old = "Debian 13, Ubuntu 24.04 and later have a QEMU that is new enough; older ones do not.\n"
+        old = (
+            "Debian 13, Ubuntu 24.04 and later have a QEMU that is new enough; older ones do not. "
+            "In Ubuntu 24.04, qemu-system-misc has what qemu-system-riscv has elsewhere.\n"
+        )
     elif shutil.which("dnf"):
         line = f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"
         old = ""
