@@ -6,7 +6,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check docs bench
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -39,12 +39,17 @@ test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 	$(call set-up)
 	$(PY) -m pytest $(ARGS)
 
-check: ## Check format, lint, types and the import contracts
+check: ## Check format, lint, types, import contracts and generated pages
 	$(call set-up,system venv)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) -m harness.pages --check
+
+docs: ## Renew what is generated from the code in docs/
+	$(call set-up,system venv)
+	@$(PY) -m harness.pages
 
 bench: ## Measure the operator against raw QMP on one guest
 	$(call set-up)

@@ -5,23 +5,70 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vcpuset.domain.reasons import Reason, State
+import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from harness.cache import REPOSITORY
+from harness.pages import PAGES, OutOfPlace, main, renewed
+from vcpuset.domain.reasons import Reason
 
-
-def row(reason: Reason, state: State) -> str:
-    """The line of docs/conditions.md for a reason in one of its states."""
-    status = {each: "True" if each is state else "False" for each in State}
-    cells = (f"`{reason}`", status[State.READY], status[State.RECONCILING], status[State.STALLED], reason.meaning)
-    return f"| {' | '.join(cells)} |"
+CONDITIONS = REPOSITORY / "docs" / "conditions.md"
 
 
-def test_the_conditions_page_has_one_row_for_each_state_of_each_reason_and_no_other() -> None:
-    page = (REPOSITORY / "docs" / "conditions.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    expected = [row(reason, state) for reason in Reason for state in reason.states]
-    assert rows == expected, "the table should be:\n" + "\n".join(expected)
+def test_the_conditions_page_has_one_row_of_four_cells_for_each_reason_and_no_other() -> None:
+    rows = [line for line in CONDITIONS.read_text().splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == [f"`{reason}`" for reason in Reason]
+    for row, reason in zip(cells, Reason, strict=True):
+        assert row[2:] == [reason.meaning, reason.remedy]
+    conditions = {row[0].strip("`"): row[1] for row in cells}
+    assert conditions["Converged"] == "Ready"
+    assert conditions["UnplugRefused"] == "Reconciling, then Stalled"
+    assert conditions["Suspended"] == "none"
+
+
+def test_each_reason_but_the_good_one_says_what_helps() -> None:
+    assert Reason.CONVERGED.remedy == "\N{EN DASH}"
+    for reason in set(Reason) - {Reason.CONVERGED}:
+        assert re.fullmatch(r"[A-Z][^|\n]+\.", reason.remedy), reason
+
+
+def test_the_generated_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert CONDITIONS in PAGES
+    assert main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_page_that_is_not_up_to_date_is_told_and_put_right_with_its_prose_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    good = CONDITIONS.read_text()
+    page.write_text(good.replace("| `Granularity` ", "| `Grain` ").replace("# Conditions\n", "# By hand\n"))
+    assert main(["--check"], [page]) == 1
+    assert "run `make docs`" in capsys.readouterr().err
+    assert "`Grain`" in page.read_text(), "a check writes nothing"
+    assert main([], [page]) == 0
+    assert page.read_text() == good.replace("# Conditions\n", "# By hand\n")
+    assert main(["--check"], [page]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("# Conditions\n", id="no-marks"),
+        pytest.param("<!-- generated: reasons -->\n", id="no-end"),
+        pytest.param("<!-- generated: poems -->\n<!-- end of generated: poems -->\n", id="unknown-part"),
+    ],
+)
+def test_a_page_whose_marks_were_damaged_is_refused_and_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    with pytest.raises(OutOfPlace):
+        renewed(text)
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert main([], [page]) == 2
+    assert "page.md" in capsys.readouterr().err
+    assert page.read_text() == text
 
 
 def test_the_benchmark_table_in_the_readme_keeps_the_promised_overhead() -> None:

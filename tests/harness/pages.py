@@ -1,0 +1,85 @@
+"""The parts of the documentation that are made from the code: written by `make docs`, verified by `make check`.
+
+    <!-- generated: reasons -->
+    …
+    <!-- end of generated: reasons -->
+
+What stands between two such lines is replaced; the prose around them is written by hand and left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from harness.cache import REPOSITORY
+from vcpuset.domain.reasons import Reason, State
+
+__all__ = ["PAGES", "OutOfPlace", "main", "reasons", "renewed"]
+
+PAGES: Final = (REPOSITORY / "docs" / "conditions.md",)
+
+_PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end of generated: \2 -->\n)", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:end of )?generated: ")
+
+
+class OutOfPlace(ValueError):
+    """The marks of a page do not come in pairs, or name a part that nobody makes."""
+
+
+def reasons() -> str:
+    """The table of the reasons, in the order of the list."""
+    rows = [f"| `{reason}` | {_true_condition(reason)} | {reason.meaning} | {reason.remedy} |" for reason in Reason]
+    return "\n".join(["| reason | True is | meaning | what helps |", "| --- | --- | --- | --- |", *rows])
+
+
+def _true_condition(reason: Reason) -> str:
+    return ", then ".join("none" if state is State.HELD else state.value for state in reason.states)
+
+
+_PARTS: Final[Mapping[str, Callable[[], str]]] = {"reasons": reasons}
+
+
+def renewed(text: str) -> str:
+    """A page with its generated parts as they should be. OutOfPlace: its marks are wrong."""
+
+    def part(found: re.Match[str]) -> str:
+        begin, name, _, end = found.groups()
+        if name not in _PARTS:
+            raise OutOfPlace(f"nothing is generated under the name {name!r}, only {', '.join(_PARTS)}")
+        return f"{begin}\n{_PARTS[name]()}\n\n{end}"
+
+    made, parts = _PART.subn(part, text)
+    if not parts or len(_MARK.findall(text)) != 2 * parts:
+        raise OutOfPlace("each `<!-- generated: NAME -->` needs a line `<!-- end of generated: NAME -->`")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> int:
+    """Write the pages; with --check, only say which are not up to date (status 1)."""
+    parser = argparse.ArgumentParser(prog="python -m harness.pages", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page is not up to date")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        try:
+            made = renewed(text)
+        except OutOfPlace as error:
+            sys.stderr.write(f"{page}: {error}\n")
+            return 2
+        if made != text:
+            stale.append(page)
+            if not check:
+                page.write_text(made, encoding="utf-8")
+    for page in stale:
+        sys.stderr.write(f"{page}: {'is not up to date: run `make docs`' if check else 'written'}\n")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
