@@ -4,8 +4,8 @@ A pass knows nothing of what woke it: a changed spec, an event of QEMU, a timer 
 the same. What a successor must know, the unplug requests in flight, stands in the object's status and is written
 before a request is made; everything else is read from the machine. So the operator may die at any point.
 
-What is kept in memory only makes passes better, never right: the session while a guest works on requests, and what
-the machine's `_OST` reports were before this process asked.
+What is kept in memory only makes passes better, never right: the session while a guest works on requests (or always, if
+the set says so), what the machine's `_OST` reports were before this process asked, and what the guest itself last said.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from vcpuset.domain.errors import (
     APIError,
@@ -30,26 +30,18 @@ from vcpuset.domain.errors import (
     TransientError,
     VCPUSetError,
 )
+from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost
 from vcpuset.domain.plan import Goal, Plan, first_fit, goal, plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.report import (
-    Pace,
-    Verdict,
-    conditions,
-    conflict,
-    failure,
-    is_progress,
-    judge,
-    observed,
-    opened_at,
-    plugging,
-)
-from vcpuset.domain.requests import CPU, answered, asked, cpu_of, still_open, withdrawn
-from vcpuset.domain.resource import UID, Request, UnixMonitor, VCPUSet
+from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
+from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
+from vcpuset.domain.resource import UID, Connection, Request, Status, UnixMonitor, VCPUSet
+from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, judge, plugging
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.recorder import Recorder
+from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
 from vcpuset.runtime.backoff import jittered
@@ -88,6 +80,9 @@ class _Track:
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
     unsettled   how many looks in a row could not count the CPUs
+    vcpus       the last count
+    moved_at    loop time when a CPU was last seen to leave
+    plugged_at  loop time when this process last plugged one
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
@@ -95,6 +90,9 @@ class _Track:
     written_at: float = 0.0
     progress: int = 0
     unsettled: int = 0
+    vcpus: int = 0
+    moved_at: float | None = None
+    plugged_at: float | None = None
 
 
 class Reconciler:
@@ -110,6 +108,7 @@ class Reconciler:
         cluster: Cluster,
         recorder: Recorder,
         monitors: Monitors,
+        guests: Guests,
         enqueue: Callable[[UID], None],
         resync_seconds: float,
         clock: Callable[[], datetime],
@@ -118,6 +117,7 @@ class Reconciler:
         self._cluster = cluster
         self._recorder = recorder
         self._monitors = monitors
+        self._guests = guests
         self._enqueue = enqueue
         self._resync_seconds = resync_seconds
         self._clock = clock
@@ -142,6 +142,7 @@ class Reconciler:
         if vcpuset is None:
             # Deleted, or another operator's now: the machine stays as it is.
             self._tracks.pop(uid, None)
+            await self._guests.forget(uid)
             await self._monitors.release(uid)
             return Done()
         try:
@@ -163,7 +164,7 @@ class Reconciler:
             logger.warning("%s: %s; tried again", vcpuset, error)
             await self._monitors.release(uid)
             return Retry(error)
-        if verdict.pace is not Pace.HELD:
+        if verdict.pace is not Pace.HELD and vcpuset.spec.connection is Connection.ON_DEMAND:
             await self._monitors.release(uid)
         return self._come_back(verdict)
 
@@ -217,31 +218,48 @@ class Reconciler:
     async def _bring_to_count(self, vcpuset: VCPUSet, session: Session) -> Verdict:
         """Observe, plan, act, observe again, report."""
         track = self._tracks.setdefault(vcpuset.uid, _Track())
-        machine = await session.observe()
-        track.unsettled = 0
+        machine = await self._observe(track, session)
         requests = self._known_requests(vcpuset, track, session, machine)
         blocked: CommandError | None = None
 
         step = self._plan(vcpuset, track, machine, requests)
         if step.plug:
-            vcpuset, machine, blocked = await self._plug(vcpuset, session, machine, step.goal)
+            vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, step.goal)
             requests = still_open(requests, machine, self._clock())
         # Each round asks for CPUs that were not asked for before, or not lately, so the rounds end.
         while step.ask and blocked is None:
             vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
-            machine = await session.observe()
+            machine = await self._observe(track, session)
             requests = still_open(requests, machine, self._clock())
             step = self._plan(vcpuset, track, machine, requests)
 
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
-        await self._report(vcpuset, machine, requests, verdict)
+        guest: GuestReport | None = None
+        if vcpuset.spec.guest_agent is None:
+            await self._guests.forget(vcpuset.uid)
+        elif machine.run_state == "running" and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
+            # Not while the guest gives CPUs back: it has enough to do, and each answer would be out of date.
+            guest = self._guests.ask(vcpuset, machine)
+            if guest is None and machine.vcpus == vcpuset.spec.vcpus:
+                # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
+                return verdict
+            verdict = self._judge(vcpuset, track, machine, requests, blocked, guest)
+        await self._report(vcpuset, machine, requests, verdict, guest)
         return verdict
+
+    async def _observe(self, track: _Track, session: Session) -> Machine:
+        machine = await session.observe()
+        track.unsettled = 0
+        if machine.vcpus < track.vcpus:
+            track.moved_at = asyncio.get_running_loop().time()
+        track.vcpus = machine.vcpus
+        return machine
 
     def _known_requests(
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
     ) -> tuple[Request, ...]:
         """The requests in the status that are still open, with what the guest has answered since."""
-        requests = still_open(vcpuset.status.pending_unplugs, machine, self._clock())
+        requests = carried_over(vcpuset.status, machine, self._clock())
         # A CPU that is gone never comes back as the same: its entries would only grow the book.
         still_there = {cpu_of(request) for request in requests}
         track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
@@ -267,12 +285,13 @@ class Reconciler:
         return requests
 
     async def _plug(
-        self, vcpuset: VCPUSet, session: Session, machine: Machine, aim: Goal
+        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
         """Fill free slots until the goal is reached, saying so meanwhile."""
+        track.plugged_at = asyncio.get_running_loop().time()
         # The report waits for nothing and nothing waits for the report, except the end of this step.
         announcement, work = await asyncio.gather(
-            self._announce_plug(vcpuset, machine, aim), self._fill(session, machine, aim), return_exceptions=True
+            self._announce_plug(vcpuset, machine, aim), self._fill(track, session, machine, aim), return_exceptions=True
         )
         for outcome in (work, announcement):
             if isinstance(outcome, BaseException):
@@ -290,7 +309,9 @@ class Reconciler:
             vcpuset, machine, vcpuset.status.pending_unplugs, plugging(vcpuset.spec, machine, aim)
         )
 
-    async def _fill(self, session: Session, machine: Machine, aim: Goal) -> tuple[Machine, CommandError | None]:
+    async def _fill(
+        self, track: _Track, session: Session, machine: Machine, aim: Goal
+    ) -> tuple[Machine, CommandError | None]:
         taken: set[int] = set()
         blocked: CommandError | None = None
         while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
@@ -304,8 +325,8 @@ class Reconciler:
                     blocked = error
                     break
                 except CommandError as error:
-                    return await session.observe(), error
-            machine = await session.observe()
+                    return await self._observe(track, session), error
+            machine = await self._observe(track, session)
             if blocked is None:
                 break
         return machine, blocked
@@ -341,7 +362,6 @@ class Reconciler:
                 blocked = error
                 break
             except CommandError as error:
-                logger.warning("%s: %s", vcpuset, error)
                 # That a repetition is refused says nothing of the request that the guest has already; only what can
                 # never succeed cannot have been taken before.
                 if cpu_of(slot) not in with_guest or isinstance(error, PermanentError):
@@ -361,6 +381,7 @@ class Reconciler:
         machine: Machine,
         requests: Sequence[Request],
         blocked: CommandError | None,
+        guest: GuestReport | None = None,
     ) -> Verdict:
         now = self._clock()
         aim = goal(vcpuset.spec, machine)
@@ -374,7 +395,16 @@ class Reconciler:
             blocked=blocked or next(iter(track.rejected.values()), None),
             reported=self._reported(vcpuset),
             now=now,
+            moved=self._at(track.moved_at),
+            guest=guest,
+            plugged=self._at(track.plugged_at),
         )
+
+    def _at(self, loop_time: float | None) -> datetime | None:
+        """A loop time as a time of the clock, which may have been set since."""
+        if loop_time is None:
+            return None
+        return self._clock() - timedelta(seconds=asyncio.get_running_loop().time() - loop_time)
 
     def _reported(self, vcpuset: VCPUSet) -> str | None:
         """The reason that the status gives for this generation."""
@@ -392,6 +422,7 @@ class Reconciler:
         machine: Machine | None,
         requests: Sequence[Request],
         verdict: Verdict,
+        guest: GuestReport | None = None,
         *,
         must: bool = False,
     ) -> VCPUSet:
@@ -402,45 +433,64 @@ class Reconciler:
         now = self._clock()
         surplus = 0 if machine is None else machine.vcpus - goal(vcpuset.spec, machine).count
         started = opened_at(vcpuset.status, vcpuset.generation, requests, surplus, now)
-        status = observed(vcpuset, machine, requests, started)
-        status = replace(status, conditions=conditions(vcpuset.status.conditions, verdict, vcpuset.generation, now))
+        status = observed(vcpuset, machine, requests, started, guest)
+        status = replace(status, conditions=conditions(vcpuset, verdict, machine, guest, now))
         if status == vcpuset.status:
             return vcpuset
         track = self._tracks.setdefault(vcpuset.uid, _Track())
         loop_time = asyncio.get_running_loop().time()
-        progress = is_progress(vcpuset.status, status)
+        progress = is_progress(vcpuset.status, status, verdict.pace)
         if progress and not must:
             pause = PROGRESS_SECONDS[min(track.progress, len(PROGRESS_SECONDS) - 1)]
             if loop_time < track.written_at + pause:
                 return vcpuset
-        before = vcpuset.status.ready
         written = await self._cluster.write_status(vcpuset, status)
         self._cache.put(written)
         track.written_at = loop_time
         track.progress = track.progress + 1 if progress else 0
-        if before is None or before.reason != verdict.reason:
-            logger.info("%s: %s: %s", vcpuset, verdict.reason, verdict.message)
+        self._announce(written, vcpuset.status, verdict)
+        return written
+
+    def _announce(self, vcpuset: VCPUSet, before: Status, verdict: Verdict) -> None:
+        """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
+        old, new = _facts(before), _facts(vcpuset.status)
+        if old[:3] != new[:3]:
+            level = logging.WARNING if verdict.event_type == "Warning" else logging.INFO
+            logger.log(level, "%s: %s: %s", vcpuset, verdict.reason, verdict.message)
             self._recorder.record(
                 vcpuset, type=verdict.event_type, reason=verdict.reason, action="Reconcile", note=verdict.message
             )
-        return written
+        agent = vcpuset.status.condition(AGENT)
+        if agent is not None and agent.status != "Unknown" and old[3:] != new[3:]:
+            self._recorder.record(
+                vcpuset,
+                type="Normal" if agent.status == "True" else "Warning",
+                reason=f"GuestAgent{agent.reason}",
+                action="AskGuest",
+                note=agent.message,
+            )
 
     def _come_back(self, verdict: Verdict) -> Result:
         match verdict.pace:
-            case Pace.HELD:
-                return Done(requeue_after=LOOK_SECONDS)
             case Pace.RETRY:
                 return Retry(VCPUSetError(f"{verdict.reason}: {verdict.message}"))
+            case Pace.HELD | Pace.WATCHED:
+                seconds = LOOK_SECONDS
             case Pace.STEADY:
                 seconds = jittered(self._resync_seconds, 0.1)
-                if verdict.due is not None:
-                    seconds = min(seconds, max(0.0, (verdict.due - self._clock()).total_seconds()))
-                return Done(requeue_after=seconds)
+        if verdict.due is not None:
+            seconds = min(seconds, max(0.0, (verdict.due - self._clock()).total_seconds()))
+        return Done(requeue_after=seconds)
 
 
 def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
     """The CPUs that an earlier process wrote down, or that this one did not get round to ask for."""
     return {cpu_of(request) for request in requests} - track.sent.keys()
+
+
+def _facts(status: Status) -> list[tuple[str, str]]:
+    """What of each condition is worth an Event when it changes."""
+    return [(condition.reason, condition.status) for condition in status.conditions]
 
 
 def _address(vcpuset: VCPUSet) -> tuple[str, ...]:

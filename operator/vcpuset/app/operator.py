@@ -19,6 +19,7 @@ from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
+from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.reconciler import Reconciler
 from vcpuset.runtime.backoff import ExponentialBackoff, jittered
@@ -78,11 +79,13 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     metrics.watch_sets(lambda: len(cache))
     recorder = Recorder(cluster)
     monitors = Monitors(settings.socket_root, queue.add)
+    guests = Guests(settings.socket_root, queue.add)
     reconciler = Reconciler(
         cache=cache,
         cluster=cluster,
         recorder=recorder,
         monitors=monitors,
+        guests=guests,
         enqueue=queue.add,
         resync_seconds=settings.resync_seconds,
         clock=lambda: datetime.now(UTC),
@@ -114,6 +117,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     finally:
         queue.shut_down()
         await owner.finish("workers")
+        await guests.close()
         await monitors.close()
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
 
-__all__ = ["GuestCPU", "GuestCPUs"]
+from vcpuset.domain.errors import AgentError, AgentRefused, AgentTimeout
+
+__all__ = ["AgentReason", "GuestCPU", "GuestCPUs", "GuestReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +36,67 @@ class GuestCPUs:
     def offline(self) -> tuple[int, ...]:
         """The logical ids of those that it has and does not use, ascending."""
         return tuple(sorted(cpu.logical_id for cpu in self.cpus if not cpu.online))
+
+
+class AgentReason(enum.StrEnum):
+    """Why the condition GuestAgentConnected is as it is; `status` is the condition's, `meaning` is for people."""
+
+    status: str
+    meaning: str
+
+    def __new__(cls, value: str, status: str, meaning: str) -> Self:
+        """An enum member that is its CamelCase name, with what it stands for."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.status = status
+        member.meaning = meaning
+        return member
+
+    CONNECTED = ("Connected", "True", "The agent has answered.")
+    NOT_ASKED = (
+        "NotAsked",
+        "Unknown",
+        "The agent was not asked: the machine cannot be looked at, or does not run (a paused guest cannot answer).",
+    )
+    NO_ANSWER = (
+        "NoAnswer",
+        "False",
+        "The agent did not answer in time: none runs in the guest, it hangs, or another client holds its socket.",
+    )
+    UNREACHABLE = (
+        "Unreachable",
+        "False",
+        "The socket of spec.guestAgent cannot be opened, nobody listens there, or what answers is no guest agent.",
+    )
+    REFUSED = ("Refused", "False", "The agent answered with an error, for instance because a command is blocked there.")
+    OTHER_MACHINE = (
+        "OtherMachine",
+        "False",
+        "The agent speaks of more vCPUs than QEMU has: spec.guestAgent names another machine's socket.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GuestReport:
+    """What came of asking a guest.
+
+    cpus      None: it could not be asked
+    error     why not
+    resisted  CPUs (logical ids) that the agent would not set online, with its words
+    """
+
+    cpus: GuestCPUs | None
+    error: AgentError | None = None
+    resisted: Mapping[int, str] = field(default_factory=dict)
+
+    def reason(self, vcpus: int) -> AgentReason:
+        """What this says of the agent of a machine that has so many vCPUs."""
+        if self.cpus is not None:
+            return AgentReason.OTHER_MACHINE if self.cpus.online > vcpus else AgentReason.CONNECTED
+        match self.error:
+            case AgentTimeout():
+                return AgentReason.NO_ANSWER
+            case AgentRefused():
+                return AgentReason.REFUSED
+            case _:
+                return AgentReason.UNREACHABLE

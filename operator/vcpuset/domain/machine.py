@@ -1,6 +1,7 @@
 """One machine as QEMU shows it: an immutable snapshot, taken in one monitor session.
 
-Sources: `query-status`, `query-hotpluggable-cpus`, `query-cpus-fast`, `query-acpi-ospm-status`, `query-migrate`.
+Sources: `query-status`, `query-hotpluggable-cpus`, `query-cpus-fast`, `query-acpi-ospm-status`, `query-migrate`,
+`query-uuid`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 __all__ = ["Activity", "Answer", "Machine", "Ost", "Slot"]
 
@@ -133,6 +135,8 @@ class Machine:
     slots      ascending; None: the machine type does not support CPU hotplug
     migrating  an outgoing migration is under way, whatever the run state
     ost        the last `_OST` report of each CPU slot; None: the machine has no `query-acpi-ospm-status`
+    uuid       `query-uuid`; None: it was started without one
+    since      when its monitor's socket was made, which QEMU does as it starts; None: not known
     """
 
     run_state: str
@@ -141,6 +145,8 @@ class Machine:
     slots: tuple[Slot, ...] | None
     migrating: bool = False
     ost: Mapping[int, Ost] | None = None
+    uuid: str | None = None
+    since: datetime | None = None
 
     @property
     def activity(self) -> Activity:

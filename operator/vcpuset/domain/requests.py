@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from vcpuset.domain.machine import Answer, Machine, Slot
-from vcpuset.domain.resource import Request, Unplug
+from vcpuset.domain.resource import Request, Status, Unplug
 
-__all__ = ["CPU", "answered", "asked", "cpu_of", "due_at", "still_open", "withdrawn"]
+__all__ = ["CPU", "answered", "asked", "carried_over", "cpu_of", "due_at", "still_open", "withdrawn"]
 
 CPU = tuple[str, int]
 """QOM path and host thread id: one CPU of one QEMU process, for ever."""
@@ -28,8 +28,20 @@ def cpu_of(holder: Request | Slot) -> CPU:
     return (holder.path, -1 if holder.thread_id is None else holder.thread_id)
 
 
+def carried_over(status: Status, machine: Machine, now: datetime) -> tuple[Request, ...]:
+    """The requests of a status that this machine may still carry out; none of those that another QEMU was asked.
+
+    Path and thread id alone do not tell: in a container, the next QEMU can have the same ones.
+    """
+    if status.machine_uuid != machine.uuid:
+        return ()
+    # A time in the future tells nothing: the clock was set back.
+    since = machine.since if machine.since is not None and machine.since <= now else datetime.min.replace(tzinfo=UTC)
+    return still_open((each for each in status.pending_unplugs if each.requested_at >= since), machine, now)
+
+
 def still_open(requests: Iterable[Request], machine: Machine, now: datetime) -> tuple[Request, ...]:
-    """The requests whose CPU is still there; one of another QEMU, or of a slot plugged anew, is void.
+    """The requests whose CPU is still there; one for a slot that was plugged anew is void.
 
     A time in the future (the clock was set back) becomes now: otherwise it would never fall due.
     """

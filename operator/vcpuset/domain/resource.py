@@ -13,6 +13,8 @@ __all__ = [
     "UID",
     "BootVCPUs",
     "Condition",
+    "Connection",
+    "GuestAgent",
     "Monitor",
     "Request",
     "Spec",
@@ -33,6 +35,13 @@ class UnplugPolicy(enum.Enum):
 
     ENABLED = "Enabled"
     DISABLED = "Disabled"
+
+
+class Connection(enum.Enum):
+    """`spec.monitor.connection`: how long a session with the monitor is kept."""
+
+    ON_DEMAND = "OnDemand"
+    PERSISTENT = "Persistent"
 
 
 class BootVCPUs(enum.Enum):
@@ -61,6 +70,17 @@ Monitor = UnixMonitor | TCPMonitor
 
 
 @dataclass(frozen=True, slots=True)
+class GuestAgent:
+    """`spec.guestAgent`; `path` is relative to the namespace's folder below the socket root.
+
+    bring_online  set CPUs online that the guest left offline
+    """
+
+    path: str
+    bring_online: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Unplug:
     """`spec.unplug`; times in seconds."""
 
@@ -76,6 +96,8 @@ class Spec:
 
     vcpus: int
     monitor: Monitor
+    connection: Connection = Connection.ON_DEMAND
+    guest_agent: GuestAgent | None = None
     unplug: Unplug = Unplug()
     suspend: bool = False
 
@@ -118,22 +140,30 @@ class Condition:
 class Status:
     """`status`. The counts are observations; None: never made.
 
+    online_vcpus       those that the guest uses
+    machine_uuid       `query-uuid`; None: the machine has none
     unplug_started_at  when the first unplug request of this generation was made; None: none is open
     """
 
     observed_generation: int = -1
     vcpus: int | None = None
+    online_vcpus: int | None = None
     min_vcpus: int | None = None
     max_vcpus: int | None = None
     selector: str | None = None
+    machine_uuid: str | None = None
     unplug_started_at: datetime | None = None
     pending_unplugs: tuple[Request, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
+    def condition(self, kind: str) -> Condition | None:
+        """The condition of this type; None before the first report of it."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
+
     @property
     def ready(self) -> Condition | None:
-        """The Ready condition; None before the first report."""
-        return next((condition for condition in self.conditions if condition.type == "Ready"), None)
+        """The Ready condition."""
+        return self.condition("Ready")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from vcpuset.domain.resource import (
     UID,
     BootVCPUs,
     Condition,
+    Connection,
+    GuestAgent,
     Monitor,
     Request,
     Spec,
@@ -72,6 +74,12 @@ class _TCP(msgspec.Struct):
 class _Monitor(msgspec.Struct):
     unix: _Unix | None = None
     tcp: _TCP | None = None
+    connection: Connection = Connection.ON_DEMAND
+
+
+class _GuestAgent(msgspec.Struct, rename="camel"):
+    unix: _Unix
+    bring_online: bool = False
 
 
 class _Unplug(msgspec.Struct, rename="camel"):
@@ -84,6 +92,7 @@ class _Unplug(msgspec.Struct, rename="camel"):
 class _Spec(msgspec.Struct):
     vcpus: int
     monitor: _Monitor
+    guest_agent: _GuestAgent | None = msgspec.field(default=None, name="guestAgent")
     unplug: _Unplug = msgspec.field(default_factory=_Unplug)
     suspend: bool = False
 
@@ -109,9 +118,11 @@ class _Condition(msgspec.Struct, rename="camel"):
 class _Status(msgspec.Struct, rename="camel"):
     observed_generation: int = -1
     vcpus: int | None = None
+    online_vcpus: int | None = msgspec.field(default=None, name="onlineVCPUs")
     min_vcpus: int | None = msgspec.field(default=None, name="minVCPUs")
     max_vcpus: int | None = msgspec.field(default=None, name="maxVCPUs")
     selector: str | None = None
+    machine_uuid: str | None = msgspec.field(default=None, name="machineUUID")
     unplug_started_at: _Time | None = None
     pending_unplugs: tuple[_Request, ...] = ()
     conditions: tuple[_Condition, ...] = ()
@@ -162,9 +173,11 @@ def encode_status(status: Status) -> dict[str, Any]:
     return {
         "observedGeneration": status.observed_generation,
         "vcpus": status.vcpus,
+        "onlineVCPUs": status.online_vcpus,
         "minVCPUs": status.min_vcpus,
         "maxVCPUs": status.max_vcpus,
         "selector": status.selector,
+        "machineUUID": status.machine_uuid,
         "unplugStartedAt": None if status.unplug_started_at is None else _microseconds(status.unplug_started_at),
         # A merge patch replaces lists as a whole. Nulls inside of them would be stored, so there are none.
         "pendingUnplugs": [_encode_request(request) for request in status.pending_unplugs] or None,
@@ -173,9 +186,12 @@ def encode_status(status: Status) -> dict[str, Any]:
 
 
 def _spec(wire: _Spec) -> Spec:
+    agent = wire.guest_agent
     return Spec(
         vcpus=wire.vcpus,
         monitor=_monitor(wire.monitor),
+        connection=wire.monitor.connection,
+        guest_agent=None if agent is None else GuestAgent(agent.unix.path, agent.bring_online),
         unplug=Unplug(
             policy=wire.unplug.policy,
             boot_vcpus=wire.unplug.boot_vcpus,
@@ -203,9 +219,11 @@ def _status(wire: _Status) -> Status:
     return Status(
         observed_generation=wire.observed_generation,
         vcpus=wire.vcpus,
+        online_vcpus=wire.online_vcpus,
         min_vcpus=wire.min_vcpus,
         max_vcpus=wire.max_vcpus,
         selector=wire.selector,
+        machine_uuid=wire.machine_uuid,
         unplug_started_at=None if wire.unplug_started_at is None else wire.unplug_started_at.astimezone(UTC),
         pending_unplugs=tuple(
             Request(

@@ -1,4 +1,4 @@
-"""QEMU's replies as domain values.
+"""The replies of QEMU, and of a guest's agent, as domain values.
 
 Each function takes what one query returned. Unknown keys are ignored, since every QEMU release adds some; a known key
 of another type, or one that is missing, raises `Malformed`: a number made of something else would end up in a plan.
@@ -11,10 +11,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
+from uuid import UUID
 
+from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.domain.machine import Ost, Slot
 
-__all__ = ["CPUs", "Malformed", "cpus", "migrating", "ost", "ost_of_event", "run_state", "slots"]
+__all__ = [
+    "CPUs",
+    "Malformed",
+    "cpus",
+    "guest_cpus",
+    "migrating",
+    "ost",
+    "ost_of_event",
+    "processed",
+    "run_state",
+    "slots",
+    "uuid",
+]
 
 _T = TypeVar("_T")
 
@@ -44,6 +58,16 @@ class CPUs:
 def run_state(reply: object) -> str:
     """`query-status`: the run state."""
     return _member(_object(reply), "status", str)
+
+
+def uuid(reply: object) -> str | None:
+    """`query-uuid`; None: the machine was started without one, which QEMU shows as zeros."""
+    text = _member(_object(reply), "UUID", str)
+    try:
+        found = UUID(text)
+    except ValueError as error:
+        raise Malformed(f"'UUID' is {reprlib.repr(text)}") from error
+    return str(found) if found.int else None
 
 
 def cpus(reply: object) -> CPUs:
@@ -108,6 +132,27 @@ def migrating(reply: object) -> bool:
     return "status" in entry and _member(entry, "status", str) in _MIGRATING
 
 
+def guest_cpus(reply: object) -> GuestCPUs:
+    """`guest-get-vcpus`, by ascending logical id; the agent lists them in any order."""
+    found: dict[int, GuestCPU] = {}
+    for entry in _objects(reply):
+        logical_id = _member(entry, "logical-id", int)
+        if logical_id < 0 or logical_id in found:
+            raise Malformed(f"'logical-id' {logical_id}, which is negative or comes twice")
+        can_offline = "can-offline" in entry and _member(entry, "can-offline", bool)
+        found[logical_id] = GuestCPU(logical_id, _member(entry, "online", bool), can_offline)
+    if not found:
+        raise Malformed("an empty list")
+    return GuestCPUs(tuple(found[logical_id] for logical_id in sorted(found)))
+
+
+def processed(reply: object, asked: int) -> int:
+    """`guest-set-vcpus`: how many entries were carried out, from the first on; at least one, else it is an error."""
+    if isinstance(reply, bool) or not isinstance(reply, int) or not 1 <= reply <= asked:
+        raise Malformed(f"{reprlib.repr(reply)} of {asked} entries")
+    return reply
+
+
 def _device(path: str) -> str:
     """The QOM path of the device that a vCPU belongs to: on pseries its threads are children of the core."""
     parent, _, child = path.rpartition("/")
@@ -140,7 +185,7 @@ def _slot(entry: Mapping[str, object]) -> int:
 
 def _member(entry: Mapping[str, object], key: str, kind: type[_T]) -> _T:
     value = entry.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise Malformed(f"{key!r} is {reprlib.repr(value)}" if key in entry else f"an entry without {key!r}")
     return value
 

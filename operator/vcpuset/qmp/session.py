@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Final, TypeVar
 
 from qemu.qmp import ExecuteError, Message
@@ -64,6 +65,8 @@ class Session:
         self._waking = False
         self._asked: dict[int, str] = {}
         self._answers: dict[int, Answer] = {}
+        self._since: datetime | None = None
+        self._uuid: tuple[str | None] | None = None
 
     @classmethod
     async def open(
@@ -84,6 +87,7 @@ class Session:
         comes, MonitorTimeout if QEMU greets and then answers no more. The endpoint may be closed afterwards.
         """
         session = cls(str(endpoint), wake, command_seconds, close_seconds)
+        session._since = endpoint.made_at
         await session._connect(endpoint, open_seconds)
         return session
 
@@ -135,7 +139,9 @@ class Session:
         else:
             if slots is None:
                 raise MachineUnsettled(f"{self._where}: CPUs came or went while they were counted")
-        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost)
+        if self._uuid is None:  # One connection leads to one process, which keeps it.
+            self._uuid = (await self._query("query-uuid", replies.uuid),)
+        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, self._uuid[0], self._since)
 
     async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
         reply = await self._execute(command)

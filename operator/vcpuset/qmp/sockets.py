@@ -23,9 +23,10 @@ import socket
 import stat
 import warnings
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
 
@@ -48,10 +49,12 @@ class UnixEndpoint:
     An open session does not need it any more.
 
     identity  device and inode of the socket; unique only for as long as the endpoint is open
+    made_at   when the socket was made (its mtime, which nothing moves later), UTC
     """
 
-    def __init__(self, descriptor: int, identity: tuple[int, int], name: str) -> None:
-        self.identity = identity
+    def __init__(self, descriptor: int, status: os.stat_result, name: str) -> None:
+        self.identity = (status.st_dev, status.st_ino)
+        self.made_at = datetime.fromtimestamp(status.st_mtime, UTC)
         self._descriptor = descriptor
         self._name = name
 
@@ -103,6 +106,9 @@ class TCPEndpoint:
     host: str
     port: int
 
+    made_at: ClassVar[None] = None
+    """Nothing tells when a port was opened."""
+
     @property
     def identity(self) -> tuple[str, int]:
         """Host in one spelling, and port. Two names of one host remain two."""
@@ -118,8 +124,8 @@ class TCPEndpoint:
 Endpoint = UnixEndpoint | TCPEndpoint
 
 
-def open_socket(root: Path, namespace: str, path: str) -> UnixEndpoint:
-    """The socket at `path` below the folder of `namespace` in the socket root.
+def open_socket(root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path") -> UnixEndpoint:
+    """The socket at `path` below the folder of `namespace` in the socket root; `field` is where the path was given.
 
     Raises InvalidMonitor if the path is not acceptable, a symbolic link stands anywhere below the root, or what it
     names is no socket; MonitorUnreachable if a part of it is missing or may not be opened. Does not touch the socket:
@@ -129,11 +135,11 @@ def open_socket(root: Path, namespace: str, path: str) -> UnixEndpoint:
     if _bad_segment(namespace):
         raise InvalidMonitor(f"{namespace!r} cannot be the name of a namespace's folder")
     if path.startswith("/"):
-        raise InvalidMonitor(f"spec.monitor.unix.path {path!r} is absolute: give it relative to the namespace's folder")
+        raise InvalidMonitor(f"{field} {path!r} is absolute: give it relative to the namespace's folder")
     segments = path.split("/")
     for segment in segments:
         if reason := _bad_segment(segment):
-            raise InvalidMonitor(f"spec.monitor.unix.path {path!r} {reason}")
+            raise InvalidMonitor(f"{field} {path!r} {reason}")
 
     try:
         here = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -155,7 +161,7 @@ def open_socket(root: Path, namespace: str, path: str) -> UnixEndpoint:
     except BaseException:
         os.close(found)
         raise
-    return UnixEndpoint(found, (status.st_dev, status.st_ino), name)
+    return UnixEndpoint(found, status, name)
 
 
 def _bad_segment(segment: str) -> str | None:

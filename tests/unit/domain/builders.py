@@ -7,13 +7,16 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from vcpuset.domain.errors import CommandError
+from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.domain.plan import goal
-from vcpuset.domain.report import Verdict, judge, opened_at
+from vcpuset.domain.report import opened_at
 from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
     UID,
     BootVCPUs,
+    Connection,
+    GuestAgent,
     Request,
     Spec,
     Status,
@@ -22,6 +25,7 @@ from vcpuset.domain.resource import (
     UnplugPolicy,
     VCPUSet,
 )
+from vcpuset.domain.verdict import Verdict, judge
 
 __all__ = [
     "NOW",
@@ -116,9 +120,18 @@ def a_spec(
     timeout: int = 60,
     retry: int = 300,
     suspend: bool = False,
+    connection: Connection = Connection.ON_DEMAND,
+    agent: GuestAgent | None = None,
 ) -> Spec:
     """A spec with the API's defaults."""
-    return Spec(vcpus, UnixMonitor("web.sock"), Unplug(policy, boot_vcpus, timeout, retry), suspend)
+    return Spec(
+        vcpus,
+        UnixMonitor("web.sock"),
+        connection,
+        agent,
+        Unplug(policy, boot_vcpus, timeout, retry),
+        suspend,
+    )
 
 
 def a_set(spec: Spec | None = None, *, generation: int = 1, status: Status = NEVER_REPORTED) -> VCPUSet:
@@ -136,6 +149,9 @@ def verdict_on(
     blocked: CommandError | None = None,
     reported: str | None = None,
     now: datetime = NOW,
+    moved: datetime | None = None,
+    guest: GuestReport | None = None,
+    plugged: datetime | None = None,
 ) -> Verdict:
     """`judge` at the end of a pass. `started` is by default when the earliest of the requests was made."""
     requests = tuple(requests)
@@ -153,4 +169,7 @@ def verdict_on(
         blocked=blocked,
         reported=reported,
         now=now,
+        moved=moved,
+        guest=guest,
+        plugged=plugged,
     )

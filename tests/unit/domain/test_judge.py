@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -11,6 +11,7 @@ import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, verdict_on
 from vcpuset.domain.errors import (
+    AgentTimeout,
     CommandRefused,
     GuestNotReady,
     InvalidMonitor,
@@ -22,12 +23,13 @@ from vcpuset.domain.errors import (
     SlotTaken,
     VCPUSetError,
 )
+from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.plan import Goal
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import Pace, Verdict, conflict, failure, plugging
 from vcpuset.domain.requests import cpu_of
-from vcpuset.domain.resource import BootVCPUs, UnplugPolicy
+from vcpuset.domain.resource import BootVCPUs, GuestAgent, Spec, UnplugPolicy
+from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, plugging
 
 __all__: list[str] = []
 
@@ -37,6 +39,16 @@ SMALL = a_machine(boot=[0], plugged=[1])
 """Two CPUs, one of which can go: whatever is asked for it, there is no other candidate."""
 
 WORDS = "qemu's own words"
+
+
+def with_agent(vcpus: int, *, bring_online: bool = False) -> Spec:
+    """A spec that names a guest agent."""
+    return a_spec(vcpus, agent=GuestAgent("ga.sock", bring_online))
+
+
+def guest_with(cpus: str) -> GuestReport:
+    """A guest that uses the CPUs shown as + and has left those shown as - offline."""
+    return GuestReport(GuestCPUs(tuple(GuestCPU(i, shown == "+", i > 0) for i, shown in enumerate(cpus))))
 
 
 @dataclass
@@ -75,11 +87,73 @@ CASES = {
     ),
     "count matches, a request is still with the guest": (
         verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(5))]),
-        Said(Reason.CONVERGED, State.READY, Pace.HELD, "may still take slot 3 away"),
+        Said(Reason.CONVERGED, State.READY, Pace.WATCHED, "may still take slot 3 away"),
     ),
     "count matches, an old request is still with the guest": (
         verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(61))]),
         Said(Reason.CONVERGED, State.READY, Pace.STEADY, "may still take slot 3 away"),
+    ),
+    "count matches, a request was made just now": (
+        verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(1))]),
+        Said(Reason.CONVERGED, State.READY, Pace.HELD, "may still take slot 3 away"),
+    ),
+    "count matches, and the guest uses them all": (
+        verdict_on(with_agent(4), FOUR, guest=guest_with("++++")),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "QEMU has 4 vCPUs, as declared, and the guest uses them all."),
+    ),
+    "count matches, and the agent does not answer": (
+        verdict_on(with_agent(4), FOUR, guest=GuestReport(None, AgentTimeout("no agent answers"))),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "whether the guest uses them is not known: no agent answers."),
+    ),
+    "count matches, and the machine is paused": (
+        verdict_on(with_agent(4), a_machine(plugged=[2, 3], run_state="paused")),
+        Said(
+            Reason.CONVERGED, State.READY, Pace.STEADY, "it cannot be asked while the machine's run state is 'paused'"
+        ),
+    ),
+    "count matches, and the agent is another machine's": (
+        verdict_on(with_agent(4), FOUR, guest=guest_with("+++++")),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "spec.guestAgent names another machine's"),
+    ),
+    "plugged, and the guest is taking them up": (
+        verdict_on(with_agent(4), FOUR, guest=guest_with("++"), plugged=ago(1)),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.HELD, "the guest uses 2 of them so far.", due=0.25),
+    ),
+    "plugged, and the guest has left them offline": (
+        verdict_on(with_agent(4), FOUR, guest=guest_with("++--"), plugged=ago(3)),
+        Said(
+            Reason.GUEST_CPUS_OFFLINE,
+            State.RECONCILING,
+            Pace.RETRY,
+            "the guest uses 2 of them and has left its CPUs 2-3 offline. Give the guest the udev rule SUBSYSTEM",
+            "Warning",
+        ),
+    ),
+    "offline, and the agent cannot bring it online": (
+        verdict_on(
+            with_agent(4, bring_online=True), FOUR, guest=replace(guest_with("+++-"), resisted={3: "no such file"})
+        ),
+        Said(
+            Reason.GUEST_CPUS_OFFLINE,
+            State.RECONCILING,
+            Pace.RETRY,
+            "has left its CPU 3 offline; it did not set CPU 3 online: no such file.",
+            "Warning",
+        ),
+    ),
+    "the guest's kernel does not know of them": (
+        verdict_on(with_agent(4), FOUR, guest=guest_with("++")),
+        Said(
+            Reason.GUEST_CPUS_OFFLINE,
+            State.RECONCILING,
+            Pace.RETRY,
+            "does not know of 2: its kernel has not taken up what was plugged.",
+            "Warning",
+        ),
+    ),
+    "offline, to be brought online, and suspended": (
+        verdict_on(replace(with_agent(4, bring_online=True), suspend=True), FOUR, guest=guest_with("+++-")),
+        Said(Reason.SUSPENDED, State.HELD, Pace.STEADY, "the guest uses 3 of them; nothing is changed"),
     ),
     "plugging": (
         plugging(a_spec(6), FOUR, Goal(6)),
@@ -116,7 +190,7 @@ CASES = {
     ),
     "asked, and in progress for a while": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(30), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slot 3"),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slot 3"),
     ),
     "asked, one refused, another asked instead": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(2), answer=NO), a_request(2)]),
@@ -124,11 +198,23 @@ CASES = {
     ),
     "asked, no answer for three seconds": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(3))]),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet"),
+    ),
+    "asked, no answer for a while, and only an event could tell": (
+        verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30))]),
         Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet"),
+    ),
+    "asked long ago, and one has left just now": (
+        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(1)),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "slots 2-3", "Warning", due=210),
+    ),
+    "asked long ago, and one has left a while ago": (
+        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(50)),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "slots 2-3", "Warning", due=210),
     ),
     "asked, no answer from one, progress of another": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slots 2-3"),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slots 2-3"),
     ),
     "the guest is not up": (
         verdict_on(a_spec(1), a_machine(ost={})),
@@ -189,7 +275,7 @@ CASES = {
     ),
     "no answer within timeoutSeconds, inherited": (
         verdict_on(a_spec(1, timeout=90), SMALL, [a_request(1, at=ago(70))], started=ago(95), inherited=[("x", 1)]),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "has not given back slot 1", "Warning", due=230),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=230),
     ),
     "no answer, inherited: falls due by timeoutSeconds": (
         verdict_on(
@@ -199,7 +285,7 @@ CASES = {
             started=ago(95),
             inherited=[cpu_of(a_request(1))],
         ),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "has not given back slot 1", "Warning", due=20),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=20),
     ),
     "what is due but not wanted is nothing to come back for": (
         verdict_on(a_spec(3), FOUR, [a_request(2, at=ago(400)), a_request(3, at=ago(100))]),
@@ -237,7 +323,7 @@ CASES = {
     ),
     "at the ceiling, but one may leave": (
         verdict_on(a_spec(9), a_machine(plugged=range(2, 8)), [a_request(7, at=ago(4))]),
-        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.HELD, "may still take slot 7 away", "Warning"),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.WATCHED, "may still take slot 7 away", "Warning"),
     ),
     "at the floor": (
         verdict_on(a_spec(1), a_machine(plugged=[2], arch="s390x")),

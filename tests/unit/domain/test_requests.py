@@ -1,13 +1,14 @@
 """What an observation makes of the requests on the book."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_slot, ago
 from vcpuset.domain.machine import Answer
-from vcpuset.domain.requests import answered, asked, cpu_of, due_at, still_open, withdrawn
-from vcpuset.domain.resource import Request, Unplug
+from vcpuset.domain.requests import answered, asked, carried_over, cpu_of, due_at, still_open, withdrawn
+from vcpuset.domain.resource import Request, Status, Unplug
 
 __all__: list[str] = []
 
@@ -44,6 +45,26 @@ def test_after_the_clock_was_set_back_a_request_was_made_now() -> None:
     (kept,) = still_open([a_request(4, at=NOW + timedelta(hours=1))], MACHINE, NOW)
 
     assert kept.requested_at == NOW
+
+
+OURS = "a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c"
+BOOK = Status(machine_uuid=OURS, pending_unplugs=(a_request(4, at=ago(9)), a_request(5, at=ago(2))))
+
+
+def test_what_another_machine_was_asked_is_void_even_with_the_same_paths_and_threads() -> None:
+    assert carried_over(BOOK, replace(MACHINE, uuid=OURS), NOW) == BOOK.pending_unplugs
+    assert carried_over(BOOK, replace(MACHINE, uuid="0f0b7a64-9d61-44a3-a0e9-6d6f7b3f0f0b"), NOW) == ()
+    assert carried_over(BOOK, replace(MACHINE, uuid=None), NOW) == ()
+
+
+def test_what_was_asked_before_the_monitors_socket_was_made_is_void() -> None:
+    restarted = replace(MACHINE, uuid=OURS, since=ago(5))
+    assert carried_over(BOOK, restarted, NOW) == (a_request(5, at=ago(2)),)
+
+
+def test_a_socket_from_the_future_voids_nothing_for_then_the_clock_was_set_back() -> None:
+    odd = replace(MACHINE, uuid=OURS, since=NOW + timedelta(hours=1))
+    assert carried_over(BOOK, odd, NOW) == BOOK.pending_unplugs
 
 
 def test_an_answer_is_kept_until_there_is_another() -> None:

@@ -8,11 +8,14 @@ from datetime import datetime, timedelta
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, verdict_on
-from vcpuset.domain.machine import Answer
+from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
+from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
+from vcpuset.domain.machine import Answer, Machine
 from vcpuset.domain.plan import goal
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import Pace, Verdict, conditions, is_progress, observed, opened_at, slot_list
-from vcpuset.domain.resource import Condition, Status
+from vcpuset.domain.report import conditions, is_progress, observed, opened_at
+from vcpuset.domain.resource import Condition, GuestAgent, Status
+from vcpuset.domain.verdict import Pace, Verdict, slot_list
 
 __all__: list[str] = []
 
@@ -28,7 +31,7 @@ IDLE = Verdict(Reason.SUSPENDED, "nothing is changed.", State.HELD, Pace.STEADY)
     ids=lambda value: value.reason.value if isinstance(value, Verdict) else None,
 )
 def test_the_three_conditions_stand_in_order_and_at_most_one_is_true(verdict: Verdict, true: list[str]) -> None:
-    made = conditions((), verdict, 3, NOW)
+    made = made_from((), verdict, 3, NOW)
 
     assert [condition.type for condition in made] == ["Ready", "Reconciling", "Stalled"]
     assert [condition.type for condition in made if condition.status == "True"] == true
@@ -38,37 +41,96 @@ def test_the_three_conditions_stand_in_order_and_at_most_one_is_true(verdict: Ve
     }
 
 
+def made_from(before: tuple[Condition, ...], verdict: Verdict, generation: int, now: datetime) -> tuple[Condition, ...]:
+    """The conditions of a set without a guest agent."""
+    return conditions(a_set(generation=generation, status=Status(conditions=before)), verdict, a_machine(), None, now)
+
+
 def _since(made: tuple[Condition, ...]) -> dict[str, datetime]:
     return {condition.type: condition.last_transition_time for condition in made}
 
 
 def test_only_a_condition_whose_status_changes_gets_a_new_transition_time() -> None:
-    before = conditions((), WORKING, 1, ago(60))
+    before = made_from((), WORKING, 1, ago(60))
 
-    after = conditions(before, STUCK, 1, NOW)
+    after = made_from(before, STUCK, 1, NOW)
 
     assert _since(after) == {"Ready": ago(60), "Reconciling": NOW, "Stalled": NOW}
 
 
 def test_another_reason_message_or_generation_is_no_transition() -> None:
-    before = conditions((), WORKING, 1, ago(60))
+    before = made_from((), WORKING, 1, ago(60))
 
-    after = conditions(before, replace(WORKING, reason=Reason.UNPLUGGING, message="other."), 2, NOW)
+    after = made_from(before, replace(WORKING, reason=Reason.UNPLUGGING, message="other."), 2, NOW)
 
     assert set(_since(after).values()) == {ago(60)}
     assert {condition.observed_generation for condition in after} == {2}
 
 
 def test_transition_times_have_whole_seconds_as_everywhere_in_kubernetes() -> None:
-    made = conditions((), READY, 1, NOW + timedelta(microseconds=999_999))
+    made = made_from((), READY, 1, NOW + timedelta(microseconds=999_999))
 
     assert set(_since(made).values()) == {NOW}
 
 
 def test_a_condition_that_is_missing_in_the_status_begins_now() -> None:
-    before = conditions((), READY, 1, ago(60))[:1]
+    before = made_from((), READY, 1, ago(60))[:1]
 
-    assert _since(conditions(before, READY, 1, NOW)) == {"Ready": ago(60), "Reconciling": NOW, "Stalled": NOW}
+    assert _since(made_from(before, READY, 1, NOW)) == {"Ready": ago(60), "Reconciling": NOW, "Stalled": NOW}
+
+
+# --- the guest's own word -------------------------------------------------------------------------------------------
+
+AGENT_SET = a_set(a_spec(2, agent=GuestAgent("ga.sock")))
+BOTH_ONLINE = GuestReport(GuestCPUs((GuestCPU(0, True, False), GuestCPU(1, True, True))))
+SILENT = GuestReport(None, AgentTimeout("web/ga.sock has not answered"))
+
+
+def agent_condition(
+    machine: Machine | None, guest: GuestReport | None, before: tuple[Condition, ...] = ()
+) -> tuple[str, str, str]:
+    """Status, reason and message of GuestAgentConnected, the fourth condition."""
+    vcpuset = replace(AGENT_SET, status=Status(conditions=before))
+    made = conditions(vcpuset, READY, machine, guest, NOW)
+    assert [each.type for each in made] == ["Ready", "Reconciling", "Stalled", "GuestAgentConnected"]
+    return made[3].status, made[3].reason, made[3].message
+
+
+@pytest.mark.parametrize(
+    ("guest", "status", "reason"),
+    [
+        (BOTH_ONLINE, "True", "Connected"),
+        (SILENT, "False", "NoAnswer"),
+        (GuestReport(None, AgentUnreachable("nobody listens")), "False", "Unreachable"),
+        (GuestReport(None, AgentRefused("guest-get-vcpus", "CommandNotFound", "disabled")), "False", "Refused"),
+        (GuestReport(GuestCPUs(tuple(GuestCPU(i, True, True) for i in range(5)))), "False", "OtherMachine"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_fourth_condition_says_whether_the_guest_agent_answers(guest: GuestReport, status: str, reason: str) -> None:
+    found = agent_condition(a_machine(), guest)
+    assert found[:2] == (status, reason)
+    assert found[2].endswith(".")
+    if guest.error is not None:
+        assert str(guest.error)[1:] in found[2]
+
+
+def test_an_agent_that_was_not_asked_is_unknown_unless_the_running_guest_gives_cpus_back() -> None:
+    known = conditions(AGENT_SET, READY, a_machine(), BOTH_ONLINE, ago(60))
+    assert agent_condition(a_machine(), None)[:2] == ("Unknown", "NotAsked")
+    assert agent_condition(a_machine(), None, known)[:2] == ("True", "Connected")
+    assert agent_condition(a_machine(run_state="paused"), None, known)[:2] == ("Unknown", "NotAsked")
+    assert agent_condition(None, None, known)[:2] == ("Unknown", "NotAsked")
+
+
+def test_the_online_count_is_the_guests_or_absent() -> None:
+    known = observed(AGENT_SET, a_machine(), (), None, BOTH_ONLINE)
+    assert known.online_vcpus == 2
+    after = replace(AGENT_SET, status=known)
+    assert observed(after, a_machine(), (), None, SILENT).online_vcpus is None, "it is not known any more"
+    assert observed(after, a_machine(), (), None, None).online_vcpus == 2, "it was not asked"
+    assert observed(after, None, (), None, None).online_vcpus == 2, "nothing was looked at"
+    assert observed(replace(after, spec=a_spec(2)), a_machine(), (), None, None).online_vcpus is None, "no agent"
 
 
 # --- observed -----------------------------------------------------------------------------------------------------
@@ -87,7 +149,16 @@ def test_the_status_has_what_was_seen_not_what_was_declared() -> None:
 
 
 def test_without_an_observation_the_last_one_stands() -> None:
-    last = Status(1, 3, 1, 8, "vcpuset.dev/name=web", ago(3), (a_request(4),))
+    last = Status(
+        observed_generation=1,
+        vcpus=3,
+        min_vcpus=1,
+        max_vcpus=8,
+        selector="vcpuset.dev/name=web",
+        machine_uuid="a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c",
+        unplug_started_at=ago(3),
+        pending_unplugs=(a_request(4),),
+    )
 
     status = observed(a_set(a_spec(7), generation=6, status=last), None, (), None)
 
@@ -131,13 +202,13 @@ def test_the_time_out_counts_from_the_first_request_of_the_generation(
 
 def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
     verdict = Verdict(reason, f"{vcpus} present.", reason.states[0], Pace.HELD)
-    return Status(generation, vcpus, conditions=conditions((), verdict, generation, NOW))
+    return Status(generation, vcpus, conditions=made_from((), verdict, generation, NOW))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "progress"),
     [
-        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), False, id="a plug that failed"),
+        pytest.param(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), True, id="taken up one by one"),
         pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUGGING, vcpus=3), True, id="one more gone"),
         pytest.param(_status(Reason.UNPLUG_PENDING), _status(Reason.UNPLUG_PENDING, vcpus=3), True, id="still waiting"),
         pytest.param(_status(Reason.UNPLUGGING), _status(Reason.UNPLUG_PENDING), True, id="no answer so far"),
@@ -150,8 +221,12 @@ def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
         pytest.param(Status(), _status(Reason.PLUGGING), False, id="the first report"),
     ],
 )
-def test_progress_is_an_unplug_that_goes_on(old: Status, new: Status, progress: bool) -> None:
-    assert is_progress(old, new) is progress
+def test_progress_is_a_plug_or_an_unplug_that_goes_on(old: Status, new: Status, progress: bool) -> None:
+    assert is_progress(old, new, Pace.HELD) is progress
+
+
+def test_a_plug_that_failed_and_is_tried_again_is_no_progress() -> None:
+    assert not is_progress(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), Pace.RETRY)
 
 
 # --- words --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import (
     BootVCPUs,
     Condition,
+    Connection,
+    GuestAgent,
     Request,
     Spec,
     Status,
@@ -46,6 +48,8 @@ STATUSES = st.builds(
     vcpus=COUNTS,
     min_vcpus=COUNTS,
     max_vcpus=COUNTS,
+    online_vcpus=st.none() | st.integers(0, 4096),
+    machine_uuid=st.none() | st.uuids().map(str),
     selector=st.none() | st.text(min_size=1),
     unplug_started_at=st.none() | TIMES,
     pending_unplugs=st.lists(
@@ -92,20 +96,22 @@ def test_an_object_is_read_with_defaults_for_what_it_leaves_out() -> None:
     assert (vcpuset.uid, vcpuset.namespace, vcpuset.name) == ("0000-1", "default", "web")
     assert (vcpuset.generation, vcpuset.resource_version) == (3, "17")
     assert vcpuset.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    assert vcpuset.spec == Spec(4, UnixMonitor("web.sock"), Unplug(), suspend=False)
+    assert vcpuset.spec == Spec(4, UnixMonitor("web.sock"))
     assert vcpuset.status == Status()
 
 
 def test_every_field_of_the_spec_is_read() -> None:
     vcpuset = decode(
         body(
-            monitor={"tcp": {"host": "vm.example", "port": 4444, "insecure": True}},
+            monitor={"tcp": {"host": "vm.example", "port": 4444, "insecure": True}, "connection": "Persistent"},
+            guestAgent={"unix": {"path": "web/ga.sock"}, "bringOnline": True},
             unplug={"policy": "Disabled", "bootVCPUs": "Keep", "timeoutSeconds": 7, "retrySeconds": 9},
             suspend=True,
         )
     )
     unplug = Unplug(UnplugPolicy.DISABLED, BootVCPUs.KEEP, timeout_seconds=7, retry_seconds=9)
-    assert vcpuset.spec == Spec(4, TCPMonitor("vm.example", 4444), unplug, suspend=True)
+    monitor, agent = TCPMonitor("vm.example", 4444), GuestAgent("web/ga.sock", bring_online=True)
+    assert vcpuset.spec == Spec(4, monitor, Connection.PERSISTENT, agent, unplug, suspend=True)
 
 
 def test_fields_that_this_version_does_not_know_are_skipped() -> None:
@@ -170,7 +176,9 @@ def test_a_status_is_written_with_the_names_and_times_of_the_api() -> None:
     status = Status(
         observed_generation=3,
         vcpus=4,
+        online_vcpus=3,
         selector="vcpuset.dev/name=web",
+        machine_uuid="a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c",
         unplug_started_at=time,
         pending_unplugs=(
             Request(3, "/machine/peripheral/vcpu3", 77, time, attempts=2, answer=Answer.IN_USE),
@@ -181,9 +189,11 @@ def test_a_status_is_written_with_the_names_and_times_of_the_api() -> None:
     assert encode_status(status) == {
         "observedGeneration": 3,
         "vcpus": 4,
+        "onlineVCPUs": 3,
         "minVCPUs": None,
         "maxVCPUs": None,
         "selector": "vcpuset.dev/name=web",
+        "machineUUID": "a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c",
         "unplugStartedAt": "2026-01-02T03:04:05.678901Z",
         "pendingUnplugs": [
             {

@@ -17,12 +17,14 @@ from typing import Any, Literal, cast
 
 from unit.reconciler.model import Listener, Qemu
 from vcpuset.domain.errors import APIError, Conflict, MachineUnsettled, MonitorTimeout, MonitorUnreachable, ObjectGone
+from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.domain.resource import UID, Status, UnixMonitor, VCPUSet
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.codec import decode
 from vcpuset.kube.recorder import Recorder
+from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
@@ -226,6 +228,19 @@ class _Monitors(Monitors):
             await self.release(uid)
 
 
+class _Guests(Guests):
+    """No machine of this world has a guest agent."""
+
+    def __init__(self) -> None:
+        pass
+
+    def ask(self, vcpuset: VCPUSet, machine: Machine) -> GuestReport | None:
+        raise AssertionError("the set has no guest agent")
+
+    async def forget(self, uid: UID) -> None:
+        return None
+
+
 class World:
     """A cluster with machines and one operator; close it at the end."""
 
@@ -373,6 +388,7 @@ class World:
             cluster=self.api,
             recorder=self.recorder,
             monitors=self._monitors,
+            guests=_Guests(),
             enqueue=self._enqueue,
             resync_seconds=RESYNC_SECONDS,
             clock=lambda: self.wall,

@@ -1,0 +1,393 @@
+"""What an observation means: one verdict for every situation that a set can be in.
+
+Messages hold nothing that changes from one look to the next without news (no elapsed times), since each change of a
+status is a write. Each says what would help, where anything would.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from vcpuset.domain.errors import (
+    CommandError,
+    InvalidMonitor,
+    Migrating,
+    MonitorBusy,
+    MonitorTimeout,
+    PermanentError,
+    VCPUSetError,
+)
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Activity, Answer, Machine
+from vcpuset.domain.plan import Goal
+from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.requests import CPU, due_at
+from vcpuset.domain.resource import GuestAgent, Request, Spec
+
+__all__ = [
+    "PENDING_AFTER",
+    "TAKE_UP_TIME",
+    "UDEV_RULE",
+    "Pace",
+    "Verdict",
+    "conflict",
+    "failure",
+    "judge",
+    "plugging",
+    "sentence",
+    "slot_list",
+]
+
+PENDING_AFTER = timedelta(seconds=3)
+"""How long a request may go without an answer before the report changes from Unplugging to UnplugPending.
+
+A healthy Linux guest under load answers within two seconds; a shorter time would only cost a status write.
+"""
+
+TAKE_UP_TIME = timedelta(seconds=3)
+"""How long a guest may take to use a CPU that was plugged before it is said to have left it offline.
+
+A Linux guest under TCG takes 0.2 to 0.6 s, and 1.8 s on a loaded host, if it has a rule that brings CPUs online.
+"""
+
+TAKE_UP_LOOK = timedelta(seconds=0.25)
+"""How soon such a guest is asked again."""
+
+UDEV_RULE = 'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"'
+"""Without it Linux on x86 leaves a hot-added CPU offline; RHEL and Ubuntu ship it, Debian does not."""
+
+
+class Pace(enum.Enum):
+    """How soon the machine is looked at again."""
+
+    HELD = "held"
+    """The guest is at work: the session is kept for its events, and a look is taken every second."""
+    WATCHED = "watched"
+    """The guest takes its time over requests: a look every second, and the monitor is free for others in between."""
+    RETRY = "retry"
+    """Something should pass: with a growing back-off."""
+    STEADY = "steady"
+    """Nothing is expected: at the next resync."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one pass found.
+
+    due  when something falls due before the next look at `pace` would be taken; None: nothing
+    """
+
+    reason: Reason
+    message: str
+    state: State
+    pace: Pace
+    due: datetime | None = None
+
+    @property
+    def event_type(self) -> Literal["Normal", "Warning"]:
+        """The type of the Kubernetes Event for a change to this verdict."""
+        return "Warning" if self.state is State.STALLED or self.reason in _WORRYING else "Normal"
+
+
+def judge(
+    spec: Spec,
+    machine: Machine,
+    goal: Goal,
+    requests: Sequence[Request],
+    *,
+    started: datetime | None,
+    inherited: Collection[CPU],
+    blocked: CommandError | None,
+    reported: str | None,
+    now: datetime,
+    moved: datetime | None = None,
+    guest: GuestReport | None = None,
+    plugged: datetime | None = None,
+) -> Verdict:
+    """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing.
+
+    started   when the first request of this generation was made
+    inherited the CPUs of requests that an earlier process wrote down
+    reported  the reason that stands in the status for this generation; None: none does
+    blocked   why QEMU did not do what this pass wanted; None: it did, or nothing was wanted
+    moved     when a CPU was last seen to leave
+    guest     what the guest says of these CPUs; None: it was not asked
+    plugged   when a CPU was last plugged
+    """
+    if machine.activity is Activity.OVER:
+        return _verdict(
+            Reason.MACHINE_NOT_RUNNING,
+            f"The machine's run state is {machine.run_state!r}: its CPUs cannot be changed until it runs again.",
+            Pace.STEADY,
+        )
+    if machine.vcpus == spec.vcpus:
+        return _count_matches(spec, machine, guest, plugged, _pace(spec, machine, requests, moved, now), requests, now)
+    if spec.suspend:
+        return _verdict(
+            Reason.SUSPENDED,
+            f"{_counts(spec, machine)}; nothing is changed while spec.suspend is set.",
+            Pace.STEADY,
+        )
+    if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
+        migrates = machine.migrating or isinstance(blocked, Migrating)
+        why = "a migration runs" if migrates else "tried again until the machine runs (or is paused)"
+        return _verdict(
+            Reason.MACHINE_BUSY,
+            f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}.",
+            Pace.RETRY,
+        )
+    if machine.vcpus < goal.count:
+        return _plug_failed(spec, machine, blocked)
+    if machine.vcpus > goal.count:
+        pace = _pace(spec, machine, requests, moved, now)
+        return _unplug_unfinished(spec, machine, requests, started, inherited, blocked, reported, pace, now)
+    assert goal.reason is not None, "the goal is met and is not the declared count"
+    text = f"{_counts(spec, machine)}; {goal.message}.{_may_leave(requests)}"
+    return _verdict(goal.reason, text, _pace(spec, machine, requests, moved, now))
+
+
+def _count_matches(
+    spec: Spec,
+    machine: Machine,
+    guest: GuestReport | None,
+    plugged: datetime | None,
+    pace: Pace,
+    requests: Sequence[Request],
+    now: datetime,
+) -> Verdict:
+    text = f"QEMU has {_vcpus(machine.vcpus)}, as declared"
+    if spec.guest_agent is None:
+        return _verdict(Reason.CONVERGED, f"{text}.{_may_leave(requests)}", pace)
+    unknown = f"{text}; whether the guest uses them is not known:"
+    if guest is None:
+        why = f"it cannot be asked while the machine's run state is {machine.run_state!r}"
+        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(requests)}", pace)
+    if guest.cpus is None:
+        return _verdict(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(requests)}", pace)
+    online = guest.cpus.online
+    if online > machine.vcpus:
+        why = f"the guest agent speaks of {online} online, so spec.guestAgent names another machine's"
+        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(requests)}", pace)
+    if online == machine.vcpus:
+        return _verdict(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(requests)}", pace)
+    text = f"{text}; the guest uses {online} of them"
+    if plugged is not None and now < plugged + TAKE_UP_TIME:
+        return _verdict(Reason.PLUGGING, f"{text} so far.", Pace.HELD, now + TAKE_UP_LOOK)
+    if spec.suspend and spec.guest_agent.bring_online:
+        return _verdict(Reason.SUSPENDED, f"{text}; nothing is changed while spec.suspend is set.", Pace.STEADY)
+    return _verdict(Reason.GUEST_CPUS_OFFLINE, f"{text}{_offline(spec.guest_agent, guest, machine.vcpus)}", Pace.RETRY)
+
+
+def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
+    """Why a guest does not use all of its CPUs, and what would help."""
+    assert guest.cpus is not None
+    text = ""
+    if offline := guest.cpus.offline:
+        text += f" and has left its {_listed('CPU', offline)} offline"
+    if (missing := vcpus - len(guest.cpus.cpus)) > 0:
+        text += f" and does not know of {missing}: its kernel has not taken up what was plugged"
+    if guest.resisted:
+        words = next(iter(guest.resisted.values()))
+        return f"{text}; it did not set {_listed('CPU', guest.resisted)} online: {words}."
+    if offline and not agent.bring_online:
+        text += f". Give the guest the udev rule {UDEV_RULE} or set spec.guestAgent.bringOnline"
+    return f"{text}."
+
+
+def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
+    text = f"{_counts(spec, machine)}; "
+    if isinstance(blocked, PermanentError):
+        return _verdict(Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU refuses for good: {blocked}.", Pace.STEADY)
+    if blocked is not None:
+        return _verdict(Reason.PLUGGING, f"{text}QEMU refuses for now: {blocked}.", Pace.RETRY)
+    return _verdict(Reason.PLUGGING, f"{text}a vCPU left again while others were plugged.", Pace.RETRY)
+
+
+def _unplug_unfinished(
+    spec: Spec,
+    machine: Machine,
+    requests: Sequence[Request],
+    started: datetime | None,
+    inherited: Collection[CPU],
+    blocked: CommandError | None,
+    reported: str | None,
+    pace: Pace,
+    now: datetime,
+) -> Verdict:
+    counts = _counts(spec, machine)
+    if not requests:
+        # Nothing could be asked for: QEMU's legacy mode was seen, or device_del told.
+        words = "" if blocked is None else f" ({blocked})"
+        return _verdict(
+            Reason.WAITING_FOR_GUEST,
+            f"{counts}; the guest's ACPI does not take unplug requests yet{words}: it is still booting, "
+            "or was booted with acpi=off and cannot give CPUs back.",
+            Pace.RETRY,
+        )
+    timeout = timedelta(seconds=spec.unplug.timeout_seconds)
+    deadline = now if started is None else started + timeout
+    overdue = now >= deadline
+    in_flight = [request for request in requests if request.in_flight]
+    refused = [request for request in requests if not request.in_flight]
+    # What is due already and was not asked for is not wanted now: nothing to come back for.
+    dues = [at for request in requests if (at := due_at(request, spec.unplug, inherited)) > now]
+    due = min(dues, default=None)
+    expected = pace is not Pace.STEADY
+    again = f"Asked again every {spec.unplug.retry_seconds} s"
+
+    # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
+    repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
+    still_refused = bool(refused) or (expected and reported == Reason.UNPLUG_REFUSED)
+
+    # The same for one that QEMU had rejected, for the moment that its own answer takes.
+    rejected = [request for request in requests if request.answer is Answer.REJECTED]
+    rejected_again = reported == Reason.UNPLUG_UNSUPPORTED and all(
+        request.attempts > 1 and now < request.requested_at + PENDING_AFTER for request in in_flight
+    )
+    if len(rejected) == len(refused) and (not in_flight or rejected_again):
+        words = "" if blocked is None else f": {blocked}"
+        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}. {again}."
+        return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
+
+    if in_flight and not overdue and not (repeated and still_refused):
+        text = f"{counts}; the guest was asked to give back {slot_list(in_flight)} at {_time(in_flight)}"
+        if refused:
+            text += f", after it had refused {_refusals(refused)}"
+        if all(request.answer is None and now - request.requested_at >= PENDING_AFTER for request in in_flight):
+            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.", pace)
+        return _verdict(Reason.UNPLUGGING, f"{text}.", pace)
+
+    if still_refused:
+        what = f"refused to give back {_refusals(refused)}" if refused else "refused"
+        asked = f", last for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
+        text = (
+            f"{counts}; the guest {what}, and there is no other candidate. Find out what holds the CPUs (pinned or "
+            f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}."
+        )
+        until = due if overdue else min([*dues, deadline])
+        return _verdict(Reason.UNPLUG_REFUSED, text, pace, until, stalled=overdue)
+
+    text = (
+        f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may "
+        f"hang, be paused, or not support CPU hot-unplug. A late answer is still taken. {again}."
+    )
+    return _verdict(Reason.UNPLUG_TIMED_OUT, text, pace, due)
+
+
+def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
+    """What is reported while CPUs are plugged."""
+    return _verdict(Reason.PLUGGING, f"{_counts(spec, machine)}; plugging {goal.count - machine.vcpus}.", Pace.HELD)
+
+
+def failure(error: VCPUSetError) -> Verdict:
+    """What is reported when the machine could not be looked at."""
+    text = sentence(str(error))
+    match error:
+        case InvalidMonitor():
+            return _verdict(Reason.INVALID_MONITOR, text, Pace.STEADY)
+        case MonitorBusy():
+            return _verdict(Reason.MONITOR_BUSY, text, Pace.RETRY)
+        case MonitorTimeout():
+            return _verdict(Reason.MONITOR_TIMEOUT, text, Pace.RETRY)
+        case _:
+            return _verdict(Reason.MONITOR_UNREACHABLE, text, Pace.RETRY)
+
+
+def conflict(holder: str) -> Verdict:
+    """What is reported when an older set keeps the monitor."""
+    return _verdict(
+        Reason.MONITOR_CONFLICT,
+        f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or give this one another "
+        "monitor. It takes over as soon as the older one lets go.",
+        Pace.STEADY,
+    )
+
+
+_WORRYING = frozenset(
+    {
+        Reason.UNPLUG_REFUSED,
+        Reason.GUEST_CPUS_OFFLINE,
+        Reason.MONITOR_UNREACHABLE,
+        Reason.MONITOR_BUSY,
+        Reason.MONITOR_TIMEOUT,
+        Reason.MACHINE_NOT_RUNNING,
+    }
+)
+"""Not failures (they may pass), but nothing that happens on a good day."""
+
+
+def slot_list(requests: Iterable[Request]) -> str:
+    """ "slot 5" or "slots 1-3, 5"."""
+    return _listed("slot", (request.slot for request in requests))
+
+
+def _listed(noun: str, indexes: Iterable[int]) -> str:
+    """As ranges, since there can be hundreds."""
+    indexes = sorted(indexes)
+    ranges: list[list[int]] = []
+    for index in indexes:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return f"{noun if len(indexes) == 1 else noun + 's'} {text}"
+
+
+def _verdict(
+    reason: Reason, message: str, pace: Pace, due: datetime | None = None, *, stalled: bool = False
+) -> Verdict:
+    state = State.STALLED if stalled else reason.states[0]
+    return Verdict(reason, message, state, pace, due)
+
+
+def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: datetime | None, now: datetime) -> Pace:
+    """How closely requests with the guest are followed, whether they are still wanted or not.
+
+    A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
+    unless its answers come by event only. One that has neither answered nor given a CPU back for `timeoutSeconds` is
+    expected no more.
+    """
+    asked = [request.requested_at for request in requests if request.in_flight]
+    if not asked:
+        return Pace.STEADY
+    active = max(asked) if moved is None else max(*asked, moved)
+    if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
+        return Pace.STEADY
+    return Pace.HELD if now < active + PENDING_AFTER or machine.ost is None else Pace.WATCHED
+
+
+def _may_leave(requests: Sequence[Request]) -> str:
+    in_flight = [request for request in requests if request.in_flight]
+    if not in_flight:
+        return ""
+    return f" An earlier request may still take {slot_list(in_flight)} away; what leaves is plugged again."
+
+
+def sentence(words: str) -> str:
+    """With a capital letter and a full stop; a path or a field at the beginning keeps its spelling."""
+    return f"{words[:1].upper()}{words[1:]}." if words.split(" ", 1)[0].isalpha() else f"{words}."
+
+
+def _counts(spec: Spec, machine: Machine) -> str:
+    return f"{_vcpus(machine.vcpus)} present, {spec.vcpus} declared"
+
+
+def _vcpus(count: int) -> str:
+    return "1 vCPU" if count == 1 else f"{count} vCPUs"
+
+
+def _refusals(refused: Sequence[Request]) -> str:
+    by_answer: dict[Answer, list[Request]] = {}
+    for request in refused:
+        if request.answer is not None:
+            by_answer.setdefault(request.answer, []).append(request)
+    return ", ".join(f"{slot_list(group)}: {answer.words}" for answer, group in by_answer.items())
+
+
+def _time(requests: Sequence[Request]) -> str:
+    return max(request.requested_at for request in requests).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

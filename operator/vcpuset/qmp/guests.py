@@ -1,0 +1,152 @@
+"""What guests say of their own CPUs, asked for beside the passes.
+
+An agent may be absent, slow or broken, and takes seconds to show it. So no pass waits for one: it takes the newest
+answer, which is about the very CPUs that it sees, and has the next one asked for; `wake` is called when there is news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vcpuset.domain.errors import AgentError, AgentUnreachable, InvalidMonitor, MonitorUnreachable
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Machine
+from vcpuset.domain.requests import CPU, cpu_of
+from vcpuset.domain.resource import UID, GuestAgent, VCPUSet
+from vcpuset.qmp.agent import Agent
+from vcpuset.qmp.sockets import open_socket
+
+__all__ = ["AT_ONCE", "RETRY_SECONDS", "Guests"]
+
+RETRY_SECONDS: Final = (5.0, 10.0, 30.0, 60.0)
+"""How long an agent that failed is left alone; longer with every failure in a row."""
+
+AT_ONCE: Final = 64
+"""How many agents are asked at once; their deadlines begin when it is their turn."""
+
+_log = logging.getLogger(__name__)
+
+_About = tuple[GuestAgent, str | None, frozenset[CPU]]
+"""What an answer is about: which agent was asked, and of which CPUs of which machine."""
+
+
+@dataclass
+class _Guest:
+    """One set's guest.
+
+    about     what the report is about
+    failures  how many in a row
+    retry_at  loop time before which an agent that failed is not asked again
+    asking    the question under way
+    again     wakes when an agent that failed is to be asked again
+    """
+
+    about: _About | None = None
+    report: GuestReport | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    asking: asyncio.Task[None] | None = None
+    again: asyncio.TimerHandle | None = None
+
+
+class Guests:
+    """Asks guest agents.
+
+    socket_root  where the namespaces' folders with the agents' sockets are; None: none can be asked
+    wake         told when a guest says something else than before
+    """
+
+    def __init__(self, socket_root: Path | None, wake: Callable[[UID], None]) -> None:
+        self._socket_root = socket_root
+        self._wake = wake
+        self._guests: dict[UID, _Guest] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    def ask(self, vcpuset: VCPUSet, machine: Machine) -> GuestReport | None:
+        """What the guest last said of these CPUs (or that it cannot be asked), while it is asked anew.
+
+        None: it has not said anything of these CPUs yet; it will, or fail, in a matter of seconds. CPUs that it left
+        offline are brought online if the set says so and is not suspended.
+        """
+        agent = vcpuset.spec.guest_agent
+        assert agent is not None, "the set names no guest agent"
+        guest = self._guests.setdefault(vcpuset.uid, _Guest())
+        about = (agent, machine.uuid, frozenset(map(cpu_of, machine.occupied)))
+        if guest.about is not None and guest.about[0] != agent:
+            guest.failures, guest.retry_at = 0, 0.0
+        now = asyncio.get_running_loop().time()
+        if guest.asking is None and now >= guest.retry_at:
+            work = self._ask(vcpuset, agent, guest, about)
+            guest.asking = asyncio.create_task(work, name=f"guest of {vcpuset}")
+        failed = guest.report is not None and guest.report.cpus is None
+        if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
+            return guest.report
+        return None
+
+    async def forget(self, uid: UID) -> None:
+        """The set is not this operator's any more."""
+        if (guest := self._guests.pop(uid, None)) is None:
+            return
+        if guest.again is not None:
+            guest.again.cancel()
+        if guest.asking is not None:
+            guest.asking.cancel()
+            await asyncio.wait({guest.asking})
+
+    async def close(self) -> None:
+        """Ask no more."""
+        for uid in list(self._guests):
+            await self.forget(uid)
+
+    async def _ask(self, vcpuset: VCPUSet, agent: GuestAgent, guest: _Guest, about: _About) -> None:
+        try:
+            async with self._turns:
+                bring_online = agent.bring_online and not vcpuset.spec.suspend
+                report = await self._look(vcpuset.namespace, agent, bring_online=bring_online)
+        except AgentError as error:
+            report = GuestReport(None, error)
+        except Exception as error:  # noqa: BLE001 - logged and told; the set must not wait for an answer for ever
+            _log.exception("asking the guest of %s failed unexpectedly", vcpuset)
+            report = GuestReport(None, AgentUnreachable(f"asking the guest agent failed: {error!r}"))
+        loop = asyncio.get_running_loop()
+        if report.cpus is None:
+            pause = RETRY_SECONDS[min(guest.failures, len(RETRY_SECONDS) - 1)]
+            guest.failures += 1
+            guest.retry_at = loop.time() + pause
+            guest.again = loop.call_at(guest.retry_at, self._wake, vcpuset.uid)
+        else:
+            guest.failures, guest.retry_at = 0, 0.0
+        news = guest.about != about or _words(guest.report) != _words(report)
+        guest.about, guest.report, guest.asking = about, report, None
+        if news:
+            self._wake(vcpuset.uid)
+
+    async def _look(self, namespace: str, agent: GuestAgent, *, bring_online: bool) -> GuestReport:
+        if self._socket_root is None:
+            raise AgentUnreachable("spec.guestAgent: this operator was started without --socket-root")
+        try:
+            endpoint = open_socket(self._socket_root, namespace, agent.path, "spec.guestAgent.unix.path")
+        except (InvalidMonitor, MonitorUnreachable) as error:
+            raise AgentUnreachable(str(error)) from error
+        with endpoint:
+            asked = await Agent.open(endpoint)
+        try:
+            cpus = await asked.cpus()
+            if not (bring_online and cpus.offline):
+                return GuestReport(cpus)
+            resisted = await asked.bring_online(cpus.offline)
+            cpus = await asked.cpus()
+            # Somebody else may have been faster: what is online has not resisted.
+            return GuestReport(cpus, resisted={cpu: words for cpu, words in resisted.items() if cpu in cpus.offline})
+        finally:
+            await asked.close()
+
+
+def _words(report: GuestReport | None) -> object:
+    """What of a report a status can show; errors are equal if their words are."""
+    return report and (report.cpus, str(report.error), report.resisted)
