@@ -152,7 +152,7 @@ class Reason(enum.StrEnum):
         "HotplugUnsupported",
         (State.STALLED,),
         "The machine type cannot plug CPUs, or QEMU refuses for good; the message has its words.",
-        "Restart the VM with the declared count, or on a machine type that can (on x86: q35 or pc).",
+        "Restart the VM with the declared count, or with a machine type (on x86: q35 or pc) and firmware that can.",
     )
     MONITOR_CONFLICT = (
         "MonitorConflict",
