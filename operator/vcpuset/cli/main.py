@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from pythonjsonlogger.json import JsonFormatter
 
 from vcpuset.app.operator import run as run_operator
 from vcpuset.app.settings import Settings
+from vcpuset.cli.logs import configure
 from vcpuset.domain.errors import VCPUSetError
 
 __all__ = ["main"]
@@ -176,21 +176,13 @@ def run(
     try:
         asyncio.run(run_operator(settings))
     except VCPUSetError as error:
-        raise click.ClickException(str(error)) from error
+        # Not as click would print it: what the process says last is for the log too, in the log's format.
+        logging.getLogger("vcpuset").critical("%s", error)
+        raise SystemExit(1) from error
 
 
 def _log(log_format: str, level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if log_format == "json":
-        handler.setFormatter(
-            JsonFormatter(
-                "%(asctime)s %(levelname)s %(name)s %(message)s",
-                rename_fields={"asctime": "timestamp", "levelname": "level", "name": "logger"},
-            )
-        )
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    configure("json" if log_format == "json" else "text", level, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     workers     tasks that serve a work queue, and the one place that turns an outcome into queue calls
     claims      who may use a thing that several name
     tasks       background tasks that always have an owner who sees their end
+    logcontext  fields that every log line of a piece of work carries
 
 Only the standard library is imported here, and only the event loop's clock is read, so every timer
 can be tested on virtual time.
 """
 
-__all__ = ["backoff", "claims", "tasks", "workers", "workqueue"]
+__all__ = ["backoff", "claims", "logcontext", "tasks", "workers", "workqueue"]

@@ -47,6 +47,8 @@ def vcpuset(monkeypatch: pytest.MonkeyPatch) -> Vcpuset:
         monkeypatch.delenv(_variable(flag), raising=False)
     found = Vcpuset()
     monkeypatch.setattr(command_line, "run_operator", found.operator)
+    # The hooks of the interpreter, which belong to pytest here.
+    monkeypatch.setattr(command_line, "configure", lambda *_: None)
     return found
 
 

@@ -98,3 +98,35 @@ async def test_in_json_each_line_is_an_object_with_time_level_logger_and_message
     assert entry["logger"].startswith("vcpuset.")
     assert "first list" in entry["message"]
     assert entry["timestamp"]
+
+
+@pytest.mark.parametrize("operator", [("--log-format=json", "--log-level=debug")], indirect=True)
+async def test_in_json_every_line_is_an_object_from_the_start_to_the_end(operator: OperatorProcess) -> None:
+    await _complaint(operator)
+    assert await operator.stop() == 0
+
+    entries = [json.loads(line) for line in operator.text().splitlines()]
+    assert entries[-1]["message"] == "stopped"
+    for entry in entries:
+        assert {"timestamp", "level", "logger", "message"} <= set(entry)
+        assert "pass" not in entry
+
+
+async def test_an_operator_that_cannot_start_says_why_in_the_log(tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text("[]")
+    process = OperatorProcess(Nowhere(kubeconfig), "--log-format=json")
+    try:
+        await process.start(ready=False)
+
+        def last() -> str | None:
+            lines = process.text().splitlines()
+            return lines[-1] if lines else None
+
+        line = await until(last, START_SECONDS, "a line in the log")
+    finally:
+        await process.__aexit__(None, None, None)
+    assert line is not None
+    entry = json.loads(line)
+    assert entry["level"] == "CRITICAL"
+    assert str(kubeconfig) in entry["message"]

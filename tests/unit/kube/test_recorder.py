@@ -1,0 +1,257 @@
+"""Kubernetes Events on virtual time: what is counted together, and what one set may have.
+
+`tests/api/test_events.py` has the same recorder before a real API server; here hours pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from unit.kube.events import Server, a_set, record, running, stopped_after
+from vcpuset.kube import recorder as recorder_module
+from vcpuset.kube import series as series_module
+from vcpuset.kube.recorder import BURST, REFILL_SECONDS, Recorder
+from vcpuset.kube.series import SERIES_SECONDS, SERIES_WRITE_MAX_SECONDS
+
+__all__: list[str] = []
+
+pytestmark = pytest.mark.looptime
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was logged as a warning so far."""
+    caplog.set_level(logging.INFO, "vcpuset")
+    return lambda: [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+# --- repeats ----------------------------------------------------------------------------------------------------------
+
+
+async def test_events_that_differ_in_their_note_alone_are_one_and_the_first_note_stays() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for number in range(5):
+            record(recorder, a_set(), note=f"tried again at 12:0{number}")
+            await asyncio.sleep(20)
+        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+
+    assert server.counts() == {"tried again at 12:00": 5}
+
+
+@pytest.mark.parametrize("other", ["set", "type", "reason", "action"])
+async def test_events_of_another_set_type_reason_or_action_are_others(other: str) -> None:
+    server = Server()
+    async with running(server) as recorder:
+        record(recorder, a_set(), note="one")
+        recorder.record(
+            a_set(1 if other == "set" else 0),
+            type="Warning" if other == "type" else "Normal",
+            reason="Unplugging" if other == "reason" else "Plugging",
+            action="Connect" if other == "action" else "Reconcile",
+            note="two",
+        )
+        await asyncio.sleep(SERIES_SECONDS)
+
+    assert server.counts() == {"one": 1, "two": 1}
+
+
+async def test_the_same_about_a_changed_spec_is_no_repeat() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        record(recorder, a_set(generation=1), note="2 vCPUs")
+        record(recorder, a_set(generation=1), note="2 vCPUs again")
+        await asyncio.sleep(1)
+        record(recorder, a_set(generation=1), note="2 vCPUs once more")
+        record(recorder, a_set(generation=2), note="4 vCPUs")
+        await asyncio.sleep(SERIES_SECONDS)
+
+    assert server.counts() == {"2 vCPUs": 3, "4 vCPUs": 1}, "the count of the one before is written all the same"
+
+
+async def test_repeats_that_come_before_the_event_is_posted_are_in_it() -> None:
+    server = Server()
+    recorder = Recorder(server)
+    for _ in range(7):
+        record(recorder, a_set())
+    assert recorder.waiting == 1
+    await stopped_after(recorder, 1)
+
+    assert server.counts() == {"2 of 4 vCPUs": 7}
+    assert [method for _, method, _ in server.requests] == ["POST"]
+
+
+async def test_a_pause_ends_a_series_and_its_last_count_is_written() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        record(recorder, a_set(), note="first")
+        await asyncio.sleep(1)
+        record(recorder, a_set(), note="repeat")
+        await asyncio.sleep(SERIES_SECONDS + 1)
+        record(recorder, a_set(), note="second")
+        await asyncio.sleep(1)
+
+    assert server.counts() == {"first": 2, "second": 1}
+
+
+async def test_a_count_that_goes_on_to_grow_is_written_ever_more_seldom_but_each_five_minutes_at_least() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for _ in range(3600):
+            record(recorder, a_set())
+            await asyncio.sleep(1)
+        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+
+    assert server.counts() == {"2 of 4 vCPUs": 3600}
+    patches = server.times("PATCH")
+    pauses = [round(after - before) for before, after in itertools.pairwise(patches)]
+    assert round(patches[0]) == 60
+    assert pauses[:2] == [120, 240]
+    assert set(pauses[2:]) == {300}
+
+
+async def test_a_series_whose_event_has_expired_begins_anew() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        record(recorder, a_set(), note="first")
+        await asyncio.sleep(1)
+        server.events.clear()
+        record(recorder, a_set(), note="repeat")
+        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+        record(recorder, a_set(), note="second")
+        await asyncio.sleep(1)
+
+    assert server.counts() == {"second": 1}
+
+
+# --- one set among many -----------------------------------------------------------------------------------------------
+
+
+async def test_a_set_gets_a_burst_of_new_events_and_then_one_in_a_while(warnings: Callable[[], list[str]]) -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for number in range(100):
+            record(recorder, a_set(), reason=f"Reason{number}", note=f"note {number}")
+        await asyncio.sleep(10)
+        assert len(server.events) == BURST
+        assert recorder.throttled == 100 - BURST
+
+        await asyncio.sleep(REFILL_SECONDS)
+        for number in range(100, 110):
+            record(recorder, a_set(), reason=f"Reason{number}", note=f"note {number}")
+        await asyncio.sleep(10)
+
+    assert len(server.events) == BURST + 1
+    assert recorder.throttled == 100 - BURST + 9
+    assert recorder.dropped == 0
+    (warning,) = warnings()
+    assert warning.startswith("default/web-0: Events are left out: it has had 25, and may have one more each 300 s;")
+    assert warning.endswith("first left out: Reason25: note 25")
+
+
+async def test_counting_needs_no_tokens_and_a_spec_that_never_rests_is_counted_in_the_end() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for generation in range(100):
+            record(recorder, a_set(generation=generation), note=f"generation {generation}")
+        await asyncio.sleep(SERIES_SECONDS)
+
+    assert recorder.throttled == 0
+    assert len(server.events) == BURST
+    assert sum(server.counts().values()) == 100
+
+
+async def test_a_set_that_is_never_quiet_does_not_push_out_the_events_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorder_module, "QUEUE_LIMIT", 40)
+    server = Server()
+    recorder = Recorder(server)  # nobody posts yet
+    for number in range(1, 11):
+        record(recorder, a_set(number), note=f"set {number}")
+    for number in range(10_000):
+        record(recorder, a_set(), reason=f"Reason{number}", note="noise")
+    assert recorder.dropped == 0
+    await stopped_after(recorder, 10)
+
+    assert {f"set {number}" for number in range(1, 11)} <= server.counts().keys()
+    assert len(server.events) == 10 + BURST
+
+
+async def test_a_full_queue_drops_the_oldest_and_says_so_once_per_episode(
+    monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setattr(recorder_module, "QUEUE_LIMIT", 3)
+    server = Server()
+    recorder = Recorder(server)
+    record(recorder, a_set(0), note="set 0")
+    record(recorder, a_set(0), note="set 0 again")
+    for number in range(1, 10):
+        record(recorder, a_set(number), note=f"set {number}")
+    assert recorder.dropped == 8, "the first one stood for two"
+    assert len(warnings()) == 1
+    await stopped_after(recorder, 3600)
+    assert server.counts().keys() == {"set 7", "set 8", "set 9"}
+
+    for number in range(10):
+        record(recorder, a_set(number))
+    assert len(warnings()) == 2
+
+
+async def test_five_thousand_sets_that_fail_together_are_all_told_of_counted_and_forgotten_again() -> None:
+    sets = [a_set(number) for number in range(5000)]
+    server = Server()
+    async with running(server) as recorder:
+        for _ in range(3):
+            for vcpuset in sets:
+                record(recorder, vcpuset, note=vcpuset.name)
+            await asyncio.sleep(200)
+        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS + 300)
+        assert set(server.counts().values()) == {3}
+        assert len(server.events) == 5000
+        assert (recorder.dropped, recorder.throttled, recorder.waiting) == (0, 0, 0)
+        times = [at for at, _, _ in server.requests]
+        assert all(after - before >= 0.049 for before, after in itertools.pairwise(times))
+
+        await asyncio.sleep(SERIES_SECONDS)
+        record(recorder, a_set(9999))
+        assert len(recorder._book) == 1
+        assert recorder._book.unwritten == 0
+
+
+async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(series_module, "SERIES_LIMIT", 50)
+    server = Server()
+    async with running(server) as recorder:
+        for number in range(500):
+            for _ in range(2):
+                record(recorder, a_set(number), note=f"set {number}")
+                await asyncio.sleep(0.1)
+            assert len(recorder._book) <= 50
+        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+        assert recorder._book.unwritten == 0
+
+    assert set(server.counts().values()) == {2}, "a series that was forgotten has its last count written"
+
+
+async def test_neither_new_events_nor_counts_wait_for_the_end_of_the_others() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for number in range(100):
+            record(recorder, a_set(number), note=f"old {number}")
+        await asyncio.sleep(50)
+        for number in range(100):
+            record(recorder, a_set(number))
+        await asyncio.sleep(10)  # the counts are due about now
+        for number in range(100, 300):
+            record(recorder, a_set(number), note=f"new {number}")
+        before = len(server.requests)
+        await asyncio.sleep(5)
+
+    methods = [method for _, method, _ in server.requests[before:]]
+    assert methods.count("PATCH") == pytest.approx(methods.count("POST"), abs=5)

@@ -1,0 +1,154 @@
+"""Kubernetes Events while the API server is away, overloaded, or refuses them, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from unit.kube.events import Fault, Server, a_set, now, record, running
+from vcpuset.domain.errors import APIError, ObjectGone
+from vcpuset.kube.cluster import Throttled
+from vcpuset.kube.recorder import GIVE_UP_SECONDS
+from vcpuset.kube.series import SERIES_SECONDS
+
+__all__: list[str] = []
+
+pytestmark = pytest.mark.looptime
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was logged as a warning so far."""
+    caplog.set_level(logging.INFO, "vcpuset")
+    return lambda: [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+def away(until: float) -> Fault:
+    return lambda _: APIError("POST …: HTTP 503: etcd is away") if now() < until else None
+
+
+async def test_events_outlast_an_api_server_that_is_away_for_minutes_and_the_log_says_so_once(
+    warnings: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.fault = away(until=420)
+    async with running(server) as recorder:
+        for number in range(20):
+            record(recorder, a_set(number), note=f"set {number}")
+        await asyncio.sleep(300)
+        record(recorder, a_set(0), note="a repeat")
+        assert server.events == {}
+        await asyncio.sleep(300)
+
+    assert len(server.events) == 20
+    assert server.counts()["set 0"] == 2
+    assert recorder.dropped == 0
+    assert warnings() == [
+        "Events cannot be posted at the moment, and are tried again: POST …: HTTP 503: etcd is away",
+    ]
+    assert caplog.text.count("Events are posted again; lost so far: 0") == 1
+    during = [at for at in server.times("POST") if at < 420]
+    assert len(during) < 90, "not a flood of requests"
+
+
+async def test_two_outages_that_follow_one_another_are_one_episode(warnings: Callable[[], list[str]]) -> None:
+    server = Server()
+    server.fault = lambda _: APIError("HTTP 500") if now() % 20 < 10 else None
+    async with running(server) as recorder:
+        for number in range(600):
+            record(recorder, a_set(number))
+            await asyncio.sleep(2)
+        assert len(warnings()) == 1
+        server.fault = lambda _: None
+        await asyncio.sleep(3600)
+        server.fault = lambda _: APIError("HTTP 500")
+        record(recorder, a_set(1))
+        await asyncio.sleep(60)
+
+    assert len(warnings()) == 2
+
+
+async def test_an_event_that_is_refused_for_ever_is_given_up_and_holds_up_no_other(
+    warnings: Callable[[], list[str]],
+) -> None:
+    bad = replace(a_set(1), namespace="bad")
+
+    class Picky(Server):
+        async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
+            if namespace == "bad":
+                self.requests.append((now(), "BAD", ""))
+                raise APIError("HTTP 403: forbidden")
+            await super().post_event(namespace, event)
+
+    server = Picky()
+    async with running(server) as recorder:
+        record(recorder, bad)
+        for number in range(2, 60):
+            record(recorder, a_set(number))
+            asked_at = now()
+            await asyncio.sleep(15.1)
+            assert len(server.times("POST")) == number - 1
+            assert server.times("POST")[-1] - asked_at <= 15
+        await asyncio.sleep(GIVE_UP_SECONDS)
+
+    assert (recorder.dropped, recorder.waiting) == (1, 0)
+    assert "an Event could not be posted: HTTP 403: forbidden" in warnings()
+    assert max(server.times("BAD")) <= GIVE_UP_SECONDS + 60
+
+
+async def test_an_attempt_without_an_answer_that_succeeded_makes_no_second_event() -> None:
+    server = Server()
+    server.late = True
+    server.fault = lambda method: APIError("no answer within 10 s") if now() < 5 else None
+    async with running(server) as recorder:
+        record(recorder, a_set())
+        await asyncio.sleep(3)
+        record(recorder, a_set())
+        await asyncio.sleep(SERIES_SECONDS)
+
+    assert server.counts() == {"2 of 4 vCPUs": 2}
+    assert len(server.times("POST")) >= 2
+    assert recorder.dropped == 0
+
+
+async def test_a_count_that_could_not_be_written_is_written_later() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        record(recorder, a_set())
+        await asyncio.sleep(1)
+        record(recorder, a_set())
+        server.fault = away(until=400)
+        await asyncio.sleep(800)
+
+    assert server.counts() == {"2 of 4 vCPUs": 2}
+    assert len(server.times("PATCH")) < 10
+
+
+async def test_an_overloaded_api_server_is_given_the_time_it_asks_for() -> None:
+    server = Server()
+    server.fault = lambda _: Throttled("HTTP 429", retry_after=12) if now() < 1 else None
+    async with running(server) as recorder:
+        record(recorder, a_set())
+        await asyncio.sleep(60)
+
+    assert len(server.events) == 1
+    first, second = server.times("POST")
+    assert second - first >= 12
+
+
+async def test_a_namespace_that_is_gone_is_not_tried_again(warnings: Callable[[], list[str]]) -> None:
+    server = Server()
+    server.fault = lambda _: ObjectGone("HTTP 404: namespace gone")
+    async with running(server) as recorder:
+        for number in range(50):
+            record(recorder, a_set(number))
+        await asyncio.sleep(10)
+
+    assert len(server.requests) == 50
+    assert (recorder.dropped, recorder.waiting) == (50, 0)
+    assert warnings() == ["an Event could not be posted: HTTP 404: namespace gone"]
