@@ -43,6 +43,7 @@ class _Guest:
     failures  how many in a row
     retry_at  loop time before which an agent that failed is not asked again
     asking    the question under way
+    awaited   whether a pass was told that there is no answer yet
     again     wakes when an agent that failed is to be asked again
     """
 
@@ -51,6 +52,7 @@ class _Guest:
     failures: int = 0
     retry_at: float = 0.0
     asking: asyncio.Task[None] | None = None
+    awaited: bool = False
     again: asyncio.TimerHandle | None = None
 
 
@@ -86,6 +88,7 @@ class Guests:
         failed = guest.report is not None and guest.report.cpus is None
         if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
             return guest.report
+        guest.awaited = True
         return None
 
     async def forget(self, uid: UID) -> None:
@@ -121,9 +124,10 @@ class Guests:
             guest.again = loop.call_at(guest.retry_at, self._wake, vcpuset.uid)
         else:
             guest.failures, guest.retry_at = 0, 0.0
-        news = guest.about != about or _words(guest.report) != _words(report)
-        guest.about, guest.report, guest.asking = about, report, None
-        if news:
+        # Whoever waits may wait for an answer to another question: that one is asked now.
+        wake = guest.awaited or guest.about != about or _words(guest.report) != _words(report)
+        guest.about, guest.report, guest.asking, guest.awaited = about, report, None, False
+        if wake:
             self._wake(vcpuset.uid)
 
     async def _look(self, namespace: str, agent: GuestAgent, *, bring_online: bool) -> GuestReport:
