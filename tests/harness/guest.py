@@ -68,6 +68,7 @@ class GuestOptions(TypedDict, total=False):
     tcp: bool
     socket_dir: Path | None
     monitor_paths: Sequence[Path] | None
+    agent_path: Path | None
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
@@ -86,7 +87,7 @@ class Guest:
     smp            the argument of -smp
     machine, cpu   the arguments of -machine and -cpu; cpu=None leaves the choice to QEMU
     memory         MiB; Linux with the agent needs 112
-    agent          a guest agent, reached through `agent_path`
+    agent          a guest agent, reached through `agent_path`: this one, or one in a temporary folder
     append         more kernel command line: ``online=none`` (plugged CPUs stay offline), ``acpi=off``, …
     extra          more QEMU arguments
     qemu           the program, such as qemu-system-s390x (with images=None, a machine of its own and cpu=None)
@@ -115,6 +116,7 @@ class Guest:
         tcp: bool = False,
         socket_dir: Path | None = None,
         monitor_paths: Sequence[Path] | None = None,
+        agent_path: Path | None = None,
         restore: Path | None = None,
     ) -> None:
         self.qemu = qemu
@@ -127,7 +129,7 @@ class Guest:
             else list(monitor_paths)
         )
         self.control = self.directory / "control"
-        self.agent_path = self.directory / "agent"
+        self.agent_path = agent_path or self.directory / "agent"
         self._shell_path = self.directory / "shell"
         self._console_path = self.directory / "console"
         self._messages_path = self.directory / "messages"
@@ -156,7 +158,7 @@ class Guest:
         if agent:
             self.hardware += ["-device", "virtio-serial-pci"]
             self.hardware += ["-device", "virtserialport,chardev=agent,id=agent0,name=org.qemu.guest_agent.0"]
-            self._backends += ["-chardev", f"socket,id=agent,path={self.agent_path},server=on,wait=off"]
+            self._backends += ["-chardev", f"socket,id=agent,path={option_value(self.agent_path)},server=on,wait=off"]
             self._sockets.append(self.agent_path)
         self.hardware += extra
         for path in self._sockets:
@@ -342,7 +344,7 @@ class Guest:
         """End QEMU at once and remove all that it left; harmless if it has ended or was never started."""
         if self._child is not None:
             self._child.kill()
-        for path in self.monitors:
+        for path in self._sockets:
             path.unlink(missing_ok=True)
         self._release()
 

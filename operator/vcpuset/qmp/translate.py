@@ -11,10 +11,14 @@ import errno
 import os
 import re
 
-from qemu.qmp import ConnectError, ExecuteError, QMPError
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPError, StateError
 from qemu.qmp.qmp_client import NegotiationError
 
 from vcpuset.domain.errors import (
+    AgentError,
+    AgentRefused,
+    AgentTimeout,
+    AgentUnreachable,
     CommandError,
     CommandRefused,
     DeviceGone,
@@ -27,7 +31,16 @@ from vcpuset.domain.errors import (
     SlotTaken,
 )
 
-__all__ = ["busy", "connect_failure", "loss", "refusal", "says_no_hotplug"]
+__all__ = [
+    "agent_failure",
+    "agent_refusal",
+    "agent_silent",
+    "busy",
+    "connect_failure",
+    "loss",
+    "refusal",
+    "says_no_hotplug",
+]
 
 _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
     (re.compile(pattern), kind)
@@ -154,6 +167,45 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
         return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
     why = "the other end closed it" if isinstance(cause, EOFError) else _brief(cause or error)
     return MonitorUnreachable(f"the connection to {where} broke before {command} was answered: {why}")
+
+
+def agent_refusal(command: str, error: ExecuteError) -> AgentRefused:
+    """The error reply of a guest's agent to `command`."""
+    return AgentRefused(command, error.error_class, _brief(error))
+
+
+def agent_silent(where: str, command: str, seconds: float) -> AgentTimeout:
+    """Connected or queued, and `command` was not answered."""
+    return AgentTimeout(
+        f"{where} has not answered {command} within {seconds:g} s: no qemu-guest-agent runs in the guest, it hangs, or"
+        " another client holds the socket; start the agent in the guest, and let the operator alone use its socket"
+    )
+
+
+def agent_failure(where: str, command: str, error: BaseException, cause: BaseException | None) -> AgentError:
+    """What kept `command`, or the connection that it needs, from a guest's agent, or its reply from making sense.
+
+    error  what the operating system, `qemu.qmp` or the reading of the reply raised
+    cause  what broke the connection, if that is known
+    """
+    match cause or (error.exc if isinstance(error, ConnectError) else error):
+        case OSError(errno=number) if number in _QUEUED:
+            return AgentTimeout(
+                f"{where} takes no more connections: other clients hold the socket and wait for it already;"
+                " let the operator alone use it"
+            )
+        case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
+            return AgentUnreachable(f"the connection to {where} was closed before {command} was answered")
+        case OSError(errno=number) as failure if number in _NOBODY:
+            return AgentUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(failure)})")
+        case PermissionError():
+            return AgentUnreachable(
+                f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
+            )
+        case OSError() as failure:
+            return AgentUnreachable(f"{where} cannot be reached: {_brief(failure)}")
+        case failure:
+            return AgentUnreachable(f"{where} answered {command} with {_brief(failure)}: this is no guest agent")
 
 
 def _brief(error: BaseException) -> str:

@@ -1,0 +1,202 @@
+"""One connection to the QEMU guest agent (qemu-ga): which CPUs the guest uses, and the request to use more.
+
+The socket is the host's end of a serial line into the guest, which makes it unlike a monitor (run: agent 7.2):
+
+- QEMU takes the connection whether or not an agent runs, and an agent says nothing unasked. So only a missing answer
+  tells that none is there; a second client is not told either that another is served.
+- The line outlives its clients. It may hold half a request of an earlier one, which swallows the beginning of ours,
+  and answers that nobody has fetched, the first of which may have lost its head. The byte 0xFF has the agent forget
+  what it has read, at the price of an error without an id; and `guest-sync-delimited` is answered after such a byte,
+  with the number that was sent. `guest-sync`, without the bytes, does not do: after half a request the agent answers
+  its first use with a row of parse errors.
+- Requests are carried out one by one. Whoever gives up on one waits for it with the next.
+
+Agents older than QEMU 3.0 refuse requests with an id and are not supported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import reprlib
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
+
+from qemu.qmp import ExecuteError, Message
+
+from vcpuset.domain.errors import AgentRefused, AgentUnreachable
+from vcpuset.domain.guest import GuestCPUs
+from vcpuset.qmp import replies, translate
+from vcpuset.qmp.client import Client
+from vcpuset.qmp.session import CLOSE_SECONDS
+from vcpuset.qmp.sockets import UnixEndpoint
+
+__all__ = ["AGENT_SECONDS", "FIRST_BATCH", "Agent"]
+
+AGENT_SECONDS: Final = 5.0
+"""For connecting and the first answer together, and for each answer after that. An idle agent takes some ms."""
+
+FIRST_BATCH: Final = 4
+"""How many CPUs are set online by the first command. One takes a guest from some ms (KVM) to 0.3 s (TCG, idle host)."""
+
+_SYNC: Final = "guest-sync-delimited"
+_DELIMITER: Final = b"\xff"
+
+
+class Agent:
+    """A conversation with a guest's agent, opened by `Agent.open`; close it, also after an error.
+
+    After AgentUnreachable and AgentTimeout it has ended, and says so to whoever goes on using it.
+    """
+
+    def __init__(self, where: str, seconds: float) -> None:
+        self._where = where
+        self._seconds = seconds
+        self._client = _AgentClient()
+
+    @classmethod
+    async def open(cls, endpoint: UnixEndpoint, *, seconds: float = AGENT_SECONDS) -> Agent:
+        """Connect, and have the agent answer once. The endpoint may be closed afterwards.
+
+        seconds  for this, and later for each command
+
+        Raises AgentUnreachable if nobody listens or what listens is no agent, AgentTimeout if nothing is answered,
+        AgentRefused if the agent is forbidden to answer even this.
+        """
+        agent = cls(str(endpoint), seconds)
+        try:
+            async with agent._asking(_SYNC):
+                await agent._client.open(endpoint)
+                await agent._client.sync()
+        except BaseException:
+            await agent.close()
+            raise
+        return agent
+
+    async def cpus(self) -> GuestCPUs:
+        """The guest's CPUs (`guest-get-vcpus`), by ascending logical id.
+
+        Raises AgentUnreachable (also for a reply that makes no sense), AgentTimeout, AgentRefused.
+        """
+        command = "guest-get-vcpus"
+        async with self._asking(command):
+            return replies.guest_cpus(await self._client.execute(command))
+
+    async def bring_online(self, ids: Sequence[int]) -> Mapping[int, str]:
+        """Have the guest use these CPUs, by logical id (`guest-set-vcpus`); one that it uses already is left as it is.
+
+        Returns those that the agent could not set online, with its words. Takes several commands if there are many,
+        each with its deadline.
+
+        Raises AgentUnreachable and AgentTimeout; the guest may still go on after that.
+        """
+        refused: dict[int, str] = {}
+        left = list(dict.fromkeys(ids))
+        size = FIRST_BATCH
+        clock = asyncio.get_running_loop().time
+        while left:
+            batch, began = left[:size], clock()
+            try:
+                done = await self._set_online(batch)
+            except AgentRefused as error:
+                if error.error_class == "CommandNotFound":  # Disabled in the agent, or its file systems are frozen.
+                    return refused | dict.fromkeys(left, error.description)
+                # An error is about the first entry. One that fails later cuts the list short, and comes first next.
+                refused[batch[0]] = error.description
+                done = 1
+            del left[:done]
+            # No guest is asked for more than fits its deadline at the pace that it has shown.
+            took = clock() - began
+            if took > self._seconds / 2:
+                size = max(size // 2, 1)
+            elif took < self._seconds / 4 and done == size:
+                size *= 2
+        return refused
+
+    async def _set_online(self, batch: Sequence[int]) -> int:
+        """How many of them, from the first on, are online now: at least one."""
+        command = "guest-set-vcpus"
+        entries = [{"logical-id": logical_id, "online": True} for logical_id in batch]
+        async with self._asking(command):
+            return replies.processed(await self._client.execute(command, {"vcpus": entries}), len(batch))
+
+    async def close(self) -> None:
+        """End the conversation at once. Never raises, and again is harmless; cancelled, it has cut the connection."""
+        await self._client.end(CLOSE_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, command: str) -> AsyncIterator[None]:
+        """The deadline for one command, and the errors that its callers know."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                yield
+        except ExecuteError as error:
+            raise translate.agent_refusal(command, error) from error
+        except TimeoutError as error:
+            await self.close()
+            if self._client.strange is not None:
+                raise AgentUnreachable(
+                    f"{self._where} did not answer {command} within {self._seconds:g} s but sent something else:"
+                    " this is no guest agent"
+                ) from self._client.strange
+            raise translate.agent_silent(self._where, command, self._seconds) from error
+        except Exception as error:
+            await self.close()
+            raise translate.agent_failure(self._where, command, error, self._client.cause) from error
+
+
+class _NotAnAgent(Exception):
+    """Something that no agent sends."""
+
+
+class _AgentClient(Client):
+    """The client on an agent's line: neither greeting nor negotiation, and a beginning that has to be found.
+
+    strange  why the first line that came in was not understood; None: it was, or has not come
+    """
+
+    def __init__(self) -> None:
+        # An agent sends no events, and a loss shows at the next command.
+        super().__init__(lambda _: None, lambda: None)
+        self.await_greeting = self.negotiate = False
+        self.strange: Exception | None = None
+        self._synced = False
+        self._begun = False
+
+    async def sync(self) -> None:
+        """Get past all that earlier clients have left on the line, in either direction."""
+        assert self._writer is not None
+        number = secrets.randbits(53)
+        self._writer.write(_DELIMITER)
+        if (answer := await self.execute(_SYNC, {"id": number})) != number:
+            raise _NotAnAgent(reprlib.repr(answer))
+        self._synced = True
+        self.strange = None
+
+    # What follows overrides the library's own hooks.
+
+    async def _readline(self) -> bytes:
+        # Of what stands before a 0xFF nothing is for us, and no JSON text contains one.
+        return (await super()._readline()).rpartition(_DELIMITER)[2]
+
+    async def _do_recv(self) -> Message:
+        begun, self._begun = self._begun, True
+        try:
+            return await super()._do_recv()
+        except Exception as error:
+            if begun or isinstance(error, EOFError | OSError):
+                raise
+            # The rest of an answer whose beginning an earlier client has fetched. Only the first line can be one.
+            self.strange = error
+            return await super()._do_recv()
+
+    async def _on_message(self, msg: Message) -> None:
+        if "QMP" in msg:
+            raise _NotAnAgent("the greeting of a QMP monitor")
+        if "return" not in msg and "error" not in msg:
+            raise _NotAnAgent(reprlib.repr(dict(msg)))
+        ident = msg.get("id")
+        if not self._synced and not (isinstance(ident, str) and ident in self._pending):
+            return  # For an earlier client, or the error that our 0xFF has caused.
+        await super()._on_message(msg)
