@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from secrets import token_hex
 
 from vcpuset.domain.errors import (
     APIError,
@@ -46,6 +47,7 @@ from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
 from vcpuset.runtime.backoff import jittered
 from vcpuset.runtime.claims import Claims
+from vcpuset.runtime.logcontext import log_context
 from vcpuset.runtime.workers import Done, Result, Retry
 
 __all__ = ["Reconciler"]
@@ -112,6 +114,7 @@ class Reconciler:
         enqueue: Callable[[UID], None],
         resync_seconds: float,
         clock: Callable[[], datetime],
+        node_name: str | None = None,
     ) -> None:
         self._cache = cache
         self._cluster = cluster
@@ -121,6 +124,7 @@ class Reconciler:
         self._enqueue = enqueue
         self._resync_seconds = resync_seconds
         self._clock = clock
+        self._node_name = node_name
         self._claims: Claims[UID] = Claims()
         self._tracks: dict[UID, _Track] = {}
 
@@ -145,6 +149,12 @@ class Reconciler:
             await self._guests.forget(uid)
             await self._monitors.release(uid)
             return Done()
+        fields = {"vcpuset": vcpuset.name, "node": self._node_name, "pass": token_hex(4)}
+        with log_context(namespace=vcpuset.namespace, **fields):
+            return await self._pass(vcpuset)
+
+    async def _pass(self, vcpuset: VCPUSet) -> Result:
+        uid = vcpuset.uid
         try:
             verdict = await self._converge(vcpuset)
         except MachineUnsettled:
@@ -157,21 +167,27 @@ class Reconciler:
         except Conflict as error:
             # Nothing is lost: the next pass starts from the machine and from the newest object. That may be long in
             # coming when the watch is broken, and others may want the monitor.
-            await self._monitors.release(uid)
+            await self._lend(vcpuset)
             return Retry(error)
         except APIError as error:
             # The same; but the API server can be away for long, and others may want the monitor.
-            logger.warning("%s: %s; tried again", vcpuset, error)
-            await self._monitors.release(uid)
+            logger.warning("%s; tried again", error)
+            await self._lend(vcpuset)
             return Retry(error)
-        if verdict.pace is not Pace.HELD and vcpuset.spec.connection is Connection.ON_DEMAND:
-            await self._monitors.release(uid)
+        if verdict.pace is not Pace.HELD:
+            await self._lend(vcpuset)
         return self._come_back(verdict)
+
+    async def _lend(self, vcpuset: VCPUSet) -> None:
+        """Give other clients of the monitor their turn, unless the set keeps it for its events."""
+        if vcpuset.spec.connection is Connection.ON_DEMAND:
+            await self._monitors.release(vcpuset.uid)
 
     async def _converge(self, vcpuset: VCPUSet) -> Verdict:
         try:
             session = await self._take_monitor(vcpuset)
             if isinstance(session, Verdict):
+                await self._monitors.release(vcpuset.uid)
                 return await self._report_unseen(vcpuset, session)
             return await self._bring_to_count(vcpuset, session)
         except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
@@ -456,7 +472,7 @@ class Reconciler:
         old, new = _facts(before), _facts(vcpuset.status)
         if old[:3] != new[:3]:
             level = logging.WARNING if verdict.event_type == "Warning" else logging.INFO
-            logger.log(level, "%s: %s: %s", vcpuset, verdict.reason, verdict.message)
+            logger.log(level, "%s: %s", verdict.reason, verdict.message)
             self._recorder.record(
                 vcpuset, type=verdict.event_type, reason=verdict.reason, action="Reconcile", note=verdict.message
             )

@@ -89,6 +89,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         enqueue=queue.add,
         resync_seconds=settings.resync_seconds,
         clock=lambda: datetime.now(UTC),
+        node_name=settings.node_name,
     )
     source = Source(settings.kubeconfig, scope, cache, reconciler.changed)
     listed = asyncio.Event()
