@@ -19,6 +19,7 @@ from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
+from vcpuset.qmp.appearance import Appearances
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.reconciler import Reconciler
@@ -91,7 +92,21 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         clock=lambda: datetime.now(UTC),
         node_name=settings.node_name,
     )
-    source = Source(settings.kubeconfig, scope, cache, reconciler.changed)
+    changed = reconciler.changed
+    if settings.socket_root is not None:
+
+        def appeared(uid: UID) -> None:
+            # A new QEMU, so the failures to reach the old one say nothing.
+            queue.forget(uid)
+            queue.add(uid)
+
+        def changed(uid: UID) -> None:
+            reconciler.changed(uid)
+            appearances.follow(uid, cache.get(uid))
+
+        appearances = Appearances(settings.socket_root, appeared)
+        owner.spawn(appearances.run(), "appearances of sockets")
+    source = Source(settings.kubeconfig, scope, cache, changed)
     listed = asyncio.Event()
 
     def ill() -> str | None:
@@ -104,11 +119,11 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
     # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor is
     # the older.
-    if not await _first_list(cluster, scope, cache, reconciler.changed, stop):
+    if not await _first_list(cluster, scope, cache, changed, stop):
         return
     listed.set()
     logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
-    owner.spawn(_sweep_for_ever(cluster, scope, cache, reconciler.changed), "sweep")
+    owner.spawn(_sweep_for_ever(cluster, scope, cache, changed), "sweep")
     owner.spawn(
         run_workers(queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics),
         "workers",
