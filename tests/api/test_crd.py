@@ -66,15 +66,18 @@ def request(slot: int = 3, **changes: object) -> Json:
 FULL_STATUS: Final[Json] = {
     "observedGeneration": 1,
     "vcpus": 5,
+    "onlineVCPUs": 3,
     "minVCPUs": 1,
     "maxVCPUs": 64,
     "selector": "vcpuset.dev/name=vm",
+    "machineUUID": "6b1a7e0c-7c0e-4a53-9f0e-0d1c2b3a4f5e",
     "unplugStartedAt": TIME,
     "pendingUnplugs": [request(4), request(3, answer="InUse", attempts=2)],
     "conditions": [
         condition("Ready", "False", "UnplugPending"),
         condition("Reconciling", reason="UnplugPending"),
         condition("Stalled", "False", "UnplugPending"),
+        condition("GuestAgentConnected", reason="Connected"),
     ],
 }
 
@@ -172,8 +175,9 @@ def test_every_number_of_the_spec_has_both_limits() -> None:
 async def test_a_good_manifest_is_accepted_and_stored_as_it_was_written(sets: Sets, manifest: str) -> None:
     written = yaml.safe_load(manifest)
     stored = await sets.create(manifest)
-    unplug = stored["spec"].pop("unplug")
-    assert unplug.items() >= written["spec"].pop("unplug", {}).items()
+    # A part of an object is completed: what was left out there is set to its default.
+    for part in ("unplug", "monitor", "guestAgent"):
+        assert stored["spec"].pop(part, {}).items() >= written["spec"].pop(part, {}).items()
     assert stored["spec"] == written["spec"]
 
 
@@ -181,7 +185,7 @@ async def test_what_is_left_out_gets_the_documented_defaults_and_no_others(sets:
     stored = await sets.create(vcpuset())
     assert stored["spec"] == {
         "vcpus": 4,
-        "monitor": {"unix": {"path": "vm/qmp.sock"}},
+        "monitor": {"unix": {"path": "vm/qmp.sock"}, "connection": "OnDemand"},
         "unplug": {"policy": "Enabled", "bootVCPUs": "Unplug", "timeoutSeconds": 60, "retrySeconds": 300},
     }
 
@@ -196,6 +200,11 @@ async def test_a_part_of_unplug_keeps_the_defaults_of_the_rest(sets: Sets) -> No
     }
 
 
+async def test_a_guest_agent_only_reports_unless_it_is_told_to_bring_vcpus_online(sets: Sets) -> None:
+    stored = await sets.create(vcpuset(guestAgent={"unix": {"path": "vm/agent.sock"}}))
+    assert stored["spec"]["guestAgent"] == {"unix": {"path": "vm/agent.sock"}, "bringOnline": False}
+
+
 async def test_a_new_set_is_not_taken_for_a_finished_one(sets: Sets) -> None:
     stored = await sets.create(vcpuset())
     assert stored["status"] == {"observedGeneration": -1}
@@ -208,8 +217,34 @@ async def test_node_and_monitor_may_be_changed(sets: Sets) -> None:
     patch = json.dumps({"spec": {"nodeName": None, "monitor": {"unix": None, "tcp": tcp}}})
     await sets.kubectl("patch", "vcs", "vm", "--type=merge", "-p", patch)
     spec = (await sets.get())["spec"]
-    assert spec["monitor"] == {"tcp": tcp}
+    assert spec["monitor"] == {"tcp": tcp, "connection": "OnDemand"}
     assert "nodeName" not in spec
+
+
+async def test_connection_and_guest_agent_may_be_changed_and_the_agent_removed(sets: Sets) -> None:
+    await sets.create(vcpuset())
+
+    async def change(**spec: object) -> Json:
+        patch = json.dumps({"spec": spec})
+        await sets.kubectl("patch", "vcs", "vm", "--type=merge", "-p", patch)
+        found = (await sets.get())["spec"]
+        assert isinstance(found, dict)
+        return found
+
+    changed = await change(monitor={"connection": "Persistent"}, guestAgent={"unix": {"path": "vm/agent.sock"}})
+    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "Persistent"}
+    assert changed["guestAgent"] == {"unix": {"path": "vm/agent.sock"}, "bringOnline": False}
+    changed = await change(monitor={"connection": None}, guestAgent=None)
+    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "OnDemand"}
+    assert "guestAgent" not in changed
+
+
+async def test_a_monitor_cannot_be_moved_onto_the_agents_socket(sets: Sets) -> None:
+    await sets.create(vcpuset(guestAgent={"unix": {"path": "vm/agent.sock"}}))
+    patch = json.dumps({"spec": {"monitor": {"unix": {"path": "vm/agent.sock"}}}})
+    refusal = await sets.refused("patch", "vcs", "vm", "--type=merge", "-p", patch)
+    assert "spec.guestAgent.unix.path: Invalid value" in refusal
+    assert "must be another socket than the monitor's" in refusal
 
 
 async def test_a_count_that_disappears_from_an_applied_manifest_is_refused_and_the_old_one_stays(sets: Sets) -> None:
@@ -292,8 +327,8 @@ async def test_kubectl_get_shows_both_counts_and_why_they_differ(sets: Sets) -> 
     assert header.split() == ["NAME", "DESIRED", "CURRENT", "READY", "REASON", "AGE"]
     assert row.split()[:5] == ["vm", "4", "5", "False", "UnplugPending"]
     header, row = (await sets.kubectl("get", "vcs", "-o", "wide")).splitlines()
-    assert header.split() == ["NAME", "DESIRED", "CURRENT", "READY", "REASON", "NODE", "AGE", "MESSAGE"]
-    assert row.split()[5] == "node-1"
+    assert header.split() == ["NAME", "DESIRED", "CURRENT", "ONLINE", "READY", "REASON", "NODE", "AGE", "MESSAGE"]
+    assert row.split()[1:7] == ["4", "5", "3", "False", "UnplugPending", "node-1"]
     assert row.endswith("4 vCPUs as declared")
 
 
@@ -303,6 +338,13 @@ async def test_kubectl_explain_tells_what_a_field_does(sets: Sets) -> None:
     policy = " ".join((await sets.kubectl("explain", "vcs.spec.unplug.policy")).split())
     assert "ENUM: Enabled Disabled" in policy
     assert "the machine only grows" in policy
+    connection = " ".join((await sets.kubectl("explain", "vcs.spec.monitor.connection")).split())
+    assert "ENUM: OnDemand Persistent" in connection
+    assert "nobody else can use this monitor then" in connection
+    agent = " ".join((await sets.kubectl("explain", "vcs.spec.guestAgent")).split())
+    assert "Ready waits for that number" in agent
+    assert "costs neither plug nor unplug" in agent
+    assert "bringOnline <boolean>" in agent
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -354,6 +396,8 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
     [
         pytest.param({"observedGeneration": -2}, "status.observedGeneration: Invalid value: -2", id="generation"),
         pytest.param({"vcpus": -1}, "status.vcpus: Invalid value: -1", id="negative count"),
+        pytest.param({"onlineVCPUs": -1}, "status.onlineVCPUs: Invalid value: -1", id="fewer than none online"),
+        pytest.param({"machineUUID": "x" * 37}, "status.machineUUID: Too long", id="UUID too long"),
         pytest.param({"vcpus": "4"}, "status.vcpus: Invalid value", id="count as a string"),
         pytest.param({"selector": ""}, "status.selector: Invalid value", id="empty selector, which autoscalers refuse"),
         pytest.param({"unplugStartedAt": "yesterday"}, "status.unplugStartedAt: Invalid value", id="time in words"),
