@@ -66,6 +66,15 @@ class Metrics:
         """Show how many sets this process serves."""
         Gauge("vcpuset_sets", "VCPUSets that this operator serves.", registry=self.registry).set_function(count)
 
+    def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
+        """Show how many Kubernetes Events were not written."""
+        self.registry.register(
+            _Counter("vcpuset_events_lost", "Kubernetes Events lost: too many waited, or they were not taken.", lost)
+        )
+        self.registry.register(
+            _Counter("vcpuset_events_throttled", "Kubernetes Events left out: their set had too many.", throttled)
+        )
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -91,6 +100,17 @@ class Metrics:
         self._active.dec()
         self._passes.labels(_CONTROLLER, label).inc()
         self._seconds.observe(seconds)
+
+
+class _Counter(Collector):
+    """A counter that is kept elsewhere."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], int]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterator[Metric]:
+        """One reading."""
+        yield CounterMetricFamily(self._name, self._text, self._value())
 
 
 class _Queue(Collector):

@@ -79,6 +79,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     cache = Cache()
     metrics.watch_sets(lambda: len(cache))
     recorder = Recorder(cluster)
+    metrics.watch_events(lambda: recorder.dropped, lambda: recorder.throttled)
     monitors = Monitors(settings.socket_root, queue.add)
     guests = Guests(settings.socket_root, queue.add)
     reconciler = Reconciler(

@@ -23,6 +23,7 @@
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)
+          +-- Rejected            the same request would be refused again
 
 Every message names the thing and the cause; the original exception is chained.
 """
@@ -47,6 +48,7 @@ __all__ = [
     "MonitorUnreachable",
     "ObjectGone",
     "PermanentError",
+    "Rejected",
     "SlotTaken",
     "TransientError",
     "VCPUSetError",
@@ -167,3 +169,7 @@ class Conflict(APIError):
 
 class ObjectGone(APIError):
     """HTTP 404: the object does not exist (any more)."""
+
+
+class Rejected(APIError):
+    """HTTP 400, 403, 413 or 422: not allowed or not valid, so the same request would be refused again."""

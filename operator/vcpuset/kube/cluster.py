@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
-from vcpuset.domain.errors import APIError, Conflict, ObjectGone
+from vcpuset.domain.errors import APIError, Conflict, ObjectGone, Rejected
 from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
@@ -308,6 +308,8 @@ def _refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> AP
     match code:
         case 401:
             return _Unauthorized(f"{message} (the credentials are not accepted)")
+        case 400 | 403 | 413 | 422:
+            return Rejected(message)
         case 404:
             return ObjectGone(message)
         case 409:

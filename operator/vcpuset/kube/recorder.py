@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Final, Literal, Protocol
 
-from vcpuset.domain.errors import Conflict, ObjectGone, VCPUSetError
+from vcpuset.domain.errors import Conflict, ObjectGone, Rejected, VCPUSetError
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.cluster import Throttled
 from vcpuset.kube.codec import API_VERSION, KIND
@@ -211,8 +211,8 @@ class Recorder:
                 await self._post(series, series.first)
             else:
                 await self._write_count(series)
-        except ObjectGone as error:
-            # Waiting does not help: the namespace is gone, or a posted Event has expired.
+        except (ObjectGone, Rejected) as error:
+            # Waiting does not help: the namespace or a posted Event is gone, or Events may not be written.
             self._book.forget(series)
             if series.first is not None:
                 self._lose(series, error)

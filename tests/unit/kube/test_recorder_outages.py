@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from unit.kube.events import Fault, Server, a_set, now, record, running
-from vcpuset.domain.errors import APIError, ObjectGone
+from vcpuset.domain.errors import APIError, ObjectGone, Rejected
 from vcpuset.kube.cluster import Throttled
 from vcpuset.kube.recorder import GIVE_UP_SECONDS
 from vcpuset.kube.series import SERIES_SECONDS
@@ -141,9 +141,14 @@ async def test_an_overloaded_api_server_is_given_the_time_it_asks_for() -> None:
     assert second - first >= 12
 
 
-async def test_a_namespace_that_is_gone_is_not_tried_again(warnings: Callable[[], list[str]]) -> None:
+@pytest.mark.parametrize(
+    "error", [ObjectGone("HTTP 404: namespace gone"), Rejected("HTTP 403: events may not be created")], ids=repr
+)
+async def test_what_will_be_refused_again_is_not_tried_again(
+    error: APIError, warnings: Callable[[], list[str]]
+) -> None:
     server = Server()
-    server.fault = lambda _: ObjectGone("HTTP 404: namespace gone")
+    server.fault = lambda _: error
     async with running(server) as recorder:
         for number in range(50):
             record(recorder, a_set(number))
@@ -151,4 +156,4 @@ async def test_a_namespace_that_is_gone_is_not_tried_again(warnings: Callable[[]
 
     assert len(server.requests) == 50
     assert (recorder.dropped, recorder.waiting) == (50, 0)
-    assert warnings() == ["an Event could not be posted: HTTP 404: namespace gone"]
+    assert warnings() == [f"an Event could not be posted: {error}"]
