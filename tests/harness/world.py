@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.controlplane import Answer, ControlPlane
 from harness.wait import until
@@ -27,17 +27,21 @@ def manifest(
     vcpus: int = 2,
     monitor: str | Path | tuple[str, int] | None = None,
     labels: Mapping[str, str] | None = None,
+    connection: Literal["OnDemand", "Persistent"] | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
     """A VCPUSet; `spec` holds further fields.
 
-    monitor  a path below the namespace's folder, or host and port; None: the path NAME.sock
+    monitor     a path below the namespace's folder, or host and port; None: the path NAME.sock
+    connection  `spec.monitor.connection`; None: not given
     """
     address: dict[str, Any] = (
         {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
         if isinstance(monitor, tuple)
         else {"unix": {"path": str(monitor or f"{name}.sock")}}
     )
+    if connection is not None:
+        address["connection"] = connection
     return {
         "apiVersion": "vcpuset.dev/v1alpha1",
         "kind": "VCPUSet",
