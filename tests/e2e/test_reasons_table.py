@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import select
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Unpack
 
 import pytest_asyncio
+from qemu.qmp import ExecuteError
 
 from harness.acpi import Acpi, Source, Status
 from harness.controlplane import ControlPlane
 from harness.expect import HELD, READY, RECONCILING, STALLED, States, check_form
-from harness.faulty import FaultyMonitor, Hang
 from harness.guest import Guest, GuestOptions
 from harness.operator import OperatorProcess
 from harness.qmp import Raw, raw
@@ -34,7 +36,7 @@ ROWS: dict[str, tuple[str, States]] = {
     "silent-for-long": ("UnplugTimedOut", STALLED),
     "absent": ("MonitorUnreachable", RECONCILING),
     "held": ("MonitorBusy", RECONCILING),
-    "mute": ("MonitorTimeout", RECONCILING),
+    "stuck": ("MonitorTimeout", RECONCILING),
     "incoming": ("MachineBusy", RECONCILING),
     "stopped-by-watchdog": ("MachineNotRunning", RECONCILING),
     "too-small": ("InsufficientSlots", STALLED),
@@ -86,7 +88,7 @@ async def test_all_rows_of_the_table_are_told_apart_in_one_look(
         told = {(each.reason, each.message.partition(" declared; ")[2] or each.message) for each in seen.values()}
         assert len({message for _, message in told}) == len(told), "no two reasons say the same"
         unseen = {name for name, each in seen.items() if each.vcpus is None}
-        assert unseen == {"absent", "held", "mute", "younger", "link"}, "who was never looked at has no count"
+        assert unseen == {"absent", "held", "stuck", "younger", "link"}, "who was never looked at has no count"
 
 
 class _Stage:
@@ -146,10 +148,9 @@ class _Stage:
         held = await self._machine("held")
         await self._stack.enter_async_context(raw(held.monitors[0]))
         await create("held", 2)
-        await self._stack.enter_async_context(
-            FaultyMonitor(self._folder / "mute.sock", faults={"query-status": Hang()})
-        )
-        await create("mute", 2)
+        stuck = await self._machine("stuck")
+        await self._stack.enter_async_context(_writing_to_nobody(stuck, self._folder / "pipe"))
+        await create("stuck", 2)
         (self._folder / "link.sock").symlink_to(held.monitors[0])
         await create("link", 2)
 
@@ -201,3 +202,20 @@ class _Stage:
             return (await acpi.flags(1)).removing
 
         await until(removing, 60, f"the guest of {name} to be asked for slot 1")
+
+
+@asynccontextmanager
+async def _writing_to_nobody(guest: Guest, pipe: Path) -> AsyncIterator[None]:
+    """QEMU waits for somebody to read what it writes, as for storage that hangs: it greets clients, and no more."""
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    async with raw(guest.control) as client:
+        more_than_a_pipe_holds = {"val": 0, "size": 1 << 20, "filename": str(pipe)}
+        writing = asyncio.create_task(client.call("pmemsave", more_than_a_pipe_holds, timeout=600))
+        try:
+            await until(lambda: select.select([reader], [], [], 0)[0], 60, "QEMU to write")
+            yield
+        finally:
+            os.close(reader)
+            with suppress(ExecuteError):  # nobody will ever read it
+                await writing
