@@ -51,6 +51,20 @@ ROWS: dict[str, tuple[str, States]] = {
 }
 """What is to be read of each set: reason, and the statuses of Ready, Reconciling and Stalled."""
 
+REMEDIES = {
+    "refusing": "Find out what holds the CPUs",
+    "absent": "is QEMU running?",
+    "held": "give the operator a monitor of its own",
+    "too-small": "declare at most that, or restart the VM with a larger -smp maxcpus",
+    "s390x": "declare at least that, or restart the VM with fewer",
+    "grow-only": "declare at least that, or set it to Enabled",
+    "boot-kept": "declare at least that, or set it to Unplug",
+    "ppc64": "declare 2 or 4",
+    "riscv64": "restart the VM with that count, or on another machine type",
+    "younger": "delete one of the two, or give this one another monitor",
+}
+"""What the message of a set says that helps."""
+
 ELSEWHERE = {Reason.GUEST_CPUS_OFFLINE}
 """Reasons whose cause takes a booted guest with an agent; they have tests of their own."""
 
@@ -87,6 +101,8 @@ async def test_all_rows_of_the_table_are_told_apart_in_one_look(
         assert {name: (each.reason, each.states) for name, each in seen.items()} == ROWS
         told = {(each.reason, each.message.partition(" declared; ")[2] or each.message) for each in seen.values()}
         assert len({message for _, message in told}) == len(told), "no two reasons say the same"
+        for name, remedy in REMEDIES.items():
+            assert remedy in seen[name].message
         unseen = {name for name, each in seen.items() if each.vcpus is None}
         assert unseen == {"absent", "held", "stuck", "younger", "link"}, "who was never looked at has no count"
 

@@ -114,8 +114,11 @@ def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str, str]:
     """The fewest vCPUs that machine and policy allow, what stands in the way, and what would clear it."""
     unpluggable = machine.unpluggable
     if not unpluggable:
-        words = "QEMU cannot unplug CPUs of this machine" if machine.arch == "s390x" else "slot 0 cannot be unplugged"
-        return machine.floor, Reason.UNPLUG_UNSUPPORTED, words, ""
+        if machine.arch == "s390x":
+            words, way_out = "QEMU cannot unplug CPUs of this machine", ", or restart the VM with fewer"
+        else:
+            words, way_out = "slot 0 cannot be unplugged", ""
+        return machine.floor, Reason.UNPLUG_UNSUPPORTED, words, way_out
     if unplug.policy is UnplugPolicy.DISABLED:
         words = "spec.unplug.policy is Disabled, so vCPUs are only added"
         return machine.vcpus, Reason.UNPLUG_DISABLED, words, ", or set it to Enabled"
