@@ -14,6 +14,7 @@ import click
 
 from vcpuset.app.operator import run as run_operator
 from vcpuset.app.settings import Settings
+from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.logs import configure
 from vcpuset.domain.errors import VCPUSetError
 
@@ -64,6 +65,10 @@ def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
 @click.version_option(package_name="vcpuset")
 def main() -> None:
     """Keep running QEMU machines at their declared vCPU count."""
+
+
+main.add_command(inspect)
+main.add_command(plan)
 
 
 @main.command()

@@ -7,8 +7,9 @@ of another type, or one that is missing, raises `Malformed`: a number made of so
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TypeVar
 from uuid import UUID
@@ -28,6 +29,7 @@ __all__ = [
     "run_state",
     "slots",
     "uuid",
+    "version",
 ]
 
 _T = TypeVar("_T")
@@ -42,22 +44,32 @@ _MIGRATING = frozenset({
 """`MigrationStatus` (QEMU 10.0, qapi/migration.json) without none, cancelled, completed and failed."""
 
 
+_MOST_THREADS = 1024
+"""vCPUs of one slot. A slot holds one, or a POWER core's threads, of which QEMU allows 8."""
+
+_LARGEST = (1 << 63) - 1
+"""The largest number that the Kubernetes API takes."""
+
+_LONGEST = 1024
+"""Characters of a name."""
+
+
 class Malformed(ValueError):
     """A reply does not look like what its command returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class CPUs:
-    """`query-cpus-fast`: architecture, number of vCPUs, and the lowest host thread of each CPU device."""
+    """`query-cpus-fast`: architecture, number of vCPUs, and the host threads of each CPU device, ascending."""
 
     arch: str
     count: int
-    threads: Mapping[str, int]
+    threads: Mapping[str, Sequence[int]]
 
 
 def run_state(reply: object) -> str:
     """`query-status`: the run state."""
-    return _member(_object(reply), "status", str)
+    return _name(_object(reply), "status")
 
 
 def uuid(reply: object) -> str | None:
@@ -67,46 +79,70 @@ def uuid(reply: object) -> str | None:
         found = UUID(text)
     except ValueError as error:
         raise Malformed(f"'UUID' is {reprlib.repr(text)}") from error
+    if str(found) != text:  # Python takes much for a UUID that is not written as QEMU writes one.
+        raise Malformed(f"'UUID' is {reprlib.repr(text)}")
     return str(found) if found.int else None
+
+
+def version(greeting: object) -> str | None:
+    """`QMP.version` of the greeting, for people; None: not as QEMU says it. Nothing is decided by it."""
+    try:
+        entry = _object(greeting)
+        numbers = _member(entry, "qemu", dict)
+        found = ".".join(str(_member(numbers, key, int)) for key in ("major", "minor", "micro"))
+        package = _member(entry, "package", str).strip(" ()") if "package" in entry else ""
+    except Malformed:
+        return None
+    return f"{found} ({package})" if package else found
 
 
 def cpus(reply: object) -> CPUs:
     """`query-cpus-fast`. Devices are named by their QOM path; a device of several vCPUs (a core) has one entry."""
-    arch = ""
+    archs: set[str] = set()
     count = 0
-    threads: dict[str, int] = {}
+    threads: dict[str, list[int]] = {}
     for entry in _objects(reply):
-        arch = _member(entry, "target", str)
+        archs.add(_name(entry, "target"))
         count += 1
-        path = _device(_member(entry, "qom-path", str))
-        thread = _member(entry, "thread-id", int)
-        threads[path] = min(thread, threads.get(path, thread))
+        threads.setdefault(_device(_name(entry, "qom-path")), []).append(_number(entry, "thread-id", 0, _LARGEST))
     if not count:
         raise Malformed("an empty list")
-    return CPUs(arch, count, threads)
+    if len(archs) > 1:
+        raise Malformed(f"CPUs of several architectures: {reprlib.repr(sorted(archs))}")
+    return CPUs(archs.pop(), count, {path: sorted(each) for path, each in threads.items()})
 
 
-def slots(reply: object, threads: Mapping[str, int]) -> tuple[Slot, ...] | None:
+def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ...] | None:
     """`query-hotpluggable-cpus`, ascending; `threads` is that of `cpus`.
 
     None: the two replies do not speak of the same CPUs; one came or went between them.
     """
-    entries = [(entry, _props(entry)) for entry in _objects(reply)]
-    entries.sort(key=lambda pair: tuple(_rank(pair[1], key) for key in _TOPOLOGY))
+    entries = [(_place(props), props, entry) for entry in _objects(reply) for props in (_props(entry),)]
+    entries.sort(key=lambda each: each[0])
+    if any(one[0] == other[0] for one, other in pairwise(entries)):
+        raise Malformed("two slots with the same ids")
     found = []
-    for index, (entry, props) in enumerate(entries):
-        path = _member(entry, "qom-path", str) if "qom-path" in entry else None
+    held: dict[str, int] = {}
+    for index, (_, props, entry) in enumerate(entries):
+        path = _name(entry, "qom-path") if "qom-path" in entry else None
+        vcpus = _number(entry, "vcpus-count", 1, _MOST_THREADS)
+        if path is not None:
+            if path in held:
+                raise Malformed(f"two slots with the CPU {reprlib.repr(path)}")
+            held[path] = vcpus
         found.append(
             Slot(
                 index=index,
-                driver=_member(entry, "type", str),
+                driver=_name(entry, "type"),
                 props=props,
-                vcpus=_member(entry, "vcpus-count", int),
+                vcpus=vcpus,
                 path=path,
-                thread_id=threads.get(path) if path is not None else None,
+                thread_id=threads[path][0] if path is not None and path in threads else None,
             )
         )
-    return tuple(found) if {slot.path for slot in found} - {None} == threads.keys() else None
+    if len({slot.vcpus for slot in found}) > 1:
+        raise Malformed("slots of several sizes")
+    return tuple(found) if held == {path: len(each) for path, each in threads.items()} else None
 
 
 def ost(reply: object) -> Mapping[int, Ost]:
@@ -129,7 +165,7 @@ def ost_of_event(data: object) -> tuple[int, Ost] | None:
 def migrating(reply: object) -> bool:
     """`query-migrate`: whether a migration is under way. Without one, ever, the reply is an empty object."""
     entry = _object(reply)
-    return "status" in entry and _member(entry, "status", str) in _MIGRATING
+    return "status" in entry and _name(entry, "status") in _MIGRATING
 
 
 def guest_cpus(reply: object) -> GuestCPUs:
@@ -168,19 +204,38 @@ def _props(entry: Mapping[str, object]) -> Mapping[str, int | str]:
     return MappingProxyType(props)
 
 
-def _rank(props: Mapping[str, int | str], key: str) -> int:
-    value = props.get(key, -1)
-    if not isinstance(value, int):
-        raise Malformed(f"{key!r} is {reprlib.repr(value)}")
-    return value
+def _place(props: Mapping[str, int | str]) -> tuple[int, ...]:
+    """What orders the slot with these properties among the others."""
+    place = []
+    for key in _TOPOLOGY:
+        value = props.get(key, -1)
+        if not isinstance(value, int):
+            raise Malformed(f"{key!r} is {reprlib.repr(value)}")
+        place.append(value)
+    return tuple(place)
 
 
 def _slot(entry: Mapping[str, object]) -> int:
-    """QEMU sends the number of a slot as a string."""
+    """QEMU sends the number of a slot as a string. What is kept by slot cannot grow without end."""
     text = _member(entry, "slot", str)
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+    if not (text.isascii() and text.isdecimal() and len(text) < 6):
         raise Malformed(f"'slot' is {reprlib.repr(text)}")
     return int(text)
+
+
+def _name(entry: Mapping[str, object], key: str) -> str:
+    """A text that can stand in a status and in a line of a log; QEMU's are short and in ASCII."""
+    text = _member(entry, key, str)
+    if not (0 < len(text) <= _LONGEST and text.isprintable()):
+        raise Malformed(f"{key!r} is {reprlib.repr(text)}")
+    return text
+
+
+def _number(entry: Mapping[str, object], key: str, least: int, most: int) -> int:
+    number = _member(entry, key, int)
+    if not least <= number <= most:
+        raise Malformed(f"{key!r} is {reprlib.repr(number)}")
+    return number
 
 
 def _member(entry: Mapping[str, object], key: str, kind: type[_T]) -> _T:

@@ -113,6 +113,11 @@ class Session:
         """False once the connection is lost or closed."""
         return self._open
 
+    @property
+    def version(self) -> str | None:
+        """QEMU's version as it greeted, such as "10.0.2 (Debian 1:10.0.2)"; None: not in a form that is known."""
+        return None if self._client.greeting is None else replies.version(self._client.greeting.QMP.version)
+
     async def observe(self) -> Machine:
         """What QEMU shows of the machine now.
 

@@ -9,6 +9,8 @@ need not be trusted with those of other namespaces. So no name is looked up twic
 3. The connection goes through `/proc/self/fd/<descriptor>`, which leads to that inode whatever its name means by now.
    It is also shorter than the 107 bytes that a socket address can hold, however long the path is.
 
+Only `local_socket` follows links: a path that the local user typed needs no fence.
+
 The socket root itself belongs to the administrator and may be a symbolic link. What this cannot see is a hard link:
 whoever can make one to another namespace's socket reaches it. Linux refuses that to all but the socket's owner and
 root (`fs.protected_hardlinks`, on by default); the two names have one identity, so that `MonitorConflict` shows it.
@@ -30,7 +32,7 @@ from typing import ClassVar, Self
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
 
-__all__ = ["Endpoint", "TCPEndpoint", "UnixEndpoint", "open_socket"]
+__all__ = ["Endpoint", "TCPEndpoint", "UnixEndpoint", "local_socket", "open_socket"]
 
 _KINDS = {
     stat.S_IFREG: "a regular file",
@@ -162,6 +164,31 @@ def open_socket(root: Path, namespace: str, path: str, field: str = "spec.monito
         os.close(found)
         raise
     return UnixEndpoint(found, status, name)
+
+
+def local_socket(path: Path) -> UnixEndpoint:
+    """The socket at any path, for the user of this process, who is trusted: symbolic links are followed.
+
+    Raises InvalidMonitor if the path leads to something else than a socket; MonitorUnreachable if to nothing, or if it
+    may not be looked up.
+    """
+    try:
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise MonitorUnreachable(f"there is no {path}: is QEMU running, and does it make its socket there?") from error
+    except PermissionError as error:
+        raise MonitorUnreachable(f"{path} may not be looked up: run this as a user who may enter its folder") from error
+    except (OSError, ValueError) as error:
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise MonitorUnreachable(f"{path} cannot be opened: {words}") from error
+    status = os.fstat(found)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFSOCK:
+        os.close(found)
+        raise InvalidMonitor(
+            f"{path} is {_KINDS.get(kind, 'something else')}, not a socket: name the one that QEMU makes"
+        )
+    return UnixEndpoint(found, status, str(path))
 
 
 def _bad_segment(segment: str) -> str | None:

@@ -1,0 +1,118 @@
+"""One look at a machine and at its guest from the command line. Nothing but queries is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vcpuset.domain.errors import AgentError, AgentUnreachable, MachineUnsettled, VCPUSetError
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Machine
+from vcpuset.qmp.agent import Agent
+from vcpuset.qmp.session import Session
+from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, UnixEndpoint, local_socket
+
+__all__ = ["TIMEOUT_SECONDS", "Look", "ask_guest", "monitor_address", "open_monitor", "take_look"]
+
+TIMEOUT_SECONDS: Final = 5.0
+"""For each answer. QEMU takes some ms, a monitor that another client holds takes for ever."""
+
+_UNSETTLED_SECONDS: Final = 0.02
+"""How soon to look again at CPUs that came or went while they were counted."""
+
+_HOST_PORT: Final = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]/,]+)):(?P<port>[0-9]{1,5})")
+_OPTIONS: Final = re.compile(r"(?<!,)((?:,,)*),(?!,).*", re.DOTALL)
+"""What follows the address in QEMU's own spelling: `,server=on,wait=off`. A comma in a path is doubled there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen of a machine.
+
+    version  QEMU's; None: it did not say
+    """
+
+    machine: Machine
+    version: str | None
+
+
+def monitor_address(text: str) -> Path | TCPEndpoint:
+    """Where a monitor is: `unix:PATH`, `tcp:HOST:PORT`, a text with a "/" or that names a file, or HOST:PORT.
+
+    Raises ValueError, with the remedy.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme in {"unix", "tcp"} and rest:
+        rest = _OPTIONS.sub(r"\1", rest).replace(",,", ",")
+        if scheme == "unix":
+            return Path(rest)
+        return _tcp(rest) or _refuse(text, "after tcp: there stands HOST:PORT, an IPv6 host in brackets")
+    if text and ("/" in text or Path(text).exists()):
+        return Path(text)
+    return _tcp(text) or _refuse(text, "there is no such file here, and it is not HOST:PORT (an IPv6 host in brackets)")
+
+
+def _tcp(text: str) -> TCPEndpoint | None:
+    found = _HOST_PORT.fullmatch(text)
+    if found is None or not 1 <= int(found["port"]) <= 65535:
+        return None
+    return TCPEndpoint(found["ipv6"] or found["host"], int(found["port"]))
+
+
+def _refuse(text: str, why: str) -> TCPEndpoint:
+    raise ValueError(f"{text!r} names no monitor: {why}")
+
+
+def open_monitor(address: Path | TCPEndpoint) -> Endpoint:
+    """The endpoint at an address; close it if it is a socket. Raises InvalidMonitor, MonitorUnreachable."""
+    return local_socket(address) if isinstance(address, Path) else address
+
+
+async def take_look(endpoint: Endpoint, seconds: float) -> Look:
+    """What the monitor shows of its machine; each answer may take so many seconds. The endpoint is closed.
+
+    Raises MonitorError, MachineUnsettled, CommandError.
+    """
+    try:
+        session = await Session.open(endpoint, lambda: None, open_seconds=seconds, command_seconds=seconds)
+    finally:
+        if isinstance(endpoint, UnixEndpoint):
+            endpoint.close()
+    try:
+        return Look(await _settled(session, seconds), session.version)
+    finally:
+        await session.close()
+
+
+async def _settled(session: Session, seconds: float) -> Machine:
+    clock = asyncio.get_running_loop().time
+    until = clock() + seconds
+    while True:
+        try:
+            return await session.observe()
+        except MachineUnsettled:
+            if clock() >= until:
+                raise
+        await asyncio.sleep(_UNSETTLED_SECONDS)
+
+
+async def ask_guest(find: Callable[[], UnixEndpoint], seconds: float) -> GuestReport:
+    """What the guest says of its CPUs, or why it cannot be asked. Never raises what is to be expected.
+
+    find  the socket of its agent; what it raises is part of the answer
+    """
+    try:
+        with find() as endpoint:
+            agent = await Agent.open(endpoint, seconds=seconds)
+        try:
+            return GuestReport(await agent.cpus())
+        finally:
+            await agent.close()
+    except AgentError as error:
+        return GuestReport(None, error)
+    except VCPUSetError as error:
+        return GuestReport(None, AgentUnreachable(str(error)))

@@ -1,0 +1,307 @@
+"""VCPUSets from a file, as written by hand or as kubectl prints them.
+
+The API server checks every manifest against the schema, which an installed program does not have at hand. What can be
+checked simply is checked here in the same sense, with all that is wrong told at once; the API server checks more (the
+form of names, hosts and paths).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import yaml
+
+from vcpuset.domain.resource import VCPUSet
+from vcpuset.kube.codec import API_VERSION, KIND, InvalidObject, decode
+
+__all__ = ["FIELDS", "Choice", "InvalidManifest", "Manifest", "Number", "read"]
+
+
+class InvalidManifest(Exception):
+    """A file that cannot be used.
+
+    problems  each in a sentence that names the field and what to do
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(" ".join(self.problems))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One VCPUSet of a file.
+
+    created  whether it says when it was created, so that it can be compared with others
+    node     `spec.nodeName`
+    """
+
+    vcpuset: VCPUSet
+    created: bool
+    node: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """An integer from `least` to `most`."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of these words."""
+
+    words: tuple[str, ...]
+
+
+_COUNT: Final = Number(1, 4096)
+_SECONDS: Final = Number(1, 86400)
+_UNIX: Final[Mapping[str, Any]] = {"path!": str}
+
+FIELDS: Final[Mapping[str, Any]] = {
+    "vcpus!": _COUNT,
+    "minVCPUs": _COUNT,
+    "maxVCPUs": _COUNT,
+    "nodeName": str,
+    "monitor!": {
+        "unix": _UNIX,
+        "tcp": {"host!": str, "port!": Number(1, 65535), "insecure": bool},
+        "connection": Choice(("OnDemand", "Persistent")),
+    },
+    "guestAgent": {"unix!": _UNIX, "bringOnline": bool},
+    "unplug": {
+        "policy": Choice(("Enabled", "Disabled")),
+        "bootVCPUs": Choice(("Unplug", "Keep")),
+        "timeoutSeconds": _SECONDS,
+        "retrySeconds": _SECONDS,
+    },
+    "suspend": bool,
+}
+"""`spec`: the fields, with "!" after those that are required; a test holds it against the resource definition."""
+
+
+def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
+    """The VCPUSets of a text: YAML documents, JSON, or lists as `kubectl get -o yaml` prints them.
+
+    namespace  for those that name none (default: "default"); one that names another is refused
+
+    Raises InvalidManifest with all that is wrong.
+    """
+    found: list[Manifest] = []
+    problems: list[str] = []
+    bodies = list(_bodies(_documents(text)))
+    if not bodies:
+        raise InvalidManifest(["The file holds no VCPUSet."])
+    for where, body in bodies:
+        wrong = list(_envelope_problems(body, namespace))
+        if not wrong:
+            wrong = list(_spec_problems(body["spec"]))
+        if wrong:
+            name = _name_of(body)
+            problems += [f"{name or where}: {each}" for each in wrong]
+            continue
+        try:
+            found.append(_manifest(body, namespace, len(found), now))
+        except InvalidObject as error:
+            problems.append(f"{error}.")
+    if problems:
+        raise InvalidManifest(problems)
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as the API server takes it: times remain text, and no key comes twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; ConstructorError if a key comes twice, of which PyYAML would take the last."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _documents(text: str) -> list[Any]:
+    if text.lstrip().startswith("{"):
+        # YAML contains JSON, all but its tabs.
+        try:
+            return [json.loads(text)]
+        except ValueError:
+            pass
+    try:
+        return [document for document in yaml.load_all(text, _Loader) if document is not None]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise InvalidManifest([f"The file is not YAML (or JSON): {error.problem or error.context}{where}."]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())
+        raise InvalidManifest([f"The file is not YAML (or JSON): {words}."]) from error
+
+
+def _bodies(documents: Iterable[Any], where: str = "document") -> Iterator[tuple[str, Any]]:
+    """Every object, with where it stands in the file."""
+    for number, document in enumerate(documents, 1):
+        place = f"{where} {number}"
+        if isinstance(document, dict) and str(document.get("kind", "")).endswith("List"):
+            items = document.get("items")
+            yield from _bodies(items if isinstance(items, list) else [], f"{place}, item")
+        else:
+            yield place, document
+
+
+def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
+    if not isinstance(body, dict):
+        yield f"expected a VCPUSet, a mapping of fields, and found {_kind_of(body)}."
+        return
+    if body.get("kind") != KIND:
+        found = f"is {body['kind']!r}" if "kind" in body else "is missing"
+        yield f"not a VCPUSet: kind {found}; leave out what is not of kind {KIND}."
+        return
+    if body.get("apiVersion") != API_VERSION:
+        found = f"is {body['apiVersion']!r}" if "apiVersion" in body else "is missing"
+        yield f"apiVersion {found}: this version knows {API_VERSION} only."
+        return
+    yield from _unknown(body, ("apiVersion", "kind", "metadata", "spec", "status"), "")
+    metadata = body.get("metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str) or not metadata["name"]:
+        yield "metadata.name is missing: give the set a name."
+    elif not isinstance(metadata.get("namespace", ""), str):
+        yield f"metadata.namespace must be text, and is {_kind_of(metadata['namespace'])}."
+    elif namespace and metadata.get("namespace", namespace) != namespace:
+        yield f"metadata.namespace is {metadata['namespace']!r} and --namespace is {namespace!r}: leave one out."
+    if not isinstance(body.get("spec"), dict):
+        yield "spec is missing: give it at least spec.vcpus and spec.monitor."
+
+
+def _spec_problems(spec: Mapping[str, Any]) -> Iterator[str]:
+    wrong = list(_mapping_problems(spec, FIELDS, "spec"))
+    yield from wrong
+    if not wrong:
+        yield from _rule_problems(spec)
+
+
+def _mapping_problems(value: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> Iterator[str]:
+    names = {name.removesuffix("!"): kind for name, kind in fields.items()}
+    yield from _unknown(value, names, f"{where}.")
+    for name in fields:
+        if name.endswith("!") and value.get(name[:-1]) is None:
+            yield f"{where}.{name[:-1]} is missing: it is required."
+    for name, kind in names.items():
+        if value.get(name) is not None:
+            yield from _value_problems(value[name], kind, f"{where}.{name}")
+
+
+def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
+    match kind:
+        case Mapping():
+            if isinstance(value, dict):
+                yield from _mapping_problems(value, kind, where)
+            else:
+                yield f"{where} must be a mapping of fields, and is {_kind_of(value)}."
+        case Number(least, most):
+            if isinstance(value, bool) or not isinstance(value, int):
+                yield f"{where} must be a whole number from {least} to {most}, and is {_kind_of(value)}."
+            elif not least <= value <= most:
+                yield f"{where} is {value}: declare from {least} to {most}."
+        case Choice(words):
+            if value not in words:
+                yield f"{where} is {value!r}: choose {' or '.join(words)}.{_guess(value, words)}"
+        case _:
+            assert isinstance(kind, type), "FIELDS has no other kinds"
+            if not isinstance(value, kind):
+                yield f"{where} must be {'true or false' if kind is bool else 'text'}, and is {_kind_of(value)}."
+
+
+def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
+    vcpus, least, most = spec["vcpus"], spec.get("minVCPUs"), spec.get("maxVCPUs")
+    if least is not None and most is not None and least > most:
+        yield f"spec.minVCPUs is {least} and spec.maxVCPUs {most}: the first must not be more than the second."
+    elif least is not None and vcpus < least:
+        yield f"spec.vcpus is {vcpus}, below spec.minVCPUs: declare at least {least}, or lower spec.minVCPUs."
+    elif most is not None and vcpus > most:
+        yield f"spec.vcpus is {vcpus}, above spec.maxVCPUs: declare at most {most}, or raise spec.maxVCPUs."
+    unix, tcp = spec["monitor"].get("unix"), spec["monitor"].get("tcp")
+    if (unix is None) == (tcp is None):
+        found = "neither" if unix is None else "both"
+        yield f"spec.monitor has {found} of unix and tcp: give exactly one."
+    elif tcp is not None and tcp.get("insecure") is not True:
+        yield (
+            "spec.monitor.tcp.insecure must be true: the connection is neither encrypted nor authenticated, and this "
+            "is how to accept that."
+        )
+    agent = spec.get("guestAgent")
+    if agent is not None and unix is not None and agent["unix"]["path"] == unix["path"]:
+        yield "spec.guestAgent.unix.path is the monitor's: name the socket of the guest agent's channel."
+
+
+def _unknown(value: Mapping[Any, Any], known: Iterable[str], prefix: str) -> Iterator[str]:
+    known = tuple(known)
+    for name in value:
+        if name not in known:
+            yield f"{prefix}{name} is no field of a VCPUSet.{_guess(name, known, prefix)}"
+
+
+def _guess(word: object, known: Iterable[str], prefix: str = "") -> str:
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return f" Did you mean {prefix}{by_lower[near[0]]}?" if near else f" There are {', '.join(by_lower.values())}."
+
+
+_KINDS: Final[Mapping[type, Callable[[Any], str]]] = {
+    dict: lambda _: "a mapping",
+    list: lambda _: "a list",
+    type(None): lambda _: "empty",
+    bool: lambda value: "true" if value else "false",
+    str: lambda value: f"the text {value!r}" if len(value) < 80 else "a text",
+}
+
+
+def _kind_of(value: object) -> str:
+    return _KINDS.get(type(value), repr)(value)
+
+
+def _name_of(body: object) -> str | None:
+    metadata = body.get("metadata") if isinstance(body, dict) else None
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return f"{body.get('kind', 'object')} {name}" if isinstance(body, dict) and isinstance(name, str) else None
+
+
+def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: datetime) -> Manifest:
+    metadata = body["metadata"]
+    created = metadata.get("creationTimestamp")
+    # What the API server gives to every object, and a manifest by hand has not. One that is not created yet is younger
+    # than all that are; among such, the first in the file is created first.
+    given = {
+        "uid": f"not created yet: {number:06}",
+        "resourceVersion": "0",
+        "generation": 1,
+        "creationTimestamp": (created or now.astimezone(UTC).isoformat()),
+        "namespace": namespace or "default",
+    }
+    spec = _without_nulls(body["spec"])
+    vcpuset = decode({
+        "metadata": given | _without_nulls(metadata), "spec": spec, "status": body.get("status") or {},
+    })  # fmt: skip
+    return Manifest(vcpuset, created is not None, spec.get("nodeName"))
+
+
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """As the API server reads it: a null is a field that was left out."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return value

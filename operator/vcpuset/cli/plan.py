@@ -1,0 +1,311 @@
+"""`vcpuset plan`: what the operator would do for a VCPUSet now, and each thing that stands in its way.
+
+The decisions are the operator's own (`domain`); this module looks at the machine and prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from vcpuset.cli.inspect import guest_document, guest_facts, machine_document
+from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
+from vcpuset.cli.manifests import Manifest
+from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
+from vcpuset.domain.errors import AgentUnreachable, CommandError, InvalidMonitor, MachineUnsettled, MonitorError
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Slot
+from vcpuset.domain.obstacles import Obstacle, obstacle_of
+from vcpuset.domain.prospect import Prospect, prospect
+from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import conditions
+from vcpuset.domain.resource import UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.verdict import Verdict, conflict, failure
+from vcpuset.qmp.monitors import Monitors
+from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, UnixEndpoint, open_socket
+from vcpuset.runtime.claims import Claims
+
+__all__ = ["Sources", "Study", "document", "page", "study"]
+
+_LISTED: Final = 8
+"""As many slots are named one by one; more of them are told as ranges."""
+
+_NO_ROOT: Final = "Give plan the same --socket-root, or a monitor to look through with --monitor."
+
+_PERSISTENT: Final = (
+    "spec.monitor.connection is Persistent, so it may be the operator that holds the monitor. Give QEMU a second one "
+    "(-qmp) and look through that: vcpuset plan --monitor."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where to look.
+
+    socket_root  as the operator's --socket-root; None: not given
+    monitor      looked through in place of the one that the set names
+    seconds      how long each answer may take
+    """
+
+    socket_root: Path | None
+    monitor: Path | TCPEndpoint | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is to be said of one manifest.
+
+    look      None: the machine could not be looked at, or is another set's
+    guest     what the guest's agent says; None: not asked
+    prospect  None: as `look`
+    failed    whether the monitor should have been looked at and could not
+    notes     what a reader should bear in mind
+    """
+
+    manifest: Manifest
+    look: Look | None
+    guest: GuestReport | None
+    prospect: Prospect | None
+    verdict: Verdict
+    obstacles: tuple[Obstacle, ...]
+    failed: bool
+    notes: tuple[str, ...]
+    now: datetime
+
+    @property
+    def vcpuset(self) -> VCPUSet:
+        """The set."""
+        return self.manifest.vcpuset
+
+
+async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
+    """A study of each manifest, in their order."""
+    claims: Claims[UID] = Claims()
+    by_uid = {each.vcpuset.uid: each for each in manifests}
+    for manifest in manifests:
+        claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, _keys(manifest, sources))
+    found = []
+    for manifest in manifests:
+        holder = claims.senior(manifest.vcpuset.uid)
+        if holder is None:
+            found.append(await _study(manifest, sources))
+        else:
+            found.append(_yielding(manifest, by_uid[holder]))
+    return found
+
+
+def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
+    """What the set claims, as the operator sees it: the address as spelled, and what is found there."""
+    # Sets of two nodes are served by two operators, and a path leads to another socket on each.
+    keys: list[Hashable] = []
+    match manifest.vcpuset.spec.monitor:
+        case UnixMonitor(path):
+            keys.append((manifest.node, manifest.vcpuset.namespace, path))
+        case TCPMonitor(host, port):
+            keys.append((manifest.node, host, port))
+    try:
+        with Monitors(sources.socket_root, lambda _: None).resolve(manifest.vcpuset) as endpoint:
+            keys.append((manifest.node, endpoint.identity))
+    except (InvalidMonitor, MonitorError):
+        pass  # told when it is looked at
+    return keys
+
+
+def _yielding(manifest: Manifest, holder: Manifest) -> Study:
+    verdict = conflict(str(holder.vcpuset))
+    notes = []
+    if not (manifest.created and holder.created):
+        notes.append("Not both say when they were created: those that do count as older, others by their order here.")
+    obstacle = obstacle_of(verdict)
+    return Study(manifest, None, None, None, verdict, (obstacle,), failed=False, notes=tuple(notes), now=_clock())
+
+
+async def _study(manifest: Manifest, sources: Sources) -> Study:
+    vcpuset = manifest.vcpuset
+    notes = tuple(_notes(manifest, sources))
+    try:
+        look = await take_look(_endpoint(vcpuset, sources), sources.seconds)
+    except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
+        verdict = failure(error)
+        unseen = tuple(_unseen(vcpuset, verdict, sources))
+        return Study(manifest, None, None, None, verdict, unseen, failed=True, notes=notes, now=_clock())
+    guest: GuestReport | None = None
+    if vcpuset.spec.guest_agent is not None and look.machine.run_state == "running":
+        guest = await ask_guest(lambda: _agent_socket(vcpuset, sources), sources.seconds)
+    now = _clock()
+    found = prospect(vcpuset, look.machine, guest, now)
+    return Study(manifest, look, guest, found, found.verdict, found.obstacles, failed=False, notes=notes, now=now)
+
+
+def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
+    if sources.monitor is not None:
+        return open_monitor(sources.monitor)
+    # `take_look` closes it.
+    return Monitors(sources.socket_root, lambda _: None).resolve(vcpuset).__enter__()
+
+
+def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
+    assert vcpuset.spec.guest_agent is not None
+    if sources.socket_root is None:
+        raise AgentUnreachable("spec.guestAgent: plan was started without --socket-root")
+    field = "spec.guestAgent.unix.path"
+    return open_socket(sources.socket_root, vcpuset.namespace, vcpuset.spec.guest_agent.path, field)
+
+
+def _unseen(vcpuset: VCPUSet, verdict: Verdict, sources: Sources) -> Iterator[Obstacle]:
+    if isinstance(vcpuset.spec.monitor, UnixMonitor) and sources.socket_root is None and sources.monitor is None:
+        message = f"Where {_monitor(vcpuset)} is cannot be told without the operator's --socket-root."
+        yield Obstacle(verdict.reason, message, _NO_ROOT)
+    elif verdict.reason is Reason.MONITOR_BUSY and vcpuset.spec.connection is Connection.PERSISTENT:
+        yield Obstacle(verdict.reason, verdict.message, _PERSISTENT)
+    else:
+        yield obstacle_of(verdict)
+    if vcpuset.spec.suspend:
+        yield Obstacle(Reason.SUSPENDED, "spec.suspend is set: nothing would be changed.", Reason.SUSPENDED.remedy)
+
+
+def _notes(manifest: Manifest, sources: Sources) -> Iterator[str]:
+    if sources.monitor is not None:
+        yield f"Looked through {sources.monitor}; the operator uses the monitor that the set names."
+    elif manifest.node is not None and isinstance(manifest.vcpuset.spec.monitor, UnixMonitor):
+        yield f"spec.nodeName is {manifest.node}: the sockets are those of that node, so this has to be run there."
+
+
+def _clock() -> datetime:
+    return datetime.now(UTC)
+
+
+def document(studies: Sequence[Study]) -> dict[str, Any]:
+    """The result for programs."""
+    return {"items": [_item(each) for each in studies]}
+
+
+def _item(found: Study) -> dict[str, Any]:
+    work, vcpuset = found.prospect, found.vcpuset
+    machine = None if found.look is None else found.look.machine
+    return {
+        "namespace": vcpuset.namespace,
+        "name": vcpuset.name,
+        "monitor": _monitor(vcpuset),
+        "machine": None if machine is None else machine_document(machine),
+        "guest": None if machine is None else guest_document(found.guest, machine, None),
+        "declaredVCPUs": vcpuset.spec.vcpus,
+        "reachableVCPUs": None if work is None else work.goal.count,
+        "plug": [] if work is None else [{"slot": slot.index, "id": slot.device_id} for slot in work.plug],
+        "ask": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
+        "standby": [] if work is None else [slot.index for slot in work.standby],
+        "bringOnline": [] if work is None else list(work.bring_online),
+        "obstacles": [
+            {"reason": each.reason.value, "message": each.message, "remedy": each.remedy} for each in found.obstacles
+        ],
+        "verdict": {
+            "reason": found.verdict.reason.value,
+            "message": found.verdict.message,
+            "conditions": [
+                {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
+                for each in conditions(vcpuset, found.verdict, machine, found.guest, found.now)
+            ],
+        },
+        "expected": None
+        if work is None or work.expected is None
+        else {"reason": work.expected.reason.value, "message": work.expected.message},
+        "notes": list(found.notes),
+    }
+
+
+def page(studies: Sequence[Study]) -> list[Block]:
+    """The result for people."""
+    blocks: list[Block] = []
+    for number, found in enumerate(studies):
+        if number:
+            blocks.append(Lines([""]))
+        blocks.append(Heading(f"VCPUSet {found.vcpuset}"))
+        blocks.append(Facts(list(_facts(found))))
+        if found.obstacles:
+            blocks.append(Lines(["", "In the way:"]))
+            for obstacle in found.obstacles:
+                blocks.append(Lines([Styled(obstacle.reason, "bold yellow")], indent=2))
+                blocks.append(Lines([obstacle.message, Styled(f"What helps: {obstacle.remedy}", "green")], indent=4))
+        else:
+            blocks.append(Lines(["", "Nothing stands in the way."]))
+        if found.notes:
+            blocks.append(Lines(["", *found.notes]))
+    return blocks
+
+
+_COLOURS: Final[Mapping[State, str]] = {
+    State.READY: "green",
+    State.RECONCILING: "yellow",
+    State.STALLED: "red",
+    State.HELD: "yellow",
+}
+
+
+def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
+    vcpuset, work = found.vcpuset, found.prospect
+    yield "Monitor", _monitor(vcpuset)
+    if work is None or found.look is None:
+        yield "Declared", _count(vcpuset.spec.vcpus)
+        yield "Now", "nothing: its machine is another set's" if not found.failed else "nothing: no look at the machine"
+    else:
+        machine = found.look.machine
+        yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} of {machine.floor} to {machine.ceiling}"
+        yield from guest_facts(found.guest, machine, None)
+        reachable = "" if work.goal.count == vcpuset.spec.vcpus else f"; {work.goal.count} can be reached"
+        yield "Declared", f"{_count(vcpuset.spec.vcpus)}{reachable}"
+        yield "Now", Styled("; ".join(_deeds(work)) or "nothing", "bold")
+        if work.standby:
+            yield "Stand by", _slots(work.standby, in_order=bool(work.ask))
+    yield "Status", _told(found.verdict)
+    if work is not None and work.expected is not None:
+        yield "And then", _told(work.expected)
+
+
+def _told(verdict: Verdict) -> Cell:
+    true = "" if verdict.state is State.HELD else f" ({verdict.state.value}=True)"
+    return Styled(f"{verdict.reason}{true}: {verdict.message}", _COLOURS[verdict.state])
+
+
+def _deeds(work: Prospect) -> Iterator[str]:
+    if work.plug:
+        first, last = work.plug[0].device_id, work.plug[-1].device_id
+        names = f"as {first}" if first == last else f"as {first} to {last}"
+        yield f"plug {_slots(work.plug)} {names}"
+    if work.ask:
+        yield f"ask the guest to give back {_slots(work.ask, in_order=True)}"
+    if work.bring_online:
+        cpus = ", ".join(map(str, work.bring_online))
+        yield f"have the guest use its CPU{'s' if len(work.bring_online) > 1 else ''} {cpus}"
+
+
+def _slots(slots: Sequence[Slot], *, in_order: bool = False) -> str:
+    """ "slot 5" or "slots 1-3, 5"; in the order given, "slots 5-3, 1"."""
+    runs: list[list[int]] = []
+    for slot in slots:
+        run = runs[-1] if runs else []
+        step = slot.index - run[-1] if run else 0
+        if step in {1, -1} and (len(run) == 1 or step == run[1] - run[0]):
+            run.append(slot.index)
+        else:
+            runs.append([slot.index])
+    if len(slots) <= _LISTED:
+        text = ", ".join(str(slot.index) for slot in slots)
+    else:
+        text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"slot{'s' if len(slots) > 1 else ''} {text}{' (in this order)' if in_order and len(slots) > 1 else ''}"
+
+
+def _monitor(vcpuset: VCPUSet) -> str:
+    match vcpuset.spec.monitor:
+        case UnixMonitor(path):
+            return f"{vcpuset.namespace}/{path}"
+        case TCPMonitor(host, port):
+            return str(TCPEndpoint(host, port))
+
+
+def _count(vcpus: int) -> str:
+    return "1 vCPU" if vcpus == 1 else f"{vcpus} vCPUs"

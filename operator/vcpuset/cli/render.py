@@ -1,0 +1,143 @@
+"""How results are printed: for a person at a terminal, as plain text for pipes and files, or as JSON and YAML.
+
+Imported by the commands that print results only: the operator has no use for rich, and it takes memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import click
+import yaml
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "printable", "show"]
+
+Output = Literal["table", "json", "yaml"]
+
+
+class Styled(NamedTuple):
+    """A text with a style of rich, which is seen on terminals only."""
+
+    text: str
+    style: str
+
+
+Cell = str | Styled
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """The name of what follows."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names with their values."""
+
+    rows: Sequence[tuple[str, Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Sentences, each on a line of its own; `indent` in spaces."""
+
+    lines: Sequence[Cell]
+    indent: int = 0
+
+
+Block = Heading | Facts | Grid | Lines
+
+
+def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> None:
+    """Print a result to standard output: the page as a table, or the document."""
+    match output:
+        case "json":
+            click.echo(json.dumps(document, indent=2))
+        case "yaml":
+            click.echo(yaml.safe_dump(document, sort_keys=False, width=1 << 20), nl=False)
+        case "table" if sys.stdout.isatty():
+            console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+            for block in page:
+                console.print(_rich(block))
+        case "table":
+            encoding = sys.stdout.encoding or "utf-8"
+            for block in page:
+                for line in _plain(block):
+                    click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
+
+
+def printable(text: str) -> str:
+    """Words of QEMU, a guest or a file, without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _text(cell: Cell) -> str:
+    return printable(cell.text if isinstance(cell, Styled) else cell)
+
+
+def _plain(block: Block) -> list[str]:
+    match block:
+        case Heading(text):
+            return [printable(text)]
+        case Facts(rows):
+            return _aligned([[f"{name}:", _text(value)] for name, value in rows])
+        case Grid(header, rows):
+            texts = [[_text(cell) for cell in row] for row in rows]
+            return ["", *_aligned([header, *texts]), ""]
+        case Lines(lines, indent):
+            return [" " * indent + _text(line) for line in lines]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(_padded, row, widths)) for row in rows]
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def _rich(block: Block) -> RenderableType:
+    match block:
+        case Heading(text):
+            return Text(printable(text), style="bold")
+        case Facts(rows):
+            facts = Table.grid(padding=(0, 2))
+            facts.add_column(style="bold", no_wrap=True)
+            facts.add_column(overflow="fold")
+            for name, value in rows:
+                facts.add_row(name, _rich_text(value))
+            return facts
+        case Grid(header, rows):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+            for title in header:
+                table.add_column(title, overflow="fold")
+            for row in rows:
+                table.add_row(*map(_rich_text, row))
+            return table
+        case Lines(lines, indent):
+            return Padding(Group(*map(_rich_text, lines)), (0, 0, 0, indent))
+
+
+def _rich_text(cell: Cell) -> Text:
+    return Text(_text(cell), style=cell.style if isinstance(cell, Styled) else "")

@@ -1,0 +1,134 @@
+"""What the next pass over a machine would do, and what would come of it, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from vcpuset.domain.guest import GuestCPUs, GuestReport
+from vcpuset.domain.machine import Machine, Slot
+from vcpuset.domain.obstacles import Obstacle, obstacles
+from vcpuset.domain.plan import Goal, first_fit, goal, plan
+from vcpuset.domain.report import opened_at
+from vcpuset.domain.requests import asked, carried_over
+from vcpuset.domain.resource import Request, Spec, VCPUSet
+from vcpuset.domain.verdict import Verdict, judge, plugging
+
+__all__ = ["Prospect", "prospect"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """The next pass. At most one of `plug` and `ask` is not empty.
+
+    goal          the count that it works towards
+    plug          the free slots that it fills, in this order
+    ask           the occupied slots that it asks the guest for, in this order
+    standby       those that take the place of one that fails or is refused, in this order
+    bring_online  the guest's CPUs (its own numbers) that it has the guest's agent set online
+    requests      what stands in the status and still holds for this machine
+    verdict       what the set's conditions say meanwhile
+    expected      what they say when QEMU and the guest have done as they were told; None: nothing is done
+    obstacles     all that stands in the way
+    """
+
+    goal: Goal
+    plug: tuple[Slot, ...]
+    ask: tuple[Slot, ...]
+    standby: tuple[Slot, ...]
+    bring_online: tuple[int, ...]
+    requests: tuple[Request, ...]
+    verdict: Verdict
+    expected: Verdict | None
+    obstacles: tuple[Obstacle, ...]
+
+
+def prospect(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: datetime) -> Prospect:
+    """The next pass of the operator that wrote the set's status, should it still run.
+
+    Such an operator knows that it has made the requests it wrote down, so none counts as inherited.
+    """
+    spec = vcpuset.spec
+    requests = carried_over(vcpuset.status, machine, now)
+    step = plan(spec, machine, requests, inherited=(), now=now)
+    fill = tuple(first_fit(step.plug, step.goal.count - machine.vcpus, ()))
+    bring_online = _to_bring_online(spec, machine, step.goal, guest)
+    if fill:
+        # The very words of the report that a pass writes before it plugs.
+        verdict = plugging(spec, machine, step.goal)
+    else:
+        verdict = _judged(vcpuset, machine, asked(requests, step.ask, now), guest, now)
+    expected: Verdict | None = None
+    if fill or step.ask:
+        after = _changed(machine, fill, step.ask)
+        # What the guest makes of it cannot be foreseen: of that nothing is said.
+        expected = _judged(_without_agent(vcpuset), after, carried_over(vcpuset.status, after, now), None, now)
+    elif bring_online and guest is not None and guest.cpus is not None:
+        woken = tuple(replace(cpu, online=True) for cpu in guest.cpus.cpus)
+        expected = _judged(vcpuset, machine, requests, GuestReport(GuestCPUs(woken)), now)
+    return Prospect(
+        goal=step.goal,
+        plug=fill,
+        ask=step.ask,
+        standby=_standby(spec, machine, requests, fill, step.ask, now),
+        bring_online=bring_online,
+        requests=requests,
+        verdict=verdict,
+        expected=expected,
+        obstacles=obstacles(spec, machine, requests, guest, inherited=(), now=now),
+    )
+
+
+def _judged(
+    vcpuset: VCPUSet, machine: Machine, requests: Sequence[Request], guest: GuestReport | None, now: datetime
+) -> Verdict:
+    aim = goal(vcpuset.spec, machine)
+    status = vcpuset.status
+    current = status.ready is not None and status.ready.observed_generation == vcpuset.generation
+    return judge(
+        vcpuset.spec,
+        machine,
+        aim,
+        requests,
+        started=opened_at(status, vcpuset.generation, requests, machine.vcpus - aim.count, now),
+        inherited=(),
+        blocked=None,
+        reported=status.ready.reason if status.ready is not None and current else None,
+        now=now,
+        guest=guest,
+    )
+
+
+def _without_agent(vcpuset: VCPUSet) -> VCPUSet:
+    return replace(vcpuset, spec=replace(vcpuset.spec, guest_agent=None))
+
+
+def _to_bring_online(spec: Spec, machine: Machine, aim: Goal, guest: GuestReport | None) -> tuple[int, ...]:
+    """As the operator does when it asks the guest: not while CPUs are given back, nor while the set is suspended."""
+    if guest is None or guest.cpus is None or spec.guest_agent is None or not spec.guest_agent.bring_online:
+        return ()
+    return () if spec.suspend or machine.vcpus > aim.count else guest.cpus.offline
+
+
+def _standby(
+    spec: Spec, machine: Machine, requests: Sequence[Request], fill: Sequence[Slot], ask: Sequence[Slot], now: datetime
+) -> tuple[Slot, ...]:
+    chosen = {slot.index for slot in (*fill, *ask)}
+    everything: Sequence[Slot] = ()
+    if fill:
+        everything = machine.free
+    elif ask:
+        # Whoever wanted no more than the floor would ask for all that may be asked for.
+        everything = plan(replace(spec, vcpus=1), machine, requests, inherited=(), now=now).ask
+    return tuple(slot for slot in everything if slot.index not in chosen)
+
+
+def _changed(machine: Machine, fill: Sequence[Slot], ask: Sequence[Slot]) -> Machine:
+    """The machine with these slots filled and those free."""
+    filled = {slot.index: replace(slot, path=f"/machine/peripheral/{slot.device_id}") for slot in fill}
+    freed = {slot.index: replace(slot, path=None, thread_id=None) for slot in ask}
+    changed = filled | freed
+    slots = tuple(changed.get(slot.index, slot) for slot in machine.slots or ())
+    moved = sum(slot.vcpus for slot in fill) - sum(slot.vcpus for slot in ask)
+    return replace(machine, slots=slots, vcpus=machine.vcpus + moved)
