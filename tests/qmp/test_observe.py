@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,27 @@ async def test_four_thousand_slots_are_seen(namespace_folder: Path, connect: Con
         assert machine.slots is not None
         assert len(machine.slots) == 4096
         assert machine.ceiling == 4096
+
+
+async def test_a_machine_is_told_from_its_successor_by_its_uuid_and_the_age_of_its_socket(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    uuid = "11111111-2222-4333-8444-555555555555"
+    async with Guest(None, memory=64, extra=["-uuid", uuid], socket_dir=namespace_folder) as guest:
+        path = guest.monitors[0]
+        machine = await (await connect(path)).observe()
+        assert machine.uuid == uuid
+        assert machine.since == datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        await guest.restart()
+        successor = await (await connect(path)).observe()
+        assert successor.uuid == uuid
+        assert successor.since == datetime.fromtimestamp(path.lstat().st_mtime, UTC) > machine.since
+
+
+async def test_a_machine_that_was_given_no_uuid_has_none_and_on_tcp_no_age(connect: Connect) -> None:
+    async with Guest(None, memory=64, tcp=True) as guest:
+        machine = await (await connect(guest.tcp_address)).observe()
+        assert (machine.uuid, machine.since) == (None, None)
 
 
 async def test_a_guest_whose_acpi_is_not_up_reports_nothing_yet(q35: Guest, connect: Connect, control: Raw) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -403,6 +404,35 @@ async def test_a_storm_of_events_neither_blocks_the_loop_nor_leaves_anything_beh
         gc.collect()
         kept = sum(type(thing).__name__ == "Message" for thing in gc.get_objects())
         assert kept < 10
+
+
+async def test_a_session_that_has_heard_thousands_of_events_has_kept_none_of_them(
+    namespace_folder: Path, connect: Connect, wakes: Wakes
+) -> None:
+    """Of the kinds that it looks into or wakes for, with what the library would keep of each."""
+    async with FaultyMonitor(namespace_folder / "qmp", cpus=2, slots=8) as monitor:
+        session = await connect(monitor.path, wakes)
+
+        async def hear(rounds: int) -> int:
+            """How many blocks of memory are in use after so many rounds of 500 events."""
+            for _ in range(rounds):
+                for number in range(100):
+                    ost = {"slot": str(number % 8), "slot-type": "CPU", "source": 3, "status": number % 0x84}
+                    monitor.emit("ACPI_DEVICE_OST", {"info": ost})
+                    monitor.emit("DEVICE_DELETED", {"path": f"/machine/peripheral/vcpu{number}"})
+                    monitor.emit("DEVICE_UNPLUG_GUEST_ERROR", {"path": f"/machine/peripheral/vcpu{number}"})
+                    monitor.emit("RESET", {"guest": True, "reason": "guest-reset"})
+                    monitor.emit("RTC_CHANGE", {"offset": number, "qom-path": "/machine/rtc"})
+                await session.observe()
+            monitor.commands.clear()
+            gc.collect()
+            return sys.getallocatedblocks()
+
+        before = await hear(4)
+        grown = await hear(40) - before
+        assert session._client._received > 22_000
+        assert wakes.count
+        assert grown < 2000, "an event kept would be several blocks, and these were 20,000"
 
 
 async def test_many_events_at_once_wake_few_times(namespace_folder: Path, connect: Connect, wakes: Wakes) -> None:
