@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Final
 
 from harness.cache import REPOSITORY
+from vcpuset.domain.guest import AgentReason
+from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason, State
 
-__all__ = ["PAGES", "OutOfPlace", "main", "reasons", "renewed"]
+__all__ = ["PAGES", "OutOfPlace", "agent", "answers", "main", "reasons", "renewed"]
 
 PAGES: Final = (REPOSITORY / "docs" / "conditions.md",)
 
@@ -32,16 +34,33 @@ class OutOfPlace(ValueError):
 
 
 def reasons() -> str:
-    """The table of the reasons, in the order of the list."""
-    rows = [f"| `{reason}` | {_true_condition(reason)} | {reason.meaning} | {reason.remedy} |" for reason in Reason]
-    return "\n".join(["| reason | True is | meaning | what helps |", "| --- | --- | --- | --- |", *rows])
+    """The reasons of Ready, Reconciling and Stalled, in the order of the list."""
+    rows = [(f"`{reason}`", _true_condition(reason), reason.meaning, reason.remedy) for reason in Reason]
+    return _table(("reason", "True is", "meaning", "what helps"), rows)
+
+
+def agent() -> str:
+    """The reasons of GuestAgentConnected."""
+    rows = [(f"`{reason}`", reason.status, reason.meaning) for reason in AgentReason]
+    return _table(("reason", "GuestAgentConnected", "meaning"), rows)
+
+
+def answers() -> str:
+    """What a guest can answer to an unplug request."""
+    rows = [(f"`{answer.value}`", answer.words, "yes" if answer.refused else "no") for answer in Answer]
+    return _table(("answer", "meaning", "a refusal"), rows)
 
 
 def _true_condition(reason: Reason) -> str:
     return ", then ".join("none" if state is State.HELD else state.value for state in reason.states)
 
 
-_PARTS: Final[Mapping[str, Callable[[], str]]] = {"reasons": reasons}
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+_PARTS: Final[Mapping[str, Callable[[], str]]] = {"reasons": reasons, "agent": agent, "answers": answers}
 
 
 def renewed(text: str) -> str:

@@ -9,14 +9,22 @@ import pytest
 
 from harness.cache import REPOSITORY
 from harness.pages import PAGES, OutOfPlace, main, renewed
+from vcpuset.domain.guest import AgentReason
+from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason
 
 CONDITIONS = REPOSITORY / "docs" / "conditions.md"
 
 
+def table(part: str) -> list[list[str]]:
+    """The cells of a generated table of the conditions page, without its head."""
+    text = CONDITIONS.read_text().partition(f"<!-- generated: {part} -->")[2].partition("<!-- end of generated")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
 def test_the_conditions_page_has_one_row_of_four_cells_for_each_reason_and_no_other() -> None:
-    rows = [line for line in CONDITIONS.read_text().splitlines() if line.startswith("| `")]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    cells = table("reasons")
     assert [row[0] for row in cells] == [f"`{reason}`" for reason in Reason]
     for row, reason in zip(cells, Reason, strict=True):
         assert row[2:] == [reason.meaning, reason.remedy]
@@ -30,6 +38,14 @@ def test_each_reason_but_the_good_one_says_what_helps() -> None:
     assert Reason.CONVERGED.remedy == "\N{EN DASH}"
     for reason in set(Reason) - {Reason.CONVERGED}:
         assert re.fullmatch(r"[A-Z][^|\n]+\.", reason.remedy), reason
+
+
+def test_the_conditions_page_names_each_reason_of_the_guest_agent_and_each_answer_of_a_guest() -> None:
+    assert table("agent") == [[f"`{each}`", each.status, each.meaning] for each in AgentReason]
+    answers = {row[0].strip("`"): row[1:] for row in table("answers")}
+    assert answers.keys() == {answer.value for answer in Answer}
+    assert answers["Busy"] == ["device busy (_OST 0x82)", "yes"]
+    assert answers["InProgress"] == ["in progress (_OST 0x84)", "no"]
 
 
 def test_the_generated_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
