@@ -83,6 +83,41 @@ async def test_a_destination_that_takes_over_the_monitor_s_path_is_busy_until_th
             assert (await count(source.control), await count(destination.control)) == (2, 3)
 
 
+async def test_a_request_that_moves_with_its_guest_takes_a_cpu_that_is_then_plugged_again(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    """The guest had no time to look before it moved; the count was raised again meanwhile."""
+    way = folder / "way"
+    async with (
+        saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "here.sock"]) as source,
+        Guest(
+            smp="2,maxcpus=64", extra=["-incoming", f"unix:{way}"], monitor_paths=[folder / "there.sock"]
+        ) as destination,
+    ):
+        await user.create("vm", 2, "here.sock")
+        await user.wait_ready("vm")
+        await execute(source.control, "stop")
+        await user.change("vm", vcpus=1)
+        await user.wait("vm", lambda seen: [each["slot"] for each in seen.pending] == [1], "a request")
+        await user.change("vm", vcpus=2)
+        await shows(user, "vm", "Converged", READY, "may still take slot 1 away", vcpus=2)
+        async with _held_at_the_switchover(source, way) as client:
+            await _switch_over(client)
+
+        await user.change("vm", monitor={"unix": {"path": "there.sock"}})
+        moved = await user.wait("vm", lambda seen: seen.ready and not seen.pending, "no request of the old QEMU")
+        assert moved.vcpus == 2
+        async with raw(destination.control) as client:
+            await client.call("cont")
+
+            async def plugged_again() -> bool:
+                return (await client.slots())[1].get("qom-path") == "/machine/peripheral/vcpu1"
+
+            await until(plugged_again, 90, "a new CPU in slot 1")
+        await shows(user, "vm", "Converged", READY, vcpus=2)
+        await destination.wait_online({0, 1})
+
+
 @asynccontextmanager
 async def _held_at_the_switchover(guest: Guest, way: Path) -> AsyncIterator[Raw]:
     """A migration that has sent all but the last: the machine stands still at both ends until `_switch_over`."""
