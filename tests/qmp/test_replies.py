@@ -17,7 +17,7 @@ def test_the_threads_of_a_pseries_core_are_one_device_known_by_its_lowest_thread
         [cpu(f"{path}/thread[{n}]", 107 - 4 * i - n, "ppc64") for i, path in enumerate(paths) for n in range(4)]
     )
     assert (cpus.arch, cpus.count) == ("ppc64", 8)
-    assert cpus.threads == {paths[0]: 104, paths[1]: 100}
+    assert cpus.threads == {paths[0]: [104, 105, 106, 107], paths[1]: [100, 101, 102, 103]}
     slots = replies.slots(
         [
             {"props": {"core-id": 16}, "vcpus-count": 4, "type": "power9_v2.0-spapr-cpu-core"},
@@ -67,3 +67,72 @@ def test_reports_about_memory_are_no_reports_about_cpus() -> None:
     entry = {"slot-type": "DIMM", "slot": "1", "source": 3, "status": 1}
     assert replies.ost([entry]) == {}
     assert replies.ost_of_event({"info": entry}) is None
+
+
+def hotpluggable(core: int, **other: Any) -> dict[str, Any]:
+    return {"props": {"core-id": core}, "vcpus-count": 1, "type": "t", **other}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        [hotpluggable(0, **{"vcpus-count": 0})],
+        [hotpluggable(0, **{"vcpus-count": -1})],
+        [hotpluggable(0, **{"vcpus-count": 10**30})],
+        [hotpluggable(0, **{"vcpus-count": 2}), hotpluggable(1)],
+        [hotpluggable(1), hotpluggable(1)],
+        [hotpluggable(0, **{"qom-path": "/a"}), hotpluggable(1, **{"qom-path": "/a"})],
+        [hotpluggable(0, **{"qom-path": "/" + "a" * 1024})],
+        [hotpluggable(0, **{"qom-path": ""})],
+        [hotpluggable(0, **{"qom-path": "/\ud800"})],
+        [hotpluggable(0, type="t\n")],
+    ],
+    ids=["none", "negative", "too-many", "two-sizes", "twice", "one-cpu", "long-path", "no-path", "surrogate", "lines"],
+)
+def test_slots_that_no_machine_has_are_not_believed(reply: list[dict[str, Any]]) -> None:
+    with pytest.raises(replies.Malformed):
+        replies.slots(reply, {"/a": [100]})
+
+
+def test_a_core_with_more_or_fewer_vcpus_than_are_counted_is_one_that_comes_or_goes() -> None:
+    reply = [hotpluggable(0, **{"qom-path": "/a", "vcpus-count": 2})]
+    assert replies.slots(reply, {"/a": [100, 101]}) is not None
+    assert replies.slots(reply, {"/a": [100]}) is None
+    assert replies.slots(reply, {"/a": [100, 101, 102]}) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        [cpu("/a", 1, "x86_64"), cpu("/b", 2, "s390x")],
+        [cpu("/a", -1, "x86_64")],
+        [cpu("/a", 1 << 63, "x86_64")],
+        [cpu("/" + "a" * 1024, 1, "x86_64")],
+        [cpu("/a", 1, "")],
+    ],
+    ids=["two-architectures", "negative-thread", "thread-of-64-bits", "long-path", "no-architecture"],
+)
+def test_cpus_that_no_machine_has_are_not_believed(reply: list[dict[str, Any]]) -> None:
+    with pytest.raises(replies.Malformed):
+        replies.cpus(reply)
+
+
+@pytest.mark.parametrize("status", ["", "x" * 1025, "running\n", "\ud800"])
+def test_a_run_state_is_one_short_word(status: str) -> None:
+    with pytest.raises(replies.Malformed):
+        replies.run_state({"status": status})
+
+
+def test_reports_about_slots_beyond_any_machine_are_not_kept() -> None:
+    report = {"slot-type": "CPU", "source": 3, "status": 1}
+    assert replies.ost_of_event({"info": {**report, "slot": "99999"}}) is not None
+    with pytest.raises(replies.Malformed):
+        replies.ost_of_event({"info": {**report, "slot": "100000"}})
+
+
+def test_a_uuid_is_written_as_qemu_writes_it() -> None:
+    uuid = "12345678-9abc-def0-1234-56789abcdef0"
+    assert replies.uuid({"UUID": uuid}) == uuid
+    for other in (uuid.upper(), f"{{{uuid}}}", uuid.replace("-", ""), uuid.replace("12", "1_", 1)):
+        with pytest.raises(replies.Malformed):
+            replies.uuid({"UUID": other})

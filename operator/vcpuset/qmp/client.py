@@ -127,7 +127,7 @@ class Client(QMPClient):
 
     async def _on_message(self, msg: Message) -> None:
         waiting = self._pending.get(cast("str | None", msg.get("id")))
-        if waiting is not None and waiting.full():
+        if waiting is not None and waiting.full() and "event" not in msg:
             return  # A second reply with one id: its predecessor is about to be taken, and putting it would block.
         await super()._on_message(msg)
 

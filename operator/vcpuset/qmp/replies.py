@@ -37,11 +37,9 @@ _T = TypeVar("_T")
 _TOPOLOGY = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
 """The ids that order slots, outermost first. On x86 a slot's rank in this order is QEMU's cpu-index."""
 
-_MIGRATING = frozenset({
-    "setup", "cancelling", "active", "postcopy-active", "postcopy-paused", "postcopy-recover-setup",
-    "postcopy-recover", "colo", "pre-switchover", "device", "wait-unplug",
-})  # fmt: skip
-"""`MigrationStatus` (QEMU 10.0, qapi/migration.json) without none, cancelled, completed and failed."""
+_NOT_MIGRATING = frozenset({"none", "cancelled", "completed", "failed"})
+"""What of `MigrationStatus` (QEMU 10.0, qapi/migration.json) means that none is under way. The others grow in number
+with QEMU's releases; one that is not known is taken for a migration, since a change would disturb that."""
 
 
 _MOST_THREADS = 1024
@@ -124,6 +122,7 @@ def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ..
     found = []
     held: dict[str, int] = {}
     for index, (_, props, entry) in enumerate(entries):
+        driver = _name(entry, "type")
         path = _name(entry, "qom-path") if "qom-path" in entry else None
         vcpus = _number(entry, "vcpus-count", 1, _MOST_THREADS)
         if path is not None:
@@ -133,7 +132,7 @@ def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ..
         found.append(
             Slot(
                 index=index,
-                driver=_name(entry, "type"),
+                driver=driver,
                 props=props,
                 vcpus=vcpus,
                 path=path,
@@ -165,7 +164,7 @@ def ost_of_event(data: object) -> tuple[int, Ost] | None:
 def migrating(reply: object) -> bool:
     """`query-migrate`: whether a migration is under way. Without one, ever, the reply is an empty object."""
     entry = _object(reply)
-    return "status" in entry and _name(entry, "status") in _MIGRATING
+    return "status" in entry and _name(entry, "status") not in _NOT_MIGRATING
 
 
 def guest_cpus(reply: object) -> GuestCPUs:
