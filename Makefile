@@ -6,7 +6,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs bench
+.PHONY: help setup demo test check docs bench bench-drift
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -54,3 +54,7 @@ docs: ## Renew what is generated from the code in docs/
 bench: ## Measure the operator against raw QMP on one guest
 	$(call set-up)
 	@$(PY) bench/latency.py $(ARGS)
+
+bench-drift: ## Measure how soon a machine that somebody else has changed is repaired
+	$(call set-up)
+	@$(PY) -m bench.drift $(ARGS)

@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,17 +40,22 @@ MAXCPUS = 240
 Change = Callable[[int], Awaitable[None]]
 
 
-async def bulk(monitor: Path, target: int) -> None:
+async def bring(client: Raw, target: int) -> None:
     """What the operator sends, without the operator."""
+    slots = await client.slots()
+    occupied = [slot for slot in slots if "qom-path" in slot]
+    for index, slot in enumerate(slots):
+        if "qom-path" not in slot and len(occupied) < target:
+            await client.call("device_add", {"driver": slot["type"], "id": f"vcpu{index}", **slot["props"]})
+            occupied.append(slot)
+    for slot in reversed(occupied[target:]):
+        await client.call("device_del", {"id": slot["qom-path"]})
+
+
+async def bulk(monitor: Path, target: int) -> None:
+    """The same on a connection of its own."""
     async with raw(monitor) as client:
-        slots = await client.slots()
-        occupied = [slot for slot in slots if "qom-path" in slot]
-        for index, slot in enumerate(slots):
-            if "qom-path" not in slot and len(occupied) < target:
-                await client.call("device_add", {"driver": slot["type"], "id": f"vcpu{index}", **slot["props"]})
-                occupied.append(slot)
-        for slot in reversed(occupied[target:]):
-            await client.call("device_del", {"id": slot["qom-path"]})
+        await bring(client, target)
 
 
 async def one_by_one(monitor: Path, target: int) -> None:
@@ -154,14 +159,19 @@ async def measure(rounds: int) -> None:
                 memory = operator.rss_bytes() / 1e6
     finally:
         shutil.rmtree(root)
-    qemu = ".".join(str(version[part]) for part in ("major", "minor", "micro"))
-    print(f"\nQEMU {qemu} under TCG, {os.cpu_count()} cores, Python {platform.python_version()}, {rounds} rounds\n")
+    print(f"\n{circumstances(version)}, {rounds} rounds\n")
     print(table(times, ways))
     print()
     for target, name in ((HIGH, "plug"), (LOW, "unplug")):
         requests, status, events = (statistics.median(column) for column in zip(*writes[target], strict=True))
         print(f"{name}: {requests:.0f} API requests a change: {status:.0f} status writes, {events:.0f} Events (median)")
     print(f"operator's resident memory: {memory:.0f} MB")
+
+
+def circumstances(version: Mapping[str, int]) -> str:
+    """What the times depend on; `version` is QEMU's, as it tells it."""
+    qemu = ".".join(str(version[part]) for part in ("major", "minor", "micro"))
+    return f"QEMU {qemu} under TCG, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 async def _nothing(_: int) -> None:
