@@ -189,7 +189,7 @@ async def test_a_boot_cpu_is_given_back_by_its_path(q35: Guest, connect: Connect
         (Status.IN_USE, Answer.IN_USE),
         (Status.BUSY, Answer.BUSY),
         (Status.DEPENDENCY_BUSY, Answer.DEPENDENCY_BUSY),
-        (0x99, Answer.FAILURE),
+        (0x99, Answer.OTHER),
     ],
 )
 async def test_a_refusal_is_heard_wakes_and_is_seen_again_by_an_observation(
@@ -252,7 +252,7 @@ async def test_a_refusal_on_machines_without_acpi_comes_by_path(namespace_folder
         await session.unplug(slot_of(machine, 1))
         await session.unplug(slot_of(machine, 2))
         monitor.emit("DEVICE_UNPLUG_GUEST_ERROR", {"path": slot_of(machine, 2).path})
-        await until(lambda: session.answer(2) is Answer.FAILURE, 60, "the answer")
+        await until(lambda: session.answer(2) is Answer.GUEST_ERROR, 60, "the answer")
         assert session.answer(1) is None
 
 

@@ -43,6 +43,10 @@ class Answer(enum.Enum):
     IN_USE = "InUse"
     BUSY = "Busy"
     DEPENDENCY_BUSY = "DependencyBusy"
+    OTHER = "Other"
+    """A code that ACPI does not define: only 0 is success and only 0x84 is in progress."""
+    GUEST_ERROR = "GuestError"
+    """A machine without `_OST` (pseries): all that it says is DEVICE_UNPLUG_GUEST_ERROR."""
     REJECTED = "Rejected"
     """Not the guest's: QEMU itself refused `device_del`."""
 
@@ -65,6 +69,8 @@ _WORDS = {
     Answer.IN_USE: "device in use (_OST 0x81)",
     Answer.BUSY: "device busy (_OST 0x82)",
     Answer.DEPENDENCY_BUSY: "a dependency is busy (_OST 0x83)",
+    Answer.OTHER: "a refusal with an _OST code that ACPI does not define",
+    Answer.GUEST_ERROR: "refused (DEVICE_UNPLUG_GUEST_ERROR)",
     Answer.REJECTED: "refused by QEMU",
 }
 
@@ -91,8 +97,7 @@ class Ost:
         """What it says about an eject; None: nothing (it is about a plug, or reports success)."""
         if self.source not in _OST_EJECT or self.status == 0:
             return None
-        # A code that ACPI does not define is still a "no": only 0 is success and only 0x84 is in progress.
-        return _ANSWERS.get(self.status, Answer.FAILURE)
+        return _ANSWERS.get(self.status, Answer.OTHER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,8 @@ def judge(
     if machine.activity is Activity.OVER:
         return _verdict(
             Reason.MACHINE_NOT_RUNNING,
-            f"The machine's run state is {machine.run_state!r}: its CPUs cannot be changed until it runs again.",
+            f"The machine's run state is {machine.run_state!r}: its CPUs cannot be changed until it runs again."
+            f"{_WAY_OUT.get(machine.run_state, '')}",
             Pace.STEADY,
         )
     if machine.vcpus == spec.vcpus:
@@ -137,7 +138,8 @@ def judge(
         why = "a migration runs" if migrates else "tried again until the machine runs (or is paused)"
         return _verdict(
             Reason.MACHINE_BUSY,
-            f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}.",
+            f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}."
+            f"{_WAY_OUT.get(machine.run_state, '')}",
             Pace.RETRY,
         )
     if machine.vcpus < goal.count:
@@ -201,7 +203,7 @@ def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
 def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
     text = f"{_counts(spec, machine)}; "
     if isinstance(blocked, PermanentError):
-        return _verdict(Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU refuses for good: {blocked}.", Pace.STEADY)
+        return _verdict(Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU refuses for good: {blocked}.{_RESTART}", Pace.STEADY)
     if blocked is not None:
         return _verdict(Reason.PLUGGING, f"{text}QEMU refuses for now: {blocked}.", Pace.RETRY)
     return _verdict(Reason.PLUGGING, f"{text}a vCPU left again while others were plugged.", Pace.RETRY)
@@ -250,7 +252,7 @@ def _unplug_unfinished(
     )
     if len(rejected) == len(refused) and (not in_flight or rejected_again):
         words = "" if blocked is None else f": {blocked}"
-        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}. {again}."
+        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}.{_RESTART} {again}."
         return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
 
     if in_flight and not overdue and not (repeated and still_refused):
@@ -338,6 +340,20 @@ def _listed(noun: str, indexes: Iterable[int]) -> str:
     return f"{noun if len(indexes) == 1 else noun + 's'} {text}"
 
 
+_WAY_OUT = {
+    "postmigrate": " Name the destination's monitor in spec.monitor.",
+    "guest-panicked": " Reset or restart the VM.",
+    "internal-error": " Reset or restart the VM; QEMU's own log tells what failed.",
+    "shutdown": " Reset or restart the VM.",
+    "watchdog": " Reset the VM, or let it go on (cont).",
+    "io-error": " Mend the storage and let the machine go on (cont).",
+    "suspended": " Wake the guest (system_wakeup).",
+}
+"""What helps in a run state, where it is not waiting."""
+
+_RESTART = " Declare the present count, or restart the VM with the declared one or as a machine that can change it."
+
+
 def _verdict(
     reason: Reason, message: str, pace: Pace, due: datetime | None = None, *, stalled: bool = False
 ) -> Verdict:
@@ -370,7 +386,8 @@ def _may_leave(requests: Sequence[Request]) -> str:
 
 def sentence(words: str) -> str:
     """With a capital letter and a full stop; a path or a field at the beginning keeps its spelling."""
-    return f"{words[:1].upper()}{words[1:]}." if words.split(" ", 1)[0].isalpha() else f"{words}."
+    end = "" if words.endswith(("?", ".")) else "."
+    return f"{words[:1].upper()}{words[1:]}{end}" if words.split(" ", 1)[0].isalpha() else f"{words}{end}"
 
 
 def _counts(spec: Spec, machine: Machine) -> str:

@@ -193,9 +193,10 @@ class Session:
             async with asyncio.timeout(self._command_seconds):
                 return await self._client.execute(command, arguments)
         except TimeoutError as error:
+            late = "" if command.startswith("query-") else "; it may still carry it out"
             raise MonitorTimeout(
-                f"{self._where} has not answered {command} within {self._command_seconds:g} s;"
-                " it may still carry it out"
+                f"{self._where} has not answered {command} within {self._command_seconds:g} s{late}: see whether the "
+                "QEMU process is stopped, waits for storage or gets too little CPU time"
             ) from error
         except ExecuteError as error:
             raise translate.refusal(command, error) from error
@@ -212,7 +213,7 @@ class Session:
             # What spapr sends in place of an _OST; it says no more than "no".
             for slot, path in self._asked.items():
                 if path == data.get("path"):
-                    self._answers[slot] = Answer.FAILURE
+                    self._answers[slot] = Answer.GUEST_ERROR
         if name in _WAKING:
             self._wake_soon()
 
