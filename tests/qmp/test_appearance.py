@@ -397,6 +397,33 @@ async def test_thousands_of_sets_share_one_start_of_the_watch(
     assert starts == [102]
 
 
+async def test_what_comes_and_goes_while_the_watch_starts_is_seen(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gaps: list[Callable[[], None]] = [
+        (root / "team-b").rmdir,  # was there at the look: watchfiles finds that it is not
+        (root / "team-a/web-1").mkdir,
+        lambda: listen(root / "team-a/qmp.sock"),
+    ]
+
+    def late(*folders: str, **options: object) -> object:
+        if gaps:
+            gaps.pop(0)()
+        return watchfiles.watch(*folders, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(watch_module, "watch", late)
+    following = Following(root)
+    following.follow("one", "qmp.sock")
+    following.follow("two", "web-1/qmp.sock")
+    following.follow("three", "qmp.sock", "team-b")
+    async with running(following):
+        await following.told("one")
+        await watching(root, root / "team-a", root / "team-a/web-1")
+    assert not gaps
+    assert "cannot" not in caplog.text
+    assert "failed" not in caplog.text
+
+
 async def test_a_watch_that_fails_is_told_of_once_and_tried_until_it_works(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -428,6 +455,28 @@ async def test_a_watch_that_fails_is_told_of_once_and_tried_until_it_works(
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     assert "watch limit reached" in warning
     assert "fs.inotify.max_user_watches" in warning
+
+
+async def test_a_watch_that_failed_is_not_tried_before_its_time_whatever_else_happens(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def failing(*folders: str, **_options: object) -> object:
+        tries.append(folders)
+        raise RuntimeError("Error creating recommended watcher: Too many open files (os error 24)")
+
+    monkeypatch.setattr(watch_module, "watch", failing)
+    following = Following(root, lambda _failures: 3600.0)
+    following.follow("0", "0/qmp.sock")
+    async with running(following):
+        await until(lambda: "Too many open files" in caplog.text, SECONDS, "the failure")
+        for number in ("1", "2"):
+            following.follow(number, f"{number}/qmp.sock")  # another folder: everything is looked at
+            (root / "team-a" / number).mkdir()
+            listen(root / "team-a" / number / "qmp.sock")
+            await following.told(number)
+    assert len(tries) == 1
 
 
 async def test_a_file_name_that_watchfiles_cannot_read_ends_no_more_than_one_watch(

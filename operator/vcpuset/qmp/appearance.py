@@ -199,8 +199,8 @@ class Appearances:
         # In a thread: thousands take longer than the other sets should wait.
         sight = await asyncio.to_thread(_look, self._root, list(folders), [path for _, path in asked])
         for (uid, path), identity in zip(asked, sight.sockets, strict=True):
-            # A set that was followed anew during the look has seen something newer: then it is another string.
-            if self._paths.get(uid) is path and identity != self._seen[uid]:
+            # Not if the set has gone or names another socket since.
+            if self._paths.get(uid) == path and identity != self._seen[uid]:
                 self._seen[uid] = identity
                 if identity is not None:
                     self._appeared(uid)
