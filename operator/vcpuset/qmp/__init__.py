@@ -1,9 +1,12 @@
-"""Talking to QEMU: the only room that imports `qemu.qmp`.
+"""Talking to QEMU and to the agents of its guests: the only room that imports `qemu.qmp`.
 
-sockets    from what a VCPUSet names to an endpoint that cannot be swapped for another one
-monitors   the monitors of all sets, and the sessions that are kept between passes
-session    one monitor connection: observe, plug, unplug, what the guest answers; every wait has a deadline
-client     `qemu.qmp`'s client with what a long-running program needs of it
-replies    QEMU's replies as domain values
-translate  foreign errors as ours: the tree in `vcpuset.domain.errors`
+sockets     from what a VCPUSet names to an endpoint that cannot be swapped for another one
+monitors    the monitors of all sets, and the sessions that are kept between passes
+session     one monitor connection: observe, plug, unplug, what the guest answers; every wait has a deadline
+agent       one conversation with a guest agent
+guests      what the guests of all sets say, asked for beside the passes
+appearance  a monitor's socket that appears, in the folders that `watch` watches
+client      `qemu.qmp`'s client with what a long-running program needs of it
+replies     replies of QEMU and of agents as domain values
+translate   foreign errors as ours: the tree in `vcpuset.domain.errors`
 """
