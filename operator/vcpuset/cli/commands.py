@@ -158,12 +158,13 @@ def plan(
 def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:
     from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - brings yaml
 
+    name = str(getattr(file, "name", "<stdin>"))
     try:
         return read(file.read().decode(), namespace or None, datetime.now(UTC))
     except UnicodeDecodeError:
-        _end([f"{file.name} is not text in UTF-8: give a VCPUSet in YAML or JSON."])
+        _end([f"{name} is not text in UTF-8: give a VCPUSet in YAML or JSON."])
     except InvalidManifest as error:
-        _end([f"{file.name}: {problem}" for problem in error.problems])
+        _end([f"{name}: {problem}" for problem in error.problems])
 
 
 def _end(problems: list[str]) -> NoReturn:

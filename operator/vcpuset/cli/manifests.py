@@ -258,7 +258,8 @@ def _unknown(value: Mapping[Any, Any], known: Iterable[str], prefix: str) -> Ite
 
 def _guess(word: object, known: Iterable[str], prefix: str = "") -> str:
     by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    lower = str(word).lower()
+    near = difflib.get_close_matches(lower, by_lower, n=1) or [each for each in by_lower if each.startswith(lower)]
     return f" Did you mean {prefix}{by_lower[near[0]]}?" if near else f" There are {', '.join(by_lower.values())}."
 
 

@@ -175,7 +175,9 @@ def local_socket(path: Path) -> UnixEndpoint:
     try:
         found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise MonitorUnreachable(f"there is no {path}: is QEMU running, and does it make its socket there?") from error
+        raise MonitorUnreachable(
+            f"there is no {path}: start QEMU with its socket there, or correct the path"
+        ) from error
     except PermissionError as error:
         raise MonitorUnreachable(f"{path} may not be looked up: run this as a user who may enter its folder") from error
     except (OSError, ValueError) as error:

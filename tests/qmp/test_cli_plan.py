@@ -1,0 +1,238 @@
+"""`vcpuset plan` on real machines: it tells what a pass would do, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness.acpi import Acpi
+from harness.faults import Hang
+from harness.faulty import GREETING, FaultyMonitor
+from harness.guest import Guest
+from harness.qmp import Raw, raw
+from harness.saved import saved_guest
+from harness.wait import until
+from qmp.commandline import manifest, vcpuset
+
+__all__: list[str] = []
+
+
+async def plans(root: Path, text: str, *arguments: object, status: int = 0) -> list[dict[str, Any]]:
+    """What is planned for each manifest of a text."""
+    result = await vcpuset("plan", "-f", "-", "--socket-root", root, "-o", "json", *arguments, text=text, status=status)
+    items: list[dict[str, Any]] = json.loads(result.stdout)["items"]
+    return items
+
+
+async def planned(root: Path, text: str, *arguments: object, status: int = 0) -> dict[str, Any]:
+    (found,) = await plans(root, text, *arguments, status=status)
+    return found
+
+
+def in_the_way(found: dict[str, Any]) -> list[str]:
+    return [each["reason"] for each in found["obstacles"]]
+
+
+@pytest.fixture
+async def control(q35: Guest) -> AsyncIterator[Raw]:
+    async with raw(q35.control) as client:
+        yield client
+
+
+async def test_a_plug_is_told_with_slots_and_ids_and_is_not_done(q35: Guest, control: Raw) -> None:
+    root = q35.monitors[0].parent.parent
+    before = await control.slots()
+    found = await planned(root, manifest(5))
+
+    assert found["plug"] == [{"slot": slot, "id": f"vcpu{slot}"} for slot in (2, 3, 4)]
+    assert found["standby"] == list(range(5, 64))
+    assert (found["declaredVCPUs"], found["reachableVCPUs"]) == (5, 5)
+    assert (found["verdict"]["reason"], found["expected"]["reason"]) == ("Plugging", "Converged")
+    assert found["obstacles"] == []
+    assert await control.slots() == before
+
+
+async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, control: Raw) -> None:
+    root = q35.monitors[0].parent.parent
+    acpi = Acpi(control)
+    await acpi.leave_legacy()
+    for slot in (2, 4):
+        await control.device_add(slot)
+        await acpi.insert(slot)
+    found = await planned(root, manifest(2))
+
+    assert [each["slot"] for each in found["ask"]] == [4, 2]
+    assert found["standby"] == [1]
+    assert found["verdict"]["reason"] == "Unplugging"
+    assert [each["status"] for each in found["verdict"]["conditions"]] == ["False", "True", "False"]
+    assert in_the_way(found) == ["UnplugPending"], "QEMU was started with -S"
+    for slot in (1, 2, 4):
+        assert not (await acpi.flags(slot)).removing
+
+    shown = (await vcpuset("plan", "-f", "-", "--socket-root", root, text=manifest(2))).stdout
+    assert "Now:       ask the guest to give back slots 4, 2 (in this order)\nStand by:  slot 1\n" in shown
+
+
+async def test_only_queries_are_sent_whatever_is_declared(namespace_folder: Path) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp0", cpus=4) as monitor:
+        for vcpus in (1, 4, 8, 4096):
+            await planned(namespace_folder.parent, manifest(vcpus))
+        sent = {command.name for command in monitor.commands} - {"qmp_capabilities"}
+        assert len(monitor.commands) >= 4 * 6
+        assert all(name.startswith("query-") for name in sent)
+
+
+async def test_everything_in_the_way_is_told_and_not_only_the_first(q35: Guest) -> None:
+    spec = "suspend: true, unplug: {policy: Disabled, bootVCPUs: Keep}"
+    found = await planned(q35.monitors[0].parent.parent, manifest(1, spec=spec))
+
+    assert in_the_way(found) == ["Suspended", "UnplugDisabled", "BootVCPUsKept", "WaitingForGuest"]
+    assert all(each["remedy"] for each in found["obstacles"])
+    assert found["verdict"]["reason"] == "Suspended"
+    assert (found["plug"], found["ask"], found["expected"]) == ([], [], None)
+
+
+async def test_requests_in_the_status_are_not_made_again_before_their_time(q35: Guest, control: Raw) -> None:
+    root = q35.monitors[0].parent.parent
+    acpi = Acpi(control)
+    await acpi.leave_legacy()
+    for slot in (2, 3):
+        await control.device_add(slot)
+        await acpi.insert(slot)
+    threads = {cpu["qom-path"]: cpu["thread-id"] for cpu in await control.call("query-cpus-fast")}
+
+    def printed(seconds: int, **more: object) -> str:
+        path = "/machine/peripheral/vcpu3"
+        # QEMU's socket must be older than the request.
+        at = (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+        request = {"slot": 3, "path": path, "threadID": threads[path], "requestedAt": at, "attempts": 1}
+        body = yaml.safe_load(manifest(3))
+        body["spec"]["unplug"] = {"retrySeconds": 86400}
+        return json.dumps({**body, "status": {"pendingUnplugs": [{**request, **more}]}})
+
+    waiting = await planned(root, printed(0))
+    assert waiting["ask"] == []
+    assert "UnplugPending" in in_the_way(waiting)
+    assert any("Asked again at" in each["message"] for each in waiting["obstacles"])
+    refused = await planned(root, printed(0, answer="InUse"))
+    assert [each["slot"] for each in refused["ask"]] == [2], "the next candidate"
+    assert "UnplugRefused" in in_the_way(refused)
+    older = await planned(root, printed(3600))
+    assert [each["slot"] for each in older["ask"]] == [3], "that was asked of an earlier QEMU"
+
+
+async def test_a_guest_that_left_cpus_offline_is_told_or_what_is_done_about_it(namespace_folder: Path) -> None:
+    async with saved_guest(
+        agent=True,
+        append="online=none",
+        agent_path=namespace_folder / "agent",
+        monitor_paths=[namespace_folder / "qmp0"],
+    ) as guest:
+        async with raw(guest.control) as client:
+            await client.device_add(1)
+        await until(lambda: len(guest.present()) == 2, 60, "the guest to know of a second CPU")
+        agent = "guestAgent: {unix: {path: agent}, bringOnline: %s}"
+
+        left = await planned(namespace_folder.parent, manifest(2, spec=agent % "false"))
+        assert in_the_way(left) == ["GuestCPUsOffline"]
+        assert left["guest"]["offlineCPUs"] == [1]
+        assert "udev rule" in left["obstacles"][0]["message"]
+        assert left["verdict"]["conditions"][3]["type"] == "GuestAgentConnected"
+
+        helped = await planned(namespace_folder.parent, manifest(2, spec=agent % "true"))
+        assert (helped["bringOnline"], in_the_way(helped)) == ([1], [])
+        assert helped["expected"]["reason"] == "Converged"
+        assert len(guest.online()) == 1, "nothing was set online"
+
+        missing = await planned(namespace_folder.parent, manifest(2, spec="guestAgent: {unix: {path: none}}"))
+        assert in_the_way(missing) == ["Unreachable"]
+        assert missing["verdict"]["reason"] == "Converged"
+
+
+async def test_a_monitor_that_cannot_be_looked_at_ends_with_1_and_says_what_helps(namespace_folder: Path) -> None:
+    root = namespace_folder.parent
+    nothing = await planned(root, manifest(2), status=1)
+    assert (nothing["machine"], nothing["verdict"]["reason"]) == (None, "MonitorUnreachable")
+    (namespace_folder / "file").touch()
+    assert in_the_way(await planned(root, manifest(2, "file", spec="suspend: true"), status=1)) == [
+        "InvalidMonitor",
+        "Suspended",
+    ]
+    outside = await planned(root, manifest(2, "../x"), status=1)
+    assert "must not leave the namespace's folder" in outside["obstacles"][0]["message"]
+
+    result = await vcpuset("plan", "-f", "-", text=manifest(2), status=1)
+    assert result.stderr.startswith("Error: VCPUSet team-a/web: ")
+    assert "--socket-root" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+async def test_a_busy_and_a_hanging_monitor_are_told_apart(namespace_folder: Path) -> None:
+    root = namespace_folder.parent
+    async with FaultyMonitor(namespace_folder / "qmp0", faults={GREETING: Hang()}) as monitor:
+        spec = "monitor: {unix: {path: qmp0}, connection: Persistent}"
+        text = manifest(2).replace("monitor: {unix: {path: qmp0}}", spec)
+        busy = await planned(root, text, "--timeout", "2", status=1)
+        assert in_the_way(busy) == ["MonitorBusy"]
+        assert "vcpuset plan --monitor" in busy["obstacles"][0]["remedy"]
+        monitor.faults = {"query-status": Hang()}
+        assert in_the_way(await planned(root, manifest(2), "--timeout", "2", status=1)) == ["MonitorTimeout"]
+
+
+async def test_a_second_monitor_of_the_machine_can_be_looked_through(q35: Guest) -> None:
+    async with raw(q35.monitors[0]):
+        result = await vcpuset("plan", "-f", "-", "--monitor", q35.control, text=manifest(4))
+    assert "plug slots 2, 3 as vcpu2 to vcpu3" in result.stdout
+    assert f"Looked through {q35.control}" in result.stdout
+
+
+async def test_of_two_sets_with_one_monitor_the_older_keeps_it(q35: Guest, tmp_path: Path) -> None:
+    root = q35.monitors[0].parent.parent
+    os.link(q35.monitors[0], q35.monitors[0].parent / "other-name")
+    older = yaml.safe_load(manifest(4, "other-name", name="older"))
+    older["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+
+    younger, keeper = await plans(root, f"{manifest(3)}---\n{json.dumps(older)}")
+    assert younger["verdict"]["reason"] == "MonitorConflict"
+    assert "team-a/older" in younger["obstacles"][0]["message"]
+    assert younger["plug"] == []
+    assert [each["slot"] for each in keeper["plug"]] == [2, 3]
+    (tmp_path / "sets.yaml").write_text(f"{manifest(3)}---\n{manifest(4, name='db')}")
+    first, second = await plans(root, "", "-f", tmp_path / "sets.yaml")
+    assert (first["verdict"]["reason"], second["verdict"]["reason"]) == ("Plugging", "MonitorConflict")
+    assert "by their order here" in second["notes"][0]
+    other_node, _ = await plans(root, f"{manifest(3, spec='nodeName: node-7')}---\n{manifest(4)}")
+    assert other_node["verdict"]["reason"] == "Plugging"
+    assert "node-7" in other_node["notes"][0]
+
+
+async def test_a_file_that_cannot_be_used_ends_with_1_and_a_line_for_each_thing_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "web.yaml"
+    path.write_text(manifest(0, spec="suspended: true"))
+    result = await vcpuset("plan", "-f", path, status=1)
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f"Error: {path}: VCPUSet web: spec.suspended is no field of a VCPUSet. Did you mean spec.suspend?",
+        f"Error: {path}: VCPUSet web: spec.vcpus is 0: declare from 1 to 4096.",
+    ]
+    path.write_bytes(b"\xff\xfe")
+    assert "is not text in UTF-8" in (await vcpuset("plan", "-f", path, status=1)).stderr
+    assert "No such file" in (await vcpuset("plan", "-f", tmp_path / "none", status=2)).stderr
+    assert "Missing option '-f'" in (await vcpuset("plan", status=2)).stderr
+
+
+async def test_a_machine_that_hangs_does_not_hang_the_command(q35: Guest) -> None:
+    q35.freeze()
+    try:
+        found = await planned(q35.monitors[0].parent.parent, manifest(4), "--timeout", "2", status=1)
+    finally:
+        os.kill(q35.pid, signal.SIGCONT)
+    assert in_the_way(found) == ["MonitorBusy"]
