@@ -240,7 +240,7 @@ class Reconciler:
 
         step = self._plan(vcpuset, track, machine, requests)
         if step.plug:
-            vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, step.goal)
+            vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal)
             requests = still_open(requests, machine, self._clock())
         # Each round asks for CPUs that were not asked for before, or not lately, so the rounds end.
         while step.ask and blocked is None:
@@ -249,6 +249,7 @@ class Reconciler:
             requests = still_open(requests, machine, self._clock())
             step = self._plan(vcpuset, track, machine, requests)
 
+        requests = _still_wanted(vcpuset, machine, requests)
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
         guest: GuestReport | None = None
         if vcpuset.spec.guest_agent is None:
@@ -292,22 +293,27 @@ class Reconciler:
             cpu = cpu_of(request)
             return report.answer if report is not None and cpu in track.sent and report != track.sent[cpu] else None
 
-        requests = answered(requests, answer)
-        if machine.vcpus <= goal(vcpuset.spec, machine).count:
-            # Nothing is to be given back any more; who said no before may be asked afresh another time.
-            requests = tuple(request for request in requests if request.in_flight)
+        requests = _still_wanted(vcpuset, machine, answered(requests, answer))
         refused = {cpu_of(request) for request in requests if not request.in_flight}
         track.rejected = {cpu: error for cpu, error in track.rejected.items() if cpu in refused}
         return requests
 
     async def _plug(
-        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal
+        self,
+        vcpuset: VCPUSet,
+        track: _Track,
+        session: Session,
+        machine: Machine,
+        requests: Sequence[Request],
+        aim: Goal,
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
         """Fill free slots until the goal is reached, saying so meanwhile."""
         track.plugged_at = asyncio.get_running_loop().time()
         # The report waits for nothing and nothing waits for the report, except the end of this step.
         announcement, work = await asyncio.gather(
-            self._announce_plug(vcpuset, machine, aim), self._fill(track, session, machine, aim), return_exceptions=True
+            self._announce_plug(vcpuset, machine, requests, aim),
+            self._fill(track, session, machine, aim),
+            return_exceptions=True,
         )
         for outcome in (work, announcement):
             if isinstance(outcome, BaseException):
@@ -317,13 +323,14 @@ class Reconciler:
         machine, blocked = work
         return announcement, machine, blocked
 
-    async def _announce_plug(self, vcpuset: VCPUSet, machine: Machine, aim: Goal) -> VCPUSet:
+    async def _announce_plug(
+        self, vcpuset: VCPUSet, machine: Machine, requests: Sequence[Request], aim: Goal
+    ) -> VCPUSet:
         if self._reported(vcpuset) in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
             # A repeated attempt; if it ends as the one before, nothing is to be written at all.
             return vcpuset
-        return await self._report(
-            vcpuset, machine, vcpuset.status.pending_unplugs, plugging(vcpuset.spec, machine, aim)
-        )
+        # With this machine's uuid go this machine's requests, not those that the status has of another one.
+        return await self._report(vcpuset, machine, requests, plugging(vcpuset.spec, machine, aim))
 
     async def _fill(
         self, track: _Track, session: Session, machine: Machine, aim: Goal
@@ -497,6 +504,13 @@ class Reconciler:
         if verdict.due is not None:
             seconds = min(seconds, max(0.0, (verdict.due - self._clock()).total_seconds()))
         return Done(requeue_after=seconds)
+
+
+def _still_wanted(vcpuset: VCPUSet, machine: Machine, requests: tuple[Request, ...]) -> tuple[Request, ...]:
+    """Without the refused ones if nothing is to be given back (any more): who said no may be asked afresh."""
+    if machine.vcpus > goal(vcpuset.spec, machine).count:
+        return requests
+    return tuple(request for request in requests if request.in_flight)
 
 
 def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
