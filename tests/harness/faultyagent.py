@@ -133,13 +133,23 @@ class FaultyAgent:
                 continue
             name, arguments = request["execute"], request.get("arguments", {})
             self._received.append((name, arguments))
-            answer = {"return": self._handlers[name](arguments), "id": request["id"]}
+            fault = self._strike(name)
+            carried_out = fault is None or fault.executes
+            answer = {"return": self._handlers[name](arguments) if carried_out else None, "id": request["id"]}
             if name == SYNC:
                 await line.send_bytes(DELIMITER)
-            if (fault := self._faults.get(name)) is None:
+            if fault is None:
                 await line.send(answer)
             else:
                 await fault.deliver(line, answer)
+
+    def _strike(self, name: str) -> Fault | None:
+        """The fault that happens now, counted."""
+        fault = self._faults.get(name)
+        if fault is None or (fault.times is not None and fault.struck >= fault.times):
+            return None
+        fault.struck += 1
+        return fault
 
 
 async def _requests(reader: asyncio.StreamReader) -> AsyncIterator[Any]:

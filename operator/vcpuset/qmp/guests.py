@@ -83,6 +83,8 @@ class Guests:
             guest.failures, guest.retry_at = 0, 0.0
         now = asyncio.get_running_loop().time()
         if guest.asking is None and now >= guest.retry_at:
+            if guest.again is not None:
+                guest.again.cancel()  # that of another agent, which the set does not name any more
             work = self._ask(vcpuset, agent, guest, about)
             guest.asking = asyncio.create_task(work, name=f"guest of {vcpuset}")
         failed = guest.report is not None and guest.report.cpus is None
@@ -131,12 +133,15 @@ class Guests:
             self._wake(vcpuset.uid)
 
     async def _look(self, namespace: str, agent: GuestAgent, *, bring_online: bool) -> GuestReport:
+        field = "spec.guestAgent.unix.path"
         if self._socket_root is None:
-            raise AgentUnreachable("spec.guestAgent: this operator was started without --socket-root")
+            raise AgentUnreachable(f"{field}: this operator was started without --socket-root")
         try:
-            endpoint = open_socket(self._socket_root, namespace, agent.path, "spec.guestAgent.unix.path")
+            endpoint = open_socket(self._socket_root, namespace, agent.path, field)
         except (InvalidMonitor, MonitorUnreachable) as error:
-            raise AgentUnreachable(str(error)) from error
+            # The set names two sockets: say which of them is meant.
+            words = str(error)
+            raise AgentUnreachable(words if words.startswith(field) else f"{field}: {words}") from error
         with endpoint:
             asked = await Agent.open(endpoint)
         try:

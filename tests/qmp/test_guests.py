@@ -1,0 +1,491 @@
+"""What guests say of their CPUs, asked for beside the passes: which answer counts, who is woken, how often is asked.
+
+The agents are scripted and time is virtual; `vcpuset.qmp.agent` between them is the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typing_extensions import override
+
+from harness.faults import Answer, Deaf, Delay, Error, Fault, Link
+from harness.faultyagent import SYNC, FaultyAgent
+from harness.wait import until
+from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Machine, Slot
+from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
+from vcpuset.qmp import guests as guests_module
+from vcpuset.qmp.agent import AGENT_SECONDS
+from vcpuset.qmp.guests import RETRY_SECONDS, Guests
+
+pytestmark = pytest.mark.looptime
+
+GET = "guest-get-vcpus"
+SET = "guest-set-vcpus"
+
+LONG = 600.0
+"""Virtual seconds: longer than anything here takes."""
+
+
+def a_set(path: str = "agent.sock", *, name: str = "vm", bring_online: bool = False, suspend: bool = False) -> VCPUSet:
+    """A set of the namespace `team-a` whose guest's agent is at `path`."""
+    return VCPUSet(
+        uid=UID(f"uid-of-{name}"),
+        namespace="team-a",
+        name=name,
+        generation=1,
+        resource_version="1",
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        spec=Spec(vcpus=2, monitor=UnixMonitor("vm.sock"), guest_agent=GuestAgent(path, bring_online), suspend=suspend),
+    )
+
+
+def a_machine(*threads: int, uuid: str | None = None) -> Machine:
+    """A machine with one CPU for each of these threads of QEMU."""
+    slots = tuple(
+        Slot(index, "cpu", {}, path=f"/machine/peripheral/vcpu{index}", thread_id=thread)
+        for index, thread in enumerate(threads)
+    )
+    return Machine(run_state="running", arch="x86_64", vcpus=len(threads), slots=slots, uuid=uuid)
+
+
+TWO = a_machine(11, 12)
+THREE = a_machine(11, 12, 13)
+
+
+class Woken:
+    """The sets that were woken, in that order, each at its loop time; `then` is what a woken pass does."""
+
+    def __init__(self) -> None:
+        self.uids: list[UID] = []
+        self.times: list[float] = []
+        self.then: Callable[[], object] = lambda: None
+
+    def __call__(self, uid: UID) -> None:
+        self.uids.append(uid)
+        self.times.append(asyncio.get_running_loop().time())
+        self.then()
+
+    async def wait(self, count: int) -> None:
+        """Wait until somebody was woken for the count-th time."""
+        await until(lambda: len(self.uids) >= count, LONG, f"wake number {count}")
+        assert len(self.uids) == count
+
+
+class Holds(Fault):
+    """No answer before the client gives up; notes when each client came, and how many waited at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_at: list[float] = []
+        self.waiting = 0
+        self.most = 0
+
+    @override
+    async def deliver(self, link: Link, answer: Answer) -> None:
+        self.asked_at.append(asyncio.get_running_loop().time())
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        await link.left()
+        self.waiting -= 1
+
+
+@pytest.fixture
+def woken() -> Woken:
+    return Woken()
+
+
+@pytest.fixture
+async def guests(namespace_folder: Path, woken: Woken) -> AsyncIterator[Guests]:
+    made = Guests(namespace_folder.parent, woken)
+    yield made
+    await made.close()
+    assert questions() == set()
+
+
+@pytest.fixture
+def path(namespace_folder: Path) -> Path:
+    return namespace_folder / "agent.sock"
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Agents that fail are told of in a report, and in no log."""
+    yield
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
+
+
+async def answer(guests: Guests, woken: Woken, vcpuset: VCPUSet, machine: Machine) -> GuestReport:
+    """The guest's first answer about these CPUs."""
+    assert guests.ask(vcpuset, machine) is None
+    await woken.wait(len(woken.uids) + 1)
+    report = guests.ask(vcpuset, machine)
+    assert report is not None
+    return report
+
+
+def questions() -> set[asyncio.Task[object]]:
+    """Those that are under way."""
+    return {task for task in asyncio.all_tasks() if task.get_name().startswith("guest of ")}
+
+
+async def idle() -> None:
+    """Wait until no question is under way."""
+    await until(lambda: not questions(), LONG, "the answers")
+
+
+def online(report: GuestReport | None) -> int:
+    assert report is not None
+    assert report.cpus is not None, report.error
+    return report.cpus.online
+
+
+# What an answer is about.
+
+
+async def test_nothing_is_known_before_the_guest_has_answered_and_the_answer_wakes(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, offline={1}):
+        report = await answer(guests, woken, a_set(), TWO)
+        assert online(report) == 1
+        assert report.cpus is not None
+        assert (report.cpus.offline, report.error, report.resisted) == ((1,), None, {})
+        assert woken.uids == [a_set().uid]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(THREE, id="one more CPU"),
+        pytest.param(a_machine(11), id="one less"),
+        pytest.param(a_machine(11, 99), id="the slot was emptied and filled again"),
+        pytest.param(a_machine(11, 12, uuid="another"), id="another machine"),
+    ],
+)
+async def test_an_answer_counts_for_no_other_cpus_than_those_that_were_asked_of(
+    guests: Guests, woken: Woken, path: Path, other: Machine
+) -> None:
+    async with FaultyAgent(path, offline={1}) as agent:
+        await answer(guests, woken, a_set(), TWO)
+        await idle()
+        agent.online.add(1)
+        assert online(await answer(guests, woken, a_set(), other)) == 2
+        await idle()
+        assert guests.ask(a_set(), TWO) is None, "the older answer is forgotten"
+
+
+async def test_a_pass_is_woken_that_waits_while_a_question_about_other_cpus_ends_without_news(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    slow = Delay(1.0, times=2)
+    async with FaultyAgent(path, offline={1}, faults={GET: slow}) as agent:
+        await answer(guests, woken, a_set(), TWO)
+        await until(lambda: slow.struck == 2, LONG, "the second question to be under way")
+        assert guests.ask(a_set(), THREE) is None
+        assert len(agent.received(SYNC)) == 2, "one question at a time"
+        await woken.wait(2)
+        assert guests.ask(a_set(), THREE) is None, "now it is asked"
+        await woken.wait(3)
+        assert online(guests.ask(a_set(), THREE)) == 1
+
+
+async def test_nobody_is_woken_by_an_answer_that_is_no_news(guests: Guests, woken: Woken, path: Path) -> None:
+    async with FaultyAgent(path, offline={1}) as agent:
+        await answer(guests, woken, a_set(), TWO)
+        for number in range(2, 6):
+            await idle()
+            assert online(guests.ask(a_set(), TWO)) == 1
+            assert len(agent.received(SYNC)) <= number
+        await idle()
+        assert len(agent.received(SYNC)) == 6, "each look asks anew"
+        assert len(woken.uids) == 1
+
+
+async def test_news_wakes_although_the_cpus_are_the_same(guests: Guests, woken: Woken, path: Path) -> None:
+    async with FaultyAgent(path, offline={1}) as agent:
+        await answer(guests, woken, a_set(), TWO)
+        await idle()
+        agent.online.add(1)
+        assert online(guests.ask(a_set(), TWO)) == 1, "a pass does not wait: the next one will know"
+        await woken.wait(2)
+        assert online(guests.ask(a_set(), TWO)) == 2
+
+
+async def test_however_often_passes_come_a_guest_is_asked_one_question_at_a_time(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, faults={GET: Delay(1.0)}) as agent:
+        for _ in range(50):
+            assert guests.ask(a_set(), TWO) is None
+            await asyncio.sleep(0.01)
+        await woken.wait(1)
+        assert len(agent.received(SYNC)) == 1
+
+
+# Agents that fail.
+
+
+async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_growing_pauses(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    machines = (a_machine(*range(11, 11 + count)) for count in itertools.count(2))
+    woken.then = lambda: guests.ask(a_set(), next(machines))
+    hold = Holds()
+    async with FaultyAgent(path, faults={SYNC: hold}):
+        woken.then()
+        wanted = [*RETRY_SECONDS, *RETRY_SECONDS[-1:] * 2]
+        await until(lambda: len(hold.asked_at) > len(wanted), LONG, "the questions")
+        report = guests.ask(a_set(), next(machines))
+        assert report is not None
+        assert isinstance(report.error, AgentTimeout)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(hold.asked_at)]
+        assert gaps == pytest.approx([AGENT_SECONDS + pause for pause in wanted], abs=0.2)
+
+
+async def test_an_agent_that_is_back_is_asked_after_the_pause_and_its_next_failure_begins_anew(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    woken.then = lambda: guests.ask(a_set(), TWO)
+    woken.then()
+    await until(lambda: len(woken.uids) == 3, LONG, "two pauses to be over")
+    async with FaultyAgent(path):
+        report = None
+        while report is None or report.cpus is None:
+            await asyncio.sleep(1.0)
+            report = guests.ask(a_set(), TWO)
+        await idle()
+    told = len(woken.times)
+    woken.then()
+    await until(lambda: len(woken.times) == told + 2, LONG, "the failure, and the end of its pause")
+    assert woken.times[-1] - woken.times[-2] == pytest.approx(RETRY_SECONDS[0], abs=0.2)
+
+
+async def test_an_agent_that_the_spec_names_anew_is_asked_at_once_and_the_old_ones_pause_wakes_nobody(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, offline={1}):
+        failed = await answer(guests, woken, a_set("elsewhere.sock"), TWO)
+        assert failed.cpus is None
+        report = await answer(guests, woken, a_set(), TWO)
+        assert online(report) == 1
+        assert woken.times[1] - woken.times[0] < RETRY_SECONDS[0]
+        await asyncio.sleep(LONG)
+        assert len(woken.uids) == 2
+
+
+async def test_an_agent_that_the_spec_names_anew_is_asked_when_the_old_one_has_had_its_time(
+    guests: Guests, woken: Woken, path: Path, namespace_folder: Path
+) -> None:
+    async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
+        assert guests.ask(a_set("deaf.sock"), TWO) is None
+        await until(lambda: deaf.received(SYNC), LONG, "the first question")
+        assert guests.ask(a_set(), TWO) is None
+        await woken.wait(1)
+        assert online(await answer(guests, woken, a_set(), TWO)) == 1
+
+
+async def test_the_agents_own_refusal_is_reported(guests: Guests, woken: Woken, path: Path) -> None:
+    async with FaultyAgent(path, faults={GET: Error("CommandNotFound", "guest-get-vcpus is disabled")}):
+        report = await answer(guests, woken, a_set(), TWO)
+        assert isinstance(report.error, AgentRefused)
+        assert "guest-get-vcpus is disabled" in str(report.error)
+
+
+async def test_an_unexpected_exception_is_logged_and_reported_and_wakes(
+    guests: Guests, woken: Woken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(guests_module, "open_socket", broken)
+    report = await answer(guests, woken, a_set(), TWO)
+    assert isinstance(report.error, AgentUnreachable)
+    assert "ZeroDivisionError('no such thing')" in str(report.error)
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "asking the guest of team-a/vm failed unexpectedly" in record.getMessage()
+    assert record.exc_info is not None
+    caplog.clear()
+
+
+# Bringing CPUs online.
+
+
+async def test_cpus_that_the_guest_left_offline_are_brought_online_before_it_counts(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, offline={1, 2}) as agent:
+        report = await answer(guests, woken, a_set(bring_online=True), THREE)
+        assert online(report) == 3
+        assert report.resisted == {}
+        assert agent.online == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "vcpuset", [a_set(), a_set(bring_online=True, suspend=True)], ids=["not wanted", "the set is suspended"]
+)
+async def test_cpus_are_left_offline(guests: Guests, woken: Woken, path: Path, vcpuset: VCPUSet) -> None:
+    async with FaultyAgent(path, offline={1, 2}) as agent:
+        assert online(await answer(guests, woken, vcpuset, THREE)) == 1
+        await idle()
+        assert agent.received(SET) == []
+
+
+async def test_cpus_that_the_guest_will_not_set_online_are_named_with_its_words(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, offline={1, 2}, faults={SET: Error("GenericError", "no such CPU")}):
+        report = await answer(guests, woken, a_set(bring_online=True), THREE)
+        assert online(report) == 1
+        assert report.resisted.keys() == {1, 2}
+        assert all("no such CPU" in words for words in report.resisted.values())
+
+
+async def test_a_cpu_that_somebody_else_set_online_meanwhile_has_not_resisted(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    # Carried out although it is refused: as if the guest had done it by itself.
+    late = Error("GenericError", "it is online", executes=True)
+    async with FaultyAgent(path, offline={1}, faults={SET: late}):
+        report = await answer(guests, woken, a_set(bring_online=True), TWO)
+        assert online(report) == 2
+        assert report.resisted == {}
+
+
+# Where the agent is.
+
+
+def _link(folder: Path) -> None:
+    (folder / "agent.sock").symlink_to(folder / "real.sock")
+
+
+def _folder_link(folder: Path) -> None:
+    (folder / "real").mkdir()
+    (folder / "linked").symlink_to("real")
+
+
+def _nobody(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "agent.sock"))
+
+
+@pytest.mark.parametrize(
+    ("path", "prepare", "words"),
+    [
+        ("../team-b/agent.sock", None, "must not leave the namespace's folder"),
+        ("vm/../../team-b/agent.sock", None, "must not leave the namespace's folder"),
+        ("/run/agent.sock", None, "is absolute"),
+        ("agent.sock", _link, "is a symbolic link, not a socket"),
+        ("linked/agent.sock", _folder_link, "is a symbolic link, not a folder"),
+        ("agent.sock", lambda folder: (folder / "agent.sock").touch(), "is a regular file, not a socket"),
+        ("agent.sock", None, "there is no team-a/agent.sock below the socket root (yet): is QEMU running?"),
+    ],
+    ids=["parent", "parent inside", "absolute", "link", "linked folder", "file", "missing"],
+)
+async def test_an_agent_socket_that_may_or_can_not_be_opened_is_unreachable_and_the_field_is_named(
+    guests: Guests,
+    woken: Woken,
+    namespace_folder: Path,
+    path: str,
+    prepare: Callable[[Path], None] | None,
+    words: str,
+) -> None:
+    if prepare is not None:
+        prepare(namespace_folder)
+    async with FaultyAgent(namespace_folder / "real.sock") as agent:
+        report = await answer(guests, woken, a_set(path), TWO)
+        assert agent.received(SYNC) == []
+    assert isinstance(report.error, AgentUnreachable)
+    assert str(report.error).startswith("spec.guestAgent.unix.path")
+    assert str(report.error).count("spec.guestAgent") == 1
+    assert words in str(report.error)
+
+
+async def test_a_socket_without_a_listener_is_unreachable(guests: Guests, woken: Woken, namespace_folder: Path) -> None:
+    _nobody(namespace_folder)
+    report = await answer(guests, woken, a_set(), TWO)
+    assert isinstance(report.error, AgentUnreachable)
+    assert "nobody listens at team-a/agent.sock" in str(report.error)
+
+
+async def test_without_a_socket_root_no_agent_can_be_asked_and_the_option_is_named(woken: Woken) -> None:
+    guests = Guests(None, woken)
+    report = await answer(guests, woken, a_set(), TWO)
+    assert isinstance(report.error, AgentUnreachable)
+    assert "spec.guestAgent.unix.path" in str(report.error)
+    assert "--socket-root" in str(report.error)
+    await guests.close()
+
+
+# Many guests.
+
+
+async def test_an_agent_that_hangs_holds_up_no_other(
+    guests: Guests, woken: Woken, path: Path, namespace_folder: Path
+) -> None:
+    async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
+        hanging, other = a_set("deaf.sock", name="hanging"), a_set(name="other")
+        assert guests.ask(hanging, TWO) is None
+        await until(lambda: deaf.received(SYNC), LONG, "the first question")
+        assert guests.ask(other, TWO) is None
+        await woken.wait(1)
+        assert woken.uids == [other.uid]
+        assert online(guests.ask(other, TWO)) == 1
+        await woken.wait(2)
+        assert woken.uids == [other.uid, hanging.uid]
+
+
+async def test_no_more_agents_than_agreed_are_asked_at_once_and_each_has_its_whole_time(
+    woken: Woken, namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests_module, "AT_ONCE", 2)
+    guests = Guests(namespace_folder.parent, woken)
+    hold = Holds()
+    async with contextlib.AsyncExitStack() as agents:
+        names = [f"vm-{number}" for number in range(5)]
+        for name in names:
+            await agents.enter_async_context(FaultyAgent(namespace_folder / f"{name}.sock", faults={SYNC: hold}))
+        for name in names:
+            assert guests.ask(a_set(f"{name}.sock", name=name), TWO) is None
+        await until(lambda: len(set(woken.uids)) == len(names), LONG, "all to have failed")
+        assert hold.most == 2
+        began = hold.asked_at[0]
+        turns = [time - began for time in hold.asked_at]
+        assert turns == pytest.approx([AGENT_SECONDS * turn for turn in (0, 0, 1, 1, 2)], abs=0.2)
+        await guests.close()
+
+
+# The end.
+
+
+async def test_a_set_that_is_let_go_is_asked_no_more_and_its_agent_is_left_at_once(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, faults={SYNC: Deaf()}) as agent:
+        guests.ask(a_set(), TWO)
+        await until(lambda: agent.received(SYNC), LONG, "the question")
+        await guests.forget(a_set().uid)
+        await idle()
+        await asyncio.sleep(LONG)
+        assert woken.uids == []
+        await guests.forget(a_set().uid)
+
+
+async def test_nothing_is_left_of_a_set_that_was_let_go(guests: Guests, woken: Woken, path: Path) -> None:
+    failed = await answer(guests, woken, a_set(), TWO)
+    assert failed.cpus is None
+    await guests.forget(a_set().uid)
+    await asyncio.sleep(LONG)
+    assert len(woken.uids) == 1, "the pause has ended with it"
+    async with FaultyAgent(path):
+        assert online(await answer(guests, woken, a_set(), TWO)) == 1, "no pause, no report"
