@@ -2,10 +2,15 @@
 
 A monitor serves one client at a time, so a session is kept only while its events are awaited, and closed by whoever
 no longer waits.
+
+The loss of a kept session is news like any event, and makes for a new one at once. Where sessions break again and again
+soon after they were opened (something between here and QEMU cuts them), the pauses grow.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,7 +21,20 @@ from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, open_socket
 
-__all__ = ["Monitors"]
+__all__ = ["LASTING_SECONDS", "Monitors"]
+
+LASTING_SECONDS = 10.0
+"""A session that has lasted so long was a sound one: its loss is the first in its row."""
+
+
+def _pause_seconds(losses: int) -> float:
+    """How long the loss of so many sessions in a row, each soon after it was opened, is kept quiet.
+
+    The first one is told at once; then from 0.25 to 30 s, a random part of up to a half taken off.
+    """
+    if losses == 1:
+        return 0.0
+    return float(min(0.25 * 2.0 ** min(losses - 2, 10), 30.0) * (1 - random.random() / 2))  # noqa: S311 - spreads load
 
 
 class Monitors:
@@ -24,12 +42,24 @@ class Monitors:
 
     socket_root  where the namespaces' folders with unix monitors are; None: this operator serves none
     wake         told that something happened to a set's machine while its session is kept
+    pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
     """
 
-    def __init__(self, socket_root: Path | None, wake: Callable[[UID], None]) -> None:
+    def __init__(
+        self,
+        socket_root: Path | None,
+        wake: Callable[[UID], None],
+        *,
+        pause: Callable[[int], float] = _pause_seconds,
+    ) -> None:
         self._socket_root = socket_root
         self._wake = wake
+        self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
+        self._opened_at: dict[UID, float] = {}
+        """When each kept session was opened, in loop time."""
+        self._losses: dict[UID, int] = {}
+        """How many sessions in a row were lost soon after their opening."""
 
     def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
         """Find the set's monitor; the endpoint lasts as long as the context.
@@ -56,15 +86,37 @@ class Monitors:
             known, session = kept
             if session.alive and known.identity == endpoint.identity:
                 return session
-            await self.release(uid)
-        session = await Session.open(endpoint, partial(self._wake, uid))
+            await self._close(uid)
+        session = await Session.open(endpoint, partial(self._happened, uid))
         self._kept[uid] = (endpoint, session)
+        self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
 
     async def release(self, uid: UID) -> None:
         """Close the set's session, if one is kept, so that other clients get their turn."""
+        kept = self._kept.get(uid)
+        if kept is None or kept[1].alive:  # One that broke under its user counts with those that broke before.
+            self._losses.pop(uid, None)
+        await self._close(uid)
+
+    async def _close(self, uid: UID) -> None:
+        self._opened_at.pop(uid, None)
         if (kept := self._kept.pop(uid, None)) is not None:
             await kept[1].close()
+
+    def _happened(self, uid: UID) -> None:
+        """Something happened to the set's machine, or its session was lost."""
+        if (kept := self._kept.get(uid)) is None or kept[1].alive:
+            self._wake(uid)
+            return
+        loop = asyncio.get_running_loop()
+        lasted = loop.time() >= self._opened_at[uid] + LASTING_SECONDS
+        self._losses[uid] = 1 if lasted else self._losses.get(uid, 0) + 1
+        if (pause := self._pause(self._losses[uid])) > 0:
+            # A pass that comes earlier, for another reason, finds the loss all the same.
+            loop.call_later(pause, self._wake, uid)
+        else:
+            self._wake(uid)
 
     async def close(self) -> None:
         """Close every session."""
