@@ -73,6 +73,20 @@ async def test_a_client_that_comes_while_a_guest_is_silent_gets_its_turn_and_kee
         assert await client.count() == 2
 
 
+async def test_a_guest_that_is_asked_again_every_second_does_not_cost_others_their_turn(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with _silent(folder, user) as (client, acpi):
+        await user.change("vm", unplug={"timeoutSeconds": 3600, "retrySeconds": 1})
+        await user.wait("vm", lambda seen: any(each["attempts"] > 2 for each in seen.pending), "a third request")
+        async with raw(folder / "vm.sock", TURN_SECONDS) as other:
+            for slot in (3, 2):
+                await acpi.eject(slot)
+            assert await other.count() == 2
+        await shows(user, "vm", "Converged", READY, vcpus=2)
+        assert await client.count() == 2
+
+
 async def test_a_client_that_comes_again_and_again_and_the_operator_do_not_starve_each_other(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:

@@ -365,16 +365,19 @@ def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: date
     """How closely requests with the guest are followed, whether they are still wanted or not.
 
     A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
-    unless its answers come by event only. One that has neither answered nor given a CPU back for `timeoutSeconds` is
-    expected no more.
+    unless its answers come by event only; nor must one that is asked again every few seconds. One that has neither
+    answered nor given a CPU back for `timeoutSeconds` is expected no more.
     """
-    asked = [request.requested_at for request in requests if request.in_flight]
-    if not asked:
+    in_flight = [request for request in requests if request.in_flight]
+    if not in_flight:
         return Pace.STEADY
-    active = max(asked) if moved is None else max(*asked, moved)
+    movement = [] if moved is None else [moved]
+    active = max([request.requested_at for request in in_flight] + movement)
     if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
         return Pace.STEADY
-    return Pace.HELD if now < active + PENDING_AFTER or machine.ost is None else Pace.WATCHED
+    often = timedelta(seconds=spec.unplug.retry_seconds) < 2 * PENDING_AFTER
+    signs = [request.requested_at for request in in_flight if request.attempts == 1 or not often] + movement
+    return Pace.HELD if machine.ost is None or any(now < sign + PENDING_AFTER for sign in signs) else Pace.WATCHED
 
 
 def _may_leave(requests: Sequence[Request]) -> str:
