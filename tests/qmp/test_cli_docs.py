@@ -44,7 +44,7 @@ def _write_manifests(folder: Path) -> None:
 
 @pytest.fixture
 async def machine() -> AsyncIterator[Path]:
-    """The socket root of the page's machine: 1 vCPU from the boot, 3 plugged, of which the guest uses one and keeps it."""
+    """The socket root of a machine: 1 vCPU from the boot, 3 plugged; its guest uses one of these, and keeps it."""
     root = Path(tempfile.mkdtemp(prefix="vcpuset-docs-"))
     folder = root / "default" / "web"
     folder.mkdir(parents=True)

@@ -236,3 +236,36 @@ async def test_a_machine_that_hangs_does_not_hang_the_command(q35: Guest) -> Non
     finally:
         os.kill(q35.pid, signal.SIGCONT)
     assert in_the_way(found) == ["MonitorBusy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "vcpus", "reasons", "plugged"),
+    [
+        pytest.param(
+            {"qemu": "qemu-system-ppc64", "machine": "pseries", "smp": "4,threads=4,cores=4,maxcpus=16"},
+            11,
+            ["Granularity"],
+            [1],
+            id="whole-cores",
+        ),
+        pytest.param(
+            {"qemu": "qemu-system-s390x", "machine": "s390-ccw-virtio", "smp": "2,maxcpus=4"},
+            1,
+            ["UnplugUnsupported"],
+            [],
+            id="plug-only",
+        ),
+        pytest.param({"machine": "microvm", "smp": "2"}, 3, ["HotplugUnsupported"], [], id="no-hotplug"),
+    ],
+)
+async def test_what_a_machine_cannot_do_is_told(
+    namespace_folder: Path, options: dict[str, Any], vcpus: int, reasons: list[str], plugged: list[int]
+) -> None:
+    cpu = "qemu64" if options["machine"] == "microvm" else None
+    async with Guest(None, cpu=cpu, memory=256, socket_dir=namespace_folder, **options) as guest:
+        found = await planned(namespace_folder.parent, manifest(vcpus))
+        assert in_the_way(found) == reasons
+        assert [each["slot"] for each in found["plug"]] == plugged
+        shown = (await vcpuset("inspect", guest.monitors[0])).stdout
+        assert f"{found['machine']['vcpus']} present" in shown
+        assert "LAST _OST" not in shown

@@ -18,13 +18,24 @@ from vcpuset.domain.resource import Request, VCPUSet
 from vcpuset.domain.verdict import sentence
 from vcpuset.qmp.sockets import TCPEndpoint, local_socket
 
-__all__ = ["Inspection", "document", "guest_facts", "inspect", "ost_words", "page", "timestamp"]
+__all__ = [
+    "Inspection",
+    "document",
+    "guest_document",
+    "guest_facts",
+    "inspect",
+    "machine_document",
+    "ost_words",
+    "page",
+    "reach",
+    "timestamp",
+]
 
 _FOLDED_FROM: Final = 4
 """As many free slots in a row make one line of the table."""
 
 _ACTIVITY: Final[Mapping[Activity, str]] = {
-    Activity.CHANGEABLE: "CPUs can be changed",
+    Activity.CHANGEABLE: "a state in which CPUs can be changed",
     Activity.BUSY: "CPUs cannot be changed now",
     Activity.OVER: "CPUs cannot be changed any more",
 }
@@ -197,7 +208,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     colour = "green" if machine.activity is Activity.CHANGEABLE else "yellow"
     migration = ", a migration runs" if machine.migrating else ""
     yield "Run state", Styled(f"{machine.run_state}{migration} ({_ACTIVITY[machine.activity]})", colour)
-    yield "vCPUs", f"{machine.vcpus} present, from {machine.floor} to {machine.ceiling} can be reached"
+    yield "vCPUs", f"{machine.vcpus} present, {reach(machine)}"
     if machine.slots is None:
         yield "Hotplug", Styled("not supported by this machine type", "yellow")
         return
@@ -214,6 +225,13 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     else:
         yield "Unplug", Styled("the guest takes no requests yet: it boots, or was booted with acpi=off", "yellow")
     yield from guest_facts(found.guest, machine, found.unasked)
+
+
+def reach(machine: Machine) -> str:
+    """What counts the machine can have, whatever a set declares."""
+    if machine.floor == machine.ceiling:
+        return "no other count can be reached"
+    return f"from {machine.floor} to {machine.ceiling} can be reached"
 
 
 def guest_facts(guest: GuestReport | None, machine: Machine, unasked: str | None) -> Iterator[tuple[str, Cell]]:

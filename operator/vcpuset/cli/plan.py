@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from vcpuset.cli.inspect import guest_document, guest_facts, machine_document
+from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, reach
 from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.manifests import Manifest
 from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
@@ -253,10 +253,10 @@ def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
         yield "Now", "nothing: its machine is another set's" if not found.failed else "nothing: no look at the machine"
     else:
         machine = found.look.machine
-        yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} of {machine.floor} to {machine.ceiling}"
+        yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"
         yield from guest_facts(found.guest, machine, None)
-        reachable = "" if work.goal.count == vcpuset.spec.vcpus else f"; {work.goal.count} can be reached"
-        yield "Declared", f"{_count(vcpuset.spec.vcpus)}{reachable}"
+        aim = "" if work.goal.count == vcpuset.spec.vcpus else f"; as things stand that comes to {work.goal.count}"
+        yield "Declared", f"{_count(vcpuset.spec.vcpus)}{aim}"
         yield "Now", Styled("; ".join(_deeds(work)) or "nothing", "bold")
         if work.standby:
             yield "Stand by", _slots(work.standby, in_order=bool(work.ask))

@@ -122,14 +122,14 @@ def _rich(block: Block) -> RenderableType:
         case Heading(text):
             return Text(printable(text), style="bold")
         case Facts(rows):
-            facts = Table.grid(padding=(0, 2))
+            facts = Table.grid(padding=(0, 2, 0, 0))
             facts.add_column(style="bold", no_wrap=True)
             facts.add_column(overflow="fold")
             for name, value in rows:
                 facts.add_row(name, _rich_text(value))
             return facts
         case Grid(header, rows):
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
             for title in header:
                 table.add_column(title, overflow="fold")
             for row in rows:

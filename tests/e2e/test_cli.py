@@ -1,0 +1,79 @@
+"""`vcpuset inspect` and `vcpuset plan` beside a running operator, with sets as kubectl prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+
+from harness.controlplane import ControlPlane
+from harness.operator import OperatorProcess
+from harness.processes import run
+from harness.saved import saved_guest
+from harness.world import User
+
+__all__: list[str] = []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
+    """An operator that never looks without an occasion."""
+    async with OperatorProcess(control_plane, "--resync-seconds=3600", socket_root=socket_root) as running:
+        yield running
+
+
+async def _vcpuset(*arguments: object, text: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "vcpuset.cli.main", *map(str, arguments), "--output=json", "--timeout=60"]
+    found: dict[str, Any] = json.loads((await run(words, input=text, timeout=120)).stdout)
+    return found
+
+
+async def test_what_a_guest_refused_is_told_with_when_it_is_asked_again_and_what_comes_next(
+    folder: Path, operator: OperatorProcess, user: User, control_plane: ControlPlane, socket_root: Path
+) -> None:
+    async with saved_guest(smp="2,maxcpus=64", monitors=2, socket_dir=folder) as guest:
+        await user.create("vm", 2, "qmp0", unplug={"retrySeconds": 3600, "timeoutSeconds": 3600})
+        await user.wait_ready("vm")
+        await guest.hold_cpus(1)
+        await user.change("vm", vcpus=1)
+        refused = await user.wait_reason("vm", "UnplugRefused")
+        (request,) = refused.pending
+        printed = (
+            await control_plane.kubectl("get", "vcpuset", "vm", "-o", "yaml", "--namespace", user.namespace)
+        ).stdout
+
+        (found,) = (await _vcpuset("plan", "-f", "-", "--socket-root", socket_root, text=printed))["items"]
+        assert found["verdict"]["reason"] == "UnplugRefused"
+        assert found["verdict"]["message"] == refused.message
+        assert (found["plug"], found["ask"], found["standby"]) == ([], [], [])
+        (obstacle,) = found["obstacles"]
+        assert obstacle["reason"] == "UnplugRefused"
+        assert "slot 1" in obstacle["message"]
+        assert "device busy (_OST 0x82)" in obstacle["message"]
+        assert "Asked again at" in obstacle["message"]
+
+        shown = await _vcpuset("inspect", guest.monitors[1], "-f", "-", text=printed)
+        assert shown["slots"][1]["pendingUnplug"] == {**request, "requestedAt": request["requestedAt"][:19] + "Z"}
+        assert shown["slots"][1]["ost"]["words"] == "device busy (_OST 0x82)"
+        assert (await user.get("vm")).body == refused.body, "nothing has changed"
+
+
+async def test_a_monitor_that_the_operator_keeps_is_told_and_another_one_will_do(
+    folder: Path, operator: OperatorProcess, user: User, control_plane: ControlPlane, socket_root: Path
+) -> None:
+    async with saved_guest(smp="2,maxcpus=64", monitors=2, socket_dir=folder) as guest:
+        await user.create("vm", 2, "qmp0", connection="Persistent")
+        ready = await user.wait_ready("vm")
+        text = json.dumps({**ready.body, "spec": {**ready.body["spec"], "vcpus": 3}})
+
+        arguments = ["plan", "-f", "-", "--socket-root", socket_root, "--output=json", "--timeout=2"]
+        busy = await run([sys.executable, "-m", "vcpuset.cli.main", *map(str, arguments)], input=text, check=False)
+        assert busy.returncode == 1
+        assert "vcpuset plan --monitor" in busy.stderr
+        (found,) = (await _vcpuset("plan", "-f", "-", "--monitor", guest.monitors[1], text=text))["items"]
+        assert [each["id"] for each in found["plug"]] == ["vcpu2"]
+        assert (await user.get("vm")).vcpus == 2
