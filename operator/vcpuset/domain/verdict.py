@@ -365,19 +365,22 @@ def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: date
     """How closely requests with the guest are followed, whether they are still wanted or not.
 
     A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
-    unless its answers come by event only; nor must one that is asked again every few seconds. One that has neither
-    answered nor given a CPU back for `timeoutSeconds` is expected no more.
+    unless its answers come by event only; nor must one that was asked before. One that has neither answered nor given
+    a CPU back for `timeoutSeconds` is expected no more.
     """
     in_flight = [request for request in requests if request.in_flight]
     if not in_flight:
         return Pace.STEADY
+    timeout = timedelta(seconds=spec.unplug.timeout_seconds)
     movement = [] if moved is None else [moved]
-    active = max([request.requested_at for request in in_flight] + movement)
-    if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
+    if now >= max([request.requested_at for request in in_flight] + movement) + timeout:
         return Pace.STEADY
-    often = timedelta(seconds=spec.unplug.retry_seconds) < 2 * PENDING_AFTER
-    signs = [request.requested_at for request in in_flight if request.attempts == 1 or not often] + movement
-    return Pace.HELD if machine.ost is None or any(now < sign + PENDING_AFTER for sign in signs) else Pace.WATCHED
+    patience = timeout if machine.ost is None else PENDING_AFTER
+    # Held after each repetition, a monitor whose guest is asked every few seconds would never be free.
+    again = PENDING_AFTER if timedelta(seconds=spec.unplug.retry_seconds) >= 2 * PENDING_AFTER else timedelta()
+    ends = [each.requested_at + (patience if each.attempts == 1 else again) for each in in_flight]
+    ends += [at + patience for at in movement]
+    return Pace.HELD if now < max(ends) else Pace.WATCHED
 
 
 def _may_leave(requests: Sequence[Request]) -> str:
