@@ -76,7 +76,8 @@ class Inspection:
         """The set's requests whose CPU is gone, or was another QEMU's."""
         if self.vcpuset is None:
             return ()
-        return tuple(each for each in self.vcpuset.status.pending_unplugs if cpu_of(each) not in self.requests)
+        held = self.requests.keys()
+        return tuple(each for each in self.vcpuset.status.pending_unplugs if cpu_of(each) not in held)
 
     @property
     def all_online(self) -> bool:

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import click
 import yaml
@@ -23,6 +23,12 @@ from rich.text import Text
 __all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "printable", "show"]
 
 Output = Literal["table", "json", "yaml"]
+
+_FITTED_ROWS: Final = 500
+"""Rich takes seconds to fit thousands of rows to a terminal; a longer table is printed as it is."""
+
+_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""The one in C, where PyYAML has it, is ten times as fast."""
 
 
 class Styled(NamedTuple):
@@ -74,16 +80,23 @@ def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> 
         case "json":
             click.echo(json.dumps(document, indent=2))
         case "yaml":
-            click.echo(yaml.safe_dump(document, sort_keys=False, width=1 << 20), nl=False)
+            click.echo(yaml.dump(document, Dumper=_DUMPER, sort_keys=False, width=1 << 20), nl=False)
         case "table" if sys.stdout.isatty():
             console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
             for block in page:
-                console.print(_rich(block))
+                if isinstance(block, Grid) and len(block.rows) > _FITTED_ROWS:
+                    _print_plain(block)
+                else:
+                    console.print(_rich(block))
         case "table":
-            encoding = sys.stdout.encoding or "utf-8"
             for block in page:
-                for line in _plain(block):
-                    click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
+                _print_plain(block)
+
+
+def _print_plain(block: Block) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in _plain(block):
+        click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
 
 
 def printable(text: str) -> str:
