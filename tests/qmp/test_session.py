@@ -39,6 +39,7 @@ from harness.qmp import raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
+from vcpuset.qmp import session as session_module
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import TCPEndpoint, open_socket
 
@@ -445,6 +446,24 @@ async def test_many_events_at_once_wake_few_times(namespace_folder: Path, connec
         await session.observe()
         await until(lambda: wakes.count, 60, "a wake")
         assert wakes.count < 100
+
+
+async def test_a_guest_that_makes_events_without_end_has_a_limited_number_of_wakes_and_a_loss_is_told_all_the_same(
+    namespace_folder: Path, connect: Connect, wakes: Wakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "WAKES_AT_ONCE", 3)
+    monkeypatch.setattr(session_module, "WAKES_PER_SECOND", 0.0001)
+    async with FaultyMonitor(namespace_folder / "qmp") as monitor:
+        session = await connect(monitor.path, wakes)
+        for number in range(1, 4):
+            monitor.emit("RESET", {"guest": True, "reason": "guest-reset"})
+            await until(lambda: wakes.count == number, 60, "a wake")  # noqa: B023 - used at once
+        for _ in range(20):
+            monitor.emit("RESET", {"guest": True, "reason": "guest-reset"})
+            await session.observe()
+        assert wakes.count == 3
+        monitor.cut()
+        await until(lambda: wakes.count == 4, 60, "the loss to be told")
 
 
 @pytest.mark.parametrize(

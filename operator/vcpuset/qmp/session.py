@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Final, TypeVar
@@ -40,6 +41,13 @@ SETTLE_SECONDS: Final = 0.02
 """How long events are gathered before `wake` is called. One CPU that leaves sends two or three within some ms, and each
 look at the machine takes time from the guest that is to give back the next."""
 
+WAKES_AT_ONCE: Final = 100
+"""How many times a session may wake before it must wait: more than any change of CPUs needs."""
+
+WAKES_PER_SECOND: Final = 5.0
+"""How fast that allowance grows again. Events are made by guests, and a guest may make them without end; each wake is a
+pass that takes the operator's time from other machines."""
+
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
     "RESUME", "SHUTDOWN", "STOP", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "WATCHDOG",
@@ -62,7 +70,9 @@ class Session:
         self._client = Client(self._on_event, self._on_loss)
         self._open = False
         self._closed = False
-        self._waking = False
+        self._waking: asyncio.TimerHandle | None = None
+        self._allowance = float(WAKES_AT_ONCE)
+        self._allowed_at = -math.inf
         self._asked: dict[int, str] = {}
         self._answers: dict[int, Answer] = {}
         self._since: datetime | None = None
@@ -236,14 +246,27 @@ class Session:
     def _on_loss(self) -> None:
         if self._open:
             self._open = False
-            self._wake_soon()
+            if self._waking is not None:
+                self._waking.cancel()
+            self._wake_in(SETTLE_SECONDS)
 
     def _wake_soon(self) -> None:
-        if not self._waking:
-            self._waking = True
-            asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._wake_now)
+        if self._waking is None:
+            self._wake_in(self._settle_seconds())
+
+    def _settle_seconds(self) -> float:
+        now = asyncio.get_running_loop().time()
+        grown = (now - self._allowed_at) * WAKES_PER_SECOND
+        self._allowance, self._allowed_at = min(self._allowance + grown, WAKES_AT_ONCE), now
+        if self._allowance < 1:
+            return 1 / WAKES_PER_SECOND
+        self._allowance -= 1
+        return SETTLE_SECONDS
+
+    def _wake_in(self, seconds: float) -> None:
+        self._waking = asyncio.get_running_loop().call_later(seconds, self._wake_now)
 
     def _wake_now(self) -> None:
-        self._waking = False
+        self._waking = None
         if not self._closed:
             self._wake()
