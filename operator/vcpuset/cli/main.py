@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import click
 
-from vcpuset.app.operator import run as run_operator
 from vcpuset.app.settings import Settings
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.logs import configure
@@ -178,8 +177,10 @@ def run(
         http_address=http_address,
         kubeconfig=kubeconfig,
     )
+    from vcpuset.app import operator  # noqa: PLC0415 - brings kopf, which the other commands need not wait for
+
     try:
-        asyncio.run(run_operator(settings))
+        asyncio.run(operator.run(settings))
     except VCPUSetError as error:
         # Not as click would print it: what the process says last is for the log too, in the log's format.
         logging.getLogger("vcpuset").critical("%s", error)

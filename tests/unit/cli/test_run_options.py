@@ -46,7 +46,7 @@ def vcpuset(monkeypatch: pytest.MonkeyPatch) -> Vcpuset:
     for flag in FLAGS:
         monkeypatch.delenv(_variable(flag), raising=False)
     found = Vcpuset()
-    monkeypatch.setattr(command_line, "run_operator", found.operator)
+    monkeypatch.setattr("vcpuset.app.operator.run", found.operator)
     # The hooks of the interpreter, which belong to pytest here.
     monkeypatch.setattr(command_line, "configure", lambda *_: None)
     return found
