@@ -172,8 +172,8 @@ def guest_cpus(reply: object) -> GuestCPUs:
     found: dict[int, GuestCPU] = {}
     for entry in _objects(reply):
         logical_id = _member(entry, "logical-id", int)
-        if logical_id < 0 or logical_id in found:
-            raise Malformed(f"'logical-id' {logical_id}, which is negative or comes twice")
+        if not 0 <= logical_id <= _LARGEST or logical_id in found:
+            raise Malformed(f"'logical-id' {reprlib.repr(logical_id)}, which is negative, huge or comes twice")
         can_offline = "can-offline" in entry and _member(entry, "can-offline", bool)
         found[logical_id] = GuestCPU(logical_id, _member(entry, "online", bool), can_offline)
     if not found:

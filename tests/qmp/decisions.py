@@ -1,0 +1,67 @@
+"""What every machine must lead to, however odd: decisions that cannot do harm, and a status that can be written."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from vcpuset.domain.machine import Activity, Machine
+from vcpuset.domain.plan import first_fit, goal, plan
+from vcpuset.domain.requests import asked, cpu_of, still_open
+from vcpuset.domain.resource import BootVCPUs, Spec, UnixMonitor, Unplug, UnplugPolicy
+from vcpuset.domain.verdict import judge
+
+__all__ = ["check_decisions"]
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+INT32 = (1 << 31) - 1
+INT64 = (1 << 63) - 1
+
+KEPT = (Unplug(policy=UnplugPolicy.DISABLED), Unplug(boot_vcpus=BootVCPUs.KEEP))
+
+
+def check_decisions(machine: Machine) -> None:
+    """Plans for this machine obey the rules, whatever count is declared."""
+    assert 0 <= machine.floor <= machine.vcpus <= machine.ceiling <= INT32
+    if machine.slots is not None:
+        assert machine.vcpus == sum(slot.vcpus for slot in machine.occupied)
+        assert [slot.index for slot in machine.slots] == list(range(len(machine.slots)))
+        assert all((slot.path is None) == (slot.thread_id is None) for slot in machine.slots)
+    counts = {1, machine.floor, machine.vcpus - 1, machine.vcpus, machine.vcpus + 1, machine.ceiling, 4096}
+    for count in sorted(counts - {0}):
+        _check(Spec(count, UnixMonitor("vm.sock")), machine)
+    for unplug in KEPT:
+        _check(Spec(1, UnixMonitor("vm.sock"), unplug=unplug), machine)
+
+
+def _check(spec: Spec, machine: Machine) -> None:
+    aim = goal(spec, machine)
+    step = plan(spec, machine, (), inherited=(), now=NOW)
+    assert machine.floor <= aim.count <= machine.ceiling
+    assert aim.count <= spec.vcpus or machine.vcpus >= aim.count, "more than declared are plugged"
+    assert (aim.count == spec.vcpus) == (aim.reason is None)
+    assert not (step.plug and step.ask)
+    if machine.activity is not Activity.CHANGEABLE:
+        assert not step.plug
+        assert not step.ask
+
+    chosen = first_fit(step.plug, aim.count - machine.vcpus, ())
+    assert all(slot.path is None for slot in chosen)
+    assert machine.vcpus + sum(slot.vcpus for slot in chosen) <= max(aim.count, machine.vcpus)
+
+    assert all(slot.path is not None and slot.index != 0 for slot in step.ask)
+    assert not step.ask or machine.vcpus - sum(slot.vcpus for slot in step.ask) >= aim.count
+    assert spec.unplug.policy is UnplugPolicy.ENABLED or not step.ask
+    assert spec.unplug.boot_vcpus is BootVCPUs.UNPLUG or not any(slot.boot for slot in step.ask)
+
+    book = asked((), step.ask, NOW)
+    assert len({cpu_of(request) for request in book}) == len(step.ask)
+    assert still_open(book, machine, NOW) == book
+    again = plan(spec, machine, book, inherited=(), now=NOW)
+    assert not again.ask, "asked for twice"
+    for request in book:
+        assert 1 <= len(request.path) <= 1024
+        assert 0 <= request.thread_id <= INT64
+    verdict = judge(
+        spec, machine, aim, book, started=NOW if book else None, inherited=(), blocked=None, reported=None, now=NOW
+    )
+    assert 0 < len(verdict.message) < 32768
