@@ -8,14 +8,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
-from secrets import token_hex
 
 import pytest_asyncio
 
 from harness.acpi import Acpi
-from harness.audit import AuditEvent
 from harness.controlplane import ControlPlane
-from harness.expect import HELD, READY, RECONCILING, STALLED, check_form, history, reasons, shows
+from harness.expect import (
+    HELD,
+    READY,
+    RECONCILING,
+    STALLED,
+    check_form,
+    history,
+    operators_writes,
+    reasons,
+    settled,
+    shows,
+)
 from harness.faulty import FaultyMonitor, Refuse, Silent
 from harness.guest import Guest
 from harness.operator import OperatorProcess
@@ -73,7 +82,7 @@ async def test_nothing_is_written_while_nothing_changes(
             name: await shows(user, name, reason, states, vcpus=vcpus)
             for name, (reason, states, vcpus) in steady.items()
         }
-        await _settled(control_plane)
+        await settled(control_plane)
         since = control_plane.audit_offset()
         monitors = [converged, ceiling, suspended, over, migrating, refused, silent]
         looks = [monitor.connections for monitor in monitors]
@@ -86,8 +95,8 @@ async def test_nothing_is_written_while_nothing_changes(
             90,
             "several looks at every machine",
         )
-        await _settled(control_plane)
-        assert [each for each in control_plane.audit_events(since) if _is_operators(each, user)] == []
+        await settled(control_plane)
+        assert operators_writes(user, since) == []
         for name, seen in before.items():
             assert (await user.get(name)).body == seen.body
 
@@ -99,17 +108,13 @@ async def test_a_change_costs_two_writes_for_a_plug_and_three_for_an_unplug(
         await user.create("vm", 2, "vm.sock")
         await user.wait_ready("vm")
         for vcpus, most in ((6, 2), (3, 3), (8, 2), (1, 3)):
-            await _settled(control_plane)
+            await settled(control_plane)
             since = control_plane.audit_offset()
             await user.change("vm", vcpus=vcpus)
             await user.wait("vm", lambda seen: seen.ready and not seen.pending, "Ready")
             await guest.wait_online(vcpus)
-            await _settled(control_plane)
-            writes = [
-                each
-                for each in control_plane.audit_events(since)
-                if _is_operators(each, user) and each.resource == "vcpusets"
-            ]
+            await settled(control_plane)
+            writes = [each for each in operators_writes(user, since) if each.resource == "vcpusets"]
             assert {each.subresource for each in writes} == {"status"}
             assert 1 <= len(writes) <= most, f"{vcpus} vCPUs cost {len(writes)} writes"
             assert {each.code for each in writes} == {200}, "no write was refused and made again"
@@ -153,7 +158,7 @@ async def test_every_version_of_a_status_obeys_the_rules_and_events_are_its_tran
 
         transitions = [reason for reason, _ in itertools.groupby(reason for reason, _ in reasons(versions))]
 
-        await _settled(user.control_plane)
+        await settled(user.control_plane)
         assert [each["reason"] for each in await user.events("vm")] == transitions
         for each in await user.events("vm"):
             assert each["reportingController"] == "vcpuset.dev/operator"
@@ -199,7 +204,7 @@ async def test_a_set_that_is_given_to_another_node_is_let_go_at_once_and_taken_b
         await user.wait_reason("vm", "UnplugPending")
         await user.change("vm", nodeName="elsewhere")
         async with raw(folder / "vm.sock"):
-            await _settled(control_plane)
+            await settled(control_plane)
             left = await user.get("vm")
             since = control_plane.audit_offset()
             for slot in (3, 2):
@@ -208,38 +213,11 @@ async def test_a_set_that_is_given_to_another_node_is_let_go_at_once_and_taken_b
             async with FaultyMonitor(folder / "other.sock") as other:
                 await user.create("other", 2, "other.sock")
                 await until(lambda: other.connections >= 4, 60, "four looks at another machine")
-            await _settled(control_plane)
-            assert [each for each in control_plane.audit_events(since) if _is_operators(each, user, "vm")] == []
+            await settled(control_plane)
+            assert operators_writes(user, since, "vm") == []
             assert (await user.get("vm")).body == left.body
         assert await client.count() == 2
 
         await user.change("vm", nodeName=None)
         seen = await shows(user, "vm", "Converged", READY, vcpus=2)
         assert seen.pending == []
-
-
-def _is_operators(each: AuditEvent, user: User, name: str = "") -> bool:
-    """Whether a request is a write of the operator in the test's namespace, about a set if one is named."""
-    return (
-        each.is_write
-        and each.user_agent == "vcpuset"
-        and each.namespace == user.namespace
-        and (not name or each.name == name or each.name.startswith(f"{name}."))
-    )
-
-
-async def _settled(control_plane: ControlPlane) -> None:
-    """Wait until all Events recorded so far are posted, and all requests answered so far are in the audit log."""
-    aside = User(control_plane, await control_plane.namespace("settled"))
-    await aside.create("last", 2, "nothing-there")
-    try:
-        # The operator posts Events one by one, in the order in which they were recorded.
-        await until(lambda: aside.events("last"), 60, "the operator's Event about the last set")
-    finally:
-        await aside.delete("last")
-    mark = f"mark-{token_hex(8)}"
-    since = control_plane.audit_offset()
-    await control_plane.request("GET", f"/apis/vcpuset.dev/v1alpha1/namespaces/{aside.namespace}/vcpusets/{mark}")
-    await until(
-        lambda: any(each.name == mark for each in control_plane.audit_events(since)), 60, "the last request's record"
-    )

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from secrets import token_hex
 
+from harness.audit import AuditEvent
+from harness.controlplane import ControlPlane
+from harness.wait import until
 from harness.world import Seen, User
 
-__all__ = ["HELD", "READY", "RECONCILING", "STALLED", "check_form", "history", "reasons", "shows"]
+__all__ = [
+    "AGENT",
+    "HELD",
+    "READY",
+    "RECONCILING",
+    "STALLED",
+    "check_form",
+    "history",
+    "operators_writes",
+    "reasons",
+    "settled",
+    "shows",
+]
 
 WAIT_SECONDS = 90.0
 
@@ -23,19 +39,41 @@ RECONCILING: States = ("False", "True", "False")
 STALLED: States = ("False", "False", "True")
 HELD: States = ("False", "False", "False")
 
+AGENT = "GuestAgentConnected"
+AGENT_STATES = {
+    "Connected": "True",
+    "NotAsked": "Unknown",
+    "NoAnswer": "False",
+    "Unreachable": "False",
+    "Refused": "False",
+    "OtherMachine": "False",
+}
+"""The statuses of GuestAgentConnected, by its reasons."""
+
 
 def check_form(seen: Seen) -> None:
     """Check what holds for every status that the operator has written, whatever the reason."""
     conditions = seen.status["conditions"]
-    assert [each["type"] for each in conditions] == ["Ready", "Reconciling", "Stalled"]
+    state, of_agent = conditions[:3], conditions[3:]
+    assert [each["type"] for each in state] == ["Ready", "Reconciling", "Stalled"]
     assert seen.states in {READY, RECONCILING, STALLED, HELD}
     generation = seen.status["observedGeneration"]
     assert 1 <= generation <= seen.body["metadata"]["generation"]
     for each in conditions:
         assert set(each) == {"type", "status", "reason", "message", "lastTransitionTime", "observedGeneration"}
         assert each["observedGeneration"] == generation
-        assert (each["reason"], each["message"]) == (conditions[0]["reason"], conditions[0]["message"])
         assert each["message"].endswith((".", "?")), each["message"]
+    for each in state:
+        assert (each["reason"], each["message"]) == (state[0]["reason"], state[0]["message"])
+    assert [each["type"] for each in of_agent] in ([], [AGENT])
+    if seen.current:
+        assert bool(of_agent) == ("guestAgent" in seen.body["spec"])
+    for each in of_agent:
+        assert each["status"] == AGENT_STATES[each["reason"]]
+    if "onlineVCPUs" in seen.status:
+        # Not asked just now, or asked and answered: the number stands for as long as nothing speaks against it.
+        assert of_agent
+        assert of_agent[0]["status"] != "False"
     assert seen.status["selector"] == f"vcpuset.dev/name={seen.body['metadata']['name']}"
 
 
@@ -83,3 +121,35 @@ def reasons(versions: Sequence[Seen]) -> list[tuple[str, States]]:
             if not found or found[-1] != each:
                 found.append(each)
     return found
+
+
+async def settled(control_plane: ControlPlane) -> None:
+    """Wait until all Events recorded so far are posted, and all requests answered so far are in the audit log."""
+    aside = User(control_plane, await control_plane.namespace("settled"))
+    await aside.create("last", 2, "nothing-there")
+    try:
+        # The operator posts Events one by one, in the order in which they were recorded.
+        await until(lambda: aside.events("last"), 60, "the operator's Event about the last set")
+    finally:
+        await aside.delete("last")
+    mark = f"mark-{token_hex(8)}"
+    since = control_plane.audit_offset()
+    await control_plane.request("GET", f"/apis/vcpuset.dev/v1alpha1/namespaces/{aside.namespace}/vcpusets/{mark}")
+    await until(
+        lambda: any(each.name == mark for each in control_plane.audit_events(since)), 60, "the last request's record"
+    )
+
+
+def operators_writes(user: User, since: int, name: str = "") -> list[AuditEvent]:
+    """The operator's writes in the user's namespace since this place in the audit log; see `settled`.
+
+    name  only those about this set
+    """
+    return [
+        each
+        for each in user.control_plane.audit_events(since)
+        if each.is_write
+        and each.user_agent == "vcpuset"
+        and each.namespace == user.namespace
+        and (not name or each.name == name or each.name.startswith(f"{name}."))
+    ]
