@@ -85,6 +85,7 @@ class _Track:
     vcpus       the last count
     moved_at    loop time when a CPU was last seen to leave
     plugged_at  loop time when this process last plugged one
+    since       `Machine.since` of the QEMU that the status is about; None: this process has not brought it up to date
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class _Track:
     vcpus: int = 0
     moved_at: float | None = None
     plugged_at: float | None = None
+    since: tuple[datetime | None] | None = None
 
 
 class Reconciler:
@@ -276,7 +278,9 @@ class Reconciler:
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
     ) -> tuple[Request, ...]:
         """The requests in the status that are still open, with what the guest has answered since."""
-        requests = carried_over(vcpuset.status, machine, self._clock())
+        # Times of the clock tell only what an earlier process has left: the clock may be set.
+        same = None if track.since is None else track.since == (machine.since,)
+        requests = carried_over(vcpuset.status, machine, self._clock(), same=same)
         # A CPU that is gone never comes back as the same: its entries would only grow the book.
         still_there = {cpu_of(request) for request in requests}
         track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
@@ -458,9 +462,11 @@ class Reconciler:
         started = opened_at(vcpuset.status, vcpuset.generation, requests, surplus, now)
         status = observed(vcpuset, machine, requests, started, guest)
         status = replace(status, conditions=conditions(vcpuset, verdict, machine, guest, now))
-        if status == vcpuset.status:
-            return vcpuset
         track = self._tracks.setdefault(vcpuset.uid, _Track())
+        since = track.since if machine is None else (machine.since,)
+        if status == vcpuset.status:
+            track.since = since
+            return vcpuset
         loop_time = asyncio.get_running_loop().time()
         progress = is_progress(vcpuset.status, status, verdict.pace)
         if progress and not must:
@@ -469,7 +475,7 @@ class Reconciler:
                 return vcpuset
         written = await self._cluster.write_status(vcpuset, status)
         self._cache.put(written)
-        track.written_at = loop_time
+        track.written_at, track.since = loop_time, since
         track.progress = track.progress + 1 if progress else 0
         self._announce(written, vcpuset.status, verdict)
         return written

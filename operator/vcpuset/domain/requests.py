@@ -28,15 +28,19 @@ def cpu_of(holder: Request | Slot) -> CPU:
     return (holder.path, -1 if holder.thread_id is None else holder.thread_id)
 
 
-def carried_over(status: Status, machine: Machine, now: datetime) -> tuple[Request, ...]:
+def carried_over(status: Status, machine: Machine, now: datetime, *, same: bool | None = None) -> tuple[Request, ...]:
     """The requests of a status that this machine may still carry out; none of those that another QEMU was asked.
+
+    same  whether this is the QEMU that the status was written for; None: that is to be told from the status itself
 
     Path and thread id alone do not tell: in a container, the next QEMU can have the same ones.
     """
-    if status.machine_uuid != machine.uuid:
+    if status.machine_uuid != machine.uuid or same is False:
         return ()
     # A time in the future tells nothing: the clock was set back.
-    since = machine.since if machine.since is not None and machine.since <= now else datetime.min.replace(tzinfo=UTC)
+    since = datetime.min.replace(tzinfo=UTC)
+    if machine.since is not None and machine.since <= now and not same:
+        since = machine.since
     return still_open((each for each in status.pending_unplugs if each.requested_at >= since), machine, now)
 
 
