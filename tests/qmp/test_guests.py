@@ -245,7 +245,7 @@ async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_gr
     async with FaultyAgent(path, faults={SYNC: hold}):
         woken.then()
         wanted = [*RETRY_SECONDS, *RETRY_SECONDS[-1:] * 2]
-        await until(lambda: len(hold.asked_at) > len(wanted), LONG, "the questions")
+        await until(lambda: len(hold.asked_at) > len(wanted), LONG, "the questions", interval=1.0)
         report = guests.ask(a_set(), next(machines))
         assert report is not None
         assert isinstance(report.error, AgentTimeout)
