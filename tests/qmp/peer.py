@@ -89,10 +89,12 @@ class Peer(asyncio.Protocol):
 
     answer      what to do when a command came in; with None, when the connection was made
     transcript  everything that happened, in order
+    left        whether the connection has ended, on either side
     """
 
     def __init__(self, answer: Callable[[Asked | None], list[Step]]) -> None:
         self.transcript: list[Entry] = []
+        self.left = False
         self._answer = answer
         self._asked = 0
         self._steps: list[Step] = []
@@ -125,6 +127,7 @@ class Peer(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""
+        self.left = True
         self.end()
 
     def end(self) -> None:

@@ -124,9 +124,12 @@ async def hold(case: Case, wrong: int = 1) -> None:
         if session is not None:
             await session.close()
         closed = True
-        peer.end()
         # A transport that was aborted is closed in the loop's next round.
         await asyncio.sleep(1)
+        left = peer.left
+        peer.end()
+        await asyncio.sleep(1)
+        assert left, "the connection was left open"
 
 
 class Story:

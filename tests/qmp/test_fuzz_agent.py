@@ -226,9 +226,12 @@ async def hold(case: Case) -> None:
     finally:
         if agent is not None:
             await agent.close()
-        peer.end()
         # A transport that was aborted is closed in the loop's next round.
         await asyncio.sleep(1)
+        left = peer.left
+        peer.end()
+        await asyncio.sleep(1)
+        assert left, "the connection was left open"
 
 
 def judge(case: Case, outcome: object, right: Sequence[object]) -> None:
