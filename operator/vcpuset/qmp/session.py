@@ -70,6 +70,7 @@ class Session:
         self._client = Client(self._on_event, self._on_loss)
         self._open = False
         self._closed = False
+        self._puzzled = False
         self._waking: asyncio.TimerHandle | None = None
         self._allowance = float(WAKES_AT_ONCE)
         self._allowed_at = -math.inf
@@ -231,7 +232,10 @@ class Session:
         try:
             report = replies.ost_of_event(data)
         except replies.Malformed as error:
-            _log.warning("%s sent an ACPI_DEVICE_OST that is not understood: %s", self._where, error)
+            # Once: whoever sends one can send thousands.
+            level = logging.DEBUG if self._puzzled else logging.WARNING
+            self._puzzled = True
+            _log.log(level, "%s sent an ACPI_DEVICE_OST that is not understood: %s", self._where, error)
             return
         if report is None:
             return
