@@ -224,6 +224,8 @@ class Reconciler:
             self._claim(vcpuset, _address(vcpuset), endpoint.identity)
             if (holder := self._claims.senior(vcpuset.uid)) is not None:
                 return self._yield_to(holder)
+            if vcpuset.spec.connection is Connection.ON_DEMAND:
+                await self._monitors.take_turns(vcpuset.uid)
             return await self._monitors.session(vcpuset.uid, endpoint)
 
     def _claim(self, vcpuset: VCPUSet, *keys: Hashable) -> None:

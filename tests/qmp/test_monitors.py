@@ -1,5 +1,6 @@
 """The sessions that are kept between passes: one for each set, made anew with growing pauses where they do not last."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import pytest
 
 from harness.faults import Link
 from harness.faulty import GREETING, Close, Fault, FaultyMonitor
+from harness.qmp import count
 from harness.wait import until
 from vcpuset.domain.errors import MonitorUnreachable
 from vcpuset.domain.resource import UID, Spec, UnixMonitor, VCPUSet
@@ -104,6 +106,28 @@ async def test_a_released_monitor_is_free_and_nobody_is_told(namespace_folder: P
         monitor.emit("RESET", {"guest": True, "reason": "guest-reset"})
         await until(lambda: keeper.woken, 60, "the event to be told")
         assert keeper.woken == [TWO]
+
+
+async def test_a_session_that_has_had_its_turn_lets_those_who_wait_go_first(
+    namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FaultyMonitor(namespace_folder / "vm.sock") as monitor, keeping(namespace_folder) as keeper:
+        await keeper.monitors.take_turns(ONE)
+        session = await keeper.session()
+        await keeper.monitors.take_turns(ONE)
+        assert await keeper.session() is session, "its turn lasts"
+        other = asyncio.create_task(count(namespace_folder / "vm.sock"))
+        await until(lambda: monitor.connections == 2, 60, "another client in the queue")
+        assert await keeper.session() is session
+
+        monkeypatch.setattr(monitors_module, "TURN_SECONDS", 0.0)
+        await keeper.monitors.take_turns(ONE)
+        again = await keeper.session()
+        assert again is not session
+        assert await other == 2
+        assert await again.observe()
+        assert keeper.woken == []
+        assert keeper.losses == []
 
 
 async def test_sessions_that_break_soon_after_they_were_opened_are_counted_as_a_row(namespace_folder: Path) -> None:

@@ -365,22 +365,16 @@ def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: date
     """How closely requests with the guest are followed, whether they are still wanted or not.
 
     A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
-    unless its answers come by event only; nor must one that was asked before. One that has neither answered nor given
-    a CPU back for `timeoutSeconds` is expected no more.
+    unless its answers come by event only. One that has neither answered nor given a CPU back for `timeoutSeconds` is
+    expected no more.
     """
-    in_flight = [request for request in requests if request.in_flight]
-    if not in_flight:
+    asked = [request.requested_at for request in requests if request.in_flight]
+    if not asked:
         return Pace.STEADY
-    timeout = timedelta(seconds=spec.unplug.timeout_seconds)
-    movement = [] if moved is None else [moved]
-    if now >= max([request.requested_at for request in in_flight] + movement) + timeout:
+    active = max(asked) if moved is None else max(*asked, moved)
+    if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
         return Pace.STEADY
-    patience = timeout if machine.ost is None else PENDING_AFTER
-    # Held after each repetition, a monitor whose guest is asked every few seconds would never be free.
-    again = PENDING_AFTER if timedelta(seconds=spec.unplug.retry_seconds) >= 2 * PENDING_AFTER else timedelta()
-    ends = [each.requested_at + (patience if each.attempts == 1 else again) for each in in_flight]
-    ends += [at + patience for at in movement]
-    return Pace.HELD if now < max(ends) else Pace.WATCHED
+    return Pace.HELD if now < active + PENDING_AFTER or machine.ost is None else Pace.WATCHED
 
 
 def _may_leave(requests: Sequence[Request]) -> str:

@@ -10,6 +10,7 @@ soon after they were opened (something between here and QEMU cuts them), the pau
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,10 @@ from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, open_socket
 
-__all__ = ["LASTING_SECONDS", "Monitors"]
+__all__ = ["LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
+
+TURN_SECONDS = 3.0
+"""How long a session goes on in one piece where other clients are to have their turn too."""
 
 LASTING_SECONDS = 10.0
 """A session that has lasted so long was a sound one: its loss is the first in its row."""
@@ -91,6 +95,15 @@ class Monitors:
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
+
+    async def take_turns(self, uid: UID) -> None:
+        """Close the set's session if it has had its turn, for the next one to be opened at once.
+
+        Whoever waits for the monitor is then served first: it may be wanted for longer than others can wait, by a guest
+        that is asked again every second, or whose answers come by event only. Nobody waits: it costs some milliseconds.
+        """
+        if asyncio.get_running_loop().time() >= self._opened_at.get(uid, math.inf) + TURN_SECONDS:
+            await self._close(uid)
 
     async def release(self, uid: UID) -> None:
         """Close the set's session, if one is kept, so that other clients get their turn."""

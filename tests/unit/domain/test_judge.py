@@ -204,14 +204,6 @@ CASES = {
         verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30))]),
         Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet"),
     ),
-    "asked again a while ago, and only an event could tell": (
-        verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30), attempts=2)]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet"),
-    ),
-    "asked again just now, and only an event could tell": (
-        verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(2), attempts=2)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slot 3"),
-    ),
     "asked long ago, and one has left just now": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(1)),
         Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "slots 2-3", "Warning", due=210),
@@ -219,18 +211,6 @@ CASES = {
     "asked long ago, and one has left a while ago": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(50)),
         Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "slots 2-3", "Warning", due=210),
-    ),
-    "asked again so often that the monitor would always be held": (
-        verdict_on(a_spec(3, retry=5), FOUR, [a_request(3, attempts=2)], started=ago(30)),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slot 3"),
-    ),
-    "asked again, as seldom as is usual": (
-        verdict_on(a_spec(3, retry=6), FOUR, [a_request(3, attempts=2)], started=ago(30)),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slot 3"),
-    ),
-    "asked again often, and one has left just now": (
-        verdict_on(a_spec(2, retry=1), FOUR, [a_request(2, attempts=9)], started=ago(30), moved=ago(1)),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "slot 2"),
     ),
     "asked, no answer from one, progress of another": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
