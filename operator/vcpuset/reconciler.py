@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """How often a machine is looked at while its guest works on requests, should no event come."""
 
+NEXT_TURN_SECONDS = 0.02
+"""How soon a session is followed by the next one where a monitor is wanted for long. Others who wait are first."""
+
 UNSETTLED_SECONDS = 0.02
 """How soon a machine is looked at again whose CPUs came or went while they were counted.
 
@@ -178,6 +181,9 @@ class Reconciler:
             return Retry(error)
         if verdict.pace is not Pace.HELD:
             await self._lend(vcpuset)
+        elif vcpuset.spec.connection is Connection.ON_DEMAND and await self._monitors.end_turn(uid):
+            # All that this session has heard is in the report; the next one shall miss as little as can be.
+            return Done(requeue_after=NEXT_TURN_SECONDS)
         return self._come_back(verdict)
 
     async def _lend(self, vcpuset: VCPUSet) -> None:
@@ -224,8 +230,6 @@ class Reconciler:
             self._claim(vcpuset, _address(vcpuset), endpoint.identity)
             if (holder := self._claims.senior(vcpuset.uid)) is not None:
                 return self._yield_to(holder)
-            if vcpuset.spec.connection is Connection.ON_DEMAND:
-                await self._monitors.take_turns(vcpuset.uid)
             return await self._monitors.session(vcpuset.uid, endpoint)
 
     def _claim(self, vcpuset: VCPUSet, *keys: Hashable) -> None:

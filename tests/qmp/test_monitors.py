@@ -112,16 +112,16 @@ async def test_a_session_that_has_had_its_turn_lets_those_who_wait_go_first(
     namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with FaultyMonitor(namespace_folder / "vm.sock") as monitor, keeping(namespace_folder) as keeper:
-        await keeper.monitors.take_turns(ONE)
+        assert not await keeper.monitors.end_turn(ONE), "there is none"
         session = await keeper.session()
-        await keeper.monitors.take_turns(ONE)
+        assert not await keeper.monitors.end_turn(ONE)
         assert await keeper.session() is session, "its turn lasts"
         other = asyncio.create_task(count(namespace_folder / "vm.sock"))
         await until(lambda: monitor.connections == 2, 60, "another client in the queue")
         assert await keeper.session() is session
 
         monkeypatch.setattr(monitors_module, "TURN_SECONDS", 0.0)
-        await keeper.monitors.take_turns(ONE)
+        assert await keeper.monitors.end_turn(ONE)
         again = await keeper.session()
         assert again is not session
         assert await other == 2

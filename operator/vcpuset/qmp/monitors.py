@@ -96,14 +96,16 @@ class Monitors:
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
 
-    async def take_turns(self, uid: UID) -> None:
-        """Close the set's session if it has had its turn, for the next one to be opened at once.
+    async def end_turn(self, uid: UID) -> bool:
+        """Close the set's session if it has lasted `TURN_SECONDS`; whether that was so.
 
-        Whoever waits for the monitor is then served first: it may be wanted for longer than others can wait, by a guest
-        that is asked again every second, or whose answers come by event only. Nobody waits: it costs some milliseconds.
+        Whoever waits for the monitor is served before a session that is opened soon after. For a monitor may be wanted
+        for longer than others can wait: by a guest that is asked again every second, or that answers by event only.
         """
-        if asyncio.get_running_loop().time() >= self._opened_at.get(uid, math.inf) + TURN_SECONDS:
-            await self._close(uid)
+        if asyncio.get_running_loop().time() < self._opened_at.get(uid, math.inf) + TURN_SECONDS:
+            return False
+        await self._close(uid)
+        return True
 
     async def release(self, uid: UID) -> None:
         """Close the set's session, if one is kept, so that other clients get their turn."""
