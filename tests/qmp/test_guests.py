@@ -284,15 +284,18 @@ async def test_an_agent_that_the_spec_names_anew_is_asked_at_once_and_the_old_on
         assert len(woken.uids) == 2
 
 
-async def test_an_agent_that_the_spec_names_anew_is_asked_when_the_old_one_has_had_its_time(
+async def test_an_agent_that_the_spec_names_anew_is_asked_although_the_old_one_has_not_answered(
     guests: Guests, woken: Woken, path: Path, namespace_folder: Path
 ) -> None:
     async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
         assert guests.ask(a_set("deaf.sock"), TWO) is None
         await until(lambda: deaf.received(SYNC), LONG, "the first question")
-        assert guests.ask(a_set(), TWO) is None
-        await woken.wait(1)
+        begun = asyncio.get_running_loop().time()
         assert online(await answer(guests, woken, a_set(), TWO)) == 1
+        assert woken.times[0] - begun < AGENT_SECONDS / 2, "virtual time: the old question did not have its own"
+        await idle()
+        await asyncio.sleep(LONG)
+        assert len(woken.uids) == 1
 
 
 async def test_the_agents_own_refusal_is_reported(guests: Guests, woken: Woken, path: Path) -> None:
@@ -339,6 +342,17 @@ async def test_cpus_are_left_offline(guests: Guests, woken: Woken, path: Path, v
         assert online(await answer(guests, woken, vcpuset, THREE)) == 1
         await idle()
         assert agent.received(SET) == []
+
+
+async def test_bringing_cpus_online_ends_when_the_set_is_suspended(guests: Guests, woken: Woken, path: Path) -> None:
+    async with FaultyAgent(path, offline=set(range(1, 8)), faults={SET: Delay(1.0)}) as agent:
+        machine = a_machine(*range(11, 19))
+        assert guests.ask(a_set(bring_online=True), machine) is None
+        await until(lambda: agent.received(SET), LONG, "the first batch")
+        assert guests.ask(a_set(bring_online=True, suspend=True), machine) is None
+        await idle()
+        await asyncio.sleep(LONG)
+        assert len(agent.received(SET)) == 1
 
 
 async def test_cpus_that_the_guest_will_not_set_online_are_named_with_its_words(

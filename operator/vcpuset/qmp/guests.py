@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _About = tuple[GuestAgent, str | None, frozenset[CPU]]
 """What an answer is about: which agent was asked, and of which CPUs of which machine."""
 
+_Question = tuple[GuestAgent, bool]
+
 
 @dataclass
 class _Guest:
@@ -43,6 +45,7 @@ class _Guest:
     failures  how many in a row
     retry_at  loop time before which an agent that failed is not asked again
     asking    the question under way
+    question  which agent is asked, and whether to bring CPUs online
     awaited   whether a pass was told that there is no answer yet
     again     wakes when an agent that failed is to be asked again
     """
@@ -52,6 +55,7 @@ class _Guest:
     failures: int = 0
     retry_at: float = 0.0
     asking: asyncio.Task[None] | None = None
+    question: _Question | None = None
     awaited: bool = False
     again: asyncio.TimerHandle | None = None
 
@@ -68,6 +72,7 @@ class Guests:
         self._wake = wake
         self._guests: dict[UID, _Guest] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._ending: set[asyncio.Task[None]] = set()
 
     def ask(self, vcpuset: VCPUSet, machine: Machine) -> GuestReport | None:
         """What the guest last said of these CPUs (or that it cannot be asked), while it is asked anew.
@@ -79,13 +84,15 @@ class Guests:
         assert agent is not None, "the set names no guest agent"
         guest = self._guests.setdefault(vcpuset.uid, _Guest())
         about = (agent, machine.uuid, frozenset(map(cpu_of, machine.occupied)))
-        if guest.about is not None and guest.about[0] != agent:
+        question = (agent, agent.bring_online and not vcpuset.spec.suspend)
+        if guest.question != question:
+            # Nobody wants that answer any more; and bringing CPUs online, which can take long, is to end.
+            self._stop_asking(guest)
+        if guest.question is not None and guest.question[0] != agent:
             guest.failures, guest.retry_at = 0, 0.0
-        now = asyncio.get_running_loop().time()
-        if guest.asking is None and now >= guest.retry_at:
-            if guest.again is not None:
-                guest.again.cancel()  # that of another agent, which the set does not name any more
-            work = self._ask(vcpuset, agent, guest, about)
+        guest.question = question
+        if guest.asking is None and asyncio.get_running_loop().time() >= guest.retry_at:
+            work = self._ask(vcpuset, question, guest, about)
             guest.asking = asyncio.create_task(work, name=f"guest of {vcpuset}")
         failed = guest.report is not None and guest.report.cpus is None
         if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
@@ -95,23 +102,29 @@ class Guests:
 
     async def forget(self, uid: UID) -> None:
         """The set is not this operator's any more."""
-        if (guest := self._guests.pop(uid, None)) is None:
-            return
-        if guest.again is not None:
-            guest.again.cancel()
-        if guest.asking is not None:
-            guest.asking.cancel()
-            await asyncio.wait({guest.asking})
+        if (guest := self._guests.pop(uid, None)) is not None:
+            self._stop_asking(guest)
+            if self._ending:
+                await asyncio.wait(self._ending)
 
     async def close(self) -> None:
         """Ask no more."""
         for uid in list(self._guests):
             await self.forget(uid)
 
-    async def _ask(self, vcpuset: VCPUSet, agent: GuestAgent, guest: _Guest, about: _About) -> None:
+    def _stop_asking(self, guest: _Guest) -> None:
+        if guest.again is not None:
+            guest.again.cancel()
+        if guest.asking is not None:
+            guest.asking.cancel()
+            self._ending.add(guest.asking)
+            guest.asking.add_done_callback(self._ending.discard)
+            guest.asking = None
+
+    async def _ask(self, vcpuset: VCPUSet, question: _Question, guest: _Guest, about: _About) -> None:
+        agent, bring_online = question
         try:
             async with self._turns:
-                bring_online = agent.bring_online and not vcpuset.spec.suspend
                 report = await self._look(vcpuset.namespace, agent, bring_online=bring_online)
         except AgentError as error:
             report = GuestReport(None, error)
