@@ -82,6 +82,7 @@ class _Track:
 
     sent        the requests that this process made, with the slot's `_OST` report that stood before
     rejected    what QEMU said to those that it rejected
+    heard       what the guest has answered; the status need not say so yet, and another session has not heard it
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
     unsettled   how many looks in a row could not count the CPUs
@@ -93,6 +94,7 @@ class _Track:
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
     rejected: dict[CPU, CommandError] = field(default_factory=dict)
+    heard: dict[CPU, Answer] = field(default_factory=dict)
     written_at: float = 0.0
     progress: int = 0
     unsettled: int = 0
@@ -292,18 +294,20 @@ class Reconciler:
         track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
 
         def answer(request: Request) -> Answer | None:
-            if cpu_of(request) in track.rejected:
-                # The status need not say so yet: a report of progress may be put off, and a look may fail.
+            cpu = cpu_of(request)
+            if cpu in track.rejected:
                 return Answer.REJECTED
-            if (told := session.answer(request.slot)) is not None:
-                return told
+            told = session.answer(request.slot)
             # A report that stood before this process asked is about something older. When an earlier process asked,
             # none can be dated, so none counts.
-            report = (machine.ost or {}).get(request.slot)
-            cpu = cpu_of(request)
-            return report.answer if report is not None and cpu in track.sent and report != track.sent[cpu] else None
+            if told is None and cpu in track.sent:
+                report = (machine.ost or {}).get(request.slot)
+                told = report.answer if report is not None and report != track.sent[cpu] else None
+            return told or track.heard.get(cpu)
 
-        requests = _still_wanted(vcpuset, machine, answered(requests, answer))
+        requests = answered(requests, answer)
+        track.heard = {cpu_of(request): request.answer for request in requests if request.answer is not None}
+        requests = _still_wanted(vcpuset, machine, requests)
         refused = {cpu_of(request) for request in requests if not request.in_flight}
         track.rejected = {cpu: error for cpu, error in track.rejected.items() if cpu in refused}
         return requests
@@ -385,6 +389,7 @@ class Reconciler:
         blocked: CommandError | None = None
         for position, slot in enumerate(step.ask):
             track.rejected.pop(cpu_of(slot), None)
+            track.heard.pop(cpu_of(slot), None)
             try:
                 await session.unplug(slot)
             except DeviceGone:
