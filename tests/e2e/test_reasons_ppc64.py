@@ -54,12 +54,12 @@ async def test_a_pseries_guest_is_asked_for_whole_cores_and_its_refusal_is_told_
             "UnplugRefused",
             RECONCILING,
             "4 vCPUs present, 2 declared",
-            "slot 1: non-specific failure",
+            "slot 1: refused (DEVICE_UNPLUG_GUEST_ERROR)",
             "no other candidate",
             "every 3600 s",
             vcpus=4,
         )
-        assert _answers(seen) == {1: "Failure"}
+        assert _answers(seen) == {1: "GuestError"}
         assert await client.count() == 4
 
         # A count between two cores is met from below, so nobody has to leave, and who refused may be asked afresh.

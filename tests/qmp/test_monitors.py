@@ -130,6 +130,18 @@ async def test_a_session_that_has_had_its_turn_lets_those_who_wait_go_first(
         assert keeper.losses == []
 
 
+async def test_a_turn_is_longer_where_an_answer_that_nobody_hears_is_lost(
+    namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitors_module, "TURN_SECONDS", 0.0)
+    async with FaultyMonitor(namespace_folder / "vm.sock") as monitor, keeping(namespace_folder) as keeper:
+        del monitor._handlers["query-acpi-ospm-status"]
+        await (await keeper.session()).observe()
+        assert not await keeper.monitors.end_turn(ONE)
+        monkeypatch.setattr(monitors_module, "EVENTS_TURN_SECONDS", 0.0)
+        assert await keeper.monitors.end_turn(ONE)
+
+
 async def test_sessions_that_break_soon_after_they_were_opened_are_counted_as_a_row(namespace_folder: Path) -> None:
     faults = {"query-uuid": AnswersAndCloses()}
     async with FaultyMonitor(namespace_folder / "vm.sock", faults=faults), keeping(namespace_folder) as keeper:

@@ -256,6 +256,19 @@ async def test_a_refusal_on_machines_without_acpi_comes_by_path(namespace_folder
         assert session.answer(1) is None
 
 
+async def test_a_refusal_by_path_is_heard_by_a_later_session_too(namespace_folder: Path, connect: Connect) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", cpus=3) as monitor:
+        monitor.cpus.unplug = {1: Silent()}
+        earlier = await connect(monitor.path)
+        asked = slot_of(await earlier.observe(), 1)
+        await earlier.unplug(asked)
+        await earlier.close()
+        session = await connect(monitor.path)
+        await session.observe()
+        monitor.emit("DEVICE_UNPLUG_GUEST_ERROR", {"path": asked.path})
+        await until(lambda: session.answer(1) is Answer.GUEST_ERROR, 60, "the answer")
+
+
 async def test_stopping_continuing_and_resetting_a_machine_wake(
     q35: Guest, connect: Connect, control: Raw, wakes: Wakes
 ) -> None:

@@ -10,7 +10,6 @@ soon after they were opened (something between here and QEMU cuts them), the pau
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +21,13 @@ from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, open_socket
 
-__all__ = ["LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
+__all__ = ["EVENTS_TURN_SECONDS", "LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
 
 TURN_SECONDS = 3.0
 """How long a session goes on in one piece where other clients are to have their turn too."""
+
+EVENTS_TURN_SECONDS = 60.0
+"""The same where a guest's answers come by event only: one that comes between two sessions is lost."""
 
 LASTING_SECONDS = 10.0
 """A session that has lasted so long was a sound one: its loss is the first in its row."""
@@ -97,12 +99,15 @@ class Monitors:
         return session
 
     async def end_turn(self, uid: UID) -> bool:
-        """Close the set's session if it has lasted `TURN_SECONDS`; whether that was so.
+        """Close the set's session if it has had its turn; whether that was so.
 
         Whoever waits for the monitor is served before a session that is opened soon after. For a monitor may be wanted
         for longer than others can wait: by a guest that is asked again every second, or that answers by event only.
         """
-        if asyncio.get_running_loop().time() < self._opened_at.get(uid, math.inf) + TURN_SECONDS:
+        if (kept := self._kept.get(uid)) is None:
+            return False
+        turn = EVENTS_TURN_SECONDS if kept[1].answers_by_event_only else TURN_SECONDS
+        if asyncio.get_running_loop().time() < self._opened_at[uid] + turn:
             return False
         await self._close(uid)
         return True

@@ -74,8 +74,11 @@ class Session:
         self._waking: asyncio.TimerHandle | None = None
         self._allowance = float(WAKES_AT_ONCE)
         self._allowed_at = -math.inf
-        self._asked: dict[int, str] = {}
+        self._at: dict[str, int] = {}
+        """The slot of each CPU of the last observation, by its path."""
         self._answers: dict[int, Answer] = {}
+        self.answers_by_event_only = False
+        """Whether what a guest answers while nobody listens is lost: there is nothing to read it from."""
         self._since: datetime | None = None
         self._uuid: tuple[str | None] | None = None
 
@@ -155,6 +158,8 @@ class Session:
         else:
             if slots is None:
                 raise MachineUnsettled(f"{self._where}: CPUs came or went while they were counted")
+        self.answers_by_event_only = ost is None
+        self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
         if self._uuid is None:  # One connection leads to one process, which keeps it.
             self._uuid = (await self._query("query-uuid", replies.uuid),)
         return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, self._uuid[0], self._since)
@@ -181,7 +186,6 @@ class Session:
         """
         if slot.path is None:
             raise ValueError(f"slot {slot.index} holds no CPU")
-        self._asked[slot.index] = slot.path
         self._answers.pop(slot.index, None)
         # A name without a slash would be taken for a device id; every CPU has a path, and only plugged ones have an id.
         await self._execute("device_del", {"id": slot.path})
@@ -220,11 +224,8 @@ class Session:
             return
         if name == "ACPI_DEVICE_OST":
             self._on_ost(data)
-        elif name == "DEVICE_UNPLUG_GUEST_ERROR" and isinstance(data, dict):
-            # What spapr sends in place of an _OST; it says no more than "no".
-            for slot, path in self._asked.items():
-                if path == data.get("path"):
-                    self._answers[slot] = Answer.GUEST_ERROR
+        elif name == "DEVICE_UNPLUG_GUEST_ERROR":
+            self._on_guest_error(data)
         if name in _WAKING:
             self._wake_soon()
 
@@ -246,6 +247,12 @@ class Session:
         # "In progress" needs no pass of its own: a final answer, or the CPU's departure, follows.
         if ost.answer is not Answer.IN_PROGRESS:
             self._wake_soon()
+
+    def _on_guest_error(self, data: object) -> None:
+        """What spapr sends in place of an _OST; it says no more than "no". Also to a request of an earlier session."""
+        path = data.get("path") if isinstance(data, dict) else None
+        if isinstance(path, str) and (slot := self._at.get(path)) is not None:
+            self._answers[slot] = Answer.GUEST_ERROR
 
     def _on_loss(self) -> None:
         if self._open:
