@@ -5,39 +5,77 @@ Checked at the moment of the deed, against the model, not against what the opera
 * A CPU is plugged only while fewer are present than the target.
 * The guest is asked only for as many as are too many, requests that it still has included; a request that is on the
   book as in flight may be repeated while any is wanted.
-* A request is in the status before it is made.
-* No CPU is asked for twice within its interval, by whichever operator: `retrySeconds`, or `timeoutSeconds` if the
-  operator that asks cannot know that the first request was made.
-* Ready=True is written only with the declared count just seen, and `status.vcpus` is always a count that was seen.
+* A request is in the status before it is made; of a QEMU that was replaced, none stays there once the new one was seen.
+* No CPU of one QEMU is asked for twice within its interval, by whichever operator: `retrySeconds`, or `timeoutSeconds`
+  if the operator that asks cannot know that the first request was made.
+* Ready=True is written only with the declared count just seen and, if the guest has said how many it uses, with all of
+  them used when it spoke; GuestCPUsOffline only if it spoke of fewer. `status.vcpus` is always a count that was seen,
+  `status.onlineVCPUs` one that the guest gave, `status.machineUUID` that of a machine that was seen.
 * The conditions stand in their order, and Reconciling and Stalled are never both True.
+
+And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
+
+* A set that shows Ready=True for its generation has the declared count, unless somebody changed it since the last look.
+* What the guest said last is what the status shows.
+* While a session is open, all that its events told of has been looked at.
+* An OnDemand set holds the monitor only while its guest was at work within the last seconds, and never for long in one
+  piece; a Persistent one always, once it could have it, or soon again where its sessions are cut.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from typing_extensions import override
+
 from unit.reconciler.model import Qemu
+from unit.reconciler.standins import LOSS_SECONDS
 from unit.reconciler.world import World
+from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.plan import goal
 from vcpuset.domain.requests import CPU, cpu_of
-from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.domain.resource import UID, Connection, VCPUSet
+from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
+from vcpuset.qmp.monitors import TURN_SECONDS
+from vcpuset.reconciler import LOOK_SECONDS, UNSETTLED_SECONDS
+from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]
+
+AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + LOOK_SECONDS + 2 * UNSETTLED_SECONDS
+"""How long an OnDemand set may hold the monitor after the last sign of work."""
 
 
 @dataclass
 class _Ask:
     """The last request for a CPU.
 
-    known  the operator that made it has had QEMU's reply to it; else it may not have been made
+    at        when it was made; never in the future, though the clock may be set
+    recorded  the time in its record
+    known     the operator that made it has had QEMU's reply to it; else it may not have been made
     """
 
     at: datetime
+    recorded: datetime
     operator: int
     known: bool = False
     refused: bool = False
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a guest said.
+
+    about  the CPUs that there were when it spoke
+    """
+
+    process: int
+    about: frozenset[CPU]
+    online: int
+    used_all: bool
 
 
 class LawfulWorld(World):
@@ -49,7 +87,18 @@ class LawfulWorld(World):
         self._seen: int | None = None
         self._working_on: VCPUSet | None = None
         self._disturbed = False
+        self._looked_in_pass = False
+        self._process = qemu.process
+        self._changes = self._news = 0
+        self._about: frozenset[CPU] = frozenset()
+        self._told: _Told | None = None
+        self._calm = False
+        self._at_work = 0.0
+        self._set_back = False
+        self._cut_at = float("-inf")
+        self._records: dict[tuple[CPU, datetime], int] = {}
         super().__init__()
+        qemu.clock = lambda: self.wall
         self.machines["a.sock"] = qemu
         self.apply("web", vcpus=vcpus)
 
@@ -57,21 +106,40 @@ class LawfulWorld(World):
         """Somebody else changed something, so what the operator has just seen does not hold any more."""
         self._disturbed = True
 
+    @override
     def set_clock(self, seconds: float) -> None:
         """Nothing can have been asked for in the future, so a clock that is set back starts the intervals anew."""
         super().set_clock(seconds)
+        self._set_back |= seconds < 0
+        self._at_work = self.loop.now
         for ask in self._asks.values():
             ask.at = min(ask.at, self.wall)
 
+    @override
     def on_pass(self, uid: UID) -> None:
         """From here on the operator goes by what its cache holds."""
         self._working_on = self.cache.get(uid)
         self._disturbed = False
+        self._looked_in_pass = False
 
+    @override
+    def on_result(self, uid: UID, result: Result | None) -> None:
+        """Whether the operator could do what it wanted."""
+        self._calm = isinstance(result, Done)
+        if isinstance(result, Done) and result.requeue_after == UNSETTLED_SECONDS:
+            self._at_work = self.loop.now
+
+    @override
     def on_observe(self, qemu: Qemu, machine: Machine) -> None:
         """From here on the operator knows how many there are."""
+        if qemu.process != self._process:
+            self._process, self._asks = qemu.process, {}
+        if self._seen is not None and machine.vcpus < self._seen:
+            self._at_work = self.loop.now
         self._seen = machine.vcpus
         self._disturbed = False
+        self._looked_in_pass = True
+        self._changes, self._news, self._about = qemu.changes, qemu.news, qemu.present
         self._asks = {cpu: ask for cpu, ask in self._asks.items() if cpu in qemu.present}
         for cpu, ask in self._asks.items():
             ask.refused = ask.refused or qemu.slot_of(cpu) not in qemu.latched
@@ -79,19 +147,21 @@ class LawfulWorld(World):
             # Nothing is to be given back any more: who said no before may be asked afresh.
             self._asks = {cpu: ask for cpu, ask in self._asks.items() if not ask.refused}
 
+    @override
     def on_plug(self, qemu: Qemu, slot: Slot) -> None:
         """Never above the target."""
+        self._at_work = self.loop.now
         if not self._disturbed:
             assert qemu.vcpus + slot.vcpus <= self._target(), "plugged above the target"
 
+    @override
     def on_unplug(self, qemu: Qemu, slot: Slot) -> None:
         """Never more than is too many, never again too soon, never unrecorded."""
+        self._at_work = self.loop.now
         cpu = cpu_of(slot)
-        if cpu not in qemu.present:
-            return
         surplus = qemu.vcpus - self._target()
         if not self._disturbed:
-            leaving = {index for index in qemu.latched if qemu.cpus[index] in self._asks}
+            leaving = {index for index in qemu.latched if self._knows_of(qemu, qemu.cpus[index])}
             # The guest may hold more requests than are wanted, if the target rose; another for the same CPU adds none.
             # That holds for what is on the book: whether the guest really has it nobody can know.
             on_book = {cpu_of(each) for each in self._spec().status.pending_unplugs if each.in_flight}
@@ -99,41 +169,155 @@ class LawfulWorld(World):
             more = qemu.threads if repeated else (len(leaving) + 1) * qemu.threads
             assert more <= surplus, f"asked for slot {slot.index} beside {leaving}, and {surplus} vCPUs are too many"
 
-        stored = self.vcpuset()
-        recorded = {cpu_of(request): request for request in stored.status.pending_unplugs}
+        recorded = {cpu_of(request): request for request in self.status().pending_unplugs}
         assert cpu in recorded, "asked for a CPU without a record"
         assert recorded[cpu].requested_at == self.wall, "the record has an older time than the request"
 
-        if (last := self._asks.get(cpu)) is not None:
+        if (last := self._asks.get(cpu)) is not None and self._knows_of(qemu, cpu):
             unplug = self._spec().spec.unplug
             seconds = unplug.retry_seconds
             if last.operator != self.operator_number or not last.known:
                 seconds = min(seconds, unplug.timeout_seconds)
             assert self.wall >= last.at + timedelta(seconds=seconds), "asked twice within the interval"
         if not qemu.legacy and not qemu.migrating:
-            self._asks[cpu] = _Ask(self.wall, self.operator_number)
+            self._asks[cpu] = _Ask(self.wall, self.wall, self.operator_number)
 
+    @override
     def on_unplug_taken(self, slot: Slot) -> None:
         """From here on the operator knows that the request was made."""
         if (ask := self._asks.get(cpu_of(slot))) is not None:
             ask.known = True
 
+    @override
+    def on_open(self, qemu: Qemu) -> None:
+        """Events count from here on."""
+        self._news = qemu.news
+
+    @override
+    def on_loss(self) -> None:
+        """A new session is opened at once, or somewhat later if this happens often."""
+        self._cut_at = self.loop.now
+
+    @override
+    def on_answer(self, qemu: Qemu, cpus: GuestCPUs) -> Callable[[], None]:
+        """The guest speaks, and is heard some time later."""
+        told = _Told(qemu.process, qemu.present, cpus.online, used_all=qemu.used == qemu.vcpus)
+
+        def heard() -> None:
+            self._told = told
+
+        return heard
+
+    @override
     def on_write(self, before: VCPUSet, after: VCPUSet) -> None:
         """The status tells the truth and obeys the rules of kstatus."""
         status = after.status
-        assert [condition.type for condition in status.conditions] == ["Ready", "Reconciling", "Stalled"]
-        true = {condition.type for condition in status.conditions if condition.status == "True"}
+        kinds = ["Ready", "Reconciling", "Stalled"]
+        if self._spec().spec.guest_agent is not None:
+            kinds.append("GuestAgentConnected")
+        assert [condition.type for condition in status.conditions] == kinds
+        true = {condition.type for condition in status.conditions[:3] if condition.status == "True"}
         assert len(true) <= 1, f"{true} are True at once"
         assert status.observed_generation == after.generation
         assert status.vcpus in {self._seen, before.status.vcpus}
         if "Ready" in true:
+            assert self._looked_in_pass
             assert self._seen == after.spec.vcpus == status.vcpus
-        cpus = [cpu_of(request) for request in status.pending_unplugs]
-        assert len(cpus) == len(set(cpus)) <= self.qemu.slots
+        self._judge_guest(before, after)
+        self._judge_book(before, after)
         old = {condition.type: condition for condition in before.status.conditions}
         for condition in status.conditions:
             if condition.type in old and old[condition.type].status == condition.status:
                 assert condition.last_transition_time == old[condition.type].last_transition_time
+
+    def _judge_guest(self, before: VCPUSet, after: VCPUSet) -> None:
+        """What the status says of the guest, the guest has said."""
+        status, told = after.status, self._told
+        ready, agent = status.ready, status.condition("GuestAgentConnected")
+        assert ready is not None
+        if agent is None:
+            assert status.online_vcpus is None
+            return
+        assert status.online_vcpus in {None, before.status.online_vcpus, None if told is None else told.online}
+        speaks = agent.status == "True"
+        if ready.reason == "GuestCPUsOffline" or (ready.status == "True" and speaks):
+            assert speaks
+            assert told is not None
+            assert self._seen is not None
+            assert told.online == status.online_vcpus
+            if ready.status == "True":
+                assert told.online == self._seen, f"{told.online} of {self._seen} are used, and that is Ready"
+                assert told.process == self._process or told.about == self._about
+                assert told.used_all or told.about != self._about, "not all were used when the guest spoke"
+            else:
+                assert told.online < self._seen, "none is offline"
+
+    def _judge_book(self, before: VCPUSet, after: VCPUSet) -> None:
+        """The requests in the status are this machine's, and each CPU stands there once."""
+        requests = after.status.pending_unplugs
+        cpus = [cpu_of(request) for request in requests]
+        assert len(cpus) == len(set(cpus)) <= self.qemu.slots
+        known = set(before.status.pending_unplugs)
+        for request in requests:
+            if request not in known:
+                self._at_work = self.loop.now
+                self._records.setdefault((cpu_of(request), request.requested_at), self._process)
+        ready = after.status.ready
+        assert ready is not None
+        if "Monitor" in ready.reason:
+            # Not seen in this pass, or not to its end: the last report of a machine stands.
+            assert requests == before.status.pending_unplugs
+            return
+        assert self._looked_in_pass
+        assert after.status.machine_uuid == self.qemu.uuid or self._process != self.qemu.process
+        if self._set_back and self.operator_number > 1:
+            # Whoever was not there must believe the clock.
+            return
+        for request in requests:
+            made_to = self._records.get((cpu_of(request), request.requested_at), self._process)
+            assert made_to == self._process, f"slot {request.slot} was asked for in another QEMU"
+
+    @override
+    def run_due(self) -> None:
+        """At rest again, all is as it should be."""
+        super().run_due()
+        self.judge_rest()
+
+    def judge_rest(self) -> None:
+        """Nothing is to be done at this moment: does the status tell the truth, and has the monitor who should?"""
+        if "web" not in self.api.sets:
+            return
+        vcpuset, qemu = self.vcpuset(), self.qemu
+        status, ready = vcpuset.status, vcpuset.status.ready
+        shows = ready is not None and ready.status == "True" and ready.observed_generation == vcpuset.generation
+        if shows and self._changes == qemu.changes:
+            assert qemu.vcpus == vcpuset.spec.vcpus == status.vcpus, "Ready with another count"
+        if self.cache.get(vcpuset.uid) != vcpuset:
+            return
+        agent = status.condition("GuestAgentConnected")
+        if shows and self._calm and agent is not None and agent.status == "True":
+            assert self._told is not None
+            assert self._told.online == status.online_vcpus, "the guest has said something else since"
+        if self.sessions_held:
+            assert self._news == qemu.news, "an event was not looked at"
+            if vcpuset.spec.connection is Connection.ON_DEMAND:
+                seconds = AT_WORK_SECONDS if qemu.arch == "x86_64" else vcpuset.spec.unplug.timeout_seconds
+                seconds = max(seconds, AT_WORK_SECONDS)
+                assert self.loop.now <= self._at_work + seconds, "the monitor is held for nothing"
+                assert self.loop.now <= self.session_since + TURN_SECONDS + LOOK_SECONDS, "nobody else gets a turn"
+        elif vcpuset.spec.connection is Connection.PERSISTENT and self._calm and qemu.reachable:
+            assert self.loop.now <= self._cut_at + LOSS_SECONDS, "a Persistent set without its session"
+
+    def _knows_of(self, qemu: Qemu, cpu: CPU) -> bool:
+        """Whether the operator can know that the guest was asked for this CPU.
+
+        One that comes after a crash tells the requests made to this QEMU by their times; if the clock was set back
+        after QEMU had started, those look older than it.
+        """
+        ask = self._asks.get(cpu)
+        if ask is None:
+            return False
+        return ask.operator == self.operator_number or not qemu.dated or ask.recorded >= qemu.since
 
     def _spec(self) -> VCPUSet:
         assert self._working_on is not None

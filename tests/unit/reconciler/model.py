@@ -1,35 +1,45 @@
 """A model of QEMU and its guest, for what a real one cannot be made to do thousands of times in a second.
 
-It keeps QEMU's rules that matter to an operator: a CPU plugged into a slot is another CPU than the one before, a
-request on x86 is latched and carried out at any later hotplug event, a refusal clears the latch, a new process has new
-threads and knows nothing of old requests, and the guest's firmware has to come up before any request is taken.
+It keeps their rules that matter to an operator: a CPU plugged into a slot is another CPU than the one before, a request
+on x86 is latched and carried out at any later hotplug event, a refusal clears the latch, a new process knows nothing of
+old requests (though in a container it can have the paths and thread ids of the one before), the guest's firmware has to
+come up before any request is taken, a guest need not use what was plugged, and a monitor serves one client at a time.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from datetime import UTC, datetime
+from typing import Any
 
 from vcpuset.domain.errors import CommandRefused, DeviceGone, GuestNotReady, Migrating, PermanentError, SlotTaken
+from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.domain.machine import Machine, Ost, Slot
 from vcpuset.domain.requests import CPU
 
-__all__ = ["EJECT", "IN_USE", "Guest", "Listener", "Qemu"]
+__all__ = ["START", "AgentMode", "Client", "Guest", "Qemu"]
 
+START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+"""The time at which every story begins."""
+
+PLUGGED = 1
 EJECT = 3
-"""`_OST` source of an eject that the host asked for."""
+"""`_OST` sources: a CPU came; the host asked for one."""
 
 IN_PROGRESS = 0x84
 IN_USE = 0x81
 
-_THREADS = itertools.count(1001)
-"""Host thread ids: never the same again, in any process."""
+FIRST_THREAD = 1001
+"""The thread id of the first CPU of a process whose ids repeat those of the one before."""
+
+_THREADS = itertools.count(FIRST_THREAD)
+"""Thread ids of all other processes: never the same again."""
 
 
 class Guest(enum.Enum):
-    """How the guest takes a request."""
+    """How the guest takes a request, or a CPU that was plugged."""
 
     PROMPT = "prompt"
     """Carries it out, or refuses it, at once."""
@@ -39,24 +49,64 @@ class Guest(enum.Enum):
     """Says and does nothing; the request stays latched."""
 
 
-@dataclass
-class Listener:
-    """What a monitor session is told: that the guest reported on a slot, that something happened, that it is over."""
+class AgentMode(enum.Enum):
+    """What becomes of a question to the guest's agent."""
 
-    ost: Callable[[int, Ost], None]
-    event: Callable[[], None]
-    lost: Callable[[], None]
+    WORKS = "works"
+    LATE = "late"
+    """It answers after some seconds."""
+    MUTE = "mute"
+    """It takes the connection and says nothing."""
+    ABSENT = "absent"
+    """Nobody listens."""
+    BLOCKED = "blocked"
+    """It answers with an error."""
+    STRANGER = "stranger"
+    """It is another machine's, with more CPUs."""
+
+
+class Client:
+    """A connection to a monitor: what it is told."""
+
+    def __init__(self, event: Callable[[dict[str, Any]], None], lost: Callable[[], None]) -> None:
+        self.event = event
+        self.lost = lost
 
 
 class Qemu:
-    """One machine, also across restarts of its process."""
+    """One machine, also across restarts of its process.
 
-    def __init__(self, *, boot: int = 2, slots: int = 8, threads: int = 1, arch: str = "x86_64") -> None:
+    repeats_ids  a new process has the thread ids of the one before, as in a container
+    dated        it is known since when the process runs: the monitor is a unix socket
+    has_uuid     it was started with a uuid
+    """
+
+    def __init__(
+        self,
+        *,
+        boot: int = 2,
+        slots: int = 8,
+        threads: int = 1,
+        arch: str = "x86_64",
+        repeats_ids: bool = False,
+        dated: bool = True,
+        has_uuid: bool = True,
+    ) -> None:
         self.boot_slots = boot
         self.slots = slots
         self.threads = threads
         self.arch = arch
+        self.repeats_ids = repeats_ids
+        self.dated = dated
+        self.has_uuid = has_uuid
+        self.clock: Callable[[], datetime] = lambda: START
+        """The host's clock."""
         self.guest = Guest.PROMPT
+        self.leaves_offline = False
+        """The guest takes up what is plugged and does not use it, as Linux does without a udev rule."""
+        self.never_online: set[int] = set()
+        """Slots whose CPU the guest cannot set online."""
+        self.agent = AgentMode.WORKS
         self.refused_slots: set[int] = set()
         """Slots that the guest says no about."""
         self.rejected_slots: set[int] = set()
@@ -64,28 +114,49 @@ class Qemu:
         self.loses_requests = False
         """The guest takes requests without a trace, as Linux does early in its boot."""
         self.reachable = True
-        self.listeners: list[Listener] = []
+        self.clients: list[Client] = []
+        self.process = 0
+        """Counts the processes."""
+        self.machine_number = 0
+        """Counts the machines; a restart can be another machine's."""
+        self.changes = 0
+        """How often CPUs left, or came by somebody else's hand."""
+        self.news = 0
+        """How many events told of such a change."""
         self.power_on()
 
     # --- the process ----------------------------------------------------------------------------------------------
 
-    def power_on(self, *, legacy: bool = False) -> None:
+    def power_on(self, *, legacy: bool = False, other_machine: bool = False) -> None:
         """Start the process anew: boot CPUs only, connections cut."""
+        self.process += 1
+        self.machine_number += other_machine
+        self.since = self.clock()
         self.run_state = "running"
         self.migrating = False
         self.legacy = legacy and self.arch == "x86_64"
+        self._threads = itertools.count(FIRST_THREAD) if self.repeats_ids else _THREADS
         self.cpus: dict[int, CPU] = {
-            index: (f"/machine/unattached/device[{index}]", next(_THREADS)) for index in range(self.boot_slots)
+            index: (f"/machine/unattached/device[{index}]", next(self._threads)) for index in range(self.boot_slots)
         }
+        self.taken_up: dict[int, bool] = {} if self.legacy else dict.fromkeys(self.cpus, True)
+        """The slots whose CPU the guest knows of, and whether it uses it."""
         self.latched: set[int] = set()
         self.ost: dict[int, Ost] = {}
+        self.changes += 1
+        self._slots: tuple[Slot, ...] | None = None
+        self.other_has_it = self.other_waits = False
         self.disconnect()
 
-    def disconnect(self) -> None:
-        """Cut every connection."""
-        listeners, self.listeners = self.listeners, []
-        for listener in listeners:
-            listener.lost()
+    def booted(self) -> None:
+        """The guest's firmware and kernel are up, with all CPUs that there are."""
+        self.legacy = False
+        self.taken_up = dict.fromkeys(self.cpus, True)
+
+    @property
+    def uuid(self) -> str | None:
+        """`query-uuid`."""
+        return f"00000000-0000-4000-8000-{self.machine_number:012}" if self.has_uuid else None
 
     @property
     def vcpus(self) -> int:
@@ -93,9 +164,9 @@ class Qemu:
         return len(self.cpus) * self.threads
 
     @property
-    def present(self) -> set[CPU]:
+    def present(self) -> frozenset[CPU]:
         """The CPUs that are in a slot."""
-        return set(self.cpus.values())
+        return frozenset(self.cpus.values())
 
     def slot_of(self, cpu: CPU) -> int | None:
         """Where a CPU is; None: gone."""
@@ -103,21 +174,51 @@ class Qemu:
 
     def machine(self) -> Machine:
         """What an observation shows now."""
-        slots = []
-        for index in range(self.slots):
-            path, thread = self.cpus.get(index, (None, None))
-            slots.append(Slot(index, "cpu-type", {"core-id": index}, self.threads, path, thread))
-        shown: dict[int, Ost] = {}
-        if not self.legacy:
-            shown = {index: self.ost.get(index, Ost(0, 0)) for index in range(self.slots)}
+        if self._slots is None:
+            none: tuple[None, None] = (None, None)
+            self._slots = tuple(
+                Slot(index, "cpu-type", {"core-id": index}, self.threads, *self.cpus.get(index, none))
+                for index in range(self.slots)
+            )
+        shown: dict[int, Ost] | None = None
+        if self.arch == "x86_64":
+            shown = {} if self.legacy else {index: self.ost.get(index, Ost(0, 0)) for index in range(self.slots)}
         return Machine(
             self.run_state,
             self.arch,
             self.vcpus,
-            tuple(slots),
+            self._slots,
             self.migrating,
-            shown if self.arch == "x86_64" else None,
+            shown,
+            self.uuid,
+            self.since if self.dated else None,
         )
+
+    # --- the monitor ----------------------------------------------------------------------------------------------
+
+    def disconnect(self) -> None:
+        """Cut every connection of the operator's."""
+        clients, self.clients = self.clients, []
+        for client in clients:
+            client.lost()
+
+    def let_go(self, client: Client) -> None:
+        """A client has closed its connection; the next one gets its turn."""
+        if client in self.clients:
+            self.clients.remove(client)
+        self.other_has_it |= self.other_waits and not self.clients
+        self.other_waits &= not self.other_has_it
+
+    def other_client_comes(self) -> None:
+        """Somebody else wants the monitor, and has it as soon as it is free."""
+        if self.clients:
+            self.other_waits = True
+        else:
+            self.other_has_it = True
+
+    def other_client_goes(self) -> None:
+        """Nobody else wants it any more."""
+        self.other_has_it = self.other_waits = False
 
     # --- commands -------------------------------------------------------------------------------------------------
 
@@ -128,7 +229,8 @@ class Qemu:
             raise Migrating("device_add", "GenericError", "device_add not allowed while migrating")
         if index in self.cpus or any(path == other for other, _ in self.cpus.values()):
             raise SlotTaken("device_add", "GenericError", f"Duplicate device ID '{device_id}'")
-        self.cpus[index] = (path, next(_THREADS))
+        self._slots = None
+        self.cpus[index] = (path, next(self._threads))
         self.hotplug_event()
 
     def device_del(self, path: str) -> None:
@@ -158,39 +260,97 @@ class Qemu:
                 self.guest_works()
             case Guest.SLOW:
                 for index in sorted(self.latched):
-                    self._report(index, IN_PROGRESS)
+                    self._report(index, EJECT, IN_PROGRESS)
             case Guest.ASLEEP:
                 pass
 
     def guest_works(self) -> None:
-        """The guest carries out, or refuses, everything that is latched."""
+        """The guest takes up what was plugged, and carries out, or refuses, everything that is latched."""
+        if self.legacy:
+            return
+        for index in sorted(self.cpus.keys() - self.taken_up.keys()):
+            self.taken_up[index] = not (self.leaves_offline or index in self.never_online)
+            self._report(index, PLUGGED, 0)
         for index in sorted(self.latched):
-            self.latched.discard(index)
             if index in self.refused_slots:
-                self._report(index, IN_USE)
+                self.latched.discard(index)
+                self._report(index, EJECT, IN_USE)
             else:
-                del self.cpus[index]
-                self._report(index, 0)
-                self._tell()
+                self._leave(index)
+                self._report(index, EJECT, 0)
 
     def forget(self) -> None:
-        """A reset that drops what was latched, without a trace."""
+        """A reset that drops what was latched, without a trace; the guest boots with all CPUs that there are."""
         self.latched.clear()
-        self._tell()
+        if not self.legacy:
+            self.booted()
+        self._tell("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
 
     def take_away(self, index: int) -> None:
         """Somebody else's request was carried out."""
+        self._leave(index)
+
+    def come_by_another_hand(self, index: int, device_id: str) -> None:
+        """Somebody else plugs a CPU."""
+        self.changes += 1
+        self.device_add(index, device_id)
+
+    def guest_cpus(self) -> GuestCPUs:
+        """What the guest knows of; it counts its processors itself."""
+        known = sorted(self.taken_up.items())
+        cpus = (
+            GuestCPU(slot * self.threads + thread, online, can_offline=slot != 0)
+            for slot, online in known
+            for thread in range(self.threads)
+        )
+        if self.agent is AgentMode.STRANGER:
+            return GuestCPUs(tuple(GuestCPU(number, online=True, can_offline=True) for number in range(99)))
+        return GuestCPUs(tuple(cpus))
+
+    @property
+    def agent_runs(self) -> bool:
+        """Whether something in the guest can answer."""
+        return self.run_state == "running" and not self.legacy and self.agent is not AgentMode.MUTE
+
+    def bring_online(self, numbers: Iterable[int]) -> dict[int, str]:
+        """The agent sets processors online; returns those that it could not, with its words."""
+        resisted = {}
+        for number in numbers:
+            slot = number // self.threads
+            if slot in self.never_online:
+                resisted[number] = "Input/output error"
+            else:
+                self.taken_up[slot] = True
+        return resisted
+
+    def set_offline(self, slots: Collection[int]) -> None:
+        """Somebody in the guest takes processors out of use."""
+        for slot in slots:
+            if slot in self.taken_up and slot != 0:
+                self.taken_up[slot] = False
+
+    @property
+    def used(self) -> int:
+        """How many vCPUs the guest uses."""
+        return sum(online for slot, online in self.taken_up.items() if slot in self.cpus) * self.threads
+
+    def _leave(self, index: int) -> None:
+        self._slots = None
         self.latched.discard(index)
-        del self.cpus[index]
-        self._tell()
+        self.taken_up.pop(index, None)
+        path, _ = self.cpus.pop(index)
+        self.changes += 1
+        self._tell("DEVICE_DELETED", {"path": path})
 
-    def _report(self, index: int, status: int) -> None:
-        if self.arch != "x86_64":
-            return
-        self.ost[index] = Ost(EJECT, status)
-        for listener in tuple(self.listeners):
-            listener.ost(index, self.ost[index])
+    def _report(self, index: int, source: int, status: int) -> None:
+        if self.arch == "x86_64":
+            self.ost[index] = Ost(source, status)
+            info = {"slot": str(index), "slot-type": "CPU", "source": source, "status": status}
+            self._tell("ACPI_DEVICE_OST", {"info": info}, final=status != IN_PROGRESS)
+        elif source == EJECT and status not in {0, IN_PROGRESS}:
+            self._tell("DEVICE_UNPLUG_GUEST_ERROR", {"path": self.cpus[index][0]})
 
-    def _tell(self) -> None:
-        for listener in tuple(self.listeners):
-            listener.event()
+    def _tell(self, event: str, data: dict[str, Any], *, final: bool = True) -> None:
+        self.news += final
+        for client in tuple(self.clients):
+            client.event({"event": event, "data": data})

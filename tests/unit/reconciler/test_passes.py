@@ -78,7 +78,7 @@ def test_down_to_one_gives_boot_cpus_back(world: LawfulWorld, qemu: Qemu) -> Non
 
 
 def test_drift_is_undone_at_the_next_resync(world: LawfulWorld, qemu: Qemu) -> None:
-    qemu.device_add(5, "somebody-elses")
+    qemu.come_by_another_hand(5, "somebody-elses")
     assert qemu.vcpus == 3
 
     world.advance(67)
@@ -102,7 +102,7 @@ def test_a_change_of_many_seconds_is_reported_now_and_then(world: LawfulWorld, q
     assert 3 <= len(world.api.writes) - before <= 4
 
 
-def test_a_refused_cpu_is_replaced_by_the_next_in_the_same_pass(world: LawfulWorld, qemu: Qemu) -> None:
+def test_a_refused_cpu_is_replaced_by_the_next_and_leaves_no_trace(world: LawfulWorld, qemu: Qemu) -> None:
     world.apply("web", vcpus=6)
     world.run_due()
     qemu.refused_slots = {5, 3}
@@ -238,7 +238,7 @@ def test_a_refusal_of_an_earlier_request_is_no_answer_to_a_new_one(world: Lawful
 
 
 def test_a_slot_whose_id_somebody_else_has_used_is_left_out(world: LawfulWorld, qemu: Qemu) -> None:
-    qemu.device_add(6, "vcpu2")
+    qemu.come_by_another_hand(6, "vcpu2")
     world.apply("web", vcpus=5)
     world.run_due()
 

@@ -1,40 +1,31 @@
-"""Everything around a real `Reconciler`, in memory: the API server, the monitors, the work queue, and time.
+"""Everything around a real `Reconciler`, in memory: the API server, machines, guests, the work queue, and time.
 
-The reconciler, its cache, the codec and the status writer are the product's own. What stands in for the rest keeps the
-rules that a pass relies on: a write with an old resourceVersion is a conflict, a session that was cut is dead, a
-command that got no answer may have run. Each call of a pass has two points, before and after its effect, at which the
-world can be changed or the call made to fail (`World.interrupt`).
+Nothing happens between its methods. Time goes by in `advance` only, and in `run_due` the moment for which a session
+gathers events. `on_…` are for laws.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
 
-from unit.reconciler.model import Listener, Qemu
-from vcpuset.domain.errors import APIError, Conflict, MachineUnsettled, MonitorTimeout, MonitorUnreachable, ObjectGone
-from vcpuset.domain.guest import GuestReport
-from vcpuset.domain.machine import Answer, Machine, Ost, Slot
-from vcpuset.domain.resource import UID, Status, UnixMonitor, VCPUSet
+from unit.reconciler.model import START, Qemu
+from unit.reconciler.standins import ApiServer, FakeRecorder, ModelGuests, ModelMonitors
+from unit.reconciler.timeless import TimelessLoop
+from vcpuset.domain.errors import MachineUnsettled, MonitorTimeout
+from vcpuset.domain.guest import GuestCPUs
+from vcpuset.domain.machine import Machine, Slot
+from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Cluster
-from vcpuset.kube.codec import decode
-from vcpuset.kube.recorder import Recorder
-from vcpuset.qmp.guests import Guests
-from vcpuset.qmp.monitors import Monitors
-from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
+from vcpuset.qmp.session import SETTLE_SECONDS
 from vcpuset.reconciler import Reconciler
 from vcpuset.runtime.workers import Done, Result, Retry
 
 __all__ = ["NAMESPACE", "START", "Fault", "OperatorDied", "World"]
 
 NAMESPACE = "default"
-START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 RESYNC_SECONDS = 60.0
 BACKOFF_SECONDS = (0.25, 30.0)
@@ -49,207 +40,15 @@ class OperatorDied(BaseException):
     """SIGKILL, as far as the code can tell: nothing that it does from here on reaches anybody."""
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands still until the test moves it."""
-
-    now = 1000.0
-
-    def time(self) -> float:
-        return self.now
-
-
-class _ApiServer(Cluster):
-    """Objects with resourceVersions, below the product's own status writer."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(cast("Any", None), None)  # there is no connection: `_request` ends here
-        self._world = world
-        self.objects: dict[str, dict[str, Any]] = {}
-        self.version = 0
-        self.writes: list[VCPUSet] = []
-
-    def stamp(self, body: dict[str, Any]) -> None:
-        self.version += 1
-        body["metadata"]["resourceVersion"] = str(self.version)
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: list[tuple[str, str]] | None = None,
-        body: Mapping[str, Any] | None = None,
-        content_type: str = "application/json",
-    ) -> dict[str, Any]:
-        assert method == "PATCH"
-        assert path.endswith("/status")
-        assert body is not None
-        await self._world.point(APIError("no answer"))
-        found = self.objects.get(path.split("/")[-2])
-        if found is None:
-            raise ObjectGone(path)
-        if found["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
-            raise Conflict(path)
-        changed = copy.deepcopy(found)
-        changed["status"] = {
-            key: value for key, value in {**found.get("status", {}), **body["status"]}.items() if value is not None
-        }
-        before, after = decode(found), decode(changed)
-        assert before.status != after.status, "a write that changes nothing"
-        self._world.on_write(before, after)
-        self.stamp(changed)
-        self.objects[after.name] = changed
-        self.writes.append(decode(changed))
-        await self._world.point(APIError("no answer"))
-        return copy.deepcopy(changed)
-
-
-class _Recorder(Recorder):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, str]] = []
-
-    def record(
-        self,
-        vcpuset: VCPUSet,
-        *,
-        type: Literal["Normal", "Warning"],  # noqa: A002 - the API's word
-        reason: str,
-        action: str,
-        note: str,
-    ) -> None:
-        assert note
-        assert action
-        self.events.append((type, reason))
-
-
-class _Session(Session):
-    """A session with the model; answers are kept as the real one keeps them."""
-
-    def __init__(self, world: World, qemu: Qemu, wake: Callable[[], None]) -> None:
-        self._world = world
-        self._qemu = qemu
-        self._told = wake
-        self._live = True
-        self._asked: dict[int, str] = {}
-        self._answers: dict[int, Answer] = {}
-        self._listener = Listener(ost=self._take_ost, event=wake, lost=self._lose)
-        qemu.listeners.append(self._listener)
-
-    @property
-    def alive(self) -> bool:
-        return self._live
-
-    async def observe(self) -> Machine:
-        await self._point()
-        machine = self._qemu.machine()
-        self._world.on_observe(self._qemu, machine)
-        await self._point()
-        return machine
-
-    async def plug(self, slot: Slot) -> None:
-        await self._point()
-        self._world.on_plug(self._qemu, slot)
-        self._qemu.device_add(slot.index, slot.device_id)
-        await self._point()
-
-    async def unplug(self, slot: Slot) -> None:
-        assert slot.path is not None
-        self._asked[slot.index] = slot.path
-        self._answers.pop(slot.index, None)
-        await self._point()
-        self._world.on_unplug(self._qemu, slot)
-        self._qemu.device_del(slot.path)
-        await self._point()
-        self._world.on_unplug_taken(slot)
-
-    def answer(self, slot: int) -> Answer | None:
-        return self._answers.get(slot)
-
-    async def close(self) -> None:
-        self._live = False
-        if self._listener in self._qemu.listeners:
-            self._qemu.listeners.remove(self._listener)
-
-    async def _point(self) -> None:
-        await self._world.point(MonitorTimeout("no answer in time"))
-        if not self._live:
-            raise MonitorUnreachable("the connection broke")
-
-    def _take_ost(self, slot: int, ost: Ost) -> None:
-        if ost.answer is not None and slot in self._asked:
-            self._answers[slot] = ost.answer
-        if ost.answer is not Answer.IN_PROGRESS:
-            self._told()
-
-    def _lose(self) -> None:
-        self._live = False
-        self._told()
-
-
-class _Monitors(Monitors):
-    """Finds the model's machines by the path of `spec.monitor.unix`."""
-
-    def __init__(self, world: World, wake: Callable[[UID], None]) -> None:
-        self._world = world
-        self._told = wake
-        self._sessions: dict[UID, tuple[Qemu, _Session]] = {}
-
-    def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
-        assert isinstance(vcpuset.spec.monitor, UnixMonitor)
-        qemu = self._world.machines.get(vcpuset.spec.monitor.path)
-        if qemu is None:
-            raise MonitorUnreachable(f"nothing is at {vcpuset.spec.monitor.path}")
-        return nullcontext(TCPEndpoint(str(id(qemu)), 1))
-
-    async def session(self, uid: UID, endpoint: Endpoint) -> Session:
-        qemu = next(each for each in self._world.machines.values() if str(id(each)) == endpoint.identity[0])
-        kept = self._sessions.get(uid)
-        if kept is not None and kept[0] is qemu and kept[1].alive:
-            return kept[1]
-        await self.release(uid)
-        await self._world.point(MonitorUnreachable("nobody listens"))
-        if not qemu.reachable:
-            raise MonitorUnreachable("nobody listens")
-        session = _Session(self._world, qemu, lambda: self._told(uid))
-        self._sessions[uid] = (qemu, session)
-        return session
-
-    async def release(self, uid: UID) -> None:
-        if (kept := self._sessions.pop(uid, None)) is not None:
-            await kept[1].close()
-
-    def held(self) -> set[UID]:
-        return {uid for uid, (_, session) in self._sessions.items() if session.alive}
-
-    async def close(self) -> None:
-        for uid in tuple(self._sessions):
-            await self.release(uid)
-
-
-class _Guests(Guests):
-    """No machine of this world has a guest agent."""
-
-    def __init__(self) -> None:
-        pass
-
-    def ask(self, vcpuset: VCPUSet, machine: Machine) -> GuestReport | None:
-        raise AssertionError("the set has no guest agent")
-
-    async def forget(self, uid: UID) -> None:
-        return None
-
-
 class World:
     """A cluster with machines and one operator; close it at the end."""
 
     def __init__(self) -> None:
-        self._loop = _Loop()
+        self.loop = TimelessLoop()
         self.wall = START
         self.machines: dict[str, Qemu] = {}
-        self.api = _ApiServer(self)
-        self.recorder = _Recorder()
+        self.api = ApiServer(self)
+        self.recorder = FakeRecorder()
         self.passes = 0
         self.operator_number = 0
         self._countdown = -1
@@ -258,8 +57,9 @@ class World:
         self._start_operator()
 
     def close(self) -> None:
-        """End the event loop."""
-        self._loop.close()
+        """End the operator and the event loop."""
+        self._end_operator()
+        self.loop.close()
 
     # --- for laws: called with every deed of the operator, before it takes effect ---------------------------------
 
@@ -275,11 +75,24 @@ class World:
     def on_unplug_taken(self, slot: Slot) -> None:
         """The operator knows that QEMU has taken the request."""
 
+    def on_answer(self, qemu: Qemu, cpus: GuestCPUs) -> Callable[[], None]:
+        """A guest answers; what is returned is called when the operator hears it."""
+        return lambda: None
+
+    def on_open(self, qemu: Qemu) -> None:
+        """The operator has opened a session."""
+
+    def on_loss(self) -> None:
+        """A session is cut."""
+
     def on_write(self, before: VCPUSet, after: VCPUSet) -> None:
         """The operator writes a status."""
 
     def on_pass(self, uid: UID) -> None:
         """A pass begins."""
+
+    def on_result(self, uid: UID, result: Result | None) -> None:
+        """A pass has ended; None: by the death of the operator."""
 
     # --- the user -------------------------------------------------------------------------------------------------
 
@@ -296,36 +109,34 @@ class World:
             }
             body = {"metadata": metadata, "spec": {"monitor": {"unix": {"path": "a.sock"}}, **spec}}
         else:
-            body = copy.deepcopy(body)
-            body["spec"] |= spec
-            if body["spec"] == self.api.objects[name]["spec"]:
+            changed = {**body["spec"], **spec}
+            if changed == body["spec"]:
                 return
-            body["metadata"]["generation"] += 1
-        self.api.stamp(body)
-        self.api.objects[name] = body
+            metadata = {**body["metadata"], "generation": body["metadata"]["generation"] + 1}
+            body = {**body, "metadata": metadata, "spec": changed}
+        self.api.store(body)
         if deliver:
             self.deliver()
 
     def delete(self, name: str) -> None:
         """Delete a set; the watch tells at once."""
-        del self.api.objects[name]
+        self.api.delete(name)
         self.deliver()
 
     def deliver(self) -> None:
         """The watch tells the operator all that it does not know yet."""
-        alive = {body["metadata"]["uid"] for body in self.api.objects.values()}
+        alive = {vcpuset.uid for vcpuset in self.api.sets.values()}
         for known in self.cache:
             if known.uid not in alive:
                 self.cache.drop(known.uid)
                 self.reconciler.changed(known.uid)
-        for body in self.api.objects.values():
-            vcpuset = decode(body)
+        for vcpuset in self.api.sets.values():
             if self.cache.put(vcpuset):
                 self.reconciler.changed(vcpuset.uid)
 
     def vcpuset(self, name: str = "web") -> VCPUSet:
         """The set as the API server has it."""
-        return decode(self.api.objects[name])
+        return self.api.sets[name]
 
     def status(self, name: str = "web") -> Status:
         """Its status."""
@@ -373,8 +184,12 @@ class World:
 
     def restart_operator(self) -> None:
         """The operator is gone and a successor begins."""
-        self._loop.run_until_complete(self._monitors.close())
+        self._end_operator()
         self._start_operator()
+
+    def _end_operator(self) -> None:
+        self.loop.run(self._guests.close())
+        self.loop.run(self._monitors.close())
 
     def _start_operator(self) -> None:
         self._dead = False
@@ -382,13 +197,14 @@ class World:
         self._due: dict[UID, float] = {}
         self._failures: dict[UID, int] = {}
         self.cache = Cache()
-        self._monitors = _Monitors(self, self._enqueue)
+        self._monitors = ModelMonitors(self, self._enqueue)
+        self._guests = ModelGuests(self, self._enqueue)
         self.reconciler = Reconciler(
             cache=self.cache,
             cluster=self.api,
             recorder=self.recorder,
             monitors=self._monitors,
-            guests=_Guests(),
+            guests=self._guests,
             enqueue=self._enqueue,
             resync_seconds=RESYNC_SECONDS,
             clock=lambda: self.wall,
@@ -400,19 +216,35 @@ class World:
         """How many monitor sessions are open between passes."""
         return len(self._monitors.held())
 
+    @property
+    def session_since(self) -> float:
+        """The loop time when the oldest open session was opened; infinity: there is none."""
+        return min(self._monitors.held().values(), default=float("inf"))
+
     # --- the queue and time ---------------------------------------------------------------------------------------
 
     def _enqueue(self, uid: UID) -> None:
-        self._due[uid] = self._loop.now
+        self._due[uid] = self.loop.now
 
     def wake(self, name: str = "web") -> None:
         """Something makes the operator look."""
         self._enqueue(self.vcpuset(name).uid)
 
     def run_due(self) -> None:
-        """Run the passes that are due, and those that they make due."""
+        """Run the passes that are due, those that they make due, and those that events are being gathered for."""
+        self._run_due_now()
         for _ in range(PASSES_AT_ONE_MOMENT):
-            due = [uid for uid, at in self._due.items() if at <= self._loop.now]
+            next_at = self.loop.next_timer
+            if next_at > self.loop.now + SETTLE_SECONDS:
+                return
+            self._move_to(next_at)
+            self._run_due_now()
+        raise AssertionError("the operator spins: each pass makes events for another one")
+
+    def _run_due_now(self) -> None:
+        for _ in range(PASSES_AT_ONE_MOMENT):
+            self.loop.settle()
+            due = [uid for uid, at in self._due.items() if at <= self.loop.now]
             if not due:
                 return
             self.run_pass(due[0])
@@ -423,9 +255,11 @@ class World:
         self._due.pop(uid, None)
         self.passes += 1
         self.on_pass(uid)
+        result: Result | None
         try:
-            result = self._loop.run_until_complete(self.reconciler.reconcile(uid))
+            result = self.loop.run(self.reconciler.reconcile(uid))
         except OperatorDied:
+            self.on_result(uid, None)
             self.restart_operator()
             return None
         match result:
@@ -435,23 +269,28 @@ class World:
                 failures = self._failures[uid] = self._failures.get(uid, 0) + 1
                 seconds = min(BACKOFF_SECONDS[0] * 2 ** (failures - 1), BACKOFF_SECONDS[1])
         if seconds is not None:
-            self._due[uid] = min(self._due.get(uid, float("inf")), self._loop.now + seconds)
+            self._due[uid] = min(self._due.get(uid, float("inf")), self.loop.now + seconds)
+        self.on_result(uid, result)
         return result
 
     def advance(self, seconds: float) -> None:
         """Let time go by, with all passes that fall due in it."""
-        end = self._loop.now + seconds
+        end = self.loop.now + seconds
         self.run_due()
-        while self._due and (next_at := min(self._due.values())) <= end:
-            self._move(next_at - self._loop.now)
+        while (next_at := min([self.loop.next_timer, *self._due.values()])) <= end:
+            self._move_to(next_at)
             self.run_due()
-        self._move(end - self._loop.now)
+        self._move_to(end)
 
-    def _move(self, seconds: float) -> None:
-        if seconds > 0:
-            self._loop.now += seconds
+    def _move_to(self, moment: float) -> None:
+        if moment > self.loop.now:
             # Whole microseconds upwards, so that what falls due at this loop time has fallen due.
-            self.wall += timedelta(seconds=seconds, microseconds=1)
+            self.wall += timedelta(seconds=moment - self.loop.now, microseconds=1)
+            self.loop.now = moment
+
+    def tick(self) -> None:
+        """Let a moment pass in which nothing falls due."""
+        self.wall += timedelta(milliseconds=1)
 
     def set_clock(self, seconds: float) -> None:
         """The host's clock is set by so many seconds; the loop's goes on as before."""
