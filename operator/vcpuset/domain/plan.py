@@ -5,7 +5,8 @@ Rules that hold for every plan:
 * CPUs are plugged only while fewer are present than the target, lowest free slot first.
 * The guest is asked only while present - leaving > target, where leaving are the requests that it may still carry
   out. So never more are asked for than are too many. (A request that never reached the guest counts as leaving until it
-  is made again; should that happen while another is open, one CPU too many can leave, and is plugged again.)
+  is made again, or would be if `bootVCPUs` did not keep its CPU since; should that happen while another is open, one
+  CPU too many can leave, and is plugged again.)
 * Plugged CPUs are asked for before those of the boot, the highest slot first; one that was refused, after all others.
 * The target is what the declaration comes to on this machine: never above its ceiling or below its floor.
 """
@@ -147,7 +148,9 @@ def _to_ask(
     book = {cpu_of(request): request for request in requests}
     may_ask = {cpu for cpu, request in book.items() if due_at(request, unplug, inherited) <= now}
     candidates = _candidates(unplug, machine)
-    leaving = [slot for slot in machine.occupied if (r := book.get(cpu_of(slot))) is not None and r.in_flight]
+    with_guest = [slot for slot in machine.occupied if (r := book.get(cpu_of(slot))) is not None and r.in_flight]
+    # One that may not be asked for (any more) is not asked for again when it falls due: it is not waited for, either.
+    leaving = [slot for slot in with_guest if slot in candidates or cpu_of(slot) not in may_ask]
     surplus = machine.vcpus - target
 
     # A request in flight that has fallen due is made again, for its own CPU, so no further CPU leaves by it; no more

@@ -182,8 +182,12 @@ class Steps:
             id="one due and one fresh, both wanted",
         ),
         pytest.param(
-            Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(400))], ask=[5, 4, 3]),
-            id="kept since it was asked for: still leaving, never asked again",
+            Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(299))], ask=[5, 4, 3]),
+            id="kept since it was asked for: still leaving",
+        ),
+        pytest.param(
+            Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(300))], ask=[5, 4, 3, 2]),
+            id="kept since it was asked for, and due: neither asked again nor waited for",
         ),
         # Inherited ones
         pytest.param(

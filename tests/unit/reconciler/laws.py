@@ -37,7 +37,7 @@ from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.plan import goal
 from vcpuset.domain.requests import CPU, cpu_of
-from vcpuset.domain.resource import UID, Connection, VCPUSet
+from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import TURN_SECONDS
 from vcpuset.reconciler import LOOK_SECONDS, UNSETTLED_SECONDS
@@ -161,7 +161,7 @@ class LawfulWorld(World):
         cpu = cpu_of(slot)
         surplus = qemu.vcpus - self._target()
         if not self._disturbed:
-            leaving = {index for index in qemu.latched if self._knows_of(qemu, qemu.cpus[index])}
+            leaving = {index for index in qemu.latched if self._counts_on(qemu, qemu.cpus[index])}
             # The guest may hold more requests than are wanted, if the target rose; another for the same CPU adds none.
             # That holds for what is on the book: whether the guest really has it nobody can know.
             on_book = {cpu_of(each) for each in self._spec().status.pending_unplugs if each.in_flight}
@@ -307,6 +307,17 @@ class LawfulWorld(World):
                 assert self.loop.now <= self.session_since + TURN_SECONDS + LOOK_SECONDS, "nobody else gets a turn"
         elif vcpuset.spec.connection is Connection.PERSISTENT and self._calm and qemu.reachable:
             assert self.loop.now <= self._cut_at + LOSS_SECONDS, "a Persistent set without its session"
+
+    def _counts_on(self, qemu: Qemu, cpu: CPU) -> bool:
+        """Whether the operator must take it that this CPU, which the guest was asked for, will leave.
+
+        Not one of the boot that the user has decided to keep since, once its request would have been repeated.
+        """
+        if not self._knows_of(qemu, cpu):
+            return False
+        unplug = self._spec().spec.unplug
+        kept = unplug.boot_vcpus is BootVCPUs.KEEP and cpu[0].startswith("/machine/unattached/")
+        return not kept or self.wall < self._asks[cpu].at + timedelta(seconds=unplug.retry_seconds)
 
     def _knows_of(self, qemu: Qemu, cpu: CPU) -> bool:
         """Whether the operator can know that the guest was asked for this CPU.

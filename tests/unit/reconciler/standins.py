@@ -216,7 +216,7 @@ class ModelMonitors(Monitors):
         with mock.patch.object(monitors_module, "Session", self):
             return await super().session(uid, endpoint)
 
-    async def open(self, endpoint: Endpoint, wake: Callable[[], None]) -> Session:
+    async def open(self, endpoint: Endpoint, wake: Callable[[], None], **_: object) -> Session:
         """In place of `Session.open`."""
         qemu = next(each for each in self._world.machines.values() if str(id(each)) == endpoint.identity[0])
         await self._world.point(MonitorUnreachable("nobody listens"))
