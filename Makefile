@@ -6,7 +6,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs bench bench-drift
+.PHONY: help setup demo test check docs bench bench-drift bench-scale
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -16,6 +16,9 @@ endif
 PY := .venv/bin/python
 
 export PYTHONPATH := $(CURDIR)/tests
+
+# All parts but what only the tests need.
+to-run := system venv controlplane guest
 
 # $(call set-up,part …): all parts, or only the ones named.
 define set-up
@@ -32,7 +35,7 @@ setup: ## Install and build what the other targets need (they do it by themselve
 	$(call set-up)
 
 demo: ## Show the operator resize a running Linux guest (KEEP=1 leaves it all running)
-	$(call set-up)
+	$(call set-up,$(to-run))
 	@$(PY) -m harness.demo
 
 test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
@@ -52,9 +55,13 @@ docs: ## Renew what is generated from the code in docs/
 	@$(PY) -m harness.pages
 
 bench: ## Measure the operator against raw QMP on one guest
-	$(call set-up)
+	$(call set-up,$(to-run))
 	@$(PY) bench/latency.py $(ARGS)
 
 bench-drift: ## Measure how soon a machine that somebody else has changed is repaired
-	$(call set-up)
+	$(call set-up,$(to-run))
 	@$(PY) -m bench.drift $(ARGS)
+
+bench-scale: ## Measure what thousands of sets cost one operator, on simulated machines
+	$(call set-up)
+	@$(PY) -m bench.scale $(ARGS)
