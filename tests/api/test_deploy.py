@@ -26,6 +26,7 @@ DEPLOY: Final = REPOSITORY / "deploy"
 EXAMPLES: Final = sorted((DEPLOY / "examples").glob("*.yaml"))
 Json = dict[str, Any]
 
+HOLDER: Final = "jsonpath={.spec.holderIdentity}"
 OPERATOR: Final = "system:serviceaccount:vcpuset-system:vcpuset"
 
 INSECURE: Final = """\
@@ -88,6 +89,8 @@ async def test_everything_is_named_for_the_project_and_nothing_else_is_applied(c
         ("ClusterRole", "vcpuset-view"),
         ("ClusterRole", "vcpuset-edit"),
         ("ClusterRoleBinding", "vcpuset-operator"),
+        ("Role", "vcpuset-leader-election"),
+        ("RoleBinding", "vcpuset-leader-election"),
         ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
         ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
         ("Deployment", "vcpuset"),
@@ -116,10 +119,13 @@ async def test_the_namespace_admits_the_operators_pod_and_no_less_restricted_one
     assert 'violates PodSecurity "restricted:latest": allowPrivilegeEscalation' in looser.stderr
 
 
-async def test_two_operators_never_run_at_once(cluster: ControlPlane) -> None:
+async def test_two_replicas_run_of_which_a_lease_lets_one_work_and_a_rollout_takes_none_away(
+    cluster: ControlPlane,
+) -> None:
     spec = (await deployment(cluster))["spec"]
-    assert spec["replicas"] == 1
-    assert spec["strategy"] == {"type": "Recreate"}
+    assert spec["replicas"] == 2
+    assert "--leader-elect" in spec["template"]["spec"]["containers"][0]["args"]
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
 
 async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_deployment(
@@ -129,8 +135,9 @@ async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_d
     container = template["containers"][0]
     words: list[str] = [*container["command"], *container["args"]]
     assert words[:2] == ["vcpuset", "run"]
-    # Only where it listens is the test's own.
+    # Only where it listens is the test's own, and what a pod finds in a file.
     arguments = [word for word in words[2:] if not word.startswith("--http-address=")]
+    arguments.append("--leader-elect-namespace=vcpuset-system")
     rights = await cluster.service_account_kubeconfig("vcpuset-system", template["serviceAccountName"])
     namespace = await cluster.namespace()
     nobody_listens = INSECURE.replace("192.0.2.10, port: 4444", f"127.0.0.1, port: {free_port()}")
@@ -147,7 +154,13 @@ async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_d
 
         await until(reported, 60, lambda: f"the status to say why; the operator's log ends with:\n{operator.tail()}\n")
         await until(told, 60, lambda: f"the event; the operator's log ends with:\n{operator.tail()}\n")
+        lease = await cluster.kubectl("get", "lease/vcpuset-controller", "-n", "vcpuset-system", "-o", HOLDER)
+        assert lease.stdout != ""
+        assert await operator.stop() == 0
+        # Also the rights to make, keep and give back the Lease.
         assert "forbidden" not in operator.text().lower()
+    lease = await cluster.kubectl("get", "lease/vcpuset-controller", "-n", "vcpuset-system", "-o", HOLDER)
+    assert lease.stdout == ""
 
 
 # --- rights ---------------------------------------------------------------------------------------------------------
@@ -199,6 +212,23 @@ async def test_the_operator_may(cluster: ControlPlane, verb: str, resource: str)
 )
 async def test_the_operator_may_not(cluster: ControlPlane, verb: str, resource: str) -> None:
     assert not await may(cluster, OPERATOR, verb, resource, "--all-namespaces")
+
+
+async def test_the_operator_may_keep_its_own_lease_and_no_other_in_its_namespace(cluster: ControlPlane) -> None:
+    async def rights(name: str) -> set[str]:
+        verbs = ("get", "list", "watch", "create", "update", "patch", "delete")
+        what = f"leases.coordination.k8s.io/{name}"
+        # Of "TYPE/X" it is asked about an object named X.
+        asked = {
+            verb: await cluster.kubectl(
+                "auth", "can-i", verb, what, f"--as={OPERATOR}", "-n", "vcpuset-system", check=False
+            )
+            for verb in verbs
+        }
+        return {verb for verb, answer in asked.items() if answer.stdout.strip() == "yes"}
+
+    assert await rights("vcpuset-controller") == {"get", "update", "create"}
+    assert await rights("kube-scheduler") == {"create"}
 
 
 async def test_the_operator_has_no_rights_but_those_and_what_everyone_has(cluster: ControlPlane) -> None:

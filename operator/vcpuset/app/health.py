@@ -17,7 +17,7 @@ async def serve_http(
 ) -> None:
     """Serve until cancelled. OSError if the address cannot be had.
 
-    ready  set once the first list is in
+    ready  set once the first list is in, or while this process stands by
     ill    why the process should be restarted; None: it is well
     """
 

@@ -66,6 +66,15 @@ class Metrics:
         """Show how many sets this process serves."""
         Gauge("vcpuset_sets", "VCPUSets that this operator serves.", registry=self.registry).set_function(count)
 
+    def watch_leadership(self, name: str, leading: Callable[[], bool]) -> None:
+        """Show whether this process holds the lease `name`."""
+        Gauge(
+            "leader_election_master_status",
+            "1: this process is the leader; 0: it stands by.",
+            ("name",),
+            registry=self.registry,
+        ).labels(name).set_function(lambda: float(leading()))
+
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Show how many Kubernetes Events were not written."""
         self.registry.register(

@@ -1,4 +1,8 @@
-"""The operator put together: one event loop, one work queue, everything else only adds keys to it."""
+"""The operator put together: one event loop, one work queue, everything else only adds keys to it.
+
+With leader election all of this waits until the process leads, and a process that leads no longer is of no further use:
+it ends with an error, to be started again as a standby that remembers nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 
 from vcpuset.app.health import serve_http
@@ -16,6 +20,7 @@ from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.lease import Leadership, own_identity
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
@@ -48,7 +53,8 @@ STUCK_SECONDS = 180.0
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
 
-    APIError: there are no credentials, or the watch failed for good. TaskEndedError: another part failed.
+    APIError: there are no credentials, or the watch failed for good. NotLeading: it led, and may not any more.
+    TaskEndedError: another part failed.
     """
     async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
         stop = asyncio.Event()
@@ -71,7 +77,7 @@ async def run(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
-    """Wire everything, work until `stop` is set or the watch ends, and give every monitor back."""
+    """Wire everything, work until `stop` is set or the watch ends, and give every monitor and the lease back."""
     scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
     metrics = Metrics()
     queue: WorkQueue[UID] = WorkQueue(BACKOFF, metrics)
@@ -80,8 +86,14 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     metrics.watch_sets(lambda: len(cache))
     recorder = Recorder(cluster)
     metrics.watch_events(lambda: recorder.dropped, lambda: recorder.throttled)
-    monitors = Monitors(settings.socket_root, queue.add)
-    guests = Guests(settings.socket_root, queue.add)
+    leadership = _leadership(settings, cluster)
+    permit: Callable[[], None] | None = None
+    if leadership is not None and settings.leader_election is not None:
+        permit = leadership.require
+        cluster.guard(permit)
+        metrics.watch_leadership(settings.leader_election.name, lambda: leadership.leading)
+    monitors = Monitors(settings.socket_root, queue.add, permit=permit)
+    guests = Guests(settings.socket_root, queue.add, permit=permit)
     reconciler = Reconciler(
         cache=cache,
         cluster=cluster,
@@ -108,34 +120,95 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         appearances = Appearances(settings.socket_root, appeared)
         owner.spawn(appearances.run(), "appearances of sockets")
     source = Source(settings.kubeconfig, scope, cache, changed)
-    listed = asyncio.Event()
+    ready = asyncio.Event()
 
     def ill() -> str | None:
         seconds = queue.statistics().longest_running_seconds
         return f"a pass has been running for {seconds:.0f} s" if seconds > STUCK_SECONDS else None
 
     if settings.http_address is not None:
-        owner.spawn(serve_http(settings.http_address, metrics, ready=listed, ill=ill), "http")
+        owner.spawn(serve_http(settings.http_address, metrics, ready=ready, ill=ill), "http")
     owner.spawn(recorder.run(), "event recorder")
 
-    # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor is
-    # the older.
-    if not await _first_list(cluster, scope, cache, changed, stop):
-        return
-    listed.set()
-    logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
-    owner.spawn(_sweep_for_ever(cluster, scope, cache, changed), "sweep")
-    owner.spawn(
-        run_workers(queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics),
-        "workers",
+    async def work() -> None:
+        # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
+        # is the older.
+        if not await _first_list(cluster, scope, cache, changed, stop):
+            return
+        ready.set()
+        logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
+        owner.spawn(_sweep_for_ever(cluster, scope, cache, changed), "sweep")
+        owner.spawn(
+            run_workers(
+                queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
+            ),
+            "workers",
+        )
+        try:
+            await source.run(stop)
+        finally:
+            queue.shut_down()
+            await owner.finish("workers")
+            await guests.close()
+            await monitors.close()
+
+    if leadership is None:
+        await work()
+    else:
+        await _lead(leadership, work, owner, ready, stop)
+
+
+def _leadership(settings: Settings, cluster: Cluster) -> Leadership | None:
+    election = settings.leader_election
+    if election is None:
+        return None
+    return Leadership(
+        cluster,
+        election.namespace,
+        election.name,
+        own_identity(),
+        lease_seconds=election.lease_seconds,
+        renew_seconds=election.renew_seconds,
+        retry_seconds=election.retry_seconds,
     )
-    try:
-        await source.run(stop)
-    finally:
-        queue.shut_down()
-        await owner.finish("workers")
-        await guests.close()
-        await monitors.close()
+
+
+async def _lead(
+    leadership: Leadership,
+    work: Callable[[], Coroutine[None, None, None]],
+    owner: TaskOwner,
+    ready: asyncio.Event,
+    stop: asyncio.Event,
+) -> None:
+    """Stand by, work once this process leads, and let the next one have the lease when the work has ended.
+
+    Raises NotLeading when the lease is lost meanwhile; all work has ended by then. A standby is `ready`, since it could
+    take over, and a rollout waits for that.
+    """
+    standing_by = asyncio.create_task(leadership.acquire(ready), name="standby")
+    stopping = asyncio.create_task(stop.wait(), name="standby: stop flag")
+    await asyncio.wait({standing_by, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if stop.is_set():
+        standing_by.cancel()
+        await asyncio.wait({standing_by})
+        await leadership.release()  # it may have come at the last moment
+        return
+    await standing_by
+    ready.clear()
+    working = asyncio.create_task(work(), name="work")
+    keeping = asyncio.create_task(leadership.keep(), name="leadership")
+    await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        # What is under way is cut off where it is; whatever it would still send is refused by `require` already.
+        working.cancel()
+        await owner.aclose()
+        await asyncio.gather(working, return_exceptions=True)
+        await keeping
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await leadership.release()
+    await working
 
 
 async def _first_list(

@@ -5,7 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Settings"]
+__all__ = ["LeaderElection", "Settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderElection:
+    """The Lease that decides which of several replicas works; times as in client-go, in seconds."""
+
+    namespace: str
+    """Where the Lease is."""
+
+    name: str = "vcpuset-controller"
+    """What the Lease is called; operators that serve different sets need different ones."""
+
+    lease_seconds: int = 15
+    """How long the others wait after the holder's last sign of life before one of them takes over."""
+
+    renew_seconds: float = 10.0
+    """How long the holder works on without having renewed the lease. The difference to `lease_seconds` is for what it
+    has under way then."""
+
+    retry_seconds: float = 2.0
+    """The time between two tries to renew the lease, or to get it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +56,9 @@ class Settings:
 
     http_address: tuple[str, int] | None = ("127.0.0.1", 8080)
     """Where `/healthz`, `/readyz` and `/metrics` are served; None: nowhere."""
+
+    leader_election: LeaderElection | None = None
+    """None: this process works from its start, and nobody else may serve the same sets."""
 
     kubeconfig: Path | None = None
     """None: `KUBECONFIG` or `~/.kube/config` if there is one, else the service account of the pod."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import click
 
-from vcpuset.app.settings import Settings
+from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.logs import configure
 from vcpuset.domain.errors import VCPUSetError
@@ -21,6 +21,12 @@ __all__ = ["main"]
 
 
 _ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})")
+
+
+_SECONDS = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?)s?")
+
+_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""Where a pod finds the name of its namespace."""
 
 
 class _Address(click.ParamType[tuple[str, int] | None]):
@@ -48,6 +54,19 @@ class _EmptyCounts(click.Option):
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """The variable's value, also an empty one."""
         return os.environ.get(self.envvar) if isinstance(self.envvar, str) else super().resolve_envvar_value(ctx)
+
+
+class _Seconds(click.ParamType[float]):
+    """A time of at least a second, with or without the unit that other components of Kubernetes demand: 15s or 15."""
+
+    name = "SECONDS"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of seconds."""
+        found = _SECONDS.fullmatch(str(value))
+        if found is None or float(found["number"]) < 1:
+            self.fail(f"{value!r} is not a number of seconds, at least 1, such as 15s", param, ctx)
+        return float(found["number"])
 
 
 _T = TypeVar("_T")
@@ -129,6 +148,55 @@ main.add_command(plan)
     help="Where /healthz, /readyz and /metrics are served; empty: nowhere.",
 )
 @click.option(
+    "--leader-elect/--no-leader-elect",
+    default=False,
+    envvar="VCPUSET_LEADER_ELECT",
+    show_envvar=True,
+    help="Run beside replicas of which one works and the others stand by, as a Lease decides.",
+)
+@click.option(
+    "--leader-elect-namespace",
+    envvar="VCPUSET_LEADER_ELECT_NAMESPACE",
+    show_envvar=True,
+    help="Where the Lease is; without it, in the pod's own namespace.",
+)
+@click.option(
+    "--leader-elect-name",
+    default=LeaderElection.name,
+    show_default=True,
+    envvar="VCPUSET_LEADER_ELECT_NAME",
+    show_envvar=True,
+    callback=_not_empty,
+    help="The Lease's name. Operators that serve different sets need different ones.",
+)
+@click.option(
+    "--leader-elect-lease-duration",
+    type=_Seconds(),
+    default=f"{LeaderElection.lease_seconds}s",
+    show_default=True,
+    envvar="VCPUSET_LEADER_ELECT_LEASE_DURATION",
+    show_envvar=True,
+    help="How long a standby waits after the leader's last sign of life; whole seconds.",
+)
+@click.option(
+    "--leader-elect-renew-deadline",
+    type=_Seconds(),
+    default=f"{LeaderElection.renew_seconds:g}s",
+    show_default=True,
+    envvar="VCPUSET_LEADER_ELECT_RENEW_DEADLINE",
+    show_envvar=True,
+    help="How long a leader works on that cannot renew the Lease; less than its duration.",
+)
+@click.option(
+    "--leader-elect-retry-period",
+    type=_Seconds(),
+    default=f"{LeaderElection.retry_seconds:g}s",
+    show_default=True,
+    envvar="VCPUSET_LEADER_ELECT_RETRY_PERIOD",
+    show_envvar=True,
+    help="The time between two tries to renew the Lease, or to get it.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -161,11 +229,31 @@ def run(
     workers: int,
     resync_seconds: int,
     http_address: tuple[str, int] | None,
+    leader_elect: bool,
+    leader_elect_namespace: str | None,
+    leader_elect_name: str,
+    leader_elect_lease_duration: float,
+    leader_elect_renew_deadline: float,
+    leader_elect_retry_period: float,
     log_format: str,
     log_level: str,
     kubeconfig: Path | None,
 ) -> None:
     """Run the operator until SIGTERM or SIGINT."""
+    election: LeaderElection | None = None
+    if leader_elect:
+        if node_name:
+            raise click.UsageError(
+                "--leader-elect does not go with --node-name: a node has one operator, whose sets no other one serves. "
+                "Leave out --leader-elect"
+            )
+        election = _election(
+            leader_elect_namespace,
+            leader_elect_name,
+            leader_elect_lease_duration,
+            leader_elect_renew_deadline,
+            leader_elect_retry_period,
+        )
     _log(log_format, log_level)
     settings = Settings(
         node_name=node_name or None,
@@ -175,6 +263,7 @@ def run(
         workers=workers,
         resync_seconds=resync_seconds,
         http_address=http_address,
+        leader_election=election,
         kubeconfig=kubeconfig,
     )
     from vcpuset.app import operator  # noqa: PLC0415 - brings kopf, which the other commands need not wait for
@@ -185,6 +274,28 @@ def run(
         # Not as click would print it: what the process says last is for the log too, in the log's format.
         logging.getLogger("vcpuset").critical("%s", error)
         raise SystemExit(1) from error
+
+
+def _election(namespace: str | None, name: str, lease: float, renew: float, retry: float) -> LeaderElection:
+    """What the options of leader election say together."""
+    if not lease.is_integer():
+        raise click.UsageError(f"--leader-elect-lease-duration {lease:g}: a Lease knows whole seconds only")
+    if not lease > renew > retry * 1.2:
+        raise click.UsageError(
+            f"--leader-elect-lease-duration ({lease:g} s) must be longer than --leader-elect-renew-deadline "
+            f"({renew:g} s), and that longer than 1.2 times --leader-elect-retry-period ({retry:g} s)"
+        )
+    if not namespace:
+        try:
+            namespace = _OWN_NAMESPACE.read_text().strip()
+        except OSError as error:
+            raise click.UsageError(
+                f"--leader-elect outside of a pod (there is no {_OWN_NAMESPACE}): "
+                "say with --leader-elect-namespace where the Lease is to be"
+            ) from error
+    return LeaderElection(
+        namespace=namespace, name=name, lease_seconds=int(lease), renew_seconds=renew, retry_seconds=retry
+    )
 
 
 def _log(log_format: str, level: str) -> None:

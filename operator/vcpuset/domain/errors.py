@@ -24,6 +24,7 @@
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)
           +-- Rejected            the same request would be refused again
+          +-- NotLeading          another replica may work by now: this process must change nothing
 
 Every message names the thing and the cause; the original exception is chained.
 """
@@ -46,6 +47,7 @@ __all__ = [
     "MonitorError",
     "MonitorTimeout",
     "MonitorUnreachable",
+    "NotLeading",
     "ObjectGone",
     "PermanentError",
     "Rejected",
@@ -173,3 +175,10 @@ class ObjectGone(APIError):
 
 class Rejected(APIError):
     """HTTP 400, 403, 413 or 422: not allowed or not valid, so the same request would be refused again."""
+
+
+class NotLeading(APIError):
+    """The API server has not confirmed for too long that this process is the one that works.
+
+    Another replica may work by now, so this one must change nothing, neither a machine nor a status.
+    """

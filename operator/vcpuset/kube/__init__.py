@@ -6,6 +6,7 @@ login        where the API server is and who we are, for kopf and for our own re
 cluster      our own requests: list, write a status, post Events
 source       the watch, by kopf
 sweep        the list that makes up for what a watch misses
+lease        which of several replicas works
 recorder     Kubernetes Events
 series       which Events are repeats, and when their count is written
 tokenbucket  how many Events one set may have

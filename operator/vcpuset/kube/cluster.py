@@ -1,4 +1,4 @@
-"""Our own requests to the API server: list VCPUSets, write their status, post Events.
+"""Our own requests to the API server: list VCPUSets, write their status, post Events, hold a Lease.
 
 kopf does the watching and nothing else, because its patches know no resourceVersion. Each request has a deadline and
 fails with an `APIError`; nothing is retried here, except once with fresh credentials after a 401: the callers know
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ LIST_ATTEMPTS: Final = 5
 """How often a list begins anew because the API server has forgotten where it was (HTTP 410, after some minutes)."""
 
 _MERGE_PATCH: Final = "application/merge-patch+json"
+_LEASES: Final = "coordination.k8s.io/v1"
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Cluster:
         """Requests under way; one client, and after a new login the one before for as long as it is in use."""
         """The status writes under way; one per set, as each set is worked on once at a time."""
         self._login = asyncio.Lock()
+        self._permit: Callable[[], None] | None = None
         self._reported: dict[UID, str] = {}
         """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
 
@@ -108,6 +110,10 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def guard(self, permit: Callable[[], None]) -> None:
+        """From now on call `permit` before a status or an Event is written; what it raises is raised to the writer."""
+        self._permit = permit
 
     async def close(self) -> None:
         """Close the connections. Requests that are under way fail."""
@@ -140,6 +146,7 @@ class Cluster:
             return vcpuset
         body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
         path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
+        self._ask_leave()
         return decode(await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH))
 
     async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
@@ -148,6 +155,7 @@ class Cluster:
         Raises:
             APIError: it may have been created all the same.
         """
+        self._ask_leave()
         await self._request("POST", _path("events.k8s.io/v1", "events", namespace), body=event)
 
     async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
@@ -158,7 +166,45 @@ class Cluster:
             APIError: anything else.
         """
         path = f"{_path('events.k8s.io/v1', 'events', namespace)}/{name}"
+        self._ask_leave()
         await self._request("PATCH", path, body=patch, content_type=_MERGE_PATCH)
+
+    def _ask_leave(self) -> None:
+        if self._permit is not None:
+            self._permit()
+
+    # --- leases ---------------------------------------------------------------------------------------------------
+
+    async def read_lease(self, namespace: str, name: str) -> dict[str, Any]:
+        """A `coordination.k8s.io/v1` Lease as it is now.
+
+        Raises:
+            ObjectGone: there is none.
+            APIError: anything else.
+        """
+        return await self._request("GET", f"{_path(_LEASES, 'leases', namespace)}/{name}")
+
+    async def create_lease(self, namespace: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a Lease.
+
+        Raises:
+            Conflict: there is one already.
+            APIError: it may have been created all the same; `ObjectGone`: there is no such namespace.
+        """
+        body = {"apiVersion": _LEASES, "kind": "Lease", "metadata": {"name": name}, "spec": spec}
+        return await self._request("POST", _path(_LEASES, "leases", namespace), body=body)
+
+    async def replace_lease(self, lease: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Give `lease` another `spec`, if that is still its latest version; return the new version.
+
+        Raises:
+            Conflict: it has changed since it was read.
+            ObjectGone: it does not exist any more.
+            APIError: anything else; it may have been written all the same.
+        """
+        metadata = lease["metadata"]
+        path = f"{_path(_LEASES, 'leases', metadata['namespace'])}/{metadata['name']}"
+        return await self._request("PUT", path, body={**lease, "spec": spec})
 
     # --- lists ----------------------------------------------------------------------------------------------------
 

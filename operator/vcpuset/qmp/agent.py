@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import reprlib
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
 from qemu.qmp import ExecuteError, Message
@@ -50,21 +50,24 @@ class Agent:
     After AgentUnreachable and AgentTimeout it has ended, and says so to whoever goes on using it.
     """
 
-    def __init__(self, where: str, seconds: float) -> None:
+    def __init__(self, where: str, seconds: float, permit: Callable[[], None] | None = None) -> None:
         self._where = where
         self._seconds = seconds
-        self._client = _AgentClient()
+        self._client = _AgentClient(permit)
 
     @classmethod
-    async def open(cls, endpoint: UnixEndpoint, *, seconds: float = AGENT_SECONDS) -> Agent:
+    async def open(
+        cls, endpoint: UnixEndpoint, *, permit: Callable[[], None] | None = None, seconds: float = AGENT_SECONDS
+    ) -> Agent:
         """Connect, and have the agent answer once. The endpoint may be closed afterwards.
 
+        permit   called right before each command is sent; if it raises, the connection is cut in place of that
         seconds  for this, and later for each command
 
         Raises AgentUnreachable if nobody listens or what listens is no agent, AgentTimeout if nothing is answered,
         AgentRefused if the agent is forbidden to answer even this.
         """
-        agent = cls(str(endpoint), seconds)
+        agent = cls(str(endpoint), seconds, permit)
         try:
             async with agent._asking(_SYNC):
                 await agent._client.open(endpoint)
@@ -156,9 +159,9 @@ class _AgentClient(Client):
     strange  why the first line that came in was not understood; None: it was, or has not come
     """
 
-    def __init__(self) -> None:
+    def __init__(self, permit: Callable[[], None] | None) -> None:
         # An agent sends no events, and a loss shows at the next command.
-        super().__init__(lambda _: None, lambda: None)
+        super().__init__(lambda _: None, lambda: None, permit)
         self.await_greeting = self.negotiate = False
         self.strange: Exception | None = None
         self._synced = False

@@ -47,17 +47,21 @@ _SILENT.disabled = True
 class Client(QMPClient):
     """One connection to a monitor, from `connect` to `end`; not to be used again after that.
 
+    permit     called right before a message is sent; what it raises breaks the connection in place of that
     connected  whether the connection has been made (the greeting may still be missing)
     cause      why the connection was lost; None: it is not, or not known
     """
 
-    def __init__(self, on_event: Callable[[Message], None], on_loss: Callable[[], None]) -> None:
+    def __init__(
+        self, on_event: Callable[[Message], None], on_loss: Callable[[], None], permit: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(readbuflen=READ_LIMIT)
         self.logger = _SILENT
         self.connected = False
         self.cause: BaseException | None = None
         self._on_event = on_event
         self._on_loss = on_loss
+        self._permit = permit or _nothing
         self._received = 0
         self._execute_id = secrets.randbelow(1 << 40)
 
@@ -131,6 +135,12 @@ class Client(QMPClient):
             return  # A second reply with one id: its predecessor is about to be taken, and putting it would block.
         await super()._on_message(msg)
 
+    def _do_send(self, msg: Message) -> None:
+        # Here and not where the command is issued: a process can be stopped for any length of time at any point, and
+        # between here and the kernel's buffer there is next to nothing.
+        self._permit()
+        super()._do_send(msg)
+
     async def _do_recv(self) -> Message:
         # Reading from a full buffer never yields to the event loop: a storm of events would stop everything else.
         self._received += 1
@@ -165,4 +175,4 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _nothing() -> None:
-    """Nobody is told of a loss that was asked for."""
+    """Nobody is told of a loss that was asked for; and who gave no `permit` may send."""

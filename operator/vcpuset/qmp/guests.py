@@ -65,11 +65,15 @@ class Guests:
 
     socket_root  where the namespaces' folders with the agents' sockets are; None: none can be asked
     wake         told when a guest says something else than before
+    permit       called right before each command is sent; raises if this process must not act (any more)
     """
 
-    def __init__(self, socket_root: Path | None, wake: Callable[[UID], None]) -> None:
+    def __init__(
+        self, socket_root: Path | None, wake: Callable[[UID], None], *, permit: Callable[[], None] | None = None
+    ) -> None:
         self._socket_root = socket_root
         self._wake = wake
+        self._permit = permit
         self._guests: dict[UID, _Guest] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._ending: set[asyncio.Task[None]] = set()
@@ -156,7 +160,7 @@ class Guests:
             words = str(error)
             raise AgentUnreachable(words if words.startswith(field) else f"{field}: {words}") from error
         with endpoint:
-            asked = await Agent.open(endpoint)
+            asked = await Agent.open(endpoint, permit=self._permit)
         try:
             cpus = await asked.cpus()
             if not (bring_online and cpus.offline):

@@ -48,6 +48,7 @@ class Monitors:
 
     socket_root  where the namespaces' folders with unix monitors are; None: this operator serves none
     wake         told that something happened to a set's machine while its session is kept
+    permit       called right before each command is sent; raises if this process must not act (any more)
     pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
     """
 
@@ -56,10 +57,12 @@ class Monitors:
         socket_root: Path | None,
         wake: Callable[[UID], None],
         *,
+        permit: Callable[[], None] | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
         self._wake = wake
+        self._permit = permit
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
@@ -93,7 +96,7 @@ class Monitors:
             if session.alive and known.identity == endpoint.identity:
                 return session
             await self._close(uid)
-        session = await Session.open(endpoint, partial(self._happened, uid))
+        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit)
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session

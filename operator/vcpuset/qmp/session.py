@@ -62,12 +62,19 @@ _log = logging.getLogger(__name__)
 class Session:
     """A session with a monitor, opened by `Session.open`; close it, also after an error."""
 
-    def __init__(self, where: str, wake: Callable[[], None], command_seconds: float, close_seconds: float) -> None:
+    def __init__(
+        self,
+        where: str,
+        wake: Callable[[], None],
+        command_seconds: float,
+        close_seconds: float,
+        permit: Callable[[], None] | None = None,
+    ) -> None:
         self._where = where
         self._wake = wake
         self._command_seconds = command_seconds
         self._close_seconds = close_seconds
-        self._client = Client(self._on_event, self._on_loss)
+        self._client = Client(self._on_event, self._on_loss, permit)
         self._open = False
         self._closed = False
         self._puzzled = False
@@ -88,6 +95,7 @@ class Session:
         endpoint: Endpoint,
         wake: Callable[[], None],
         *,
+        permit: Callable[[], None] | None = None,
         open_seconds: float = OPEN_SECONDS,
         command_seconds: float = COMMAND_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
@@ -97,10 +105,12 @@ class Session:
         `wake` is called from the event loop, soon after, when an event arrives that can matter, and once when the
         connection is lost; never after `close`. Several events in one go make one call. It must not raise.
 
+        `permit` is called right before each command is sent; if it raises, the connection is cut in place of that.
+
         Raises MonitorUnreachable if nobody listens or what listens does not speak QMP, MonitorBusy if no greeting
         comes, MonitorTimeout if QEMU greets and then answers no more. The endpoint may be closed afterwards.
         """
-        session = cls(str(endpoint), wake, command_seconds, close_seconds)
+        session = cls(str(endpoint), wake, command_seconds, close_seconds, permit)
         session._since = endpoint.made_at
         await session._connect(endpoint, open_seconds)
         return session

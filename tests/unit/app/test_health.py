@@ -126,6 +126,7 @@ async def test_metrics_have_controller_runtimes_names(served: Served) -> None:
     )
     served.metrics.watch_queue(lambda: numbers)
     served.metrics.watch_sets(lambda: 4)
+    served.metrics.watch_leadership("vcpuset-controller", lambda: True)
     served.metrics.waited(0.001)
     served.metrics.worked(0.3)
     served.metrics.started()
@@ -146,6 +147,7 @@ async def test_metrics_have_controller_runtimes_names(served: Served) -> None:
     assert samples["controller_runtime_reconcile_total/vcpuset/crash"] == 0
     assert samples["controller_runtime_reconcile_time_seconds_count/vcpuset"] == 1
     assert samples["vcpuset_sets"] == 4
+    assert samples["leader_election_master_status/vcpuset-controller"] == 1
 
 
 async def test_numbers_of_the_queue_are_read_when_they_are_asked_for(served: Served) -> None:

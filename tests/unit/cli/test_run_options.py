@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from vcpuset.app.settings import Settings
+from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli import main as command_line
 
 __all__: list[str] = []
@@ -60,6 +60,12 @@ FLAGS = (
     "--workers",
     "--resync-seconds",
     "--http-address",
+    "--leader-elect",
+    "--leader-elect-namespace",
+    "--leader-elect-name",
+    "--leader-elect-lease-duration",
+    "--leader-elect-renew-deadline",
+    "--leader-elect-retry-period",
     "--log-format",
     "--log-level",
     "--kubeconfig",
@@ -81,6 +87,7 @@ def test_without_options_the_documented_defaults_hold(vcpuset: Vcpuset) -> None:
     assert settings.socket_root is None
     assert settings.kubeconfig is None
     assert settings.namespaces == ()
+    assert settings.leader_election is None
 
 
 CHOICES: list[tuple[str, str, str, Any]] = [
@@ -167,11 +174,16 @@ def test_an_ipv6_address_needs_its_brackets(vcpuset: Vcpuset, text: str) -> None
         ("--log-level", "loud"),
         ("--kubeconfig", "/nowhere/kubeconfig"),
         ("--kubeconfig", "/"),
+        ("--leader-elect", "maybe"),
+        ("--leader-elect-lease-duration", "15m"),
+        ("--leader-elect-renew-deadline", "0.5s"),
+        ("--leader-elect-retry-period", "-2"),
         ("--socket-root", __file__),
     ],
 )
 def test_a_bad_value_is_refused_with_the_name_of_its_flag(vcpuset: Vcpuset, flag: str, value: str) -> None:
-    for result in (vcpuset.run(flag, value), vcpuset.run(**{_variable(flag): value})):
+    given = (f"{flag}={value}",) if flag != "--leader-elect" else ()  # which takes no value
+    for result in (*map(vcpuset.run, given), vcpuset.run(**{_variable(flag): value})):
         assert result.exit_code == 2
         assert f"Invalid value for '{flag}'" in result.output
         assert vcpuset.settings is None
@@ -202,3 +214,64 @@ def test_the_command_tells_its_version() -> None:
 
     assert result.exit_code == 0
     assert "version" in result.output
+
+
+def test_leader_election_has_the_times_of_client_go(vcpuset: Vcpuset) -> None:
+    expected = LeaderElection(
+        namespace="system", name="vcpuset-controller", lease_seconds=15, renew_seconds=10, retry_seconds=2
+    )
+
+    given = vcpuset.settings_of("--leader-elect", "--leader-elect-namespace", "system").leader_election
+    assert given == expected
+    environment = {"VCPUSET_LEADER_ELECT": "true", "VCPUSET_LEADER_ELECT_NAMESPACE": "system"}
+    assert vcpuset.settings_of(**environment).leader_election == expected
+    assert vcpuset.settings_of("--no-leader-elect", **environment).leader_election is None
+
+
+def test_the_times_of_leader_election_may_have_their_unit(vcpuset: Vcpuset) -> None:
+    settings = vcpuset.settings_of(
+        "--leader-elect",
+        "--leader-elect-namespace=system",
+        "--leader-elect-name=mine",
+        "--leader-elect-lease-duration=60s",
+        "--leader-elect-renew-deadline=40",
+        "--leader-elect-retry-period=2.5s",
+    )
+
+    assert settings.leader_election == LeaderElection(
+        namespace="system", name="mine", lease_seconds=60, renew_seconds=40, retry_seconds=2.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--leader-elect-lease-duration=10s"], "must be longer than --leader-elect-renew-deadline (10 s)"),
+        pytest.param(["--leader-elect-retry-period=9"], "longer than 1.2 times --leader-elect-retry-period (9 s)"),
+        pytest.param(["--leader-elect-lease-duration=15.5s"], "whole seconds only"),
+        pytest.param(["--node-name=n1"], "--leader-elect does not go with --node-name"),
+        pytest.param(["--leader-elect-name="], "must not be empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_leader_election_cannot_work_with_is_refused(vcpuset: Vcpuset, arguments: list[str], words: str) -> None:
+    result = vcpuset.run("--leader-elect", "--leader-elect-namespace=system", *arguments)
+
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
+    assert vcpuset.settings is None
+
+
+def test_the_lease_is_in_the_pods_own_namespace_if_nothing_else_is_said(
+    vcpuset: Vcpuset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command_line, "_OWN_NAMESPACE", tmp_path / "namespace")
+    refused = vcpuset.run("--leader-elect")
+    assert refused.exit_code == 2
+    assert "say with --leader-elect-namespace where the Lease is to be" in refused.output
+    (tmp_path / "namespace").write_text("vcpuset-system")
+
+    election = vcpuset.settings_of("--leader-elect").leader_election
+
+    assert election is not None
+    assert election.namespace == "vcpuset-system"

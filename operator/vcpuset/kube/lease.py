@@ -1,0 +1,256 @@
+"""Which of several replicas works: the one that holds a Lease, by the rules of client-go's leader election.
+
+The holder writes a new `renewTime` every few seconds. Whoever has seen no new one for the length of the lease takes it
+over. Times are measured by each process for itself: the ones in the Lease are for people, since clocks of different
+hosts differ. The holder counts from before it sent a request, everybody else from after they saw it, so that the holder
+gives up first, by the difference between `renew_seconds` and the length of the lease.
+
+No lease can stop a process that was itself stopped and does not know it yet (SIGSTOP, a frozen container, a suspended
+host). So being the leader is not a state here but a question of time, `require`, that is to be asked right before each
+deed.
+
+`kubernetes.aio.leaderelection` is not used (version 37): it measures with the clock that can be set, its requests have
+no deadline, so that one that hangs makes for a leader that never learns of its end, and it does not release.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn
+
+from vcpuset.domain.errors import APIError, Conflict, NotLeading, ObjectGone, Rejected
+from vcpuset.kube.cluster import Cluster
+
+__all__ = ["Leadership", "own_identity", "since_boot"]
+
+JITTER: Final = 0.2
+"""By what part the time between two tries of a standby is made longer at most, so that replicas do not try in step."""
+
+_STOPPED: Final = "the process was stopped for so long, or had too much else to do"
+
+_log = logging.getLogger(__name__)
+
+
+def since_boot() -> float:
+    """Seconds, also those in which the host was suspended, on a clock that cannot be set."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def own_identity() -> str:
+    """A name for this process: the pod's (or host's), and what tells it from its predecessor there."""
+    return f"{os.environ.get('HOSTNAME') or socket.gethostname()}_{secrets.token_hex(4)}"
+
+
+class Leadership:
+    """One process' part in the election for one Lease.
+
+        await leadership.acquire(heard)    # standby until it returns
+        ...                                # work, with `require` before each deed, beside
+        await leadership.keep()            # which renews, and raises when that has failed for too long
+        await leadership.release()         # once all work has ended
+
+    identity       who this process is, different for each process
+    lease_seconds  how long the others wait after the last sign of life; at least 1
+    renew_seconds  how long the holder works on after its last renewal; less than the lease
+    retry_seconds  from one try to the next, of the holder to renew, of the others to take it
+    clock          seconds; see `since_boot`
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        namespace: str,
+        name: str,
+        identity: str,
+        *,
+        lease_seconds: int,
+        renew_seconds: float,
+        retry_seconds: float,
+        clock: Callable[[], float] = since_boot,
+    ) -> None:
+        self.identity = identity
+        self._cluster = cluster
+        self._namespace = namespace
+        self._name = name
+        self._lease_seconds = lease_seconds
+        self._renew_seconds = renew_seconds
+        self._retry_seconds = retry_seconds
+        # Two tries fit into the time that a holder has, as with the components of Kubernetes.
+        self._request_seconds = renew_seconds / 2
+        self._clock = clock
+        self._until = -math.inf
+        """Until when this process may work."""
+        self._lease: dict[str, Any] | None = None
+        """The Lease that this process wrote last; None: it must be read before it is written."""
+        self._tried = False
+        self._seen: Mapping[str, Any] | None = None
+        """What the Lease last said, and since when it says so."""
+        self._seen_at = -math.inf
+        self._told = ""
+
+    def __str__(self) -> str:
+        return f"lease {self._namespace}/{self._name}"
+
+    @property
+    def leading(self) -> bool:
+        """Whether this process may work."""
+        return self._clock() < self._until
+
+    def require(self) -> None:
+        """Raise NotLeading unless this process may work."""
+        if not self.leading:
+            raise NotLeading(f"{self} has not been renewed in time, so another replica may work by now")
+
+    async def acquire(self, heard: asyncio.Event) -> None:
+        """Be a standby until the lease is free, then take it. Tried for ever; failures are logged, each kind once.
+
+        heard  is set when the API server has answered, whoever holds the lease
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._request_seconds):
+                    held = await self._try(keeping=False)
+            except TimeoutError:
+                self._tell(logging.WARNING, f"{self}: no answer within {self._request_seconds:g} s; tried again")
+            except Conflict:
+                heard.set()  # somebody was faster
+            except APIError as error:
+                self._tell(logging.WARNING, f"{self}: {error}{_remedy(error)}; tried again")
+            else:
+                heard.set()
+                if held and self.leading:
+                    _log.info("leading: %s is held as %s", self, self.identity)
+                    return
+            await asyncio.sleep(self._retry_seconds * random.uniform(1, 1 + JITTER))  # noqa: S311 - no secret
+
+    async def keep(self) -> NoReturn:
+        """Renew the lease for as long as that succeeds.
+
+        Raises:
+            NotLeading: it is lost, or could not be renewed for `renew_seconds`; nobody else has it before
+                `lease_seconds` are over, unless somebody has taken it by force.
+        """
+        trouble = _STOPPED
+        while True:
+            await asyncio.sleep(min(self._retry_seconds, max(self._until - self._clock(), 0.0)))
+            if not self.leading:
+                raise NotLeading(f"{self} could not be renewed within {self._renew_seconds:g} s: {trouble}")
+            seconds = min(self._request_seconds, self._until - self._clock())
+            try:
+                async with asyncio.timeout(seconds):
+                    held = await self._try(keeping=True)
+            except TimeoutError:
+                trouble = "the API server did not answer"
+            except APIError as error:
+                trouble = f"{error}{_remedy(error)}"
+                _log.warning("%s: %s; tried again", self, trouble)
+            else:
+                if not held:
+                    self._until = -math.inf
+                    raise NotLeading(f"{self} was taken by {_holder(self._seen) or 'somebody who gave it back'}")
+                trouble = _STOPPED
+
+    async def release(self) -> None:
+        """Let another replica have the lease at once; all work must have ended. Without effect if it is not held.
+
+        Never raises (but CancelledError): if it cannot be given back, the others wait until it runs out.
+        """
+        self._until = -math.inf
+        if not self._tried:
+            return
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                lease = await self._cluster.read_lease(self._namespace, self._name)
+                if _holder(lease.get("spec")) != self.identity:
+                    return
+                now = _now()
+                free = {"holderIdentity": "", "leaseDurationSeconds": 1, "acquireTime": now, "renewTime": now}
+                await self._cluster.replace_lease(lease, {**lease["spec"], **free})
+        except (APIError, TimeoutError) as error:
+            _log.warning("%s could not be given back, so a standby waits for its end: %s", self, error or "no answer")
+        else:
+            _log.info("%s is given back", self)
+
+    async def _try(self, *, keeping: bool) -> bool:
+        """Take the lease or renew it; whether this process has it now.
+
+        keeping  it was held until now: what somebody else has had since is not taken back
+
+        Raises APIError; then, and when it is cancelled, it may have been written all the same.
+        """
+        began = self._clock()
+        self._tried = True
+        known, self._lease = self._lease, None
+        if known is None:
+            try:
+                known = await self._cluster.read_lease(self._namespace, self._name)
+            except ObjectGone:
+                spec = self._spec({})
+                self._lease = await self._cluster.create_lease(self._namespace, self._name, spec)
+                self._until = began + self._renew_seconds
+                return True
+            if not self._is_for_us(known.get("spec") or {}, keeping=keeping):
+                return False
+        self._lease = await self._cluster.replace_lease(known, self._spec(known.get("spec") or {}))
+        self._until = began + self._renew_seconds
+        return True
+
+    def _is_for_us(self, spec: Mapping[str, Any], *, keeping: bool) -> bool:
+        """Whether this process has the lease, or may take it."""
+        if spec != self._seen:
+            self._seen, self._seen_at = spec, self._clock()
+        holder = _holder(spec)
+        if holder == self.identity:
+            return True
+        if keeping:
+            return False
+        # What the holder goes by, which need not be what this process would.
+        seconds = spec.get("leaseDurationSeconds") or self._lease_seconds
+        if holder and self._clock() < self._seen_at + seconds:
+            self._tell(logging.INFO, f"standing by: {self} is held by {holder}")
+            return False
+        return True
+
+    def _spec(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """The Lease's new spec, with this process as its holder."""
+        now = _now()
+        taken: dict[str, Any] = {}
+        if _holder(before) != self.identity:
+            # As with client-go, the first holder of a new Lease makes no transition.
+            transitions = (before.get("leaseTransitions") or 0) + 1 if before else 0
+            taken = {"acquireTime": now, "leaseTransitions": transitions}
+        return {
+            **before,
+            "holderIdentity": self.identity,
+            "leaseDurationSeconds": self._lease_seconds,
+            "renewTime": now,
+            **taken,
+        }
+
+    def _tell(self, level: int, text: str) -> None:
+        """Log what a standby has to say, but not the same twice in a row."""
+        if text != self._told:
+            self._told = text
+            _log.log(level, "%s", text)
+
+
+def _holder(spec: Mapping[str, Any] | None) -> str:
+    return str((spec or {}).get("holderIdentity") or "")
+
+
+def _now() -> str:
+    """The time as Kubernetes' MicroTime."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _remedy(error: APIError) -> str:
+    return " (the Role in deploy/rbac.yaml grants what is needed)" if isinstance(error, Rejected) else ""
