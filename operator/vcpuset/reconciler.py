@@ -88,8 +88,10 @@ class _Track:
     unsettled   how many looks in a row could not count the CPUs
     vcpus       the last count
     moved_at    loop time when a CPU was last seen to leave
-    plugged_at  loop time when this process last plugged one
-    since       `Machine.since` of the QEMU that the status is about; None: this process has not brought it up to date
+    plugged_at  loop time when this process last plugged one, or the guest then took one up
+    online      how many the guest used when it last said so
+    since       address of the monitor and `Machine.since` of the QEMU that the status is about; None: this process has
+                not brought it up to date
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
@@ -101,7 +103,8 @@ class _Track:
     vcpus: int = 0
     moved_at: float | None = None
     plugged_at: float | None = None
-    since: tuple[datetime | None] | None = None
+    online: int = 0
+    since: tuple[Hashable, datetime | None] | None = None
 
 
 class Reconciler:
@@ -154,7 +157,7 @@ class Reconciler:
             # Deleted, or another operator's now: the machine stays as it is.
             self._tracks.pop(uid, None)
             await self._guests.forget(uid)
-            await self._monitors.release(uid)
+            await self._monitors.forget(uid)
             return Done()
         fields = {"vcpuset": vcpuset.name, "node": self._node_name, "pass": token_hex(4)}
         with log_context(namespace=vcpuset.namespace, **fields):
@@ -266,7 +269,8 @@ class Reconciler:
             await self._guests.forget(vcpuset.uid)
         elif machine.run_state == "running" and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
             # Not while the guest gives CPUs back: it has enough to do, and each answer would be out of date.
-            guest = self._guests.ask(vcpuset, machine)
+            guest = self._guests.ask(vcpuset, machine, surplus=machine.vcpus > step.goal.count)
+            self._note_progress(track, guest)
             if guest is None and machine.vcpus == vcpuset.spec.vcpus:
                 # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
                 return verdict
@@ -282,12 +286,21 @@ class Reconciler:
         track.vcpus = machine.vcpus
         return machine
 
+    def _note_progress(self, track: _Track, guest: GuestReport | None) -> None:
+        """A guest that goes on to take up what was plugged has not left the rest offline."""
+        if guest is not None and guest.cpus is not None:
+            if guest.cpus.online > track.online and track.plugged_at is not None:
+                track.plugged_at = asyncio.get_running_loop().time()
+            track.online = guest.cpus.online
+
     def _known_requests(
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
     ) -> tuple[Request, ...]:
         """The requests in the status that are still open, with what the guest has answered since."""
         # Times of the clock tell only what an earlier process has left: the clock may be set.
-        same = None if track.since is None else track.since == (machine.since,)
+        # Another monitor of the same QEMU has another socket: by that nothing can be told.
+        known = track.since is not None and track.since[0] == _address(vcpuset)
+        same = track.since == (_address(vcpuset), machine.since) if known else None
         requests = carried_over(vcpuset.status, machine, self._clock(), same=same)
         # A CPU that is gone never comes back as the same: its entries would only grow the book.
         still_there = {cpu_of(request) for request in requests}
@@ -322,13 +335,13 @@ class Reconciler:
         aim: Goal,
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
         """Fill free slots until the goal is reached, saying so meanwhile."""
-        track.plugged_at = asyncio.get_running_loop().time()
         # The report waits for nothing and nothing waits for the report, except the end of this step.
         announcement, work = await asyncio.gather(
             self._announce_plug(vcpuset, machine, requests, aim),
             self._fill(track, session, machine, aim),
             return_exceptions=True,
         )
+        track.plugged_at = asyncio.get_running_loop().time()
         for outcome in (work, announcement):
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -474,7 +487,7 @@ class Reconciler:
         status = observed(vcpuset, machine, requests, started, guest)
         status = replace(status, conditions=conditions(vcpuset, verdict, machine, guest, now))
         track = self._tracks.setdefault(vcpuset.uid, _Track())
-        since = track.since if machine is None else (machine.since,)
+        since = track.since if machine is None else (_address(vcpuset), machine.since)
         if status == vcpuset.status:
             track.since = since
             return vcpuset
@@ -502,9 +515,11 @@ class Reconciler:
             )
         agent = vcpuset.status.condition(AGENT)
         if agent is not None and agent.status != "Unknown" and old[3:] != new[3:]:
+            good = agent.status == "True"
+            logger.log(logging.INFO if good else logging.WARNING, "GuestAgent%s: %s", agent.reason, agent.message)
             self._recorder.record(
                 vcpuset,
-                type="Normal" if agent.status == "True" else "Warning",
+                type="Normal" if good else "Warning",
                 reason=f"GuestAgent{agent.reason}",
                 action="AskGuest",
                 note=agent.message,

@@ -20,6 +20,7 @@ from harness.saved import saved_guest
 from harness.wait import until
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPU, GuestCPUs
+from vcpuset.qmp import agent as agent_module
 from vcpuset.qmp.agent import FIRST_BATCH, Agent
 from vcpuset.qmp.client import READ_LIMIT
 from vcpuset.qmp.sockets import UnixEndpoint, open_socket
@@ -458,6 +459,24 @@ async def test_an_answer_that_comes_twice_is_taken_once(path: Path, open_agent: 
         agent = await open_agent(path)
         for _ in range(3):
             assert (await agent.cpus()).online == 1
+
+
+async def test_bringing_many_cpus_online_begins_nothing_new_when_its_time_is_over(
+    path: Path, open_agent: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "BRING_ONLINE_SECONDS", 0.0)
+    async with FaultyAgent(path, offline={1, 2}) as faulty:
+        agent = await open_agent(path)
+        assert await agent.bring_online([1, 2]) == {}
+        assert (await agent.cpus()).offline == (1, 2)
+        assert faulty.received(SET) == []
+
+
+async def test_more_cpus_than_any_machine_has_are_no_agent_s(path: Path, open_agent: Open) -> None:
+    reply = [{"logical-id": number, "online": False} for number in range(4097)]
+    async with FaultyAgent(path, faults={GET: Returns(reply)}):
+        with pytest.raises(AgentUnreachable, match="more than 4096 CPUs: this is no guest agent"):
+            await (await open_agent(path)).cpus()
 
 
 @pytest.mark.parametrize("command", [GET, SET])

@@ -11,6 +11,7 @@ import itertools
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
 from vcpuset.qmp import guests as guests_module
 from vcpuset.qmp.agent import AGENT_SECONDS
+from vcpuset.qmp.allowance import WAKES_AT_ONCE, WAKES_PER_SECOND
 from vcpuset.qmp.guests import RETRY_SECONDS, Guests
 
 pytestmark = pytest.mark.looptime
@@ -245,7 +247,7 @@ async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_gr
     async with FaultyAgent(path, faults={SYNC: hold}):
         woken.then()
         wanted = [*RETRY_SECONDS, *RETRY_SECONDS[-1:] * 2]
-        await until(lambda: len(hold.asked_at) > len(wanted), LONG, "the questions", interval=1.0)
+        await until(lambda: len(hold.asked_at) > len(wanted), 4 * LONG, "the questions", interval=1.0)
         report = guests.ask(a_set(), next(machines))
         assert report is not None
         assert isinstance(report.error, AgentTimeout)
@@ -355,6 +357,32 @@ async def test_bringing_cpus_online_ends_when_the_set_is_suspended(guests: Guest
         assert len(agent.received(SET)) == 1
 
 
+async def test_what_is_offline_is_left_so_while_there_are_too_many_or_the_machine_migrates(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    async with FaultyAgent(path, offline={1, 2}) as agent:
+        vcpuset = a_set(bring_online=True)
+        assert guests.ask(vcpuset, THREE, surplus=True) is None
+        await woken.wait(1)
+        assert online(guests.ask(vcpuset, THREE, surplus=True)) == 1
+        await idle()
+        assert guests.ask(vcpuset, replace(THREE, migrating=True)) is not None
+        await idle()
+        assert agent.received(SET) == []
+        assert online(guests.ask(vcpuset, THREE)) == 1, "asked anew, and now to be changed"
+        await woken.wait(2)
+        assert online(guests.ask(vcpuset, THREE)) == 3
+
+
+async def test_the_cpus_of_another_machines_guest_are_left_alone(guests: Guests, woken: Woken, path: Path) -> None:
+    async with FaultyAgent(path, offline={2, 3, 4}) as agent:
+        report = await answer(guests, woken, a_set(bring_online=True), TWO)
+        assert report.cpus is not None
+        assert len(report.cpus.cpus) > TWO.vcpus
+        await idle()
+        assert agent.received(SET) == []
+
+
 async def test_cpus_that_the_guest_will_not_set_online_are_named_with_its_words(
     guests: Guests, woken: Woken, path: Path
 ) -> None:
@@ -441,7 +469,53 @@ async def test_without_a_socket_root_no_agent_can_be_asked_and_the_option_is_nam
     await guests.close()
 
 
+async def test_a_failure_is_asked_again_though_the_set_was_suspended_meanwhile(guests: Guests, woken: Woken) -> None:
+    awake, suspended = a_set("nothing.sock", bring_online=True), a_set("nothing.sock", bring_online=True, suspend=True)
+    await answer(guests, woken, awake, TWO)
+    told = len(woken.uids)
+    guests.ask(suspended, TWO)
+    await until(lambda: len(woken.uids) > told, LONG, "somebody to be woken")
+
+
+async def test_a_guest_that_says_something_else_each_time_may_not_wake_without_end(
+    guests: Guests, woken: Woken, path: Path
+) -> None:
+    machine = a_machine(*range(11, 19))
+    async with FaultyAgent(path, offline=set(range(1, 8))) as agent:
+
+        def change() -> None:
+            agent.online ^= {1}
+            guests.ask(a_set(), machine)
+
+        woken.then = change
+        woken.then()
+        await asyncio.sleep(60)
+        woken.then = lambda: None
+        assert WAKES_AT_ONCE / 2 < len(woken.uids) <= WAKES_AT_ONCE + 60 * WAKES_PER_SECOND + 2
+
+
 # Many guests.
+
+
+async def test_agents_that_failed_before_do_not_hold_up_the_others(
+    woken: Woken, path: Path, namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests_module, "AT_ONCE", 2)
+    monkeypatch.setattr(guests_module, "RETRIES_AT_ONCE", 1)
+    guests = Guests(namespace_folder.parent, woken)
+    async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Holds()}), FaultyAgent(path):
+        dead = [a_set("deaf.sock", name=f"dead-{number}") for number in range(4)]
+        for vcpuset in dead:
+            guests.ask(vcpuset, TWO)
+        await woken.wait(len(dead))
+        await asyncio.sleep(RETRY_SECONDS[0])
+        for vcpuset in dead:
+            guests.ask(vcpuset, TWO)
+        begun = asyncio.get_running_loop().time()
+        guests.ask(a_set(name="healthy"), TWO)
+        await until(lambda: UID("uid-of-healthy") in woken.uids, LONG, "the healthy guest's answer")
+        assert asyncio.get_running_loop().time() - begun < AGENT_SECONDS, "virtual time"
+    await guests.close()
 
 
 async def test_an_agent_that_hangs_holds_up_no_other(

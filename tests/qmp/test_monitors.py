@@ -108,6 +108,15 @@ async def test_a_released_monitor_is_free_and_nobody_is_told(namespace_folder: P
         assert keeper.woken == [TWO]
 
 
+async def test_nothing_is_remembered_of_a_set_that_is_gone_with_its_machine(namespace_folder: Path) -> None:
+    async with keeping(namespace_folder) as keeper:
+        async with FaultyMonitor(namespace_folder / "vm.sock"):
+            await keeper.session()
+        await until(lambda: keeper.woken, 60, "the loss to be told")
+        await keeper.monitors.forget(ONE)
+        assert keeper.monitors._losses == {}
+
+
 async def test_a_session_that_has_had_its_turn_lets_those_who_wait_go_first(
     namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ class AgentReason(enum.StrEnum):
     NOT_ASKED = (
         "NotAsked",
         "Unknown",
-        "The agent was not asked: the machine cannot be looked at, or does not run (a paused guest cannot answer).",
+        "The agent was not asked yet, or cannot be: the guest gives CPUs back, or the machine does not run or is gone.",
     )
     NO_ANSWER = (
         "NoAnswer",

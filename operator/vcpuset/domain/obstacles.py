@@ -156,7 +156,7 @@ def _open_requests(
 
 
 _AGENT_REMEDIES: Final[Mapping[AgentReason, str]] = MappingProxyType({
-    AgentReason.NOT_ASKED: "Let the machine go on (cont).",
+    AgentReason.NOT_ASKED: "Wait until the machine runs, or let it go on.",
     AgentReason.NO_ANSWER: "Start qemu-guest-agent in the guest, and let nobody else use its socket.",
     AgentReason.UNREACHABLE: "Give QEMU the agent's channel at that path, or correct spec.guestAgent.",
     AgentReason.REFUSED: "Allow guest-get-vcpus and guest-set-vcpus in the agent's configuration.",

@@ -105,10 +105,12 @@ def _without_agent(vcpuset: VCPUSet) -> VCPUSet:
 
 
 def _to_bring_online(spec: Spec, machine: Machine, aim: Goal, guest: GuestReport | None) -> tuple[int, ...]:
-    """As the operator does when it asks the guest: not while CPUs are given back, nor while the set is suspended."""
+    """As the operator does when it asks the guest: not while CPUs are given back or the machine migrates."""
     if guest is None or guest.cpus is None or spec.guest_agent is None or not spec.guest_agent.bring_online:
         return ()
-    return () if spec.suspend or machine.vcpus > aim.count else guest.cpus.offline
+    if spec.suspend or machine.migrating or machine.vcpus > aim.count or len(guest.cpus.cpus) > machine.vcpus:
+        return ()
+    return guest.cpus.offline
 
 
 def _standby(

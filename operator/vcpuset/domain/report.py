@@ -19,6 +19,9 @@ from vcpuset.domain.verdict import Pace, Verdict, sentence
 
 __all__ = ["AGENT", "conditions", "is_progress", "observed", "opened_at"]
 
+MESSAGE_LIMIT = 32768
+"""The schema's limit: a longer message would have the whole status refused."""
+
 AGENT = "GuestAgentConnected"
 """The type of the condition that says whether the guest can be asked."""
 
@@ -54,7 +57,12 @@ def observed(
         # The clock of another generation's requests is not this one's.
         same = vcpuset.status.observed_generation == vcpuset.generation
         return status if same else replace(status, unplug_started_at=None)
-    if guest is not None:
+    if guest is None:
+        # What the guest said of other CPUs than these says nothing.
+        old = vcpuset.status
+        if old.machine_uuid != machine.uuid or (old.online_vcpus or 0) > machine.vcpus:
+            status = replace(status, online_vcpus=None)
+    else:
         known = guest.reason(machine.vcpus) is AgentReason.CONNECTED
         status = replace(status, online_vcpus=guest.cpus.online if known and guest.cpus is not None else None)
     return replace(
@@ -77,7 +85,7 @@ def conditions(
     def condition(kind: str, status: str, reason: str, message: str) -> Condition:
         old = since.get(kind)
         moved = now.replace(microsecond=0) if old is None or old.status != status else old.last_transition_time
-        return Condition(kind, status, reason, message, moved, vcpuset.generation)
+        return Condition(kind, status, reason, message[:MESSAGE_LIMIT], moved, vcpuset.generation)
 
     def of(state: State) -> Condition:
         status = "True" if verdict.state is state else "False"
@@ -87,8 +95,8 @@ def conditions(
     if vcpuset.spec.guest_agent is None:
         return found
     if guest is None and machine is not None and machine.run_state == "running" and (old := since.get(AGENT)):
-        # The guest is not asked while it gives CPUs back; what it said last stands.
-        return (*found, condition(AGENT, old.status, old.reason, old.message))
+        # The guest is not asked while it gives CPUs back; what it said last stands, for what was declared then.
+        return (*found, old)
     if guest is None or machine is None:
         reason, message = AgentReason.NOT_ASKED, AgentReason.NOT_ASKED.meaning
     else:

@@ -187,17 +187,27 @@ def _count_matches(
 def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
     """Why a guest does not use all of its CPUs, and what would help."""
     assert guest.cpus is not None
+    offline = guest.cpus.offline
+    missing = vcpus - len(guest.cpus.cpus)
     text = ""
-    if offline := guest.cpus.offline:
+    if offline:
         text += f" and has left its {_listed('CPU', offline)} offline"
-    if (missing := vcpus - len(guest.cpus.cpus)) > 0:
-        text += f" and does not know of {missing}: its kernel has not taken up what was plugged"
+    if missing > 0:
+        text += f"{', and' if offline else ' and'} does not know of {missing}"
+    text += "."
     if guest.resisted:
-        words = next(iter(guest.resisted.values()))
-        return f"{text}; it did not set {_listed('CPU', guest.resisted)} online: {words}."
-    if offline and not agent.bring_online:
-        text += f". Give the guest the udev rule {UDEV_RULE} or set spec.guestAgent.bringOnline"
-    return f"{text}."
+        words = sentence(next(iter(guest.resisted.values())))
+        text += f" It did not set {_listed('CPU', guest.resisted)} online: {words} The guest's log may say more."
+    elif offline and agent.bring_online:
+        text += " They are being set online, a few at a time."
+    elif offline:
+        text += f" Give the guest the udev rule {UDEV_RULE} or set spec.guestAgent.bringOnline."
+    if missing > 0:
+        text += (
+            " Its kernel has not taken up all that was plugged: see its log, and whether it was booted with maxcpus=, "
+            "nr_cpus= or acpi=off."
+        )
+    return text
 
 
 def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
@@ -327,8 +337,11 @@ def slot_list(requests: Iterable[Request]) -> str:
     return _listed("slot", (request.slot for request in requests))
 
 
+_MOST_RANGES = 16
+
+
 def _listed(noun: str, indexes: Iterable[int]) -> str:
-    """As ranges, since there can be hundreds."""
+    """As ranges, since there can be hundreds, and no more of them than a person reads."""
     indexes = sorted(indexes)
     ranges: list[list[int]] = []
     for index in indexes:
@@ -336,7 +349,10 @@ def _listed(noun: str, indexes: Iterable[int]) -> str:
             ranges[-1][1] = index
         else:
             ranges.append([index, index])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    shown = ranges[:_MOST_RANGES]
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in shown)
+    if len(ranges) > len(shown):
+        text += f" and {sum(last - first + 1 for first, last in ranges[_MOST_RANGES:])} more"
     return f"{noun if len(indexes) == 1 else noun + 's'} {text}"
 
 

@@ -5,6 +5,7 @@ monitors    the monitors of all sets, and the sessions that are kept between pas
 session     one monitor connection: observe, plug, unplug, what the guest answers; every wait has a deadline
 agent       one conversation with a guest agent
 guests      what the guests of all sets say, asked for beside the passes
+allowance   how often guests and agents may wake a pass
 appearance  a monitor's socket that appears, in the folders that `watch` watches
 client      `qemu.qmp`'s client with what a long-running program needs of it
 replies     replies of QEMU and of agents as domain values

@@ -40,6 +40,9 @@ AGENT_SECONDS: Final = 5.0
 FIRST_BATCH: Final = 4
 """How many CPUs are set online by the first command. One takes a guest from some ms (KVM) to 0.3 s (TCG, idle host)."""
 
+BRING_ONLINE_SECONDS: Final = 10.0
+"""How long one call of `bring_online` goes on to ask for more CPUs."""
+
 _SYNC: Final = "guest-sync-delimited"
 _DELIMITER: Final = b"\xff"
 
@@ -90,7 +93,7 @@ class Agent:
         """Have the guest use these CPUs, by logical id (`guest-set-vcpus`); one that it uses already is left as it is.
 
         Returns those that the agent could not set online, with its words. Takes several commands if there are many,
-        each with its deadline.
+        each with its deadline, and begins none after `BRING_ONLINE_SECONDS`: the rest is left as it is.
 
         Raises AgentUnreachable and AgentTimeout; the guest may still go on after that.
         """
@@ -98,7 +101,8 @@ class Agent:
         left = list(dict.fromkeys(ids))
         size = FIRST_BATCH
         clock = asyncio.get_running_loop().time
-        while left:
+        end = clock() + BRING_ONLINE_SECONDS
+        while left and clock() < end:
             batch, began = left[:size], clock()
             try:
                 done = await self._set_online(batch)

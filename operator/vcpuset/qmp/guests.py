@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +19,19 @@ from vcpuset.domain.machine import Machine
 from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, GuestAgent, VCPUSet
 from vcpuset.qmp.agent import Agent
+from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.sockets import open_socket
 
 __all__ = ["AT_ONCE", "RETRY_SECONDS", "Guests"]
 
-RETRY_SECONDS: Final = (5.0, 10.0, 30.0, 60.0)
+RETRY_SECONDS: Final = (5.0, 10.0, 30.0, 60.0, 60.0, 60.0, 300.0)
 """How long an agent that failed is left alone; longer with every failure in a row."""
 
 AT_ONCE: Final = 64
 """How many agents are asked at once; their deadlines begin when it is their turn."""
+
+RETRIES_AT_ONCE: Final = 16
+"""The same for those that failed last time: each can take its whole deadline, and must not hold up the others."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class _Guest:
     question  which agent is asked, and whether to bring CPUs online
     awaited   whether a pass was told that there is no answer yet
     again     wakes when an agent that failed is to be asked again
+    wakes     how often its answers may wake
     """
 
     about: _About | None = None
@@ -58,6 +63,7 @@ class _Guest:
     question: _Question | None = None
     awaited: bool = False
     again: asyncio.TimerHandle | None = None
+    wakes: Allowance = field(default_factory=Allowance)
 
 
 class Guests:
@@ -76,27 +82,31 @@ class Guests:
         self._permit = permit
         self._guests: dict[UID, _Guest] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._retries = asyncio.Semaphore(RETRIES_AT_ONCE)
         self._ending: set[asyncio.Task[None]] = set()
 
-    def ask(self, vcpuset: VCPUSet, machine: Machine) -> GuestReport | None:
+    def ask(self, vcpuset: VCPUSet, machine: Machine, *, surplus: bool = False) -> GuestReport | None:
         """What the guest last said of these CPUs (or that it cannot be asked), while it is asked anew.
 
         None: it has not said anything of these CPUs yet; it will, or fail, in a matter of seconds. CPUs that it left
-        offline are brought online if the set says so and is not suspended.
+        offline are brought online if the set says so and is not suspended, unless there are too many of them
+        (`surplus`: what is offline may be on its way out) or the machine migrates.
         """
         agent = vcpuset.spec.guest_agent
         assert agent is not None, "the set names no guest agent"
         guest = self._guests.setdefault(vcpuset.uid, _Guest())
         about = (agent, machine.uuid, frozenset(map(cpu_of, machine.occupied)))
-        question = (agent, agent.bring_online and not vcpuset.spec.suspend)
+        change = not (vcpuset.spec.suspend or surplus or machine.migrating)
+        question = (agent, agent.bring_online and change)
         if guest.question != question:
             # Nobody wants that answer any more; and bringing CPUs online, which can take long, is to end.
             self._stop_asking(guest)
+            guest.retry_at = 0.0
         if guest.question is not None and guest.question[0] != agent:
-            guest.failures, guest.retry_at = 0, 0.0
+            guest.failures = 0
         guest.question = question
         if guest.asking is None and asyncio.get_running_loop().time() >= guest.retry_at:
-            work = self._ask(vcpuset, question, guest, about)
+            work = self._ask(vcpuset, machine.vcpus, question, guest, about)
             guest.asking = asyncio.create_task(work, name=f"guest of {vcpuset}")
         failed = guest.report is not None and guest.report.cpus is None
         if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
@@ -125,11 +135,11 @@ class Guests:
             guest.asking.add_done_callback(self._ending.discard)
             guest.asking = None
 
-    async def _ask(self, vcpuset: VCPUSet, question: _Question, guest: _Guest, about: _About) -> None:
+    async def _ask(self, vcpuset: VCPUSet, vcpus: int, question: _Question, guest: _Guest, about: _About) -> None:
         agent, bring_online = question
         try:
-            async with self._turns:
-                report = await self._look(vcpuset.namespace, agent, bring_online=bring_online)
+            async with self._retries if guest.failures else self._turns:
+                report = await self._look(vcpuset.namespace, agent, vcpus if bring_online else 0)
         except AgentError as error:
             report = GuestReport(None, error)
         except Exception as error:  # noqa: BLE001 - logged and told; the set must not wait for an answer for ever
@@ -146,13 +156,22 @@ class Guests:
         # Whoever waits may wait for an answer to another question: that one is asked now.
         wake = guest.awaited or guest.about != about or _words(guest.report) != _words(report)
         guest.about, guest.report, guest.asking, guest.awaited = about, report, None, False
-        if wake:
+        if not wake:
+            return
+        if delay := guest.wakes.delay():
+            if guest.again is not None:
+                guest.again.cancel()
+            guest.again = loop.call_later(delay, self._wake, vcpuset.uid)
+        else:
             self._wake(vcpuset.uid)
 
-    async def _look(self, namespace: str, agent: GuestAgent, *, bring_online: bool) -> GuestReport:
+    async def _look(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
+        """Ask once; CPUs are brought online if there are at most `bring_online`: else it is another machine's guest."""
         field = "spec.guestAgent.unix.path"
         if self._socket_root is None:
-            raise AgentUnreachable(f"{field}: this operator was started without --socket-root")
+            raise AgentUnreachable(
+                f"{field}: this operator was started without --socket-root; run one on the machine's node that has it"
+            )
         try:
             endpoint = open_socket(self._socket_root, namespace, agent.path, field)
         except (InvalidMonitor, MonitorUnreachable) as error:
@@ -163,7 +182,7 @@ class Guests:
             asked = await Agent.open(endpoint, permit=self._permit)
         try:
             cpus = await asked.cpus()
-            if not (bring_online and cpus.offline):
+            if not cpus.offline or len(cpus.cpus) > bring_online:
                 return GuestReport(cpus)
             resisted = await asked.bring_online(cpus.offline)
             cpus = await asked.cpus()

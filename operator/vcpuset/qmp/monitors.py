@@ -122,6 +122,11 @@ class Monitors:
             self._losses.pop(uid, None)
         await self._close(uid)
 
+    async def forget(self, uid: UID) -> None:
+        """The set is not this operator's any more."""
+        await self.release(uid)
+        self._losses.pop(uid, None)
+
     async def _close(self, uid: UID) -> None:
         self._opened_at.pop(uid, None)
         if (kept := self._kept.pop(uid, None)) is not None:

@@ -167,10 +167,16 @@ def migrating(reply: object) -> bool:
     return "status" in entry and _name(entry, "status") not in _NOT_MIGRATING
 
 
+_MOST_CPUS = 4096
+"""More than any machine of QEMU has (10.0: 4096 on x86)."""
+
+
 def guest_cpus(reply: object) -> GuestCPUs:
     """`guest-get-vcpus`, by ascending logical id; the agent lists them in any order."""
     found: dict[int, GuestCPU] = {}
     for entry in _objects(reply):
+        if len(found) == _MOST_CPUS:
+            raise Malformed(f"more than {_MOST_CPUS} CPUs")
         logical_id = _member(entry, "logical-id", int)
         if not 0 <= logical_id <= _LARGEST or logical_id in found:
             raise Malformed(f"'logical-id' {reprlib.repr(logical_id)}, which is negative, huge or comes twice")

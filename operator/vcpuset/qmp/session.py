@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Final, TypeVar
@@ -23,6 +22,7 @@ from qemu.qmp import ExecuteError, Message
 from vcpuset.domain.errors import CommandError, MachineUnsettled, MonitorTimeout, MonitorUnreachable
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
+from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client
 from vcpuset.qmp.sockets import Endpoint
 
@@ -40,13 +40,6 @@ CLOSE_SECONDS: Final = 2.0
 SETTLE_SECONDS: Final = 0.02
 """How long events are gathered before `wake` is called. One CPU that leaves sends two or three within some ms, and each
 look at the machine takes time from the guest that is to give back the next."""
-
-WAKES_AT_ONCE: Final = 100
-"""How many times a session may wake before it must wait: more than any change of CPUs needs."""
-
-WAKES_PER_SECOND: Final = 5.0
-"""How fast that allowance grows again. Events are made by guests, and a guest may make them without end; each wake is a
-pass that takes the operator's time from other machines."""
 
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
@@ -79,8 +72,7 @@ class Session:
         self._closed = False
         self._puzzled = False
         self._waking: asyncio.TimerHandle | None = None
-        self._allowance = float(WAKES_AT_ONCE)
-        self._allowed_at = -math.inf
+        self._allowance = Allowance()
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
         self._answers: dict[int, Answer] = {}
@@ -273,16 +265,7 @@ class Session:
 
     def _wake_soon(self) -> None:
         if self._waking is None:
-            self._wake_in(self._settle_seconds())
-
-    def _settle_seconds(self) -> float:
-        now = asyncio.get_running_loop().time()
-        grown = (now - self._allowed_at) * WAKES_PER_SECOND
-        self._allowance, self._allowed_at = min(self._allowance + grown, WAKES_AT_ONCE), now
-        if self._allowance < 1:
-            return 1 / WAKES_PER_SECOND
-        self._allowance -= 1
-        return SETTLE_SECONDS
+            self._wake_in(SETTLE_SECONDS + self._allowance.delay())
 
     def _wake_in(self, seconds: float) -> None:
         self._waking = asyncio.get_running_loop().call_later(seconds, self._wake_now)

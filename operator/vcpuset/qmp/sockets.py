@@ -220,7 +220,8 @@ def _open_beneath(folder: int, segment: str, name: str) -> int:
             " its folder"
         ) from error
     except OSError as error:
-        raise MonitorUnreachable(f"{name} below the socket root cannot be opened: {error.strerror}") from error
+        limit = "; raise the operator's limit of open files" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
+        raise MonitorUnreachable(f"{name} below the socket root cannot be opened: {error.strerror}{limit}") from error
 
 
 def _require(descriptor: int, kind: int, name: str) -> os.stat_result:

@@ -123,6 +123,18 @@ def test_an_agent_that_was_not_asked_is_unknown_unless_the_running_guest_gives_c
     assert agent_condition(None, None, known)[:2] == ("Unknown", "NotAsked")
 
 
+def test_what_the_guest_said_of_other_cpus_is_no_online_count_of_these() -> None:
+    known = observed(AGENT_SET, a_machine(), (), None, BOTH_ONLINE)
+    after = replace(AGENT_SET, status=known)
+    assert observed(after, a_machine(boot=[0]), (), None, None).online_vcpus is None, "more than there are"
+    assert observed(after, replace(a_machine(), uuid="other"), (), None, None).online_vcpus is None
+
+
+def test_no_message_is_longer_than_the_schema_allows() -> None:
+    long = replace(READY, message="x" * 100_000)
+    assert {len(each.message) for each in made_from((), long, 1, NOW)} == {32768}
+
+
 def test_the_online_count_is_the_guests_or_absent() -> None:
     known = observed(AGENT_SET, a_machine(), (), None, BOTH_ONLINE)
     assert known.online_vcpus == 2
@@ -240,6 +252,7 @@ def test_a_plug_that_failed_and_is_tried_again_is_no_progress() -> None:
         ([7, 1, 3, 2, 5], "slots 1-3, 5, 7"),
         ([1, 3], "slots 1, 3"),
         (list(range(1, 4096)), "slots 1-4095"),
+        (list(range(0, 100, 2)), "slots 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30 and 34 more"),
     ],
 )
 def test_slots_are_named_as_ranges(slots: list[int], text: str) -> None:

@@ -241,7 +241,7 @@ class ModelGuests(Guests):
         self._world = world
 
     @override
-    async def _look(self, namespace: str, agent: GuestAgent, *, bring_online: bool) -> GuestReport:
+    async def _look(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
         qemu = self._world.machines.get(agent.path.removesuffix(".agent") + ".sock")
         if qemu is None or qemu.agent is AgentMode.ABSENT:
             raise AgentUnreachable("nobody listens")
@@ -254,7 +254,8 @@ class ModelGuests(Guests):
         late = LATE_SECONDS if qemu.agent is AgentMode.LATE else 0.0
         await asyncio.sleep(late)
         resisted: Mapping[int, str] = {}
-        if bring_online and (offline := qemu.guest_cpus().offline):
+        offline = qemu.guest_cpus().offline
+        if offline and len(qemu.guest_cpus().cpus) <= bring_online:
             resisted = qemu.bring_online(offline)
         cpus = qemu.guest_cpus()
         answered = self._world.on_answer(qemu, cpus)
