@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
 from vcpuset.runtime.workqueue import WorkQueue
 
-__all__ = ["run"]
+__all__ = ["raise_file_limit", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ async def run(settings: Settings) -> None:
     APIError: there are no credentials, or the watch failed for good. NotLeading: it led, and may not any more.
     TaskEndedError: another part failed.
     """
+    raise_file_limit()
     async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
         stop = asyncio.Event()
         # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
@@ -74,6 +76,13 @@ async def run(settings: Settings) -> None:
         finally:
             failing.cancel()
     logger.info("stopped")
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as it may have: a kept monitor is one, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
