@@ -2,6 +2,7 @@
 
 Checked at the moment of the deed, against the model, not against what the operator believes:
 
+* Nothing is done while `spec.suspend` is set, nor in a run state, or a migration, in which it is unsafe.
 * A CPU is plugged only while fewer are present than the target.
 * The guest is asked only for as many as are too many, requests that it still has included; a request that is on the
   book as in flight may be repeated while any is wanted.
@@ -16,7 +17,8 @@ Checked at the moment of the deed, against the model, not against what the opera
 And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
 
 * A set that shows Ready=True for its generation has the declared count, unless somebody changed it since the last look.
-* What the guest said last is what the status shows.
+* What the guest said last is what the status shows, and no pass is far off while something is said to go on.
+* While too many CPUs are there, all have been asked for that may be, as far as that does not ask for too many.
 * While a session is open, all that its events told of has been looked at.
 * An OnDemand set holds the monitor only while its guest was at work within the last seconds, and never for long in one
   piece; a Persistent one always, once it could have it, or soon again where its sessions are cut.
@@ -25,7 +27,7 @@ And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from typing_extensions import override
@@ -34,12 +36,12 @@ from unit.reconciler.model import Qemu
 from unit.reconciler.standins import LOSS_SECONDS
 from unit.reconciler.world import World
 from vcpuset.domain.guest import GuestCPUs
-from vcpuset.domain.machine import Machine, Slot
+from vcpuset.domain.machine import Activity, Machine, Slot
 from vcpuset.domain.plan import goal
 from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
-from vcpuset.qmp.monitors import TURN_SECONDS
+from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
 from vcpuset.reconciler import LOOK_SECONDS, UNSETTLED_SECONDS
 from vcpuset.runtime.workers import Done, Result
 
@@ -85,6 +87,7 @@ class LawfulWorld(World):
         self.qemu = qemu
         self._asks: dict[CPU, _Ask] = {}
         self._seen: int | None = None
+        self._shown: Machine | None = None
         self._working_on: VCPUSet | None = None
         self._disturbed = False
         self._looked_in_pass = False
@@ -127,6 +130,8 @@ class LawfulWorld(World):
         """Whether the operator could do what it wanted."""
         self._calm = isinstance(result, Done)
         if isinstance(result, Done) and result.requeue_after == UNSETTLED_SECONDS:
+            # CPUs moved: there is another look at once. (Or the next turn at the monitor begins.)
+            self._calm = False
             self._at_work = self.loop.now
 
     @override
@@ -136,7 +141,7 @@ class LawfulWorld(World):
             self._process, self._asks = qemu.process, {}
         if self._seen is not None and machine.vcpus < self._seen:
             self._at_work = self.loop.now
-        self._seen = machine.vcpus
+        self._seen, self._shown = machine.vcpus, machine
         self._disturbed = False
         self._looked_in_pass = True
         self._changes, self._news, self._about = qemu.changes, qemu.news, qemu.present
@@ -151,6 +156,7 @@ class LawfulWorld(World):
     def on_plug(self, qemu: Qemu, slot: Slot) -> None:
         """Never above the target."""
         self._at_work = self.loop.now
+        self._judge_leave()
         if not self._disturbed:
             assert qemu.vcpus + slot.vcpus <= self._target(), "plugged above the target"
 
@@ -158,6 +164,7 @@ class LawfulWorld(World):
     def on_unplug(self, qemu: Qemu, slot: Slot) -> None:
         """Never more than is too many, never again too soon, never unrecorded."""
         self._at_work = self.loop.now
+        self._judge_leave()
         cpu = cpu_of(slot)
         surplus = qemu.vcpus - self._target()
         if not self._disturbed:
@@ -182,6 +189,13 @@ class LawfulWorld(World):
         if not qemu.legacy and not qemu.migrating:
             self._asks[cpu] = _Ask(self.wall, self.wall, self.operator_number)
 
+    def _judge_leave(self) -> None:
+        """Whether anything may be done at all, by what was seen last."""
+        assert not self._spec().spec.suspend, "a suspended set"
+        assert self._shown is not None
+        assert self._shown.run_state in {"running", "paused", "prelaunch"}
+        assert not self._shown.migrating
+
     @override
     def on_unplug_taken(self, slot: Slot) -> None:
         """From here on the operator knows that the request was made."""
@@ -197,6 +211,13 @@ class LawfulWorld(World):
     def on_loss(self) -> None:
         """A new session is opened at once, or somewhat later if this happens often."""
         self._cut_at = self.loop.now
+        self.qemu.refusals.clear()
+
+    @override
+    def restart_operator(self) -> None:
+        """The successor has heard nothing."""
+        self.qemu.refusals.clear()
+        super().restart_operator()
 
     @override
     def on_answer(self, qemu: Qemu, cpus: GuestCPUs) -> Callable[[], None]:
@@ -298,15 +319,49 @@ class LawfulWorld(World):
         if shows and self._calm and agent is not None and agent.status == "True":
             assert self._told is not None
             assert self._told.online == status.online_vcpus, "the guest has said something else since"
-        if self.sessions_held:
-            assert self._news == qemu.news, "an event was not looked at"
-            if vcpuset.spec.connection is Connection.ON_DEMAND:
-                seconds = AT_WORK_SECONDS if qemu.arch == "x86_64" else vcpuset.spec.unplug.timeout_seconds
-                seconds = max(seconds, AT_WORK_SECONDS)
-                assert self.loop.now <= self._at_work + seconds, "the monitor is held for nothing"
-                assert self.loop.now <= self.session_since + TURN_SECONDS + LOOK_SECONDS, "nobody else gets a turn"
-        elif vcpuset.spec.connection is Connection.PERSISTENT and self._calm and qemu.reachable:
+        if self._calm and not self._changed_since:
+            self._judge_progress(vcpuset)
+        on_demand = vcpuset.spec.connection is Connection.ON_DEMAND
+        for session in self.sessions:
+            assert self._news == qemu.news or session.gathering, "an event was not looked at"
+            if on_demand:
+                by_event_only = qemu.arch != "x86_64"
+                seconds = vcpuset.spec.unplug.timeout_seconds if by_event_only else 0
+                assert self.loop.now <= self._at_work + max(seconds, AT_WORK_SECONDS), "the monitor is held for nothing"
+                turn = EVENTS_TURN_SECONDS if by_event_only else TURN_SECONDS
+                assert self.loop.now <= session.opened_at + turn + LOOK_SECONDS, "nobody else gets a turn"
+        if not self.sessions and not on_demand and self._calm and qemu.reachable:
             assert self.loop.now <= self._cut_at + LOSS_SECONDS, "a Persistent set without its session"
+
+    @property
+    def _changed_since(self) -> bool:
+        """Whether the machine is another than it was at the last look."""
+        shown, now = self._shown, self.qemu.machine()
+        return (
+            shown is None
+            or self._process != self.qemu.process
+            or replace(shown, ost=None) != replace(now, ost=None)
+            or shown.guest_takes_unplugs != now.guest_takes_unplugs
+        )
+
+    def _judge_progress(self, vcpuset: VCPUSet) -> None:
+        """Whatever can be done has been done, and what is waited for will wake somebody."""
+        machine, ready = self.qemu.machine(), vcpuset.status.ready
+        target = goal(vcpuset.spec, machine).count
+        soon = self.loop.now + LOOK_SECONDS + UNSETTLED_SECONDS
+        if ready is not None and ready.reason in {"Plugging", "Unplugging"}:
+            waits = self.next_pass <= soon or self.guests_being_asked
+            assert waits or machine.vcpus > target, f"{ready.reason}, and nobody looks"
+        if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE or not machine.guest_takes_unplugs:
+            return
+        assert machine.vcpus + min((slot.vcpus for slot in machine.free), default=99) > target, "a CPU was not plugged"
+        book = {cpu_of(each): each for each in vcpuset.status.pending_unplugs}
+        with_guest = {cpu for cpu, each in book.items() if each.in_flight and cpu not in self.qemu.refusals}
+        wanted = machine.vcpus - target - len(with_guest) * self.qemu.threads
+        keep = vcpuset.spec.unplug.boot_vcpus is BootVCPUs.KEEP
+        for slot in machine.unpluggable:
+            fresh = cpu_of(slot) not in book and not (keep and slot.boot)
+            assert not fresh or wanted < slot.vcpus, f"slot {slot.index} could be asked for, and nobody does"
 
     def _counts_on(self, qemu: Qemu, cpu: CPU) -> bool:
         """Whether the operator must take it that this CPU, which the guest was asked for, will leave.

@@ -122,7 +122,9 @@ class Qemu:
         self.changes = 0
         """How often CPUs left, or came by somebody else's hand."""
         self.news = 0
-        """How many events told of such a change."""
+        """How many events were sent after which a look is due."""
+        self.refusals: set[CPU] = set()
+        """Who has refused since the last request, as somebody has heard."""
         self.power_on()
 
     # --- the process ----------------------------------------------------------------------------------------------
@@ -142,6 +144,7 @@ class Qemu:
         self.taken_up: dict[int, bool] = {} if self.legacy else dict.fromkeys(self.cpus, True)
         """The slots whose CPU the guest knows of, and whether it uses it."""
         self.latched: set[int] = set()
+        self.refusals = set()
         self.ost: dict[int, Ost] = {}
         self.changes += 1
         self._slots: tuple[Slot, ...] | None = None
@@ -246,6 +249,7 @@ class Qemu:
             raise CommandRefused("device_del", "GenericError", "not this one")
         if self.legacy:
             raise GuestNotReady("device_del", "GenericError", "acpi: device unplug request for not supported device")
+        self.refusals.discard(self.cpus[index])
         if self.loses_requests:
             return
         self.latched.add(index)
@@ -274,6 +278,8 @@ class Qemu:
         for index in sorted(self.latched):
             if index in self.refused_slots:
                 self.latched.discard(index)
+                if self.clients:
+                    self.refusals.add(self.cpus[index])
                 self._report(index, EJECT, IN_USE)
             else:
                 self._leave(index)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from unittest import mock
 
 from qemu.qmp import Message
@@ -22,6 +22,7 @@ from vcpuset.domain.errors import (
     AgentTimeout,
     AgentUnreachable,
     APIError,
+    CommandRefused,
     Conflict,
     MonitorBusy,
     MonitorTimeout,
@@ -37,13 +38,16 @@ from vcpuset.kube.recorder import Recorder
 from vcpuset.qmp import monitors as monitors_module
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
+from vcpuset.qmp.replies import CPUs
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
+
+_T = TypeVar("_T")
 
 if TYPE_CHECKING:
     from unit.reconciler.world import World
 
-__all__ = ["LOSS_SECONDS", "ApiServer", "FakeRecorder", "ModelGuests", "ModelMonitors"]
+__all__ = ["LOSS_SECONDS", "ApiServer", "FakeRecorder", "ModelGuests", "ModelMonitors", "ModelSession"]
 
 AGENT_SECONDS = 3.0
 """How long a mute agent is waited for."""
@@ -131,7 +135,7 @@ class FakeRecorder(Recorder):
         self.events.append((type, reason))
 
 
-class _ModelSession(Session):
+class ModelSession(Session):
     """A session with the model. How events are taken, and what is kept of them, is the product's own."""
 
     def __init__(self, world: World, qemu: Qemu, wake: Callable[[], None]) -> None:
@@ -139,6 +143,7 @@ class _ModelSession(Session):
         self._world = world
         self._qemu = qemu
         self._open = True
+        self._since = qemu.machine().since
         self.opened_at = world.loop.now
         # As over a wire: what is sent now is read when the loop comes to it.
         loop = world.loop
@@ -148,13 +153,43 @@ class _ModelSession(Session):
         )
         qemu.clients.append(self._end)
 
+    @property
+    def gathering(self) -> bool:
+        """Whether events have come whose wake is still to come."""
+        return self._waking is not None
+
     @override
     async def observe(self) -> Machine:
         await self._point()
-        machine = self._qemu.machine()
+        machine = await super().observe()
         self._world.on_observe(self._qemu, machine)
         await self._point()
         return machine
+
+    @override
+    async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
+        # In place of a reply and what is read from it. No query waits here, so all show one moment.
+        return cast("_T", self._shown(command))
+
+    def _shown(self, command: str) -> object:
+        machine = self._qemu.machine()
+        match command:
+            case "query-status":
+                return machine.run_state
+            case "query-migrate":
+                return machine.migrating
+            case "query-acpi-ospm-status":
+                if machine.ost is None:
+                    raise CommandRefused(command, "GenericError", "no ACPI")
+                return machine.ost
+            case "query-cpus-fast":
+                return CPUs(machine.arch, machine.vcpus, {})
+            case "query-hotpluggable-cpus":
+                return machine.slots
+            case "query-uuid":
+                return machine.uuid
+            case unknown:
+                raise AssertionError(unknown)
 
     @override
     async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
@@ -225,12 +260,11 @@ class ModelMonitors(Monitors):
         if qemu.other_has_it:
             raise MonitorBusy("no greeting")
         self._world.on_open(qemu)
-        return _ModelSession(self._world, qemu, wake)
+        return ModelSession(self._world, qemu, wake)
 
-    def held(self) -> dict[UID, float]:
-        """The sets whose session is open, and the loop time since when."""
-        sessions = {uid: cast("_ModelSession", session) for uid, (_, session) in self._kept.items()}
-        return {uid: session.opened_at for uid, session in sessions.items() if session.alive}
+    def held(self) -> list[ModelSession]:
+        """The sessions that are open."""
+        return [cast("ModelSession", session) for _, session in self._kept.values() if session.alive]
 
 
 class ModelGuests(Guests):
@@ -239,9 +273,18 @@ class ModelGuests(Guests):
     def __init__(self, world: World, wake: Callable[[UID], None]) -> None:
         super().__init__(None, wake)
         self._world = world
+        self.asking_now = 0
+        """How many questions are under way."""
 
     @override
     async def _look(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
+        self.asking_now += 1
+        try:
+            return await self._put(agent, bring_online)
+        finally:
+            self.asking_now -= 1
+
+    async def _put(self, agent: GuestAgent, bring_online: int) -> GuestReport:
         qemu = self._world.machines.get(agent.path.removesuffix(".agent") + ".sock")
         if qemu is None or qemu.agent is AgentMode.ABSENT:
             raise AgentUnreachable("nobody listens")

@@ -139,7 +139,8 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
         world.deliver()
         unplug = world.vcpuset().spec.unplug
         passes = world.passes
-        seconds = 2 * max(unplug.retry_seconds, unplug.timeout_seconds) + 200
+        # An agent that has failed often is asked again after five minutes.
+        seconds = 2 * max(unplug.retry_seconds, unplug.timeout_seconds) + 400
         world.advance(seconds)
 
         vcpuset, machine = world.vcpuset(), qemu.machine()
@@ -300,6 +301,12 @@ class _AnythingMayHappen(_AsTheGuestPleases):
 
     @step()
     def the_operator_is_replaced(self) -> None:
+        self.world.restart_operator()
+        self.world.run_due()
+
+    @step(other_machine=st.booleans())
+    def the_host_reboots(self, other_machine: bool) -> None:
+        self._restart(other_machine=other_machine)
         self.world.restart_operator()
         self.world.run_due()
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from unit.reconciler.model import START, Qemu
-from unit.reconciler.standins import ApiServer, FakeRecorder, ModelGuests, ModelMonitors
+from unit.reconciler.standins import ApiServer, FakeRecorder, ModelGuests, ModelMonitors, ModelSession
 from unit.reconciler.timeless import TimelessLoop
 from vcpuset.domain.errors import MachineUnsettled, MonitorTimeout
 from vcpuset.domain.guest import GuestCPUs
@@ -217,9 +217,19 @@ class World:
         return len(self._monitors.held())
 
     @property
-    def session_since(self) -> float:
-        """The loop time when the oldest open session was opened; infinity: there is none."""
-        return min(self._monitors.held().values(), default=float("inf"))
+    def sessions(self) -> list[ModelSession]:
+        """The sessions that are open."""
+        return self._monitors.held()
+
+    @property
+    def guests_being_asked(self) -> int:
+        """How many guests owe an answer."""
+        return self._guests.asking_now
+
+    @property
+    def next_pass(self) -> float:
+        """The loop time of the next pass that is planned; infinity: none is."""
+        return min(self._due.values(), default=float("inf"))
 
     # --- the queue and time ---------------------------------------------------------------------------------------
 
