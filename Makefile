@@ -63,5 +63,5 @@ bench-drift: ## Measure how soon a machine that somebody else has changed is rep
 	@$(PY) -m bench.drift $(ARGS)
 
 bench-scale: ## Measure what thousands of sets cost one operator, on simulated machines
-	$(call set-up)
+	$(call set-up,$(to-run))
 	@$(PY) -m bench.scale $(ARGS)

@@ -1,13 +1,17 @@
-"""Which etcd, kube-apiserver and kubectl the tests and the demo use, and where they are.
+"""Which etcd, kube-apiserver, kubectl and kube-controller-manager the tests and the demo use, and where they are.
 
-They are built from the modules pinned beside this file (build/controlplane/go.mod) and kept in the cache folder under
-a name made from those pins, so that changing a pin asks for a new build. `KUBEBUILDER_ASSETS`, the variable that the
-Go operators' tests use, takes precedence.
+They are built from the modules pinned beside this file (build/*/go.mod) and kept in the cache folder under a name made
+from those pins, so that changing a pin asks for a new build. `KUBEBUILDER_ASSETS`, the variable that the Go operators'
+tests use, takes precedence.
+
+kube-controller-manager is apart, with a go.mod of its own: only the tests of autoscaling start it, the demo need not
+wait for it, and the folders that `KUBEBUILDER_ASSETS` names usually lack it.
 """
 
 import os
 import platform
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -15,19 +19,27 @@ from typing import Final, Self
 from harness.cache import cache_dir, digest
 
 __all__ = [
+    "CONTROLLER_MANAGER",
+    "CONTROLLER_MANAGER_MODULE",
     "CONTROL_PLANE_MODULE",
     "NAMES",
     "Binaries",
     "BinariesMissing",
     "binaries",
+    "built_controller_manager_folder",
     "built_folder",
+    "controller_manager",
     "kubernetes_version",
 ]
 
 CONTROL_PLANE_MODULE: Final = Path(__file__).resolve().parent / "build" / "controlplane"
 """The folder with the go.mod that pins the control plane."""
 
+CONTROLLER_MANAGER_MODULE: Final = CONTROL_PLANE_MODULE.with_name("controllermanager")
+"""The folder with the go.mod that pins kube-controller-manager: the same versions, and what it needs besides."""
+
 NAMES: Final = ("etcd", "kube-apiserver", "kubectl")
+CONTROLLER_MANAGER: Final = "kube-controller-manager"
 
 BUILD_RECIPE: Final = "1"
 """Raise this when the way of building changes the programs although go.mod does not."""
@@ -63,8 +75,17 @@ def kubernetes_version() -> str:
 
 def built_folder() -> Path:
     """Where the programs built from the present pins belong."""
-    pins = [(CONTROL_PLANE_MODULE / name).read_bytes() for name in ("go.mod", "go.sum")]
-    return cache_dir() / "controlplane" / digest([*pins, BUILD_RECIPE, platform.machine()])
+    return _folder_of(CONTROL_PLANE_MODULE)
+
+
+def built_controller_manager_folder() -> Path:
+    """Where the kube-controller-manager built from the present pins belongs."""
+    return _folder_of(CONTROLLER_MANAGER_MODULE)
+
+
+def _folder_of(module: Path) -> Path:
+    pins = [(module / name).read_bytes() for name in ("go.mod", "go.sum")]
+    return cache_dir() / module.name / digest([*pins, BUILD_RECIPE, platform.machine()])
 
 
 def binaries() -> Binaries:
@@ -83,3 +104,24 @@ def binaries() -> Binaries:
             f"KUBEBUILDER_ASSETS={assets}: not all of {', '.join(NAMES)} are there; correct or unset the variable"
         )
     raise BinariesMissing(f"the control plane is not built ({folder} lacks a program): run `make setup`")
+
+
+def controller_manager() -> Path:
+    """The kube-controller-manager in `KUBEBUILDER_ASSETS`, else the one in the cache folder, else the one in PATH.
+
+    One from PATH may be of another version; Kubernetes allows it to be one minor version older than the API server.
+
+    Raises:
+        BinariesMissing: there is none.
+    """
+    assets = os.environ.get("KUBEBUILDER_ASSETS")
+    folders = [*([Path(assets)] if assets else []), built_controller_manager_folder()]
+    for folder in folders:
+        if os.access(folder / CONTROLLER_MANAGER, os.X_OK):
+            return folder / CONTROLLER_MANAGER
+    installed = shutil.which(CONTROLLER_MANAGER)
+    if installed is not None:
+        return Path(installed)
+    raise BinariesMissing(
+        f"{CONTROLLER_MANAGER} is neither in {', '.join(map(str, folders))} nor in PATH: run `make setup`"
+    )

@@ -56,6 +56,8 @@ class ControlPlane:
         self.token = token_hex(16)
         """The bearer token of that user."""
         self.audit_log = Path()
+        self.service_account_key = Path()
+        """The private key that signs service accounts' tokens."""
         self.kubectl_path = Path()
         self._binaries: Binaries | None = None
         self._ports: list[ReservedPort] = []
@@ -247,7 +249,7 @@ class ControlPlane:
     async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
         port = self._reserve()
         self.url = f"https://127.0.0.1:{port.number}"
-        key = self.directory / "service-account.key"
+        key = self.service_account_key = self.directory / "service-account.key"
         await run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key])
         tokens = self.directory / "tokens.csv"
         tokens.touch(mode=0o600)

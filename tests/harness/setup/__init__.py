@@ -3,10 +3,11 @@
 Only the standard library is used, as this runs before anything is installed. Each part looks first whether its work is
 done already, so that a repeated set-up takes a fraction of a second:
 
-    system          Debian packages (QEMU, openssl, …), installed as root or through sudo, else named
-    venv            the virtual environment `.venv` with the pinned Python packages
-    controlplane    etcd, kube-apiserver and kubectl, built from pinned Go modules into the cache folder
-    guest           kernel and initramfs of the test guest, in the cache folder
+    system             Debian packages (QEMU, openssl, …), installed as root or through sudo, else named
+    venv               the virtual environment `.venv` with the pinned Python packages
+    controlplane       etcd, kube-apiserver and kubectl, built from pinned Go modules into the cache folder
+    guest              kernel and initramfs of the test guest, in the cache folder
+    controllermanager  kube-controller-manager, built like the control plane; only tests need it
 """
 
 __all__: list[str] = []

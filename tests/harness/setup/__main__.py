@@ -1,4 +1,4 @@
-"""`python -m harness.setup [part …]`: all parts, or only those named (system, venv, controlplane, guest)."""
+"""`python -m harness.setup [part …]`: all parts, or only those named (see the package)."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ from typing import Final
 from harness import guestimage
 from harness.cache import cache_dir
 from harness.setup.console import SetupFailed, run_visibly, say
-from harness.setup.controlplane import ensure_control_plane
+from harness.setup.controlplane import ensure_control_plane, ensure_controller_manager, remove_build_cache
 from harness.setup.system import install_missing
 from harness.setup.venv import VENV_PYTHON, ensure_venv
 
@@ -31,8 +31,12 @@ PARTS: Final[dict[str, Callable[[], None]]] = {
     "venv": ensure_venv,
     "controlplane": ensure_control_plane,
     "guest": ensure_guest,
+    "controllermanager": ensure_controller_manager,
 }
 """In the order in which they need each other."""
+
+BUILDS: Final = {"controlplane", "controllermanager"}
+"""The parts that share what is downloaded and compiled for them."""
 
 
 @contextlib.contextmanager
@@ -59,6 +63,8 @@ def main(arguments: list[str]) -> int:
             for name, ensure in PARTS.items():
                 if not arguments or name in arguments:
                     ensure()
+            if not arguments or BUILDS & set(arguments):
+                remove_build_cache()
     except SetupFailed as error:
         sys.stdout.flush()
         sys.stderr.write(f"set-up: {error}\n")

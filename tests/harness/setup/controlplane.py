@@ -1,4 +1,4 @@
-"""Building etcd, kube-apiserver and kubectl from the modules pinned in build/controlplane/go.mod.
+"""Building etcd, kube-apiserver, kubectl and kube-controller-manager from the modules pinned in build/*/go.mod.
 
 They come from source because the Go module proxy, unlike the various places for ready-made programs, verifies what it
 delivers (go.sum) and is reachable wherever Go code is built. It is done once: the result stays in the cache folder.
@@ -12,21 +12,37 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from harness.binaries import CONTROL_PLANE_MODULE, NAMES, Binaries, built_folder, kubernetes_version
+from harness.binaries import (
+    CONTROL_PLANE_MODULE,
+    CONTROLLER_MANAGER,
+    CONTROLLER_MANAGER_MODULE,
+    NAMES,
+    Binaries,
+    BinariesMissing,
+    built_controller_manager_folder,
+    built_folder,
+    controller_manager,
+    kubernetes_version,
+)
 from harness.cache import cache_dir
 from harness.setup.console import NotPossible, SetupFailed, say
 from harness.setup.golang import Go, find_go
 
-__all__ = ["ensure_control_plane"]
+__all__ = ["ensure_control_plane", "ensure_controller_manager", "remove_build_cache"]
 
 PACKAGES: Final = {
-    "server": "go.etcd.io/etcd/server/v3",  # Go names the program after the last element but the version
+    "etcd": "go.etcd.io/etcd/server/v3",
     "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
     "kubectl": "k8s.io/kubernetes/cmd/kubectl",
 }
+"""Packages by the programs that they become."""
+
+BUILT_AS: Final = {"etcd": "server"}
+"""Go's own name for a program, where it is another: the last element of the package but the version."""
 
 BUILD_SECONDS: Final = 2 * 3600
 PROGRESS_SECONDS: Final = 10
@@ -53,29 +69,57 @@ def ensure_control_plane() -> None:
         return
     say(f"==> Control plane: Kubernetes {kubernetes_version()} and etcd, into {folder}")
     say("    Built from source, once: 10 to 20 minutes on two cores, 4 GB of disk while it lasts.")
-    work = cache_dir() / "controlplane-work"
+    _build(CONTROL_PLANE_MODULE, PACKAGES, folder)
+
+
+def ensure_controller_manager() -> None:
+    """Build kube-controller-manager, unless there is one already (see `controller_manager`).
+
+    Raises:
+        SetupFailed: the build failed; its output has been shown.
+    """
+    try:
+        controller_manager()
+    except BinariesMissing:
+        folder = built_controller_manager_folder()
+        say(f"==> Controller manager: Kubernetes {kubernetes_version()}, into {folder}")
+        say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, else some more.")
+        packages = {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"}
+        _build(CONTROLLER_MANAGER_MODULE, packages, folder)
+
+
+def remove_build_cache() -> None:
+    """Remove what only the builds need, as set-up does once all of them have gone well.
+
+    Kept between two builds, since most packages are common to them, and after a failure: the next try goes on there.
+    """
+    shutil.rmtree(_work(), ignore_errors=True)
+
+
+def _work() -> Path:
+    return cache_dir() / "controlplane-work"
+
+
+def _build(module: Path, packages: Mapping[str, str], folder: Path) -> None:
+    """Build the packages into `folder`, which appears when all of them are done."""
+    work = _work()
     work.mkdir(exist_ok=True)
     go = find_go(work)
     say(f"    with Go {go.version} ({go.program})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _build(go, temporary)
-        (temporary / "server").rename(temporary / "etcd")
+        names = list(packages.values())
+        listed = _go(go, module, ["list", "-mod=readonly", "-deps", *names], total=None)
+        arguments = ["build", "-mod=readonly", "-trimpath", "-v", f"-ldflags={_link_flags()}", "-o", f"{temporary}/"]
+        _go(go, module, [*arguments, *names], total=len(listed))
+        for name in packages.keys() & BUILT_AS.keys():
+            (temporary / BUILT_AS[name]).rename(temporary / name)
         temporary.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or it would have been used
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(work)  # kept after a failure: the next try goes on from there
-
-
-def _build(go: Go, target: Path) -> None:
-    names = list(PACKAGES.values())
-    common = ["-mod=readonly", "-trimpath"]
-    packages = _go(go, ["list", "-mod=readonly", "-deps", *names], total=None)
-    arguments = ["build", *common, "-v", f"-ldflags={_link_flags()}", "-o", str(target), *names]
-    _go(go, arguments, total=len(packages))
 
 
 def _link_flags() -> str:
@@ -86,13 +130,13 @@ def _link_flags() -> str:
     return " ".join(["-s -w", *(f"-X k8s.io/component-base/version.{name}={value}" for name, value in values.items())])
 
 
-def _go(go: Go, arguments: list[str], total: int | None) -> list[str]:
-    """Run `go` with its progress shown, and return what it printed to its standard output."""
+def _go(go: Go, module: Path, arguments: list[str], total: int | None) -> list[str]:
+    """Run `go` in a module with its progress shown, and return what it printed to its standard output."""
     progress = _Progress(total)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [go.program, *arguments],
-            cwd=CONTROL_PLANE_MODULE,
+            cwd=module,
             env=dict(go.env),
             stdin=subprocess.DEVNULL,
             stdout=output,

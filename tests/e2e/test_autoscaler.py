@@ -1,0 +1,404 @@
+"""HorizontalPodAutoscalers of a real kube-controller-manager steer sets, as docs/autoscaling.md says.
+
+The examples are the page's own. The metrics are numbers that the tests set; all else is real: the API server's scale
+subresource, the autoscaler, the operator, QEMU, and where a guest's part matters, the guest.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+import yaml
+
+from harness.audit import AuditEvent
+from harness.cache import REPOSITORY
+from harness.controllermanager import HPA_USER, ControllerManager
+from harness.controlplane import ControlPlane
+from harness.guest import Guest
+from harness.metricsserver import MetricsServer, Series
+from harness.operator import OperatorProcess
+from harness.processes import CommandFailed
+from harness.qmp import count
+from harness.saved import saved_guest
+from harness.wait import until
+from harness.world import Seen, User
+
+# The metrics server lives in the module's event loop, and has to be answered from it during the tests.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PAGE: Final = REPOSITORY / "docs" / "autoscaling.md"
+
+WAIT_SECONDS: Final = 90.0
+
+QUIET_SYNCS: Final = 3
+"""How many more looks of an autoscaler have to change nothing before a count is taken to be settled."""
+
+Manifest = dict[str, Any]
+
+
+def examples() -> list[Manifest]:
+    """The YAML examples of the page, in its order."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return [yaml.safe_load(block) for block in blocks]
+
+
+def example(kind: str, name: str) -> Manifest:
+    """A manifest of the page."""
+    (found,) = [each for each in examples() if (each.get("kind"), each.get("metadata", {}).get("name")) == (kind, name)]
+    return copy.deepcopy(found)
+
+
+def fragment(field: str) -> Manifest:
+    """The page's excerpt of an autoscaler that sets this field of `behavior.scaleDown`."""
+    (found,) = [
+        each for each in examples() if "kind" not in each and field in each["spec"]["behavior"].get("scaleDown", {})
+    ]
+    return found
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def control_plane() -> AsyncIterator[ControlPlane]:
+    """An API server of this module's own: metrics APIs are cluster-wide."""
+    async with ControlPlane() as running:
+        await running.install_crd()
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def metrics(control_plane: ControlPlane) -> AsyncIterator[MetricsServer]:
+    """The metrics, and an autoscaler controller that reads them."""
+    async with MetricsServer(control_plane) as serving, ControllerManager(control_plane):
+        yield serving
+
+
+class Scaled:
+    """The page's machine and set in one namespace, and what an autoscaler makes of them.
+
+    name     of the set, and of the folder with its monitor
+    monitor  the socket for the operator; `control` is another one, for the tests
+    since    the place in the audit log at which the set was made
+    """
+
+    def __init__(self, user: User, folder: Path, name: str = "web") -> None:
+        self.user = user
+        self.name = name
+        self.monitor = folder / name / "qmp.sock"
+        self.monitor.parent.mkdir()
+        self.control = Path()
+        self.since = user.control_plane.audit_offset()
+
+    async def kubectl(self, *arguments: str, manifest: Manifest | None = None) -> None:
+        text = None if manifest is None else json.dumps(manifest)
+        await self.user.control_plane.kubectl("--namespace", self.user.namespace, *arguments, input=text)
+
+    async def apply(self, manifest: Manifest) -> None:
+        await self.kubectl("apply", "--filename=-", manifest=manifest)
+
+    async def create(self, **spec: Any) -> Seen:
+        """Apply the page's set, changed by `spec`, and wait until it is Ready."""
+        manifest = example("VCPUSet", "web")
+        manifest["metadata"]["name"] = self.name
+        manifest["spec"].update(spec, monitor={"unix": {"path": f"{self.name}/qmp.sock"}})
+        await self.apply(manifest)
+        return await self.user.wait_ready(self.name)
+
+    async def hpa(self, name: str) -> Manifest:
+        """An autoscaler as it is now."""
+        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
+        answer = await self.user.control_plane.request("GET", path)
+        assert answer.status == 200, answer.body
+        found: Manifest = answer.body
+        return found
+
+    async def says(self, name: str, kind: str, status: str, reason: str) -> str:
+        """Wait until an autoscaler's condition is so; returns its message."""
+        last: Manifest = {}
+
+        async def said() -> Mapping[str, str] | None:
+            nonlocal last
+            last = await self.hpa(name)
+            wanted = (kind, status, reason)
+            conditions = last.get("status", {}).get("conditions", [])
+            return next((each for each in conditions if (each["type"], each["status"], each["reason"]) == wanted), None)
+
+        found = await until(said, WAIT_SECONDS, lambda: f"{name} {kind}={status} {reason}; it was {last.get('status')}")
+        assert found is not None
+        return found["message"]
+
+    async def declared(self, vcpus: int) -> Seen:
+        """Wait until the autoscaler has declared this count."""
+        return await self.user.wait(
+            self.name, lambda seen: bool(seen.body["spec"]["vcpus"] == vcpus), f"spec.vcpus {vcpus}", WAIT_SECONDS
+        )
+
+    async def settles(self, vcpus: int) -> None:
+        """Wait until the count is declared, and the machine has it, and the autoscaler leaves it so."""
+        await self.declared(vcpus)
+        seen = await self.user.wait_ready(self.name)
+        assert seen.vcpus == vcpus
+        assert await count(self.control) == vcpus
+        await self.keeps(vcpus)
+
+    async def keeps(self, vcpus: int) -> None:
+        """Check that some more looks of the autoscaler leave the declared count as it is."""
+        since = self.user.control_plane.audit_offset()
+        await until(
+            lambda: len(self._requests(since, "get")) >= QUIET_SYNCS, WAIT_SECONDS, "the autoscaler to look some more"
+        )
+        seen = await self.user.get(self.name)
+        assert seen.body["spec"]["vcpus"] == vcpus
+
+    def changes(self) -> int:
+        """How often the autoscaler has changed the count."""
+        return len([each for each in self._requests(self.since) if each.is_write and each.code == 200])
+
+    def _requests(self, since: int, verb: str = "") -> list[AuditEvent]:
+        return [
+            each
+            for each in self.user.control_plane.audit_events(since)
+            if (each.user, each.resource, each.subresource) == (HPA_USER, "vcpusets", "scale")
+            and (each.namespace, each.name) == (self.user.namespace, self.name)
+            and (not verb or each.verb == verb)
+        ]
+
+
+async def test_an_object_metric_drives_a_guest_up_and_down_with_one_write_for_each_change(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with saved_guest(smp="2,maxcpus=64", monitor_paths=[web.monitor]) as guest:
+        web.control = guest.control
+        await web.create()
+        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.says("web-by-load", "ScalingActive", "True", "ValidMetricFound")
+        await web.settles(2)
+        assert web.changes() == 0
+        for value, vcpus in (("2.7", 4), ("4.1", 6), ("2", 3), ("700m", 1)):
+            metrics.set_object(user.namespace, "web", "guest_busy_cpus", value)
+            await web.settles(vcpus)
+            await guest.wait_online(vcpus)
+        assert web.changes() == 4
+        assert (await web.hpa("web-by-load"))["status"]["currentReplicas"] == 1
+
+
+async def test_external_metrics_are_added_up_and_drive_a_guest_up_and_down(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    def waiting(*messages: str) -> None:
+        of_the_queue = [Series(each, {"queue": "web", "host": str(host)}) for host, each in enumerate(messages)]
+        metrics.set_external(user.namespace, "queue_messages_ready", *of_the_queue, Series("1k", {"queue": "mail"}))
+
+    web = Scaled(user, folder)
+    async with saved_guest(smp="2,maxcpus=64", monitor_paths=[web.monitor]) as guest:
+        web.control = guest.control
+        await web.create()
+        waiting("15", "5")
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-queue"))
+        await web.says("web-by-queue", "ScalingActive", "True", "ValidMetricFound")
+        for messages, vcpus in ((("20", "17"), 4), (("30", "37"), 7), (("0", "25"), 3)):
+            waiting(*messages)
+            await web.settles(vcpus)
+            await guest.wait_online(vcpus)
+        assert web.changes() == 3
+
+
+async def test_the_status_stays_truthful_and_the_tolerance_is_about_it_while_a_guest_keeps_its_cpus(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with saved_guest(smp="4,maxcpus=64", monitor_paths=[web.monitor]) as guest:
+        web.control = guest.control
+        await web.create(vcpus=4)
+        await guest.hold_cpus(1, 2, 3)
+        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.declared(2)
+        refused = await user.wait_reason("web", "UnplugRefused")
+        assert refused.vcpus == 4
+        await web.keeps(2)
+        (current,) = (await web.hpa("web-by-load"))["status"]["currentMetrics"]
+        assert current["object"]["current"]["averageValue"] == "350m", "the 1.4 are divided by what the machine has"
+
+        # The trap: 3 / 0.7 = 4.29 are 5 vCPUs, but the 4 that the guest kept serve them within 10 %.
+        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "3")
+        await web.settles(4)
+        # The way out.
+        await web.kubectl("patch", "hpa", "web-by-load", f"--patch={json.dumps(fragment('tolerance'))}")
+        await web.settles(5)
+        await guest.wait_online(5)
+        assert web.changes() == 3
+
+
+async def test_an_autoscaler_whose_bounds_exceed_the_sets_is_refused_with_the_rule_and_changes_nothing(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.create(maxVCPUs=3)
+        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "5.6")
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        message = await web.says("web-by-load", "AbleToScale", "False", "FailedUpdateScale")
+        assert "vcpus must be at most maxVCPUs" in message
+        await web.settles(2)
+        assert (await user.get("web")).body["metadata"]["generation"] == 1
+
+        await web.kubectl("patch", "hpa", "web-by-load", '--patch={"spec": {"maxReplicas": 3}}')
+        await web.settles(3)
+        await web.says("web-by-load", "AbleToScale", "True", "ReadyForNewScale")
+
+
+async def test_without_a_metric_the_count_stays_but_for_the_autoscalers_own_bounds(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.create()
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.says("web-by-load", "ScalingActive", "False", "FailedGetObjectMetric")
+        await web.settles(2)
+        assert web.changes() == 0
+        await web.kubectl("patch", "hpa", "web-by-load", '--patch={"spec": {"minReplicas": 3}}')
+        await web.settles(3)
+        assert web.changes() == 1
+
+
+async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_one_without_it_does_not(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        manifest = example("VCPUSet", "web")
+        await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+        await user.wait_ready("web")
+        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
+        autoscaler = example("HorizontalPodAutoscaler", "web-by-load")
+        autoscaler["spec"] |= fragment("stabilizationWindowSeconds")["spec"]
+        await web.apply(autoscaler)
+        await web.settles(4)
+
+        with pytest.raises(CommandFailed, match=r'conflict with "kube-controller-manager".*\n?.*\.spec\.vcpus'):
+            await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+        del manifest["spec"]["vcpus"]
+        manifest["spec"]["unplug"] = {"retrySeconds": 77}
+        await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+        await web.settles(4)
+        assert (await user.get("web")).body["spec"]["unplug"]["retrySeconds"] == 77
+
+
+async def test_a_count_that_a_client_side_apply_overwrites_is_put_back_by_the_autoscaler(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.create()
+        metrics.set_external(user.namespace, "queue_messages_ready", Series("31", {"queue": "web"}))
+        await web.apply(example("HorizontalPodAutoscaler", "web-by-queue"))
+        await web.settles(4)
+        assert web.changes() == 1
+        await web.apply(example("VCPUSet", "web"))
+        await web.settles(4)
+        assert web.changes() == 2
+
+
+async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one_set_are_not(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    """Pods that run the machines carry the labels which the selectors name: only then can selectors be ambiguous."""
+    web, db = Scaled(user, folder), Scaled(user, folder, "db")
+
+    def autoscaler(scaled: Scaled, name: str) -> Manifest:
+        manifest = example("HorizontalPodAutoscaler", "web-by-load")
+        manifest["metadata"]["name"] = name
+        for reference in (
+            manifest["spec"]["scaleTargetRef"],
+            manifest["spec"]["metrics"][0]["object"]["describedObject"],
+        ):
+            reference["name"] = scaled.name
+        return manifest
+
+    async with (
+        Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as web_machine,
+        Guest(None, smp="2,maxcpus=64", monitor_paths=[db.monitor]) as db_machine,
+    ):
+        for scaled, machine, load in ((web, web_machine, "2.8"), (db, db_machine, "2.1")):
+            scaled.control = machine.control
+            seen = await scaled.create()
+            key, _, value = seen.status["selector"].partition("=")
+            pod = {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": scaled.name, "labels": {key: value, "app": "vm"}},
+                "spec": {"containers": [{"name": "qemu", "image": "qemu"}]},
+            }
+            await scaled.apply(pod)
+            metrics.set_object(user.namespace, scaled.name, "guest_busy_cpus", load)
+            await scaled.apply(autoscaler(scaled, scaled.name))
+        for scaled, vcpus in ((web, 4), (db, 3)):
+            await scaled.settles(vcpus)
+            await scaled.says(scaled.name, "ScalingActive", "True", "ValidMetricFound")
+            assert scaled.changes() == 1
+
+        await web.apply(autoscaler(web, "second"))
+        for name in ("web", "second"):
+            await web.says(name, "ScalingActive", "False", "AmbiguousSelector")
+        await db.says("db", "ScalingActive", "True", "ValidMetricFound")
+
+
+async def test_the_autoscaler_that_keda_makes_follows_the_metric_that_keda_serves(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.create()
+        label = "scaledobject.keda.sh/name"
+        metrics.set_external(user.namespace, "s0-prometheus", Series("50", {label: "web"}), Series("9k", {label: "db"}))
+        await web.apply(example("HorizontalPodAutoscaler", "keda-hpa-web"))
+        await web.settles(5)
+        await web.says("keda-hpa-web", "ScalingActive", "True", "ValidMetricFound")
+
+
+async def test_the_pages_scaled_object_is_about_the_pages_set_and_keda_makes_the_pages_autoscaler_of_it() -> None:
+    """As KEDA's controllers/keda/hpa.go does; KEDA itself does not run here."""
+    scaled = example("ScaledObject", "web")
+    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
+    spec = scaled["spec"]
+    vcpuset = example("VCPUSet", "web")
+    assert spec["scaleTargetRef"] == {
+        "apiVersion": vcpuset["apiVersion"],
+        "kind": vcpuset["kind"],
+        "name": vcpuset["metadata"]["name"],
+    }
+    assert vcpuset["spec"]["minVCPUs"] <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
+    assert spec["maxReplicaCount"] <= vcpuset["spec"]["maxVCPUs"]
+    (trigger,) = spec["triggers"]
+    name = scaled["metadata"]["name"]
+    assert example("HorizontalPodAutoscaler", f"keda-hpa-{name}")["spec"] == {
+        "scaleTargetRef": spec["scaleTargetRef"],
+        "minReplicas": spec["minReplicaCount"],
+        "maxReplicas": spec["maxReplicaCount"],
+        "metrics": [
+            {
+                "type": "External",
+                "external": {
+                    "metric": {
+                        "name": f"s0-{trigger['type']}",
+                        "selector": {"matchLabels": {"scaledobject.keda.sh/name": name}},
+                    },
+                    "target": {"type": trigger["metricType"], "averageValue": trigger["metadata"]["threshold"]},
+                },
+            }
+        ],
+    }

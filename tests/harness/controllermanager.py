@@ -1,0 +1,123 @@
+"""A real kube-controller-manager that runs one controller: the HorizontalPodAutoscaler's.
+
+    async with ControlPlane() as control_plane:
+        await control_plane.install_crd()
+        async with MetricsServer(control_plane) as metrics, ControllerManager(control_plane):
+            ...
+
+It acts as the service account that it has in a cluster (`HPA_USER`), with the rights of Kubernetes' own bootstrap
+roles and no others. What it is to scale and the metrics it is to read should be served before it starts: it asks the
+API server what there is at its start, and after a miss not again for half a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import ssl
+from types import TracebackType
+from typing import Final, Self
+
+from harness.binaries import controller_manager
+from harness.controlplane import ControlPlane
+from harness.processes import Child, ReservedPort
+from harness.wait import until
+
+__all__ = ["HPA_USER", "ControllerManager"]
+
+HPA_USER: Final = "system:serviceaccount:kube-system:horizontal-pod-autoscaler"
+"""The name under which the controller's requests stand in the audit log."""
+
+START_SECONDS: Final = 120.0
+
+SYNC_MILLISECONDS: Final = 200
+"""How often each HorizontalPodAutoscaler is looked at; every 15 s in a cluster."""
+
+
+class ControllerManager:
+    """The HorizontalPodAutoscaler controller of a control plane; ends before it."""
+
+    def __init__(self, control_plane: ControlPlane) -> None:
+        self._control_plane = control_plane
+        self._port: ReservedPort | None = None
+        self._child: Child | None = None
+
+    async def start(self) -> None:
+        """Start it and wait until it says that it is healthy. When that fails or is cancelled, nothing is left behind.
+
+        Raises:
+            BinariesMissing: `make setup` has not been run.
+            ChildDied: it ended; the message has the end of its log.
+            TimeoutError: not healthy within two minutes; the same.
+        """
+        directory = self._control_plane.directory
+        program = controller_manager()
+        self._port = ReservedPort()
+        try:
+            child = self._child = Child.start(
+                [
+                    program,
+                    f"--kubeconfig={self._control_plane.kubeconfig}",
+                    "--controllers=horizontal-pod-autoscaler-controller",
+                    "--leader-elect=false",
+                    "--use-service-account-credentials=true",
+                    f"--service-account-private-key-file={self._control_plane.service_account_key}",
+                    f"--horizontal-pod-autoscaler-sync-period={SYNC_MILLISECONDS}ms",
+                    # How long a wish to go down must last, unless an autoscaler says that itself; 5 min in a cluster.
+                    "--horizontal-pod-autoscaler-downscale-stabilization=1s",
+                    "--bind-address=127.0.0.1",
+                    f"--secure-port={self._port.number}",
+                    "--permit-port-sharing",  # see ReservedPort
+                    f"--cert-dir={directory / 'controller-manager'}",
+                    "--profiling=false",
+                ],
+                name="kube-controller-manager",
+                log=directory / "kube-controller-manager.log",
+                cwd=directory,
+            )
+
+            async def healthy() -> bool:
+                child.require_running()
+                return await asyncio.to_thread(self._is_healthy)
+
+            said = lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n"  # noqa: E731
+            await until(healthy, START_SECONDS, said, interval=0.1)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """End it. Safe to call again."""
+        if self._child is not None:
+            await self._child.stop()
+            self._child = None
+        if self._port is not None:
+            self._port.release()
+            self._port = None
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of its log, for messages."""
+        return self._child.log_tail(lines) if self._child is not None else ""
+
+    def _is_healthy(self) -> bool:
+        assert self._port is not None, "the controller manager has not been started"
+        certificate = self._control_plane.directory / "controller-manager" / "kube-controller-manager.crt"
+        try:
+            tls = ssl.create_default_context(cafile=str(certificate))
+            connection = http.client.HTTPSConnection("127.0.0.1", self._port.number, timeout=10, context=tls)
+            try:
+                connection.request("GET", "/healthz")
+                return connection.getresponse().status == http.client.OK
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException):  # no certificate yet, nobody listens yet, …
+            return False
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
