@@ -33,7 +33,7 @@ __all__: list[str] = []
 
 WAIT = 120.0
 FOR_EVER = ("600s", "300s", "1s")
-SHORT = ("6s", "3s", "1s")
+SHORT = ("6s", "4s", "1s")
 
 
 @dataclass
@@ -82,7 +82,11 @@ class Replicas:
         self._started_at = control_plane.audit_offset()
 
     async def start(
-        self, name: str, times: tuple[str, str, str], way: Callable[[Path], Path] = lambda path: path
+        self,
+        name: str,
+        times: tuple[str, str, str],
+        way: Callable[[Path], Path] = lambda path: path,
+        resync_seconds: int = 1,
     ) -> Replica:
         """Start one and wait until it is ready; `way` gives its kubeconfig another address."""
         there = ("-n", self._namespace)
@@ -93,7 +97,7 @@ class Replicas:
         process = OperatorProcess(
             self._control_plane,
             f"--namespace={self._namespace}",
-            "--resync-seconds=1",
+            f"--resync-seconds={resync_seconds}",
             "--leader-elect",
             f"--leader-elect-namespace={self._namespace}",
             *(f"--leader-elect-{flag}={value}" for flag, value in flags.items()),
@@ -278,16 +282,16 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_ends_before_anybody_
 async def test_a_leader_that_was_stopped_longer_than_its_lease_sends_no_command_when_it_wakes(
     replicas: Replicas, user: User, machine: FaultyMonitor
 ) -> None:
-    """It is stopped in the middle of a pass, with a plug to come; another one leads when it goes on."""
-    first = await replicas.start("first", SHORT)
-    second = await replicas.start("second", SHORT)
-    await user.create("vm", 2, "vm.sock")
+    """It is stopped after the first of four plugs; another one leads when it goes on, and does the other three."""
+    first = await replicas.start("first", SHORT, resync_seconds=3600)
+    second = await replicas.start("second", SHORT, resync_seconds=3600)
+    await user.create("vm", 2, "vm.sock", connection="Persistent")
     await user.wait_ready("vm")
-    held = machine.faults["query-hotpluggable-cpus"] = Held(times=1)
-    await until(lambda: held.struck, WAIT, "a look at the machine")
+    held = machine.faults["device_add"] = Held(times=1)
     await user.change("vm", vcpus=6)
+    await until(lambda: held.struck, WAIT, "the first plug")
     last = machine.commands[-1]
-    assert last.name == "query-hotpluggable-cpus"
+    assert last.name == "device_add"
 
     first.signal(signal.SIGSTOP)
     try:
@@ -297,7 +301,7 @@ async def test_a_leader_that_was_stopped_longer_than_its_lease_sends_no_command_
         first.signal(signal.SIGCONT)
 
     assert await first.ended() == 1, first.process.tail()
-    assert "could not be renewed within 3 s: the process was stopped" in first.process.tail()
+    assert "could not be renewed within 4 s: the process was stopped" in first.process.tail()
     assert [each for each in machine.commands if each.connection == last.connection][-1] == last
     assert (await user.wait_ready("vm")).vcpus == 6
     requests = await replicas.requests()
