@@ -95,7 +95,7 @@ class Scaled:
         self.since = user.control_plane.audit_offset()
 
     async def kubectl(self, *arguments: str, manifest: Manifest | None = None) -> None:
-        text = None if manifest is None else json.dumps(manifest)
+        text = json.dumps(manifest) if manifest else None
         await self.user.control_plane.kubectl("--namespace", self.user.namespace, *arguments, input=text)
 
     async def apply(self, manifest: Manifest) -> None:
@@ -321,10 +321,8 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
     def autoscaler(scaled: Scaled, name: str) -> Manifest:
         manifest = example("HorizontalPodAutoscaler", "web-by-load")
         manifest["metadata"]["name"] = name
-        for reference in (
-            manifest["spec"]["scaleTargetRef"],
-            manifest["spec"]["metrics"][0]["object"]["describedObject"],
-        ):
+        spec = manifest["spec"]
+        for reference in (spec["scaleTargetRef"], spec["metrics"][0]["object"]["describedObject"]):
             reference["name"] = scaled.name
         return manifest
 
@@ -376,11 +374,8 @@ async def test_the_pages_scaled_object_is_about_the_pages_set_and_keda_makes_the
     assert scaled["apiVersion"] == "keda.sh/v1alpha1"
     spec = scaled["spec"]
     vcpuset = example("VCPUSet", "web")
-    assert spec["scaleTargetRef"] == {
-        "apiVersion": vcpuset["apiVersion"],
-        "kind": vcpuset["kind"],
-        "name": vcpuset["metadata"]["name"],
-    }
+    kind = {key: vcpuset[key] for key in ("apiVersion", "kind")}
+    assert spec["scaleTargetRef"] == {**kind, "name": vcpuset["metadata"]["name"]}
     assert vcpuset["spec"]["minVCPUs"] <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
     assert spec["maxReplicaCount"] <= vcpuset["spec"]["maxVCPUs"]
     (trigger,) = spec["triggers"]

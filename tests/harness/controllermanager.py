@@ -95,10 +95,6 @@ class ControllerManager:
             self._port.release()
             self._port = None
 
-    def log_tail(self, lines: int = 30) -> str:
-        """The end of its log, for messages."""
-        return self._child.log_tail(lines) if self._child is not None else ""
-
     def _is_healthy(self) -> bool:
         assert self._port is not None, "the controller manager has not been started"
         certificate = self._control_plane.directory / "controller-manager" / "kube-controller-manager.crt"
