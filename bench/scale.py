@@ -57,7 +57,7 @@ BURSTS: Final = (100, 100, 100, 1000)
 QUIET_SECONDS: Final = 3.0
 """So long after the last write a step is over."""
 POLL_SECONDS: Final = 0.1
-OPERATOR_SECONDS: Final = 300.0
+OPERATOR_SECONDS: Final = 600.0
 """For a step of the operator. It is a bound for a fault: the times come from the logs."""
 
 MOST_CPU_PERCENT: Final = 7.0
