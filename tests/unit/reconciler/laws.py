@@ -225,6 +225,8 @@ class LawfulWorld(World):
         told = _Told(qemu.process, qemu.present, cpus.online, used_all=qemu.used == qemu.vcpus)
 
         def heard() -> None:
+            if self._told is None or told.online > self._told.online:
+                self._at_work = self.loop.now
             self._told = told
 
         return heard
@@ -311,7 +313,7 @@ class LawfulWorld(World):
         vcpuset, qemu = self.vcpuset(), self.qemu
         status, ready = vcpuset.status, vcpuset.status.ready
         shows = ready is not None and ready.status == "True" and ready.observed_generation == vcpuset.generation
-        if shows and self._changes == qemu.changes:
+        if shows and self._calm and self._changes == qemu.changes:
             assert qemu.vcpus == vcpuset.spec.vcpus == status.vcpus, "Ready with another count"
         if self.cache.get(vcpuset.uid) != vcpuset:
             return
@@ -322,8 +324,9 @@ class LawfulWorld(World):
         if self._calm and not self._changed_since:
             self._judge_progress(vcpuset)
         on_demand = vcpuset.spec.connection is Connection.ON_DEMAND
+        looks_again = self.next_pass <= self.loop.now + UNSETTLED_SECONDS
         for session in self.sessions:
-            assert self._news == qemu.news or session.gathering, "an event was not looked at"
+            assert self._news == qemu.news or session.gathering or looks_again, "an event was not looked at"
             if on_demand:
                 by_event_only = qemu.arch != "x86_64"
                 seconds = vcpuset.spec.unplug.timeout_seconds if by_event_only else 0

@@ -27,7 +27,8 @@ STEPS: Counter[str] = Counter()
 """How many rules have been executed, for each machine."""
 
 SLOTS = 6
-SECONDS = st.sampled_from([0.0, 0.02, 0.5, 1.0, 4.0, 11.0, 61.0, 301.0])
+SECONDS = st.sampled_from([0.02, 0.5, 1.0, 2.0, 4.0, 11.0, 61.0, 301.0])
+SHORT = st.sampled_from([0.02, 0.5, 1.0, 2.0, 4.0, 11.0])
 TIMEOUTS = st.sampled_from([1, 4, 60])
 RETRIES = st.sampled_from([1, 10, 300])
 ANY_SLOTS = st.sets(st.integers(1, SLOTS - 1), max_size=3)
@@ -75,6 +76,7 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
         guest=st.sampled_from(Guest),
         connection=st.sampled_from(["OnDemand", "OnDemand", "Persistent"]),
         agent=AGENTS,
+        agent_mode=st.sampled_from([AgentMode.WORKS, AgentMode.WORKS, AgentMode.LATE]),
     )
     def begin(
         self,
@@ -85,10 +87,11 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
         guest: Guest,
         connection: str,
         agent: dict[str, Any] | None,
+        agent_mode: AgentMode,
     ) -> None:
         known_by = machine.pop("known_by")
         self.qemu = Qemu(slots=SLOTS, dated=known_by != "uuid", has_uuid=known_by != "age", **machine)
-        self.qemu.guest = guest
+        self.qemu.guest, self.qemu.agent = guest, agent_mode
         self.world = LawfulWorld(self.qemu, vcpus=vcpus)
         self.foreign = 0
         self.connect(connection)
@@ -107,10 +110,18 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
     def time_goes_by(self, seconds: float) -> None:
         self.world.advance(seconds)
 
-    @step(vcpus=st.integers(1, SLOTS * 2 + 1), deliver=st.booleans())
-    def the_user_declares(self, vcpus: int, deliver: bool) -> None:
+    @step(cores=st.integers(1, SLOTS + 1), odd=st.booleans(), deliver=st.booleans())
+    def the_user_declares(self, cores: int, odd: bool, deliver: bool) -> None:
+        vcpus = cores * self.qemu.threads - (odd and self.qemu.threads > 1)
         self.world.apply("web", vcpus=vcpus, deliver=deliver)
         self.world.run_due()
+
+    @step(most=st.booleans(), guest=st.sampled_from(Guest), seconds=SHORT)
+    def the_user_wants_to_have_cpus_back(self, most: bool, guest: Guest, seconds: float) -> None:
+        self.qemu.guest = guest
+        vcpus = self.qemu.threads if most else self.qemu.vcpus - self.qemu.threads
+        self.world.apply("web", vcpus=max(vcpus, 1))
+        self.world.advance(seconds)
 
     @step(guest=st.sampled_from(Guest))
     def the_guest_changes(self, guest: Guest) -> None:
@@ -182,7 +193,7 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
 class _AnythingMayHappen(_AsTheGuestPleases):
     """The same in a world where everything else goes wrong too, and one operator follows the other."""
 
-    @step(seconds=SECONDS)
+    @step(seconds=SHORT)
     def more_time_goes_by(self, seconds: float) -> None:
         """A second rule, so that time goes by more often than each of the many other things happens."""
         self.world.advance(seconds)
