@@ -42,7 +42,7 @@ from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
-from vcpuset.reconciler import LOOK_SECONDS, UNSETTLED_SECONDS
+from vcpuset.reconciler import LOOK_SECONDS, PROGRESS_SECONDS, UNSETTLED_SECONDS
 from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]
@@ -95,6 +95,7 @@ class LawfulWorld(World):
         self._changes = self._news = 0
         self._about: frozenset[CPU] = frozenset()
         self._told: _Told | None = None
+        self._heard = 0
         self._calm = False
         self._at_work = 0.0
         self._set_back = False
@@ -113,8 +114,9 @@ class LawfulWorld(World):
     def set_clock(self, seconds: float) -> None:
         """Nothing can have been asked for in the future, so a clock that is set back starts the intervals anew."""
         super().set_clock(seconds)
+        # Requests of the future count as made now, until a report of progress fixes their time.
+        self._at_work = self.loop.now + (PROGRESS_SECONDS[-1] if seconds < 0 else 0)
         self._set_back |= seconds < 0
-        self._at_work = self.loop.now
         for ask in self._asks.values():
             ask.at = min(ask.at, self.wall)
 
@@ -132,7 +134,7 @@ class LawfulWorld(World):
         if isinstance(result, Done) and result.requeue_after == UNSETTLED_SECONDS:
             # CPUs moved: there is another look at once. (Or the next turn at the monitor begins.)
             self._calm = False
-            self._at_work = self.loop.now
+            self._at_work = max(self._at_work, self.loop.now)
 
     @override
     def on_observe(self, qemu: Qemu, machine: Machine) -> None:
@@ -140,7 +142,7 @@ class LawfulWorld(World):
         if qemu.process != self._process:
             self._process, self._asks = qemu.process, {}
         if self._seen is not None and machine.vcpus < self._seen:
-            self._at_work = self.loop.now
+            self._at_work = max(self._at_work, self.loop.now)
         self._seen, self._shown = machine.vcpus, machine
         self._disturbed = False
         self._looked_in_pass = True
@@ -155,7 +157,7 @@ class LawfulWorld(World):
     @override
     def on_plug(self, qemu: Qemu, slot: Slot) -> None:
         """Never above the target."""
-        self._at_work = self.loop.now
+        self._at_work = max(self._at_work, self.loop.now)
         self._judge_leave()
         if not self._disturbed:
             assert qemu.vcpus + slot.vcpus <= self._target(), "plugged above the target"
@@ -163,7 +165,7 @@ class LawfulWorld(World):
     @override
     def on_unplug(self, qemu: Qemu, slot: Slot) -> None:
         """Never more than is too many, never again too soon, never unrecorded."""
-        self._at_work = self.loop.now
+        self._at_work = max(self._at_work, self.loop.now)
         self._judge_leave()
         cpu = cpu_of(slot)
         surplus = qemu.vcpus - self._target()
@@ -217,6 +219,7 @@ class LawfulWorld(World):
     def restart_operator(self) -> None:
         """The successor has heard nothing."""
         self.qemu.refusals.clear()
+        self._heard = 0
         super().restart_operator()
 
     @override
@@ -225,9 +228,10 @@ class LawfulWorld(World):
         told = _Told(qemu.process, qemu.present, cpus.online, used_all=qemu.used == qemu.vcpus)
 
         def heard() -> None:
-            if self._told is None or told.online > self._told.online:
-                self._at_work = self.loop.now
-            self._told = told
+            if told.online > self._heard:
+                # It takes up what was plugged.
+                self._at_work = max(self._at_work, self.loop.now)
+            self._told, self._heard = told, told.online
 
         return heard
 
@@ -283,7 +287,7 @@ class LawfulWorld(World):
         known = set(before.status.pending_unplugs)
         for request in requests:
             if request not in known:
-                self._at_work = self.loop.now
+                self._at_work = max(self._at_work, self.loop.now)
                 self._records.setdefault((cpu_of(request), request.requested_at), self._process)
         ready = after.status.ready
         assert ready is not None
