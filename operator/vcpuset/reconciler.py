@@ -202,7 +202,10 @@ class Reconciler:
             if isinstance(session, Verdict):
                 await self._monitors.release(vcpuset.uid)
                 return await self._report_unseen(vcpuset, session)
-            return await self._bring_to_count(vcpuset, session)
+            try:
+                return await self._bring_to_count(vcpuset, session)
+            finally:
+                self._remember_answers(vcpuset.uid, session)
         except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
             if isinstance(error, MachineUnsettled) and self._may_settle(vcpuset):
                 raise
@@ -211,6 +214,15 @@ class Reconciler:
             # The pass may have written since; its requests must not be written over.
             newest = self._cache.get(vcpuset.uid) or vcpuset
             return await self._report_unseen(newest, failure(error))
+
+    def _remember_answers(self, uid: UID, session: Session) -> None:
+        """The session may end with this pass, and what it has heard meanwhile is told to nobody else."""
+        track, newest = self._tracks.get(uid), self._cache.get(uid)
+        if track is None or newest is None:
+            return
+        for request in newest.status.pending_unplugs:
+            if (told := session.answer(request.slot)) is not None:
+                track.heard[cpu_of(request)] = told
 
     def _may_settle(self, vcpuset: VCPUSet) -> bool:
         track = self._tracks.setdefault(vcpuset.uid, _Track())

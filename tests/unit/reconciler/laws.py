@@ -95,7 +95,7 @@ class LawfulWorld(World):
         self._changes = self._news = 0
         self._about: frozenset[CPU] = frozenset()
         self._told: _Told | None = None
-        self._heard = 0
+        self._used = 0
         self._calm = False
         self._at_work = 0.0
         self._set_back = False
@@ -131,6 +131,11 @@ class LawfulWorld(World):
     def on_result(self, uid: UID, result: Result | None) -> None:
         """Whether the operator could do what it wanted."""
         self._calm = isinstance(result, Done)
+        if self._told is not None and self._told.about == self._about:
+            if self._told.online > self._used:
+                # The guest goes on to take up what was plugged.
+                self._at_work = max(self._at_work, self.loop.now)
+            self._used = self._told.online
         if isinstance(result, Done) and result.requeue_after == UNSETTLED_SECONDS:
             # CPUs moved: there is another look at once. (Or the next turn at the monitor begins.)
             self._calm = False
@@ -218,8 +223,8 @@ class LawfulWorld(World):
     @override
     def restart_operator(self) -> None:
         """The successor has heard nothing."""
+        self._used = 0
         self.qemu.refusals.clear()
-        self._heard = 0
         super().restart_operator()
 
     @override
@@ -228,10 +233,7 @@ class LawfulWorld(World):
         told = _Told(qemu.process, qemu.present, cpus.online, used_all=qemu.used == qemu.vcpus)
 
         def heard() -> None:
-            if told.online > self._heard:
-                # It takes up what was plugged.
-                self._at_work = max(self._at_work, self.loop.now)
-            self._told, self._heard = told, told.online
+            self._told = told
 
         return heard
 

@@ -26,3 +26,35 @@ def test_boot_cpus_that_are_kept_from_now_on_are_not_waited_for_for_ever(world: 
     world.advance(80)
 
     assert (sorted(qemu.cpus), world.true_conditions()) == ([0, 1], ["Ready"])
+
+
+def test_a_refusal_that_was_heard_in_a_pass_outlives_the_session_that_ends_with_it(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """The slot's `_OST` report is the same as before the request, so only the event tells."""
+    unplug = {"retrySeconds": 10, "timeoutSeconds": 60}
+    world.apply("web", vcpus=4, unplug=unplug)
+    world.run_due()
+    qemu.refused_slots = {3}
+    world.apply("web", vcpus=3)
+    world.run_due()
+    world.apply("web", vcpus=4)
+    world.run_due()
+    assert sorted(qemu.cpus) == [0, 1, 2, 3]
+
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.advance(1)
+    assert qemu.latched == {1, 2, 3}
+    # From here on one is too many. It is asked for again in a moment, and then the guest gives all but that one back.
+    world.apply("web", vcpus=3)
+    world.advance(8)
+    qemu.guest = Guest.PROMPT
+    world.advance(3)
+    assert world.true_conditions() == ["Ready"]
+    assert 3 in qemu.cpus
+
+    assert world.status().pending_unplugs == ()
+    world.apply("web", vcpus=2)
+    world.run_due()
+    assert (qemu.vcpus, world.true_conditions()) == (2, ["Ready"])
