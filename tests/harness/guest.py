@@ -32,6 +32,7 @@ from qemu.qmp import QMPError
 
 from harness.guestimage import INITRAMFS, KERNEL
 from harness.guestimage import images as built_images
+from harness.monitortls import MonitorTLS
 from harness.processes import Child, ReservedPort
 from harness.qmp import raw
 from harness.sockets import LONGEST_PATH, listener, listening, option_value
@@ -66,6 +67,7 @@ class GuestOptions(TypedDict, total=False):
     qemu: str
     monitors: int
     tcp: bool
+    tls: MonitorTLS | None
     socket_dir: Path | None
     monitor_paths: Sequence[Path] | None
     agent_path: Path | None
@@ -93,6 +95,7 @@ class Guest:
     qemu           the program, such as qemu-system-s390x (with images=None, a machine of its own and cpu=None)
     monitors       how many QMP sockets there are for the test and the operator, at the paths `monitors`
     tcp            also one on TCP, at `tcp_address`
+    tls            the one on TCP, with TLS; may be changed, for the next start
     socket_dir     existing folder for the monitors' sockets; without it they are in a temporary one
     monitor_paths  the exact paths of the monitors instead
     restore        go on from a file that `save` wrote with the same images, smp, machine, cpu, memory, agent, extra
@@ -114,6 +117,7 @@ class Guest:
         qemu: str = "qemu-system-x86_64",
         monitors: int = 1,
         tcp: bool = False,
+        tls: MonitorTLS | None = None,
         socket_dir: Path | None = None,
         monitor_paths: Sequence[Path] | None = None,
         agent_path: Path | None = None,
@@ -133,7 +137,8 @@ class Guest:
         self._shell_path = self.directory / "shell"
         self._console_path = self.directory / "console"
         self._messages_path = self.directory / "messages"
-        self._port = ReservedPort() if tcp else None
+        self.tls = tls
+        self._port = ReservedPort() if tcp or tls else None
         self._restore = restore
         self._child: Child | None = None
         self._shell_lock = asyncio.Lock()
@@ -213,7 +218,9 @@ class Guest:
             if self._port is not None:
                 descriptor = stack.enter_context(listener(self._port.number)).fileno()
                 descriptors.append(descriptor)
-                arguments += ["-chardev", f"socket,id=tcp,fd={descriptor},server=on,wait=off"]
+                options = self.tls.options if self.tls is not None else ""
+                arguments += self.tls.arguments() if self.tls is not None else []
+                arguments += ["-chardev", f"socket,id=tcp,fd={descriptor},server=on,wait=off{options}"]
                 arguments += ["-mon", "chardev=tcp,mode=control"]
             self._child = Child.start(arguments, name="QEMU", log=self._messages_path, pass_fds=descriptors)
         await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")

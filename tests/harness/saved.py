@@ -54,7 +54,8 @@ async def saved_guest(**options: Unpack[GuestOptions]) -> AsyncIterator[Guest]:
 async def _state(options: GuestOptions) -> Path:
     """The file with the state for these options, made if need be."""
     private: GuestOptions = {
-        **options, "monitors": 1, "tcp": False, "socket_dir": None, "monitor_paths": None, "agent_path": None,
+        **options, "monitors": 1, "tcp": False, "tls": None, "socket_dir": None, "monitor_paths": None,
+        "agent_path": None,
     }  # fmt: skip
     guest = Guest(**private)
     try:

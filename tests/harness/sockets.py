@@ -34,6 +34,6 @@ def listener(port: int) -> socket.socket:
     return made
 
 
-def option_value(path: Path) -> str:
-    """A path as part of a QEMU option, where a comma would begin the next one."""
+def option_value(path: Path | str) -> str:
+    """A path, or other text, as part of a QEMU option, where a comma would begin the next one."""
     return str(path).replace(",", ",,")
