@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
-import yaml
 
 from harness.audit import AuditEvent
 from harness.cache import REPOSITORY
 from harness.controllermanager import HPA_USER, ControllerManager
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.guest import Guest
 from harness.metricsserver import MetricsServer, Series
 from harness.operator import OperatorProcess
@@ -33,7 +32,7 @@ from harness.world import Seen, User
 # The metrics server lives in the module's event loop, and has to be answered from it during the tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PAGE: Final = REPOSITORY / "docs" / "autoscaling.md"
+PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
 
 WAIT_SECONDS: Final = 90.0
 
@@ -45,8 +44,7 @@ Manifest = dict[str, Any]
 
 def examples() -> list[Manifest]:
     """The YAML examples of the page, in its order."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    return [yaml.safe_load(block) for block in blocks]
+    return [block.document() for block in PAGE.blocks("yaml")]
 
 
 def example(kind: str, name: str) -> Manifest:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from harness.cache import REPOSITORY
+from harness.docpage import Page
 from harness.guest import Guest
 from harness.qmp import raw
 from harness.saved import saved_guest
@@ -21,25 +22,11 @@ from qmp.commandline import vcpuset
 
 __all__: list[str] = []
 
-PAGE = REPOSITORY / "docs" / "cli.md"
+PAGE = Page(REPOSITORY / "docs" / "cli.md")
 ROOT = "/run/vcpuset"
 """The socket root on the page."""
 
 VERSION = re.compile(r"^(QEMU: +)\S+.*(, x86_64)$", re.MULTILINE)
-
-
-def examples() -> Iterator[tuple[str, str]]:
-    """Each command of the page, with what the page says that it prints."""
-    for block in re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        for example in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = example.partition("\n")
-            yield command, output
-
-
-def _write_manifests(folder: Path) -> None:
-    form = r"^`([\w-]+\.yaml)`:\n\n```yaml\n(.*?)^```$"
-    for name, text in re.findall(form, PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        (folder / name).write_text(text)
 
 
 @pytest.fixture
@@ -80,9 +67,11 @@ async def test_the_page_shows_what_the_commands_print(
     machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _write_manifests(tmp_path)
+    for block in PAGE.blocks("yaml"):
+        if block.file is not None:
+            (tmp_path / block.file).write_text(block.text)
     seen = 0
-    for command, expected in examples():
+    for command, expected in (example for block in PAGE.blocks("console") for example in block.commands()):
         words = shlex.split(command.replace(ROOT, str(machine)))
         if words[0] != "vcpuset" or "|" in words:
             continue
@@ -101,9 +90,8 @@ async def test_the_page_names_every_field_of_the_documents(machine: Path) -> Non
     planned = yaml.safe_load(
         (await vcpuset("plan", "-f", "-", "--socket-root", machine, "-o", "yaml", text=text)).stdout
     )
-    page = PAGE.read_text()
     for name in {*_names(inspected), *_names(planned)}:
-        assert f"`{name}`" in page, name
+        assert f"`{name}`" in PAGE.text, name
 
 
 def _names(document: object) -> Iterator[str]:
