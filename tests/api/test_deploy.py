@@ -137,7 +137,7 @@ async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_d
     assert words[:2] == ["vcpuset", "run"]
     # Only where it listens is the test's own, and what a pod finds in a file.
     arguments = [word for word in words[2:] if not word.startswith("--http-address=")]
-    arguments.append("--leader-elect-namespace=vcpuset-system")
+    arguments += ["--leader-elect-namespace=vcpuset-system", "--allow-tcp=127.0.0.0/8"]
     rights = await cluster.service_account_kubeconfig("vcpuset-system", template["serviceAccountName"])
     namespace = await cluster.namespace()
     nobody_listens = INSECURE.replace("192.0.2.10, port: 4444", f"127.0.0.1, port: {free_port()}")

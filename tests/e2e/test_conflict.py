@@ -21,7 +21,8 @@ from harness.world import Seen, User
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
     """An operator that never looks without an occasion: whoever takes over here was told to, at once."""
-    async with OperatorProcess(control_plane, "--resync-seconds=3600", socket_root=socket_root) as running:
+    flags = ("--resync-seconds=3600", "--allow-tcp=127.0.0.0/8")
+    async with OperatorProcess(control_plane, *flags, socket_root=socket_root) as running:
         yield running
 
 

@@ -23,7 +23,8 @@ from harness.world import User
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
     """An operator that looks at every machine every two seconds, so that it soon misses one."""
-    async with OperatorProcess(control_plane, "--resync-seconds=2", socket_root=socket_root) as running:
+    flags = ("--resync-seconds=2", "--allow-tcp=127.0.0.0/8")
+    async with OperatorProcess(control_plane, *flags, socket_root=socket_root) as running:
         yield running
 
 
@@ -77,6 +78,11 @@ async def test_a_tcp_port_that_nobody_listens_at_is_unreachable(operator: Operat
         await shows(user, "vm", "Converged", READY, vcpus=2)
     finally:
         await guest.stop()
+
+
+async def test_a_tcp_address_outside_the_allowed_networks_is_invalid(operator: OperatorProcess, user: User) -> None:
+    await user.create("vm", 2, ("192.0.2.10", 4444))
+    await shows(user, "vm", "InvalidMonitor", STALLED, "192.0.2.10:4444 is not in a network", "--allow-tcp", vcpus=None)
 
 
 async def test_what_does_not_speak_qmp_is_unreachable(folder: Path, operator: OperatorProcess, user: User) -> None:

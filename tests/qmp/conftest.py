@@ -10,7 +10,8 @@ import pytest
 from harness.guest import Guest
 from qmp.sessions import Connect, Wakes
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import TCPEndpoint, open_socket
+from vcpuset.qmp.sockets import open_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = ["connect", "namespace_folder", "q35", "wakes"]
 

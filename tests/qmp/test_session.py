@@ -41,7 +41,8 @@ from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
 from vcpuset.qmp import allowance
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import TCPEndpoint, open_socket
+from vcpuset.qmp.sockets import open_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 SHORT = 0.3
 """Seconds, for a deadline that the test waits for."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
-from vcpuset.qmp.sockets import TCPEndpoint, UnixEndpoint, open_socket
+from vcpuset.qmp.sockets import UnixEndpoint, open_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         permit = leadership.require
         cluster.guard(permit)
         metrics.watch_leadership(settings.leader_election.name, lambda: leadership.leading)
-    monitors = Monitors(settings.socket_root, queue.add, permit=permit)
+    monitors = Monitors(settings.socket_root, queue.add, networks=settings.networks, permit=permit)
     guests = Guests(settings.socket_root, queue.add, permit=permit)
     reconciler = Reconciler(
         cache=cache,

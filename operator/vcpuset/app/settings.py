@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from vcpuset.domain.networks import Networks
 
 __all__ = ["LeaderElection", "Settings"]
 
@@ -44,6 +46,9 @@ class Settings:
 
     socket_root: Path | None = None
     """The folder that holds one folder with unix monitors for each namespace; None: unix monitors are not served."""
+
+    networks: Networks = field(default_factory=Networks)
+    """Where TCP monitors may lie; without a network in it, none is served."""
 
     workers: int = 16
     """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server; more than that helps

@@ -15,7 +15,7 @@ import click
 from vcpuset.cli.look import TIMEOUT_SECONDS, monitor_address
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.verdict import sentence
-from vcpuset.qmp.sockets import TCPEndpoint
+from vcpuset.qmp.tcp import TCPEndpoint
 
 if TYPE_CHECKING:
     from vcpuset.cli.manifests import Manifest

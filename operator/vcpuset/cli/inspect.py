@@ -16,7 +16,8 @@ from vcpuset.domain.machine import Activity, Answer, Machine, Ost, Slot
 from vcpuset.domain.requests import CPU, carried_over, cpu_of
 from vcpuset.domain.resource import Request, VCPUSet
 from vcpuset.domain.verdict import sentence
-from vcpuset.qmp.sockets import TCPEndpoint, local_socket
+from vcpuset.qmp.sockets import local_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = [
     "Inspection",

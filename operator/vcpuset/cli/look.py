@@ -14,7 +14,8 @@ from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine
 from vcpuset.qmp.agent import Agent
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, UnixEndpoint, local_socket
+from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, local_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = ["TIMEOUT_SECONDS", "Look", "ask_guest", "monitor_address", "open_monitor", "take_look"]
 

@@ -16,6 +16,7 @@ from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.logs import configure
 from vcpuset.domain.errors import VCPUSetError
+from vcpuset.domain.networks import Network, Networks, network
 
 __all__ = ["main"]
 
@@ -69,6 +70,21 @@ class _Seconds(click.ParamType[float]):
         return float(found["number"])
 
 
+class _Network(click.ParamType[Network]):
+    """A network, such as 192.0.2.0/24."""
+
+    name = "CIDR"
+
+    def convert(self, value: str | Network, param: click.Parameter | None, ctx: click.Context | None) -> Network:
+        """The network."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return network(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 _T = TypeVar("_T")
 
 
@@ -118,6 +134,17 @@ main.add_command(plan)
     show_envvar=True,
     callback=_not_empty,
     help="Folder with one folder of unix monitors for each namespace; without it, unix monitors are not served.",
+)
+@click.option(
+    "--allow-tcp",
+    "networks",
+    type=_Network(),
+    multiple=True,
+    envvar="VCPUSET_ALLOW_TCP",
+    show_envvar=True,
+    help="A network in which TCP monitors may lie; may be repeated (in the environment: separated by spaces). Without "
+    "it, TCP monitors are not served. Loopback and link-local addresses are allowed only by a network of their range, "
+    "such as 127.0.0.0/8.",
 )
 @click.option(
     "--workers",
@@ -226,6 +253,7 @@ def run(
     namespaces: tuple[str, ...],
     label_selector: str | None,
     socket_root: Path | None,
+    networks: tuple[Network, ...],
     workers: int,
     resync_seconds: int,
     http_address: tuple[str, int] | None,
@@ -260,6 +288,7 @@ def run(
         namespaces=namespaces,
         label_selector=label_selector or None,
         socket_root=socket_root,
+        networks=Networks(networks),
         workers=workers,
         resync_seconds=resync_seconds,
         http_address=http_address,

@@ -25,7 +25,8 @@ from vcpuset.domain.report import conditions
 from vcpuset.domain.resource import UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.domain.verdict import Verdict, conflict, failure
 from vcpuset.qmp.monitors import Monitors
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, UnixEndpoint, open_socket
+from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, open_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.runtime.claims import Claims
 
 __all__ = ["Sources", "Study", "document", "page", "study"]
@@ -108,7 +109,7 @@ def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
         case TCPMonitor(host, port):
             keys.append((manifest.node, host, port))
     try:
-        with Monitors(sources.socket_root, lambda _: None).resolve(manifest.vcpuset) as endpoint:
+        with _monitors(sources).resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
     except (InvalidMonitor, MonitorError):
         pass  # told when it is looked at
@@ -145,7 +146,11 @@ def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
     if sources.monitor is not None:
         return open_monitor(sources.monitor)
     # `take_look` closes it.
-    return Monitors(sources.socket_root, lambda _: None).resolve(vcpuset).__enter__()
+    return _monitors(sources).resolve(vcpuset).__enter__()
+
+
+def _monitors(sources: Sources) -> Monitors:
+    return Monitors(sources.socket_root, lambda _: None, networks=None)
 
 
 def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:

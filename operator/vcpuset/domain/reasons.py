@@ -164,7 +164,7 @@ class Reason(enum.StrEnum):
         "InvalidMonitor",
         (State.STALLED,),
         "spec.monitor names something that this operator must not or cannot open.",
-        "Name a socket below the namespace's folder, without links on the way, or do as the message says.",
+        "Name a socket below the namespace's folder, without links, or an address in --allow-tcp; see the message.",
     )
     SUSPENDED = (
         "Suspended",

@@ -19,13 +19,13 @@ import contextlib
 import logging
 import secrets
 import socket
-import ssl as tls
 from collections.abc import Callable
 from typing import cast
 
 from qemu.qmp import Message, QMPClient, Runstate
 
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
+from vcpuset.qmp.sockets import Endpoint
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = ["READ_LIMIT", "Client"]
 
@@ -34,9 +34,6 @@ READ_LIMIT = 4 * 1024 * 1024
 
 _BURST = 64
 """How many messages are taken from the buffer before others get their turn."""
-
-_HEAD_START = 0.25
-"""Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
 
 # The library reports each failure to its log and then raises it. What it raises is translated, and told to the user,
 # by its caller; saying it twice, as an error, would fill the log with monitors that are merely not there yet.
@@ -66,21 +63,22 @@ class Client(QMPClient):
         self._execute_id = secrets.randbelow(1 << 40)
 
     async def open(self, endpoint: Endpoint) -> None:
-        """Connect, await the greeting, negotiate. No deadline; raises OSError or what `qemu.qmp` raises."""
-        if isinstance(endpoint, TCPEndpoint):
-            await self._open((endpoint.host, endpoint.port))
-            return
-        connection = endpoint.connect()
+        """Connect, await the greeting, negotiate. No deadline.
+
+        Raises InvalidMonitor, MonitorUnreachable, OSError, or what `qemu.qmp` raises.
+        """
+        connection = await endpoint.connect() if isinstance(endpoint, TCPEndpoint) else endpoint.connect()
+        self.connected = True
         try:
-            await self._open(connection)
+            await self._greet(connection)
         except BaseException:
             connection.close()
             raise
 
-    async def _open(self, address: tuple[str, int] | socket.socket) -> None:
+    async def _greet(self, connection: socket.socket) -> None:
         # The library only asserts that a connection which was closed right after the negotiation is still there.
         with contextlib.suppress(AssertionError):
-            await self.connect(address)
+            await self.connect(connection)
         if self.runstate is not Runstate.RUNNING:
             raise EOFError("closed right after the negotiation")
 
@@ -97,19 +95,6 @@ class Client(QMPClient):
             self.cause = self.cause or error
 
     # What follows overrides the library's own hooks.
-
-    async def _do_connect(
-        self, address: tuple[str, int] | str | socket.socket, ssl: tls.SSLContext | None = None
-    ) -> None:
-        if isinstance(address, tuple):
-            self._set_state(Runstate.CONNECTING)
-            self._reader, self._writer = await asyncio.open_connection(
-                *address, ssl=ssl, limit=self.readbuflen, happy_eyeballs_delay=_HEAD_START
-            )
-            _keep_alive(self._writer.get_extra_info("socket"))
-        else:
-            await super()._do_connect(address, ssl)
-        self.connected = True
 
     async def _establish_session(self) -> None:
         await super()._establish_session()
@@ -164,14 +149,6 @@ class Client(QMPClient):
     def _abort(self) -> None:
         if self._writer is not None:
             self._writer.transport.abort()
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice within two minutes that a host on an idle connection has gone."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 def _nothing() -> None:

@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from vcpuset.domain.errors import InvalidMonitor
+from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint, open_socket
+from vcpuset.qmp.sockets import Endpoint, open_socket
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = ["EVENTS_TURN_SECONDS", "LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
 
@@ -31,6 +33,8 @@ EVENTS_TURN_SECONDS = 60.0
 
 LASTING_SECONDS = 10.0
 """A session that has lasted so long was a sound one: its loss is the first in its row."""
+
+_NOWHERE = Networks()
 
 
 def _pause_seconds(losses: int) -> float:
@@ -47,6 +51,7 @@ class Monitors:
     """Finds monitors and keeps sessions; one caller at a time for each set.
 
     socket_root  where the namespaces' folders with unix monitors are; None: this operator serves none
+    networks     where TCP monitors may lie; None: anywhere, for a local user, who is trusted
     wake         told that something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
     pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
@@ -57,10 +62,12 @@ class Monitors:
         socket_root: Path | None,
         wake: Callable[[UID], None],
         *,
+        networks: Networks | None = _NOWHERE,
         permit: Callable[[], None] | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
+        self._networks = networks
         self._wake = wake
         self._permit = permit
         self._pause = pause
@@ -77,7 +84,7 @@ class Monitors:
         """
         match vcpuset.spec.monitor:
             case TCPMonitor(host, port):
-                return nullcontext(TCPEndpoint(host, port))
+                return nullcontext(TCPEndpoint(host, port, self._networks))
             case UnixMonitor(path):
                 if self._socket_root is None:
                     raise InvalidMonitor(
@@ -89,7 +96,7 @@ class Monitors:
     async def session(self, uid: UID, endpoint: Endpoint) -> Session:
         """The session with this endpoint: the kept one while it lasts, else a new one, which is then kept.
 
-        Raises MonitorUnreachable and MonitorBusy.
+        Raises InvalidMonitor, MonitorUnreachable and MonitorBusy.
         """
         if (kept := self._kept.get(uid)) is not None:
             known, session = kept

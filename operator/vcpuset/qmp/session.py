@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from qemu.qmp import ExecuteError, Message
 
-from vcpuset.domain.errors import CommandError, MachineUnsettled, MonitorTimeout, MonitorUnreachable
+from vcpuset.domain.errors import CommandError, MachineUnsettled, MonitorTimeout, MonitorUnreachable, VCPUSetError
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.allowance import Allowance
@@ -99,8 +99,9 @@ class Session:
 
         `permit` is called right before each command is sent; if it raises, the connection is cut in place of that.
 
-        Raises MonitorUnreachable if nobody listens or what listens does not speak QMP, MonitorBusy if no greeting
-        comes, MonitorTimeout if QEMU greets and then answers no more. The endpoint may be closed afterwards.
+        Raises InvalidMonitor if the endpoint may not be connected to, MonitorUnreachable if nobody listens or what
+        listens does not speak QMP, MonitorBusy if no greeting comes, MonitorTimeout if QEMU greets and then answers no
+        more. The endpoint may be closed afterwards.
         """
         session = cls(str(endpoint), wake, command_seconds, close_seconds, permit)
         session._since = endpoint.made_at
@@ -115,10 +116,15 @@ class Session:
         except TimeoutError as error:
             await self.close()
             if not client.connected:
-                raise MonitorUnreachable(f"{self._where} did not take the connection within {seconds:g} s") from error
+                raise MonitorUnreachable(
+                    f"{self._where} did not take the connection within {seconds:g} s (the look-up of its name included)"
+                ) from error
             if client.greeting is None:
                 raise translate.busy(self._where) from error
             raise MonitorTimeout(f"{self._where} greeted but did not negotiate within {seconds:g} s") from error
+        except VCPUSetError:
+            await self.close()
+            raise
         except Exception as error:
             await self.close()
             raise translate.connect_failure(self._where, error) from error

@@ -1,4 +1,4 @@
-"""From what a VCPUSet names to an endpoint to connect to.
+"""From the path that a VCPUSet names to a socket to connect to; `tcp.py` does the same for host and port.
 
 A unix monitor is named by a path below `<socket root>/<namespace>/`, and the people who may write into that folder
 need not be trusted with those of other namespaces. So no name is looked up twice and no symbolic link is followed:
@@ -19,20 +19,19 @@ root (`fs.protected_hardlinks`, on by default); the two names have one identity,
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 import stat
 import warnings
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
+from vcpuset.qmp.tcp import TCPEndpoint
 
-__all__ = ["Endpoint", "TCPEndpoint", "UnixEndpoint", "local_socket", "open_socket"]
+__all__ = ["Endpoint", "UnixEndpoint", "local_socket", "open_socket"]
 
 _KINDS = {
     stat.S_IFREG: "a regular file",
@@ -99,28 +98,6 @@ class UnixEndpoint:
         if self._descriptor >= 0:
             warnings.warn(f"{self} was never closed", ResourceWarning, stacklevel=2, source=self)
             self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class TCPEndpoint:
-    """A monitor on plain TCP; `host` is a name or an address, an IPv6 one without brackets."""
-
-    host: str
-    port: int
-
-    made_at: ClassVar[None] = None
-    """Nothing tells when a port was opened."""
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        """Host in one spelling, and port. Two names of one host remain two."""
-        try:
-            return (str(ipaddress.ip_address(self.host)), self.port)
-        except ValueError:
-            return (self.host.lower().rstrip("."), self.port)
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 Endpoint = UnixEndpoint | TCPEndpoint

@@ -21,7 +21,7 @@ from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost
 from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.qmp import replies
-from vcpuset.qmp.sockets import TCPEndpoint
+from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__: list[str] = []
 

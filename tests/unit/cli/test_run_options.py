@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli import main as command_line
+from vcpuset.domain.networks import Networks, network
 
 __all__: list[str] = []
 
@@ -57,6 +58,7 @@ FLAGS = (
     "--namespace",
     "--label-selector",
     "--socket-root",
+    "--allow-tcp",
     "--workers",
     "--resync-seconds",
     "--http-address",
@@ -87,6 +89,7 @@ def test_without_options_the_documented_defaults_hold(vcpuset: Vcpuset) -> None:
     assert settings.socket_root is None
     assert settings.kubeconfig is None
     assert settings.namespaces == ()
+    assert settings.networks == Networks()
     assert settings.leader_election is None
 
 
@@ -117,6 +120,24 @@ def test_a_flag_goes_before_the_environment(vcpuset: Vcpuset) -> None:
 def test_several_namespaces_are_repeated_flags_or_words_in_the_environment(vcpuset: Vcpuset) -> None:
     assert vcpuset.settings_of("--namespace", "a", "--namespace", "b").namespaces == ("a", "b")
     assert vcpuset.settings_of(VCPUSET_NAMESPACE="a b").namespaces == ("a", "b")
+
+
+def test_several_networks_are_repeated_flags_or_words_in_the_environment(vcpuset: Vcpuset) -> None:
+    both = Networks((network("10.0.0.0/8"), network("2001:db8::/32")))
+    assert vcpuset.settings_of("--allow-tcp", "10.0.0.0/8", "--allow-tcp=2001:db8::/32").networks == both
+    assert vcpuset.settings_of(VCPUSET_ALLOW_TCP="10.0.0.0/8 2001:db8::/32").networks == both
+    assert vcpuset.settings_of(VCPUSET_ALLOW_TCP="").networks == Networks()
+
+
+def test_what_is_no_network_is_refused_with_the_remedy(vcpuset: Vcpuset) -> None:
+    result = vcpuset.run("--allow-tcp", "10.0.0.1/8")
+
+    assert result.exit_code == 2
+    words = " ".join(result.output.split())
+    assert "Invalid value for '--allow-tcp'" in words
+    assert "'10.0.0.1/8' has bits set behind its prefix" in words
+    assert "write 10.0.0.0/8" in words
+    assert vcpuset.settings is None
 
 
 @pytest.mark.parametrize("flag", ["--node-name", "--label-selector"])

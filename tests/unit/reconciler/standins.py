@@ -40,7 +40,8 @@ from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.replies import CPUs
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import Endpoint, TCPEndpoint
+from vcpuset.qmp.sockets import Endpoint
+from vcpuset.qmp.tcp import TCPEndpoint
 
 _T = TypeVar("_T")
 

@@ -1,0 +1,109 @@
+"""From the host and port that a VCPUSet names to a connected socket.
+
+A host name is looked up once, each address that it has is judged, and the connection goes to those that are allowed: a
+name that means another address a moment later leads nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from aiohappyeyeballs import AddrInfoType, start_connection
+
+from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
+from vcpuset.domain.networks import Networks
+
+__all__ = ["TCPEndpoint"]
+
+_HEAD_START = 0.25
+"""Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
+
+_SHOWN = 4
+"""As many addresses of a host are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class TCPEndpoint:
+    """A monitor on plain TCP.
+
+    host      a name or an address, an IPv6 one without brackets
+    networks  where it may lie; None: anywhere, for the user of this process, who is trusted
+    """
+
+    host: str
+    port: int
+    networks: Networks | None = None
+
+    made_at: ClassVar[None] = None
+    """Nothing tells when a port was opened."""
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Host in one spelling, and port. Two names of one host remain two."""
+        try:
+            return (str(ipaddress.ip_address(self.host)), self.port)
+        except ValueError:
+            return (self.host.lower().rstrip("."), self.port)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    async def connect(self) -> socket.socket:
+        """A non-blocking socket connected to an allowed address of the host. No deadline.
+
+        Raises InvalidMonitor if no address is allowed, MonitorUnreachable if the name has none, OSError if none of the
+        allowed ones takes the connection.
+        """
+        if self.networks is not None and not self.networks.listed:
+            raise InvalidMonitor(
+                f"spec.monitor.tcp: {self} cannot be served, since this operator was started without --allow-tcp and "
+                "so serves no TCP monitors; its administrator gives the network of the monitors with that flag"
+            )
+        connection = await start_connection(
+            self._allowed(await self._look_up()), happy_eyeballs_delay=_HEAD_START, interleave=1
+        )
+        _keep_alive(connection)
+        return connection
+
+    async def _look_up(self) -> Sequence[AddrInfoType]:
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            pass
+        else:
+            # Asks nobody, so it need not wait for a thread behind the names that are looked up in vain.
+            return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        try:
+            return await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            words = error.strerror if isinstance(error, socket.gaierror) else str(error)
+            raise MonitorUnreachable(
+                f"the name of {self} leads to no address ({words}): correct spec.monitor.tcp.host, or the DNS"
+            ) from error
+
+    def _allowed(self, found: Sequence[AddrInfoType]) -> Sequence[AddrInfoType]:
+        if self.networks is None:
+            return found
+        allowed = [each for each in found if self.networks.allow(each[4][0])]
+        if not allowed:
+            addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+            more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""
+            named = f", that is {', '.join(addresses[:_SHOWN])}{more}," if addresses != [self.host] else ""
+            raise InvalidMonitor(
+                f"spec.monitor.tcp: {self}{named} is not in a network that this operator may connect to; name a "
+                "monitor that is, or have the operator's administrator add its network with --allow-tcp"
+            )
+        return allowed
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within two minutes that a host on an idle connection has gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)

@@ -1,0 +1,147 @@
+"""Where a TCP monitor may lie is judged by the addresses that the connection goes to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from harness.guest import Guest
+from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
+from vcpuset.domain.networks import Networks, network
+from vcpuset.domain.resource import UID, Spec, TCPMonitor, VCPUSet
+from vcpuset.qmp.monitors import Monitors
+from vcpuset.qmp.session import Session
+from vcpuset.qmp.tcp import TCPEndpoint
+
+LOOPBACK = Networks((network("127.0.0.0/8"),))
+
+
+class Resolver:
+    """In place of the resolver: what a name means, look-up after look-up; the last answer stays."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def getaddrinfo(self, host: str, port: int, **_: object) -> Sequence[tuple[Any, ...]]:
+        """As `loop.getaddrinfo`."""
+        self.asked += 1
+        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
+            for each in found
+        ]
+
+
+@pytest.fixture
+async def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
+    """The resolver of the test's event loop."""
+    found = Resolver(["127.0.0.1"])
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found.getaddrinfo)
+    return found
+
+
+@pytest.fixture
+async def guest() -> AsyncIterator[Guest]:
+    """A real QEMU with a monitor on TCP."""
+    async with Guest(None, memory=64, tcp=True) as running:
+        yield running
+
+
+async def vcpus_at(host: str, port: int, networks: Networks | None) -> int:
+    """What is observed there."""
+    session = await Session.open(TCPEndpoint(host, port, networks), lambda: None, open_seconds=60)
+    try:
+        return (await session.observe()).vcpus
+    finally:
+        await session.close()
+
+
+async def refusal(host: str, port: int, networks: Networks) -> str:
+    """Why nothing is observed there."""
+    with pytest.raises(InvalidMonitor) as caught:
+        await vcpus_at(host, port, networks)
+    assert str(caught.value).startswith("spec.monitor.tcp: ")
+    return str(caught.value)
+
+
+async def test_a_monitor_in_a_listed_network_is_served_by_address_and_by_name(guest: Guest) -> None:
+    host, port = guest.tcp_address
+    for spelling in (host, "localhost", "::ffff:127.0.0.1"):
+        assert await vcpus_at(spelling, port, LOOPBACK) == 1
+        assert await vcpus_at(spelling, port, None) == 1, "a local user needs no list"
+
+
+async def test_without_a_list_no_tcp_monitor_is_served_and_no_name_looked_up(guest: Guest, resolver: Resolver) -> None:
+    for host in ("127.0.0.1", "vm.example"):
+        words = await refusal(host, guest.tcp_address[1], Networks())
+        assert f"{host}:" in words
+        assert "started without --allow-tcp" in words
+    assert resolver.asked == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1", "::1", "192.0.2.1", "::", "169.254.169.254"])
+async def test_an_address_outside_the_list_is_not_connected_to_and_named_with_the_remedy(host: str) -> None:
+    elsewhere = Networks((network("0.0.0.0/1"), network("10.0.0.0/8"), network("::/0")))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        words = await refusal(host, listener.getsockname()[1], elsewhere)
+        assert host in words
+        assert "administrator add its network with --allow-tcp" in words
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+async def test_a_name_goes_to_its_allowed_addresses_only(guest: Guest, resolver: Resolver) -> None:
+    # The first ones would take the connection as well, were they asked.
+    resolver.answers = [["::1", "127.0.0.2", "127.0.0.1"]]
+    assert await vcpus_at("vm.example", guest.tcp_address[1], Networks((network("127.0.0.1"),))) == 1
+
+
+async def test_a_name_of_foreign_addresses_is_refused_with_what_it_means(resolver: Resolver) -> None:
+    resolver.answers = [[f"198.51.100.{number}" for number in range(1, 200)]]
+    words = await refusal("vm.example", 4444, LOOPBACK)
+    assert "vm.example:4444, that is 198.51.100.1, 198.51.100.2, 198.51.100.3, 198.51.100.4 and 195 more," in words
+
+
+async def test_a_name_that_means_another_address_a_moment_later_leads_nowhere_else(
+    guest: Guest, resolver: Resolver
+) -> None:
+    resolver.answers = [["127.0.0.1"], ["198.51.100.1"]]
+    assert await vcpus_at("vm.example", guest.tcp_address[1], LOOPBACK) == 1
+    assert resolver.asked == 1, "who looks twice can be told two things"
+    assert "198.51.100.1" in await refusal("vm.example", guest.tcp_address[1], LOOPBACK)
+
+
+async def test_a_name_without_an_address_is_unreachable(resolver: Resolver) -> None:
+    resolver.answers = [[]]
+    with pytest.raises(MonitorUnreachable, match=r"the name of vm\.example:4444 leads to no address \(Name or service"):
+        await vcpus_at("vm.example", 4444, LOOPBACK)
+
+
+async def test_a_name_that_no_resolver_takes_is_unreachable() -> None:
+    with pytest.raises(MonitorUnreachable, match="leads to no address"):
+        await vcpus_at(f"{'a' * 64}.example", 4444, LOOPBACK)
+
+
+async def test_monitors_serve_tcp_only_as_they_were_told_to(guest: Guest) -> None:
+    host, port = guest.tcp_address
+    vcpuset = VCPUSet(UID("one"), "team-a", "vm", 1, "1", datetime.now(UTC), Spec(2, TCPMonitor(host, port)))
+
+    async def observed(monitors: Monitors) -> int:
+        try:
+            with monitors.resolve(vcpuset) as endpoint:
+                return (await (await monitors.session(vcpuset.uid, endpoint)).observe()).vcpus
+        finally:
+            await monitors.close()
+
+    with pytest.raises(InvalidMonitor):
+        await observed(Monitors(None, lambda _: None))
+    assert await observed(Monitors(None, lambda _: None, networks=LOOPBACK)) == 1
