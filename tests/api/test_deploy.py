@@ -1,7 +1,7 @@
-"""`kubectl apply -k deploy` on a real API server: all of it is accepted, and it grants what is needed and no more.
+"""The shipped overlays on a real API server: all of it is accepted, and it grants what is needed and no more.
 
-There is no controller manager or kubelet here, so no pod is started: what the pod looks like is checked by the API
-server's own admission, and the program is run beside it, with the pod's arguments and service account.
+There is no controller manager or kubelet here, so no pod is started: the program is run beside the API server, with the
+controller's arguments and service account.
 """
 
 import json
@@ -23,11 +23,14 @@ from harness.wait import until
 __all__: list[str] = []
 
 DEPLOY: Final = REPOSITORY / "deploy"
+OVERLAYS: Final = DEPLOY / "overlays"
 EXAMPLES: Final = sorted((DEPLOY / "examples").glob("*.yaml"))
 Json = dict[str, Any]
 
 HOLDER: Final = "jsonpath={.spec.holderIdentity}"
-OPERATOR: Final = "system:serviceaccount:vcpuset-system:vcpuset"
+CONTROLLER: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
+AGENT: Final = "system:serviceaccount:vcpuset-agent:vcpuset-agent"
+ACCOUNTS: Final = [pytest.param(AGENT, id="agent"), pytest.param(CONTROLLER, id="controller")]
 
 INSECURE: Final = """\
 apiVersion: vcpuset.dev/v1alpha1
@@ -50,11 +53,11 @@ spec:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[ControlPlane]:
-    """An API server of this module's own, since `deploy` is cluster-wide; set up by that one command alone."""
+    """An API server of this module's own, since `deploy` is cluster-wide; set up by these two commands alone."""
     async with ControlPlane() as running:
-        applied = await running.kubectl("apply", "--server-side", "-k", DEPLOY)
-        # Pod security and deprecated fields are told by warnings only.
-        assert applied.stderr == ""
+        for overlay in ("agent", "controller"):
+            # Pod security and deprecated fields are told by warnings only.
+            await running.kubectl("apply", "--server-side", "--warnings-as-errors", "-k", OVERLAYS / overlay)
         await running.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
 
         async def warned() -> bool:
@@ -68,45 +71,91 @@ async def cluster() -> AsyncIterator[ControlPlane]:
 
 async def deployment(cluster: ControlPlane) -> Json:
     """The Deployment as the API server has it."""
-    got = json.loads((await cluster.kubectl("get", "deploy/vcpuset", "-n", "vcpuset-system", "-o", "json")).stdout)
+    got = json.loads(
+        (await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system", "-o", "json")).stdout
+    )
     assert isinstance(got, dict)
     return got
 
 
-async def test_applying_twice_changes_nothing(cluster: ControlPlane) -> None:
-    again = await cluster.kubectl("diff", "--server-side", "-k", DEPLOY)  # exit status 1 if there is a difference
-    assert again.stdout == ""
+@pytest.mark.parametrize("overlay", ["agent", "controller", "both"])
+async def test_applying_an_overlay_again_changes_nothing(cluster: ControlPlane, overlay: str) -> None:
+    async def versions() -> dict[str, str]:
+        got = await cluster.kubectl("get", "-k", OVERLAYS / overlay, "-o", "json")
+        return {
+            f"{item['kind']}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
+            for item in json.loads(got.stdout)["items"]
+        }
+
+    before = await versions()
+    assert before
+    await cluster.kubectl("apply", "--server-side", "--warnings-as-errors", "-k", OVERLAYS / overlay)
+    assert await versions() == before
 
 
-async def test_everything_is_named_for_the_project_and_nothing_else_is_applied(cluster: ControlPlane) -> None:
-    built = (await cluster.kubectl("kustomize", DEPLOY)).stdout
+BASE: Final = {
+    ("CustomResourceDefinition", "vcpusets.vcpuset.dev"),
+    ("ClusterRole", "vcpuset-view"),
+    ("ClusterRole", "vcpuset-edit"),
+    ("ClusterRole", "vcpuset-monitor-credentials"),
+    ("PriorityClass", "vcpuset"),
+    ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
+}
+AGENT_PART: Final = {
+    ("Namespace", "vcpuset-agent"),
+    ("ServiceAccount", "vcpuset-agent"),
+    ("ClusterRole", "vcpuset-agent"),
+    ("ClusterRoleBinding", "vcpuset-agent"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-node"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-node"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-events"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-events"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-pods"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-pods"),
+    ("DaemonSet", "vcpuset-agent"),
+    ("NetworkPolicy", "vcpuset-agent"),
+}
+CONTROLLER_PART: Final = {
+    ("Namespace", "vcpuset-system"),
+    ("ServiceAccount", "vcpuset-controller"),
+    ("ClusterRole", "vcpuset-controller"),
+    ("ClusterRoleBinding", "vcpuset-controller"),
+    ("Role", "vcpuset-leader-election"),
+    ("RoleBinding", "vcpuset-leader-election"),
+    ("Deployment", "vcpuset-controller"),
+    ("PodDisruptionBudget", "vcpuset-controller"),
+    ("NetworkPolicy", "vcpuset-controller"),
+}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        pytest.param("agent", BASE | AGENT_PART, id="agent"),
+        pytest.param("controller", BASE | CONTROLLER_PART, id="controller"),
+        pytest.param("both", BASE | AGENT_PART | CONTROLLER_PART, id="both"),
+    ],
+)
+async def test_everything_is_named_for_the_project_and_nothing_else_is_applied(
+    cluster: ControlPlane, overlay: str, expected: set[tuple[str, str]]
+) -> None:
+    built = (await cluster.kubectl("kustomize", OVERLAYS / overlay)).stdout
     parts = {(part["kind"], part["metadata"]["name"]) for part in yaml.safe_load_all(built)}
-    assert parts == {
-        ("Namespace", "vcpuset-system"),
-        ("CustomResourceDefinition", "vcpusets.vcpuset.dev"),
-        ("ServiceAccount", "vcpuset"),
-        ("ClusterRole", "vcpuset-operator"),
-        ("ClusterRole", "vcpuset-view"),
-        ("ClusterRole", "vcpuset-edit"),
-        ("ClusterRoleBinding", "vcpuset-operator"),
-        ("Role", "vcpuset-leader-election"),
-        ("RoleBinding", "vcpuset-leader-election"),
-        ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
-        ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
-        ("Deployment", "vcpuset"),
-    }
+    assert parts == expected
 
 
 async def test_the_image_is_replaced_by_a_kustomization_of_the_users_own(cluster: ControlPlane, tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path / "deploy")
     shutil.copytree(REPOSITORY / "crds", tmp_path / "crds")
     overlay = {
-        "resources": ["deploy"],
+        "resources": ["deploy/overlays/both"],
         "images": [{"name": "vcpuset", "newName": "registry.example.com/vcpuset", "newTag": "1.2.3"}],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
     built = (await cluster.kubectl("kustomize", tmp_path)).stdout
-    assert "image: registry.example.com/vcpuset:1.2.3" in built
+    assert built.count("image: registry.example.com/vcpuset:1.2.3") == 2
+    assert "image: vcpuset" not in built
 
 
 async def test_the_namespace_admits_the_operators_pod_and_no_less_restricted_one(cluster: ControlPlane) -> None:
@@ -128,7 +177,7 @@ async def test_two_replicas_run_of_which_a_lease_lets_one_work_and_a_rollout_tak
     assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
 
 
-async def test_the_operator_does_its_work_with_the_arguments_and_rights_of_the_deployment(
+async def test_the_controller_does_its_work_with_the_arguments_and_rights_of_the_deployment(
     cluster: ControlPlane,
 ) -> None:
     template = (await deployment(cluster))["spec"]["template"]["spec"]
@@ -177,7 +226,6 @@ async def may(cluster: ControlPlane, user: str, verb: str, resource: str, *more:
 @pytest.mark.parametrize(
     ("verb", "resource"),
     [
-        ("get", "vcpusets.vcpuset.dev"),
         ("list", "vcpusets.vcpuset.dev"),
         ("watch", "vcpusets.vcpuset.dev"),
         ("patch", "vcpusets.vcpuset.dev/status"),
@@ -185,13 +233,15 @@ async def may(cluster: ControlPlane, user: str, verb: str, resource: str, *more:
         ("patch", "events.events.k8s.io"),
     ],
 )
-async def test_the_operator_may(cluster: ControlPlane, verb: str, resource: str) -> None:
-    assert await may(cluster, OPERATOR, verb, resource, "--all-namespaces")
+@pytest.mark.parametrize("account", ACCOUNTS)
+async def test_the_operator_may(cluster: ControlPlane, account: str, verb: str, resource: str) -> None:
+    assert await may(cluster, account, verb, resource, "--all-namespaces")
 
 
 @pytest.mark.parametrize(
     ("verb", "resource"),
     [
+        ("get", "vcpusets.vcpuset.dev"),
         ("create", "vcpusets.vcpuset.dev"),
         ("update", "vcpusets.vcpuset.dev"),
         ("patch", "vcpusets.vcpuset.dev"),
@@ -210,38 +260,64 @@ async def test_the_operator_may(cluster: ControlPlane, verb: str, resource: str)
         ("escalate", "clusterroles.rbac.authorization.k8s.io"),
     ],
 )
-async def test_the_operator_may_not(cluster: ControlPlane, verb: str, resource: str) -> None:
-    assert not await may(cluster, OPERATOR, verb, resource, "--all-namespaces")
+@pytest.mark.parametrize("account", ACCOUNTS)
+async def test_the_operator_may_not(cluster: ControlPlane, account: str, verb: str, resource: str) -> None:
+    assert not await may(cluster, account, verb, resource, "--all-namespaces")
 
 
-async def test_the_operator_may_keep_its_own_lease_and_no_other_in_its_namespace(cluster: ControlPlane) -> None:
+@pytest.mark.parametrize(
+    ("account", "own", "other"),
+    [
+        pytest.param(CONTROLLER, {"get", "update", "create"}, {"create"}, id="controller"),
+        pytest.param(AGENT, set(), set(), id="agent"),
+    ],
+)
+async def test_the_controller_may_keep_its_own_lease_and_no_other_and_the_agent_none(
+    cluster: ControlPlane, account: str, own: set[str], other: set[str]
+) -> None:
     async def rights(name: str) -> set[str]:
         verbs = ("get", "list", "watch", "create", "update", "patch", "delete")
         what = f"leases.coordination.k8s.io/{name}"
         # Of "TYPE/X" it is asked about an object named X.
         asked = {
             verb: await cluster.kubectl(
-                "auth", "can-i", verb, what, f"--as={OPERATOR}", "-n", "vcpuset-system", check=False
+                "auth", "can-i", verb, what, f"--as={account}", "-n", "vcpuset-system", check=False
             )
             for verb in verbs
         }
         return {verb for verb, answer in asked.items() if answer.stdout.strip() == "yes"}
 
-    assert await rights("vcpuset-controller") == {"get", "update", "create"}
-    assert await rights("kube-scheduler") == {"create"}
+    assert await rights("vcpuset-controller") == own
+    assert await rights("kube-scheduler") == other
 
 
-async def test_the_operator_has_no_rights_but_those_and_what_everyone_has(cluster: ControlPlane) -> None:
+@pytest.mark.parametrize("account", ACCOUNTS)
+async def test_the_operator_has_no_rights_but_those_and_what_everyone_has(cluster: ControlPlane, account: str) -> None:
     async def rights(user: str) -> set[str]:
         listed = await cluster.kubectl("auth", "can-i", "--list", "--no-headers", f"--as={user}")
         return {" ".join(line.split()) for line in listed.stdout.splitlines()}
 
     stranger = "system:serviceaccount:vcpuset-system:stranger"
-    assert await rights(OPERATOR) - await rights(stranger) == {
-        "vcpusets.vcpuset.dev [] [] [get list watch]",
+    assert await rights(account) - await rights(stranger) == {
+        "vcpusets.vcpuset.dev [] [] [list watch]",
         "vcpusets.vcpuset.dev/status [] [] [patch]",
         "events.events.k8s.io [] [] [create patch]",
     }
+
+
+async def test_secrets_are_read_by_name_and_only_where_a_namespace_has_bound_the_role(cluster: ControlPlane) -> None:
+    async def rights(namespace: str) -> set[str]:
+        verbs = ("get", "list", "watch", "create", "update", "patch", "delete")
+        return {verb for verb in verbs if await may(cluster, CONTROLLER, verb, "secrets", "-n", namespace)}
+
+    assert await rights("default") == set()
+    await cluster.kubectl("apply", "--server-side", "-f", DEPLOY / "examples" / "monitor-credentials.yaml")
+
+    async def granted() -> bool:
+        return await rights("default") == {"get"}
+
+    await until(granted, 60, "the controller to be allowed to get Secrets of the namespace, and nothing else")
+    assert await rights("kube-system") == set()
 
 
 VIEW: Final = {
@@ -337,5 +413,6 @@ async def test_a_refused_manifest_is_refused_for_its_own_fault(cluster: ControlP
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 async def test_an_example_is_accepted(cluster: ControlPlane, example: Path) -> None:
-    created = await cluster.kubectl("create", "--dry-run=server", "-f", example)
-    assert created.stdout.endswith("created (server dry run)\n")
+    applied = await cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", example)
+    assert applied.stdout.endswith("serverside-applied (server dry run)\n")
+    assert ("INSECURE" in applied.stderr) if "insecure" in example.stem else not applied.stderr

@@ -191,10 +191,15 @@ class ControlPlane:
             raise RuntimeError(f"cannot create namespace {name}: {answer.status} {answer.body}")
         return name
 
-    async def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
-        """A kubeconfig that acts as an existing ServiceAccount, with a token bound to it that lasts a day."""
-        made = await self.kubectl("create", "token", name, "--namespace", namespace, "--duration=24h")
-        path = self.directory / f"{namespace}-{name}.kubeconfig"
+    async def service_account_kubeconfig(self, namespace: str, name: str, pod: str | None = None) -> Path:
+        """A kubeconfig that acts as an existing ServiceAccount, with a token bound to it that lasts a day.
+
+        With `pod`, an existing one of the namespace that uses the account, the token is bound to it: it names the pod
+        and its node, as the one does that the kubelet gives to the pod.
+        """
+        bound = ["--bound-object-kind=Pod", f"--bound-object-name={pod}"] if pod else []
+        made = await self.kubectl("create", "token", name, "--namespace", namespace, "--duration=24h", *bound)
+        path = self.directory / f"{namespace}-{name}{f'-{pod}' if pod else ''}.kubeconfig"
         self._write_kubeconfig(path, made.stdout.strip(), namespace)
         return path
 

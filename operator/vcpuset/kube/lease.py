@@ -253,4 +253,4 @@ def _now() -> str:
 
 
 def _remedy(error: APIError) -> str:
-    return " (the Role in deploy/rbac.yaml grants what is needed)" if isinstance(error, Rejected) else ""
+    return " (the Role vcpuset-leader-election in deploy/ grants what is needed)" if isinstance(error, Rejected) else ""
