@@ -1,0 +1,159 @@
+"""docs/monitors.md, followed to the letter: each kind of monitor ends in a set that is Ready, by the page's own words.
+
+A test sets the variables that the page introduces and runs the blocks of one kind, in the order of the page; the
+machine and the operator are started by the page's own command lines.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from harness.cache import REPOSITORY
+from harness.controlplane import ControlPlane
+from harness.docpage import Page, Reader
+from harness.guestimage import INITRAMFS, KERNEL, images
+from harness.processes import Child, free_port, run
+from harness.qmp import count, raw
+from harness.sockets import listening
+from harness.wait import until
+from harness.world import User
+
+PAGE: Final = Page(REPOSITORY / "docs" / "monitors.md")
+
+STOPPED: Final = "-machine q35 -accel tcg -m 64 -nodefaults -no-user-config -display none -S"
+"""A machine without a guest: enough for all but the guest's agent."""
+
+START_SECONDS: Final = 60.0
+
+
+@pytest.fixture
+def reader(tmp_path: Path, control_plane: ControlPlane, socket_root: Path, namespace: str) -> Iterator[Reader]:
+    """Somebody who has kubectl, QEMU and vcpuset, and has given the page's variables values of their own."""
+    programs = [control_plane.kubectl_path.parent, Path(sys.executable).parent]
+    with Reader(
+        tmp_path / "place",
+        PATH=os.pathsep.join([*map(str, programs), os.environ["PATH"]]),
+        PYTHONPATH=os.environ.get("PYTHONPATH", ""),
+        KUBECONFIG=str(control_plane.kubeconfig),
+        VCPUSET_NAMESPACE=namespace,
+        VCPUSET_HTTP_ADDRESS="",
+        VCPUSET_RESYNC_SECONDS="2",
+        SOCKET_ROOT=str(socket_root),
+        OPERATOR_GROUP=str(os.getgid()),
+        NAMESPACE=namespace,
+        ADDRESS="127.0.0.1",
+        PORT=str(free_port()),
+        NETWORK="127.0.0.0/8",
+        VM=f"{STOPPED} -qmp unix:{tmp_path}/control,server=on,wait=off",
+    ) as following:
+        yield following
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    """The machine's monitor for the tests."""
+    return tmp_path / "control"
+
+
+def test_the_tests_set_each_variable_that_the_page_introduces(reader: Reader) -> None:
+    introduced = set(re.findall(r"^(\w+)=", PAGE.block("sh", "variables").text, re.MULTILINE))
+    assert {"SOCKET_ROOT", "NAMESPACE", "VM"} < introduced <= set(reader.variables)
+
+
+@asynccontextmanager
+async def followed(reader: Reader, control: Path, kind: str, operator: str) -> AsyncIterator[Child]:
+    """Run the blocks of one kind with the page's operator beside them; yields the machine.
+
+    The page's last command has then waited until the set was Ready.
+    """
+    running = reader.start(PAGE.block("sh", operator), name=operator)
+    try:
+        for block in PAGE.blocks(None, kind):
+            if block.language == "yaml":
+                reader.write(block)
+            elif "machine" in block.marks:
+                machine = reader.start(block, name="the machine")
+                await _up(machine, control)
+            else:
+                await reader.run(block)
+        running.require_running()
+        yield machine
+    except Exception as error:
+        error.add_note(f"the operator said:\n{running.log_tail()}")
+        raise
+    assert await running.stop(timeout=30) == 0
+
+
+async def _up(machine: Child, control: Path) -> None:
+    def there() -> bool:
+        machine.require_running()
+        return str(control) in listening()
+
+    await until(there, START_SECONDS, "QEMU to listen")
+
+
+@pytest.mark.parametrize("kind", ["unix", "second"])
+async def test_a_unix_monitor_of_the_page_leads_to_a_set_that_is_ready_and_has_the_page_s_rights(
+    reader: Reader, control: Path, socket_root: Path, user: User, kind: str
+) -> None:
+    async with followed(reader, control, kind, "agent"):
+        name = PAGE.block("yaml", kind).document()["metadata"]["name"]
+        assert (await user.get(name)).vcpus == await count(control) == 4
+        folder = socket_root / user.namespace / name
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o2770
+        assert stat.S_IMODE((folder / "qmp.sock").stat().st_mode) == 0o770
+
+
+async def test_the_page_s_rights_let_the_agent_s_group_in_and_nobody_else(
+    reader: Reader, control: Path, socket_root: Path, user: User
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can be somebody else")
+    reader.variables["OPERATOR_GROUP"] = "65532"
+    async with followed(reader, control, "unix", "agent") as machine:
+        socket = socket_root / user.namespace / "web" / "qmp.sock"
+        connect = f"import socket; socket.socket(socket.AF_UNIX).connect({str(socket)!r})"
+        for group, status in (("65532", 0), ("65533", 1)):
+            who = ["setpriv", f"--reuid={group}", f"--regid={group}", "--clear-groups"]
+            done = await run([*who, "/usr/bin/python3", "-c", connect], check=False)
+            assert done.returncode == status, done.stderr
+            assert status == 0 or "PermissionError" in done.stderr
+        machine.require_running()
+
+
+async def test_the_owner_s_monitor_stays_the_owner_s_while_the_operator_keeps_the_second_one(
+    reader: Reader, control: Path, user: User
+) -> None:
+    async with followed(reader, control, "second", "agent"), raw(reader.folder / "owner.sock") as owner:
+        await owner.device_add(9)
+        # A machine whose guest has not booted gives nothing back.
+        seen = await user.wait_reason("db", "WaitingForGuest")
+        assert seen.vcpus == 5
+
+
+async def test_the_open_tcp_monitor_of_the_page_leads_to_a_set_that_is_ready(
+    reader: Reader, control: Path, user: User
+) -> None:
+    async with followed(reader, control, "plain", "controller"):
+        assert (await user.get("build")).vcpus == await count(control) == 4
+
+
+async def test_the_guest_of_the_page_uses_the_declared_count(reader: Reader, control: Path, user: User) -> None:
+    built = images()
+    reader.variables["VM"] = (
+        f"-machine q35 -accel tcg -cpu qemu64 -m 192 -nodefaults -no-user-config -display none"
+        f" -kernel {built / KERNEL} -initrd {built / INITRAMFS} -serial file:{reader.folder}/console -append ga=1"
+        f" -qmp unix:{control},server=on,wait=off"
+    )
+    async with followed(reader, control, "agent-channel", "agent"):
+        seen = await user.get("shop")
+        assert seen.status["onlineVCPUs"] == seen.vcpus == await count(control) == 4
