@@ -20,6 +20,7 @@ from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube import codec, source
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
 
@@ -35,7 +36,7 @@ class Watch:
         self.changes: list[UID] = []
         self.stop = asyncio.Event()
         self.ready = asyncio.Event()
-        self.source = Source(kubeconfig, scope, self.cache, self.changes.append)
+        self.source = Source(kubeconfig, scope, self.cache, self.changes.append, Freshness())
         self.task = asyncio.create_task(self.source.run(self.stop, self.ready))
 
     @property
@@ -172,7 +173,7 @@ async def test_what_the_cache_knows_from_a_list_is_no_news(sets: User) -> None:
     ):
         await watch.until_names("known")
         told = len(watch.changes)
-        await sweep(cluster, scope, watch.cache, watch.changes.append)
+        await sweep(cluster, scope, watch.cache, watch.changes.append, Freshness())
         assert len(watch.changes) == told == 1
 
 
@@ -353,7 +354,7 @@ async def test_the_watch_and_the_sweep_survive_a_restart_of_the_api_server() -> 
             await asyncio.wait_for(watch.task, WAIT)
             await sets.delete("goes")
             watch.changes.clear()
-            await sweep(cluster, Scope(), watch.cache, watch.changes.append)
+            await sweep(cluster, Scope(), watch.cache, watch.changes.append, Freshness())
             assert watch.names == {"stays", "comes"}
             assert watch.changes == [gone.uid]
 

@@ -17,6 +17,7 @@ from vcpuset.domain.resource import UID, Condition, Request, Status, VCPUSet
 from vcpuset.kube import cluster as cluster_module
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope, Throttled
+from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.sweep import sweep
 
 WAIT = 60.0
@@ -240,7 +241,7 @@ async def test_an_answer_that_is_none_is_an_error(
 async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(cluster: Cluster, sets: User) -> None:
     cache, changes, scope = Cache(), list[UID](), Scope(namespaces=(sets.namespace,))
     uids = {name: (await sets.create(name)).uid for name in ("stays", "changes", "goes", "moves")}
-    await sweep(cluster, scope, cache, changes.append)
+    await sweep(cluster, scope, cache, changes.append, Freshness())
     assert set(changes) == set(uids.values())
     assert len(cache) == 4
 
@@ -248,12 +249,12 @@ async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(clu
     await sets.change("changes", vcpus=5)
     await sets.change("moves", nodeName="n1")
     await sets.delete("goes")
-    await sweep(cluster, scope, cache, changes.append)
+    await sweep(cluster, scope, cache, changes.append, Freshness())
     assert sorted(changes) == sorted([uids["changes"], uids["goes"], uids["moves"]])
     assert {vcpuset.name: vcpuset.spec.vcpus for vcpuset in cache} == {"stays": 2, "changes": 5}
 
     changes.clear()
-    await sweep(cluster, scope, cache, changes.append)
+    await sweep(cluster, scope, cache, changes.append, Freshness())
     assert changes == []
 
 
@@ -262,7 +263,7 @@ async def test_a_set_that_comes_while_the_list_is_under_way_is_not_swept_away(
 ) -> None:
     cache, changes, scope = Cache(), list[UID](), Scope(namespaces=(sets.namespace,))
     await sets.create("goes")
-    await sweep(cluster, scope, cache, changes.append)
+    await sweep(cluster, scope, cache, changes.append, Freshness())
     listed = await cluster.list(scope)
 
     async def slow_list(_: Scope) -> list[VCPUSet]:
@@ -275,7 +276,7 @@ async def test_a_set_that_comes_while_the_list_is_under_way_is_not_swept_away(
 
     monkeypatch.setattr(cluster, "list", slow_list)
     changes.clear()
-    await sweep(cluster, scope, cache, changes.append)
+    await sweep(cluster, scope, cache, changes.append, Freshness())
     assert [vcpuset.name for vcpuset in cache] == ["comes"]
     assert changes == []
 
@@ -283,7 +284,7 @@ async def test_a_set_that_comes_while_the_list_is_under_way_is_not_swept_away(
 async def test_a_failed_sweep_leaves_the_cache_as_it_was(cluster: Cluster, sets: User, tmp_path: Path) -> None:
     cache, scope = Cache(), Scope(namespaces=(sets.namespace,))
     await sets.create("web")
-    await sweep(cluster, scope, cache, lambda _: None)
+    await sweep(cluster, scope, cache, lambda _: None, Freshness())
     with pytest.raises(APIError, match="HTTP 400: "):
-        await sweep(cluster, replace(scope, label_selector="==="), cache, lambda _: None)
+        await sweep(cluster, replace(scope, label_selector="==="), cache, lambda _: None, Freshness())
     assert [vcpuset.name for vcpuset in cache] == ["web"]

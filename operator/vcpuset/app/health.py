@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-
-from vcpuset.app.metrics import Metrics
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 __all__ = ["serve_http"]
 
 
 async def serve_http(
-    address: tuple[str, int], metrics: Metrics, *, ready: asyncio.Event, ill: Callable[[], str | None]
+    address: tuple[str, int],
+    *,
+    ready: asyncio.Event,
+    ill: Callable[[], str | None],
+    exposition: Callable[[], Awaitable[bytes]],
 ) -> None:
     """Serve until cancelled. OSError if the address cannot be had.
 
-    ready  set once the first list is in, or while this process stands by
-    ill    why the process should be restarted; None: it is well
+    ready       set once the first list is in, or while this process stands by
+    ill         why the process should be restarted; None: it is well
+    exposition  the metrics in Prometheus' text format
     """
 
     async def healthz(_: web.Request) -> web.Response:
@@ -28,11 +32,11 @@ async def serve_http(
     async def readyz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n") if ready.is_set() else web.Response(status=503, text="no list yet\n")
 
-    async def exposition(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=await exposition(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     application = web.Application()
-    application.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", exposition)])
+    application.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     try:

@@ -1,91 +1,166 @@
-"""Prometheus metrics, with controller-runtime's names where it has one for the same thing."""
+"""What the process does, as Prometheus metrics, with the names of controller-runtime and client-go where they have one.
+
+Everything here is a fixed number of series: no label is taken from what users write. What there is to say of the sets
+themselves is in `history` (what has become of changes) and `census` (how they are now).
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
-from typing import get_args
+from importlib import metadata
+from typing import Any, Final, assert_never
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vcpuset.kube.freshness import Freshness
+from vcpuset.qmp.session import Outcome
 from vcpuset.runtime.workers import Label
 from vcpuset.runtime.workqueue import QueueStatistics
 
-__all__ = ["Metrics"]
+__all__ = ["QMP_COMMANDS", "Metrics", "measure_lag"]
 
-_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_SECONDS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
-_CONTROLLER = "vcpuset"
+_CONTROLLER: Final = "vcpuset"
+
+LAG_SECONDS: Final = 1.0
+"""How often the event loop's lag is measured."""
+
+QMP_COMMANDS: Final = (
+    "device_add",
+    "device_del",
+    "query-acpi-ospm-status",
+    "query-cpus-fast",
+    "query-hotpluggable-cpus",
+    "query-migrate",
+    "query-status",
+    "query-uuid",
+)
+"""All that the operator sends: the label `command` has no other values."""
+
+_METHODS: Final = ("GET", "PATCH", "POST", "PUT")
 
 
 class Metrics:
-    """The metrics of one process; it watches the work queue and its workers."""
+    """The metrics of one process.
 
-    def __init__(self) -> None:
+    It is told of passes, QMP commands and requests when they end; what others count is read when somebody asks.
+    """
+
+    def __init__(self, *, workers: int) -> None:
+        # Else each counter and histogram has a second series with the time of its creation.
+        untyped: Any = prometheus_client
+        untyped.disable_created_metrics()
         self.registry = CollectorRegistry()
-        labels = ("controller",)
-        self._queued = Histogram(
-            "workqueue_queue_duration_seconds",
-            "Time that a key waited in the queue.",
-            ("name",),
-            registry=self.registry,
-            buckets=_SECONDS,
-        ).labels(_CONTROLLER)
-        self._worked = Histogram(
-            "workqueue_work_duration_seconds",
-            "Time that a key was worked on.",
-            ("name",),
-            registry=self.registry,
-            buckets=_SECONDS,
-        ).labels(_CONTROLLER)
-        self._passes = Counter(
-            "controller_runtime_reconcile_total",
-            "Passes, by result.",
-            ("controller", "result"),
-            registry=self.registry,
+        ProcessCollector(registry=self.registry)
+        Info("vcpuset_build", "The version that runs.", registry=self.registry).info(
+            {"version": metadata.version("vcpuset")}
         )
-        for result in get_args(Label):
+
+        labels = ("controller",)
+        self._queued = self._histogram(
+            "workqueue_queue_duration_seconds", "Time that a key waited in the queue.", ("name",)
+        ).labels(_CONTROLLER)
+        self._worked = self._histogram(
+            "workqueue_work_duration_seconds", "Time that a key was worked on.", ("name",)
+        ).labels(_CONTROLLER)
+        self._passes = self._counter("controller_runtime_reconcile_total", "Passes, by result.", (*labels, "result"))
+        for result in ("success", "requeue_after", "error"):
             self._passes.labels(_CONTROLLER, result)  # a series that is there from the start has a rate
-        self._seconds = Histogram(
-            "controller_runtime_reconcile_time_seconds",
-            "Time that a pass took.",
+        self._errors = self._counter(
+            "controller_runtime_reconcile_errors_total", "Passes that failed and are tried again.", labels
+        ).labels(_CONTROLLER)
+        self._panics = self._counter(
+            "controller_runtime_reconcile_panics_total",
+            "Passes that ended with a defect of the operator; they are tried again.",
             labels,
-            registry=self.registry,
-            buckets=_SECONDS,
         ).labels(_CONTROLLER)
-        self._active = Gauge(
-            "controller_runtime_active_workers", "Passes under way.", labels, registry=self.registry
+        self._seconds = self._histogram(
+            "controller_runtime_reconcile_time_seconds", "Time that a pass took.", labels
         ).labels(_CONTROLLER)
+        self._active = self._gauge("controller_runtime_active_workers", "Passes under way.", labels).labels(_CONTROLLER)
+        self._gauge("controller_runtime_max_concurrent_reconciles", "Passes that can be under way.", labels).labels(
+            _CONTROLLER
+        ).set(workers)
+
+        self._requests = self._counter(
+            "rest_client_requests_total",
+            "Requests to the API server but those of the watch, by HTTP status; <error>: there was no answer.",
+            ("method", "code"),
+        )
+        for method in _METHODS:
+            self._requests.labels(method, "<error>")
+
+        self._commands = self._histogram(
+            "vcpuset_qmp_command_duration_seconds",
+            "Time until QEMU answered a QMP command, or until it was given up.",
+            ("command",),
+        )
+        self._failures = self._counter(
+            "vcpuset_qmp_command_errors_total",
+            "QMP commands without success. refused: QEMU said no; timeout: no answer in time; lost: no connection.",
+            ("command", "error"),
+        )
+        self._by_command = {command: self._commands.labels(command) for command in QMP_COMMANDS}
+        self._plugs = self._counter(
+            "vcpuset_plugs_total", "vCPUs plugged. done: QEMU took it; refused: QEMU said no.", ("result",)
+        )
+        for result in ("done", "refused"):
+            self._plugs.labels(result)
+        self._lag = self._histogram(
+            "vcpuset_event_loop_lag_seconds", "How late the event loop came to a timer, measured once a second.", ()
+        )
+
+    def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=_SECONDS)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
 
     def watch_queue(self, statistics: Callable[[], QueueStatistics]) -> None:
         """Show the queue's own numbers, read when they are asked for."""
         self.registry.register(_Queue(statistics))
 
-    def watch_sets(self, count: Callable[[], int]) -> None:
-        """Show how many sets this process serves."""
-        Gauge("vcpuset_sets", "VCPUSets that this operator serves.", registry=self.registry).set_function(count)
-
     def watch_leadership(self, name: str, leading: Callable[[], bool]) -> None:
         """Show whether this process holds the lease `name`."""
-        Gauge(
-            "leader_election_master_status",
-            "1: this process is the leader; 0: it stands by.",
-            ("name",),
-            registry=self.registry,
+        self._gauge(
+            "leader_election_master_status", "1: this process is the leader; 0: it stands by.", ("name",)
         ).labels(name).set_function(lambda: float(leading()))
 
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Show how many Kubernetes Events were not written."""
-        self.registry.register(
-            _Counter("vcpuset_events_lost", "Kubernetes Events lost: too many waited, or they were not taken.", lost)
-        )
-        self.registry.register(
-            _Counter("vcpuset_events_throttled", "Kubernetes Events left out: their set had too many.", throttled)
-        )
+        self._read("vcpuset_events_lost_total", "Kubernetes Events lost: too many waited, or none was taken.", lost)
+        self._read("vcpuset_events_throttled_total", "Kubernetes Events left out: their set had too many.", throttled)
+
+    def watch_freshness(self, freshness: Freshness) -> None:
+        """Show how the watch and the lists keep up."""
+        self._read("vcpuset_watch_events_total", "Objects that the watch has brought.", lambda: freshness.events)
+        self._read("vcpuset_lists_total", "Lists of all sets that succeeded.", lambda: freshness.lists)
+        self._read("vcpuset_list_errors_total", "Lists of all sets that failed.", lambda: freshness.failures)
+        self._gauge(
+            "vcpuset_last_list_timestamp_seconds", "When a list last succeeded, in seconds since 1970; 0: never.", ()
+        ).set_function(lambda: freshness.listed_at)
+        self._gauge(
+            "vcpuset_watch_missing", "Sets of which a list had news that the watch has not brought yet.", ()
+        ).set_function(lambda: len(freshness.missing))
+        self._gauge(
+            "vcpuset_watch_behind_seconds",
+            "For how long lists have shown what the watch does not bring while the API server answers; 0: well.",
+            (),
+        ).set_function(lambda: freshness.behind_seconds)
+
+    def _read(self, name: str, text: str, value: Callable[[], int]) -> None:
+        self.registry.register(_Counter(name, text, value))
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All of them in Prometheus' text format; takes some milliseconds."""
         return generate_latest(self.registry)
 
     # QueueObserver
@@ -107,8 +182,50 @@ class Metrics:
     def finished(self, label: Label, seconds: float) -> None:
         """A pass ended."""
         self._active.dec()
-        self._passes.labels(_CONTROLLER, label).inc()
         self._seconds.observe(seconds)
+        match label:
+            case "done":
+                self._passes.labels(_CONTROLLER, "success").inc()
+            case "requeued":
+                self._passes.labels(_CONTROLLER, "requeue_after").inc()
+            case "retry" | "crash":
+                self._passes.labels(_CONTROLLER, "error").inc()
+                self._errors.inc()
+                if label == "crash":
+                    self._panics.inc()
+            case "cancelled":
+                pass  # the process ends
+            case _:
+                assert_never(label)
+
+    # What the rooms below tell.
+
+    def requested(self, method: str, code: str) -> None:
+        """A request to the API server has ended, with this HTTP status or "<error>"."""
+        self._requests.labels(method, code).inc()
+
+    def commanded(self, command: str, seconds: float, outcome: Outcome) -> None:
+        """A QMP command has ended."""
+        if command not in self._by_command:
+            return  # a test holds the two lists together; a label is never taken on trust
+        self._by_command[command].observe(seconds)
+        if outcome != "done":
+            self._failures.labels(command, outcome).inc()
+        if command == "device_add" and outcome in {"done", "refused"}:
+            self._plugs.labels(outcome).inc()
+
+    def lagged(self, seconds: float) -> None:
+        """The event loop was so late."""
+        self._lag.observe(seconds)
+
+
+async def measure_lag(lagged: Callable[[float], None]) -> None:
+    """Tell once a second, for ever, how late the event loop comes to a timer."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_SECONDS
+        await asyncio.sleep(LAG_SECONDS)
+        lagged(max(0.0, loop.time() - due))
 
 
 class _Counter(Collector):

@@ -14,13 +14,17 @@ import signal
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 
+from vcpuset.app.census import Census
 from vcpuset.app.health import serve_http
-from vcpuset.app.metrics import Metrics
+from vcpuset.app.history import History
+from vcpuset.app.metrics import Metrics, measure_lag
 from vcpuset.app.settings import Settings
+from vcpuset.app.vitals import illness
 from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.freshness import CHECK_SECONDS, Freshness
 from vcpuset.kube.lease import Leadership, own_identity
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
@@ -28,6 +32,7 @@ from vcpuset.kube.sweep import sweep
 from vcpuset.qmp.appearance import Appearances
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
+from vcpuset.qmp.session import Outcome
 from vcpuset.reconciler import Reconciler
 from vcpuset.runtime.backoff import ExponentialBackoff, jittered
 from vcpuset.runtime.tasks import TaskOwner
@@ -46,9 +51,6 @@ SWEEP_SECONDS = 300.0
 
 GRACE_SECONDS = 10.0
 """How long passes may go on after the end was asked for; more than one slow QMP command takes."""
-
-STUCK_SECONDS = 180.0
-"""A pass that takes longer is stuck: each of its calls has a deadline, and together they need less."""
 
 
 async def run(settings: Settings) -> None:
@@ -88,11 +90,15 @@ def raise_file_limit() -> None:
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
     """Wire everything, work until `stop` is set or the watch ends, and give every monitor and the lease back."""
     scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
-    metrics = Metrics()
+    metrics = Metrics(workers=settings.workers)
+    cluster.count(metrics.requested)
     queue: WorkQueue[UID] = WorkQueue(BACKOFF, metrics)
     metrics.watch_queue(queue.statistics)
-    cache = Cache()
-    metrics.watch_sets(lambda: len(cache))
+    history = History(metrics.registry)
+    cache = Cache(history.moved)
+    census = Census(lambda: cache, history.waits, settings.metrics_set_limit)
+    freshness = Freshness()
+    metrics.watch_freshness(freshness)
     recorder = Recorder(cluster)
     metrics.watch_events(lambda: recorder.dropped, lambda: recorder.throttled)
     leadership = _leadership(settings, cluster)
@@ -101,7 +107,12 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         permit = leadership.require
         cluster.guard(permit)
         metrics.watch_leadership(settings.leader_election.name, lambda: leadership.leading)
-    monitors = Monitors(settings.socket_root, queue.add, networks=settings.networks, permit=permit)
+
+    def commanded(uid: UID, command: str, seconds: float, outcome: Outcome) -> None:
+        metrics.commanded(command, seconds, outcome)
+        queue.touch(uid)
+
+    monitors = Monitors(settings.socket_root, queue.add, networks=settings.networks, permit=permit, commanded=commanded)
     guests = Guests(settings.socket_root, queue.add, permit=permit)
     reconciler = Reconciler(
         cache=cache,
@@ -128,25 +139,29 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
         appearances = Appearances(settings.socket_root, appeared)
         owner.spawn(appearances.run(), "appearances of sockets")
-    source = Source(settings.kubeconfig, scope, cache, changed)
+    source = Source(settings.kubeconfig, scope, cache, changed, freshness)
     ready = asyncio.Event()
 
     def ill() -> str | None:
-        seconds = queue.statistics().longest_running_seconds
-        return f"a pass has been running for {seconds:.0f} s" if seconds > STUCK_SECONDS else None
+        return illness(queue.statistics(), settings.workers, freshness)
+
+    async def exposition() -> bytes:
+        return metrics.exposition() + await census.exposition()
 
     if settings.http_address is not None:
-        owner.spawn(serve_http(settings.http_address, metrics, ready=ready, ill=ill), "http")
+        owner.spawn(serve_http(settings.http_address, ready=ready, ill=ill, exposition=exposition), "http")
+        owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 
     async def work() -> None:
         # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
         # is the older.
-        if not await _first_list(cluster, scope, cache, changed, stop):
+        if not await _first_list(cluster, scope, cache, changed, freshness, stop):
             return
+        history.go_live()
         ready.set()
         logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
-        owner.spawn(_sweep_for_ever(cluster, scope, cache, changed), "sweep")
+        owner.spawn(_sweep_for_ever(cluster, scope, cache, changed, freshness), "sweep")
         owner.spawn(
             run_workers(
                 queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
@@ -221,13 +236,18 @@ async def _lead(
 
 
 async def _first_list(
-    cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], stop: asyncio.Event
+    cluster: Cluster,
+    scope: Scope,
+    cache: Cache,
+    changed: Callable[[UID], None],
+    freshness: Freshness,
+    stop: asyncio.Event,
 ) -> bool:
     """Fill the cache, however long the API server is away; False: `stop` was set before that."""
     failures = 0
     while not stop.is_set():
         try:
-            await sweep(cluster, scope, cache, changed)
+            await sweep(cluster, scope, cache, changed, freshness)
         except APIError as error:
             failures += 1
             delay = BACKOFF.delay(failures)
@@ -240,10 +260,14 @@ async def _first_list(
     return False
 
 
-async def _sweep_for_ever(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+async def _sweep_for_ever(
+    cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], freshness: Freshness
+) -> None:
     while True:
-        await asyncio.sleep(jittered(SWEEP_SECONDS, 0.1))
+        # Soon again while the watch owes something: either it comes, or this is how its news comes.
+        seconds = CHECK_SECONDS if freshness.missing else SWEEP_SECONDS
+        await asyncio.sleep(jittered(seconds, 0.1))
         try:
-            await sweep(cluster, scope, cache, changed)
+            await sweep(cluster, scope, cache, changed, freshness)
         except APIError as error:
-            logger.warning("sweep: %s; the next one is in %.0f s", error, SWEEP_SECONDS)
+            logger.warning("sweep: %s; it will be tried again", error)

@@ -62,6 +62,10 @@ class Settings:
     http_address: tuple[str, int] | None = ("127.0.0.1", 8080)
     """Where `/healthz`, `/readyz` and `/metrics` are served; None: nowhere."""
 
+    metrics_set_limit: int = 10_000
+    """Up to how many sets have metrics of their own; with more, only sums over all are shown. Who may create sets thus
+    cannot fill the metrics' store. 0: never."""
+
     leader_election: LeaderElection | None = None
     """None: this process works from its start, and nobody else may serve the same sets."""
 

@@ -175,6 +175,15 @@ main.add_command(plan)
     help="Where /healthz, /readyz and /metrics are served; empty: nowhere.",
 )
 @click.option(
+    "--metrics-set-limit",
+    type=click.IntRange(0),
+    default=Settings.metrics_set_limit,
+    show_default=True,
+    envvar="VCPUSET_METRICS_SET_LIMIT",
+    show_envvar=True,
+    help="Up to how many sets have metrics of their own; with more, only sums are shown.",
+)
+@click.option(
     "--leader-elect/--no-leader-elect",
     default=False,
     envvar="VCPUSET_LEADER_ELECT",
@@ -257,6 +266,7 @@ def run(
     workers: int,
     resync_seconds: int,
     http_address: tuple[str, int] | None,
+    metrics_set_limit: int,
     leader_elect: bool,
     leader_elect_namespace: str | None,
     leader_elect_name: str,
@@ -292,6 +302,7 @@ def run(
         workers=workers,
         resync_seconds=resync_seconds,
         http_address=http_address,
+        metrics_set_limit=metrics_set_limit,
         leader_election=election,
         kubeconfig=kubeconfig,
     )

@@ -8,21 +8,25 @@ dropped does not come back because an older report of it arrives late.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vcpuset.domain.resource import UID, VCPUSet
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "is_newer"]
 
 _DROPPED_LIMIT: Final = 4096
 """How many dropped sets are remembered. It matters only while a list is under way, which is seconds."""
 
 
 class Cache:
-    """VCPUSets by UID."""
+    """VCPUSets by UID.
 
-    def __init__(self) -> None:
+    moved  told what was known of a set and what is now, whenever that changes (None: nothing); it must not raise
+    """
+
+    def __init__(self, moved: Callable[[VCPUSet | None, VCPUSet | None], None] | None = None) -> None:
+        self._moved = moved
         self._sets: dict[UID, VCPUSet] = {}
         # The last resourceVersion of each dropped set: a list that began before the set went away still has it, and
         # would bring it back until the next list.
@@ -36,10 +40,12 @@ class Cache:
         """Store it. False: nothing new, it is what is known already or older."""
         known = self._sets.get(vcpuset.uid)
         last = self._dropped.get(vcpuset.uid) if known is None else known.resource_version
-        if last is not None and not _is_newer(vcpuset.resource_version, last):
+        if last is not None and not is_newer(vcpuset.resource_version, last):
             return False
         self._dropped.pop(vcpuset.uid, None)
         self._sets[vcpuset.uid] = vcpuset
+        if self._moved is not None:
+            self._moved(known, vcpuset)
         return True
 
     def drop(self, uid: UID) -> VCPUSet | None:
@@ -49,6 +55,8 @@ class Cache:
             self._dropped[uid] = known.resource_version
             if len(self._dropped) > _DROPPED_LIMIT:
                 self._dropped.popitem(last=False)
+            if self._moved is not None:
+                self._moved(known, None)
         return known
 
     def __iter__(self) -> Iterator[VCPUSet]:
@@ -58,7 +66,7 @@ class Cache:
         return len(self._sets)
 
 
-def _is_newer(version: str, than: str) -> bool:
+def is_newer(version: str, than: str) -> bool:
     """Whether a resourceVersion is later than another one of the same object.
 
     Kubernetes promises since 1.35 that they are decimal numbers which can be compared, and etcd-backed servers have

@@ -91,6 +91,7 @@ class Cluster:
         """The status writes under way; one per set, as each set is worked on once at a time."""
         self._login = asyncio.Lock()
         self._permit: Callable[[], None] | None = None
+        self._requested: Callable[[str, str], None] = _unheard
         self._reported: dict[UID, str] = {}
         """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
 
@@ -114,6 +115,10 @@ class Cluster:
     def guard(self, permit: Callable[[], None]) -> None:
         """From now on call `permit` before a status or an Event is written; what it raises is raised to the writer."""
         self._permit = permit
+
+    def count(self, requested: Callable[[str, str], None]) -> None:
+        """From now on call `requested` after each request, with the method and the HTTP status, or "<error>"."""
+        self._requested = requested
 
     async def close(self) -> None:
         """Close the connections. Requests that are under way fail."""
@@ -263,11 +268,11 @@ class Cluster:
             async with asyncio.timeout(REQUEST_SECONDS):
                 try:
                     async with self._borrowed() as client:
-                        return await _send(client, method, path, query or [], body, content_type)
+                        return await self._try(client, method, path, query or [], body, content_type)
                 except _Unauthorized:
                     await self._log_in_again(client)
                 async with self._borrowed() as client:
-                    return await _send(client, method, path, query or [], body, content_type)
+                    return await self._try(client, method, path, query or [], body, content_type)
         except TimeoutError as error:
             host = self._client.configuration.host
             raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
@@ -275,6 +280,27 @@ class Cluster:
             raise APIError(f"{what}: {error or repr(error)}") from error
         except msgspec.DecodeError as error:
             raise APIError(f"{what}: the answer is not JSON: {error}") from error
+
+    async def _try(
+        self,
+        client: ApiClient,
+        method: str,
+        path: str,
+        query: builtins.list[tuple[str, str]],
+        body: Mapping[str, Any] | None,
+        content_type: str,
+    ) -> dict[str, Any]:
+        """One request and what came of it."""
+        code = "<error>"  # client-go's word for no answer
+        try:
+            status, headers, raw = await _send(client, method, path, query, body, content_type)
+            code = str(status)
+        finally:
+            self._requested(method, code)
+        if 200 <= status < 300:
+            decoded: dict[str, Any] = msgspec.json.decode(raw)
+            return decoded
+        raise _refusal(f"{method} {path}", status, headers, raw)
 
     async def _log_in_again(self, refused: ApiClient) -> None:
         """Put a client with credentials read anew in place of one whose credentials were refused."""
@@ -309,6 +335,10 @@ async def _close(client: Any) -> None:  # noqa: ANN401 - ApiClient has no annota
     await client.close()
 
 
+def _unheard(_method: str, _code: str) -> None:
+    """Nobody counts."""
+
+
 def _path(api_version: str, plural: str, namespace: str | None) -> str:
     return (
         f"/apis/{api_version}/{plural}" if namespace is None else f"/apis/{api_version}/namespaces/{namespace}/{plural}"
@@ -322,8 +352,8 @@ async def _send(
     query: list[tuple[str, str]],
     body: Mapping[str, Any] | None,
     content_type: str,
-) -> dict[str, Any]:
-    """One request and its answer, through the untyped layer below the generated API classes.
+) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body of the answer to one request, through the untyped layer below the generated API classes.
 
     Those would add a model class per kind and a second parse; what they know beyond it is the path.
     """
@@ -337,11 +367,7 @@ async def _send(
         auth_settings=["BearerToken"],
     )
     response = await untyped.call_api(*request)
-    raw: bytes = await response.read()
-    if 200 <= response.status < 300:
-        decoded: dict[str, Any] = msgspec.json.decode(raw)
-        return decoded
-    raise _refusal(f"{method} {path}", response.status, response.headers, raw)
+    return response.status, response.headers, await response.read()
 
 
 def _refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:

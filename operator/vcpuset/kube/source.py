@@ -29,6 +29,7 @@ from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Scope
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
+from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.login import connection_info
 
 __all__ = ["Source", "watch_settings"]
@@ -73,13 +74,24 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
 
 
 class Source:
-    """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included."""
+    """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included.
 
-    def __init__(self, kubeconfig: Path | None, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+    `freshness` is told what the watch brings, news or not.
+    """
+
+    def __init__(
+        self,
+        kubeconfig: Path | None,
+        scope: Scope,
+        cache: Cache,
+        changed: Callable[[UID], None],
+        freshness: Freshness,
+    ) -> None:
         self._kubeconfig = kubeconfig
         self._scope = scope
         self._cache = cache
         self._changed = changed
+        self._freshness = freshness
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
         """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
@@ -161,7 +173,9 @@ class Source:
 
         DELETED stands for a deletion and for a set that has left the selection.
         """
-        if event_type == "DELETED":
+        gone = event_type == "DELETED"
+        self._freshness.brought(uid, None if gone else body.metadata.get("resourceVersion"))
+        if gone:
             news = self._cache.drop(uid) is not None
         else:
             try:

@@ -8,25 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.freshness import Freshness
 
 __all__ = ["sweep"]
 
 
-async def sweep(cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None]) -> None:
+async def sweep(
+    cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], freshness: Freshness
+) -> None:
     """Make `cache` hold what the API server has, and call `changed` for each set that is new, newer or gone.
 
     Raises:
         APIError: the list failed; the cache is as it was.
     """
     before = {vcpuset.uid: vcpuset.resource_version for vcpuset in cache}
-    listed = await cluster.list(scope)
-    for vcpuset in listed:
-        if cache.put(vcpuset):
-            changed(vcpuset.uid)
-    for uid in before.keys() - {vcpuset.uid for vcpuset in listed}:
+    try:
+        listed = await cluster.list(scope)
+    except APIError:
+        freshness.failed()
+        raise
+    news = {vcpuset.uid: vcpuset.resource_version for vcpuset in listed if cache.put(vcpuset)}
+    present = {vcpuset.uid for vcpuset in listed}
+    freshness.listed(present, news)
+    for uid in news:
+        changed(uid)
+    for uid in before.keys() - present:
         known = cache.get(uid)
         # A set that came, or came back, while the list was under way need not be in it.
         if known is not None and known.resource_version == before[uid]:

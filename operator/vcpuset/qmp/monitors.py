@@ -19,7 +19,7 @@ from pathlib import Path
 from vcpuset.domain.errors import InvalidMonitor
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
-from vcpuset.qmp.session import Session
+from vcpuset.qmp.session import Outcome, Session
 from vcpuset.qmp.sockets import Endpoint, open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 
@@ -54,6 +54,7 @@ class Monitors:
     networks     where TCP monitors may lie; None: anywhere, for a local user, who is trusted
     wake         told that something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
+    commanded    told of the end of each command: whose machine, its name, how many seconds it took, what came of it
     pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
     """
 
@@ -64,12 +65,14 @@ class Monitors:
         *,
         networks: Networks | None = _NOWHERE,
         permit: Callable[[], None] | None = None,
+        commanded: Callable[[UID, str, float, Outcome], None] | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
         self._networks = networks
         self._wake = wake
         self._permit = permit
+        self._commanded = commanded
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
@@ -103,7 +106,8 @@ class Monitors:
             if session.alive and known.identity == endpoint.identity:
                 return session
             await self._close(uid)
-        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit)
+        told = None if self._commanded is None else partial(self._commanded, uid)
+        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit, commanded=told)
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from qemu.qmp import ExecuteError, Message
 
@@ -26,7 +26,7 @@ from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client
 from vcpuset.qmp.sockets import Endpoint
 
-__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Session"]
+__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
 
 OPEN_SECONDS: Final = 3.0
 """For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor takes for ever."""
@@ -47,6 +47,9 @@ _WAKING: Final = frozenset({
 })  # fmt: skip
 """Events after which a pass could see something else. `ACPI_DEVICE_OST` is looked at more closely."""
 
+Outcome = Literal["done", "refused", "timeout", "lost"]
+"""What came of a command: QEMU did it, or said no, or did not answer in time; or the connection was lost, or cut."""
+
 _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
@@ -62,12 +65,14 @@ class Session:
         command_seconds: float,
         close_seconds: float,
         permit: Callable[[], None] | None = None,
+        commanded: Callable[[str, float, Outcome], None] | None = None,
     ) -> None:
         self._where = where
         self._wake = wake
         self._command_seconds = command_seconds
         self._close_seconds = close_seconds
         self._client = Client(self._on_event, self._on_loss, permit)
+        self._commanded = commanded
         self._open = False
         self._closed = False
         self._puzzled = False
@@ -88,6 +93,7 @@ class Session:
         wake: Callable[[], None],
         *,
         permit: Callable[[], None] | None = None,
+        commanded: Callable[[str, float, Outcome], None] | None = None,
         open_seconds: float = OPEN_SECONDS,
         command_seconds: float = COMMAND_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
@@ -98,12 +104,13 @@ class Session:
         connection is lost; never after `close`. Several events in one go make one call. It must not raise.
 
         `permit` is called right before each command is sent; if it raises, the connection is cut in place of that.
+        `commanded` is told of the end of each: its name, how many seconds it took, and what came of it.
 
         Raises InvalidMonitor if the endpoint may not be connected to, MonitorUnreachable if nobody listens or what
         listens does not speak QMP, MonitorBusy if no greeting comes, MonitorTimeout if QEMU greets and then answers no
         more. The endpoint may be closed afterwards.
         """
-        session = cls(str(endpoint), wake, command_seconds, close_seconds, permit)
+        session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded)
         session._since = endpoint.made_at
         await session._connect(endpoint, open_seconds)
         return session
@@ -212,19 +219,30 @@ class Session:
         await self._client.end(self._close_seconds)
 
     async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        outcome: Outcome = "lost"
         try:
             async with asyncio.timeout(self._command_seconds):
-                return await self._client.execute(command, arguments)
+                reply = await self._client.execute(command, arguments)
         except TimeoutError as error:
+            outcome = "timeout"
             late = "" if command.startswith("query-") else "; it may still carry it out"
             raise MonitorTimeout(
                 f"{self._where} has not answered {command} within {self._command_seconds:g} s{late}: see whether the "
                 "QEMU process is stopped, waits for storage or gets too little CPU time"
             ) from error
         except ExecuteError as error:
+            outcome = "refused"
             raise translate.refusal(command, error) from error
         except Exception as error:
             raise translate.loss(self._where, command, error, self._client.cause) from error
+        else:
+            outcome = "done"
+            return reply
+        finally:
+            if self._commanded is not None:
+                self._commanded(command, loop.time() - began, outcome)
 
     def _on_event(self, event: Message) -> None:
         name, data = event["event"], event.get("data")

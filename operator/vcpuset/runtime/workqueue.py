@@ -11,6 +11,7 @@ piece of work:
     queue.drop(key)               # the object is gone
 
     key = await queue.get()       # a worker takes a key ...
+    queue.touch(key)              # ... may say that it gets on ...
     queue.done(key)               # ... and gives it back, whatever came of it
 
 Three things differ from client-go. A pass supersedes the timers set before it: its own result says
@@ -68,6 +69,10 @@ class QueueStatistics:
     """How long the oldest of the keys in work has been there; a stuck worker shows here."""
     unfinished_seconds: float
     """The same, summed over all keys in work."""
+    longest_still_seconds: float
+    """How long nothing has been heard (`touch()`) of the key in work of which nothing was heard the longest."""
+    longest_waiting_seconds: float
+    """How long the oldest of the ready keys has waited for a worker."""
 
 
 class WorkQueue(Generic[K]):
@@ -91,6 +96,8 @@ class WorkQueue(Generic[K]):
         self._ready: OrderedDict[K, float] = OrderedDict()
         # Handed out and not yet given back, with the loop time of the hand-out. None is in _ready.
         self._processing: dict[K, float] = {}
+        # When each of those last moved on, in loop time, if it has since its hand-out.
+        self._touched: dict[K, float] = {}
         # Added while in _processing, with the time of the add; done() moves them to _ready.
         self._again: dict[K, float] = {}
         # Dropped while in _processing: what the rest of that pass says of the old object does not count.
@@ -193,12 +200,18 @@ class WorkQueue(Generic[K]):
         if key not in self._processing:
             raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
         started_at = self._processing.pop(key)
+        self._touched.pop(key, None)
         self._dropped.discard(key)
         if key in self._again:
             self._ready[key] = self._again.pop(key)
             self._wake_getter()
         if self._observer is not None:
             self._observer.worked(self._loop.time() - started_at)
+
+    def touch(self, key: K) -> None:
+        """Note that the work on the key moves on, which tells long work from work that is stuck."""
+        if key in self._processing:
+            self._touched[key] = self._loop.time()
 
     def forget(self, key: K) -> None:
         """End the key's back-off, after a success. It does not replace `done()`."""
@@ -251,6 +264,7 @@ class WorkQueue(Generic[K]):
         """What the queue holds now, and its totals so far."""
         now = self._loop.time()
         running = [now - started_at for started_at in self._processing.values()]
+        still = [now - self._touched.get(key, started_at) for key, started_at in self._processing.items()]
         return QueueStatistics(
             depth=len(self._ready),
             processing=len(self._processing),
@@ -260,6 +274,10 @@ class WorkQueue(Generic[K]):
             retries_total=self._retries_total,
             longest_running_seconds=max(running, default=0.0),
             unfinished_seconds=sum(running),
+            longest_still_seconds=max(still, default=0.0),
+            # The first is the oldest, as keys are appended when they become due; one that was added again during its
+            # pass has become due a little earlier than its neighbours.
+            longest_waiting_seconds=now - next(iter(self._ready.values())) if self._ready else 0.0,
         )
 
     # Own use.

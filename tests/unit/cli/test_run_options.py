@@ -62,6 +62,7 @@ FLAGS = (
     "--workers",
     "--resync-seconds",
     "--http-address",
+    "--metrics-set-limit",
     "--leader-elect",
     "--leader-elect-namespace",
     "--leader-elect-name",
@@ -101,6 +102,7 @@ CHOICES: list[tuple[str, str, str, Any]] = [
     ("--workers", "3", "workers", 3),
     ("--resync-seconds", "7", "resync_seconds", 7),
     ("--http-address", "0.0.0.0:9090", "http_address", ("0.0.0.0", 9090)),  # noqa: S104 - nothing listens here
+    ("--metrics-set-limit", "0", "metrics_set_limit", 0),
     ("--kubeconfig", __file__, "kubeconfig", Path(__file__)),
 ]
 

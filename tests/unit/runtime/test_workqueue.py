@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,8 @@ IDLE = QueueStatistics(
     retries_total=0,
     longest_running_seconds=0.0,
     unfinished_seconds=0.0,
+    longest_still_seconds=0.0,
+    longest_waiting_seconds=0.0,
 )
 
 
@@ -386,7 +389,7 @@ async def test_dropping_forgets_deadline_and_failures() -> None:
     queue.add_rate_limited("a")
     queue.drop("a")
     assert queue.failures("a") == 0
-    assert queue.statistics() == QueueStatistics(0, 0, 0, 0, 0, 1, 0.0, 0.0)
+    assert queue.statistics() == replace(IDLE, retries_total=1)
     assert await nothing_comes(queue, 1000)
 
 
@@ -526,7 +529,41 @@ async def test_statistics_tell_what_the_queue_holds() -> None:
         retries_total=1,
         longest_running_seconds=0.75,
         unfinished_seconds=1.25,
+        longest_still_seconds=0.75,
+        longest_waiting_seconds=0.75,
     )
+
+
+async def test_work_that_moves_on_is_long_but_not_still() -> None:
+    queue = make_queue()
+    queue.add("a")
+    queue.add("b")
+    await queue.get()
+    await queue.get()
+    await asyncio.sleep(100)
+    queue.touch("a")
+    queue.touch("not in work")
+    await asyncio.sleep(20)
+    assert queue.statistics().longest_running_seconds == 120
+    assert queue.statistics().longest_still_seconds == 120
+
+    queue.done("b")
+
+    assert queue.statistics().longest_running_seconds == 120
+    assert queue.statistics().longest_still_seconds == 20
+
+
+async def test_a_key_that_is_taken_again_has_not_moved_yet() -> None:
+    queue = make_queue()
+    queue.add("a")
+    await queue.get()
+    await asyncio.sleep(10)
+    queue.touch("a")
+    queue.done("a")
+    queue.add("a")
+    await queue.get()
+    await asyncio.sleep(30)
+    assert queue.statistics().longest_still_seconds == 30
 
 
 async def test_the_observer_learns_how_long_keys_waited_and_were_worked_on() -> None:

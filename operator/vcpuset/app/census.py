@@ -1,0 +1,164 @@
+"""How the sets are now, as Prometheus metrics: read from the cache when somebody asks, so a pass reports nothing here.
+
+Some series are there for each set, so their number is bounded: with more sets than a limit none of them is shown, and
+`vcpuset_set_series` says so. What is summed up over all sets is always there; alerts that must not fail go by that.
+
+With thousands of sets the text takes some tenths of a second to write, so it is written in a thread, from a copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.resource import UID, VCPUSet
+
+__all__ = ["UNREPORTED", "Census", "Snapshot"]
+
+UNREPORTED: Final = "Unreported"
+"""In place of a reason: this process, or an earlier one, has not reported on the present spec yet."""
+
+_STATES: Final = {reason.value: reason.states for reason in Reason}
+
+
+class Snapshot:
+    """A collector of the sets' metrics at one moment.
+
+    sets   those that this process serves
+    waits  how long those of them that are not Ready since a change of their spec have been so, in seconds
+    limit  series of single sets are shown for so many sets at most
+    now    the time of the clock
+    """
+
+    def __init__(self, sets: Iterable[VCPUSet], waits: Mapping[UID, float], limit: int, now: datetime) -> None:
+        self._sets = tuple(sets)
+        self._waits = waits
+        self._shown = len(self._sets) <= limit
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, those of single sets last."""
+        states = [_state(vcpuset) for vcpuset in self._sets]
+        unmatched = [self._unmatched_seconds(vcpuset) for vcpuset in self._sets]
+        yield from _summed(states, unmatched)
+        shown = GaugeMetricFamily(
+            "vcpuset_set_series", "1: there are series for single sets; 0: there are more sets than may be shown."
+        )
+        shown.add_metric([], float(self._shown))
+        yield shown
+        if self._shown:
+            yield from self._single(states, unmatched)
+
+    def _single(self, states: list[tuple[State, str]], unmatched: list[float]) -> Iterator[Metric]:
+        of_set = ["namespace", "name"]
+        for name, text, value in _SINGLE:
+            family = GaugeMetricFamily(name, text, labels=of_set)
+            for vcpuset in self._sets:
+                if (number := value(vcpuset)) is not None:
+                    family.add_metric([vcpuset.namespace, vcpuset.name], number)
+            yield family
+        seconds = GaugeMetricFamily("vcpuset_unmatched_seconds", _UNMATCHED, labels=of_set)
+        state = GaugeMetricFamily(
+            "vcpuset_state",
+            "Always 1: the set's state and the reason of its conditions.",
+            labels=[*of_set, "state", "reason"],
+        )
+        for vcpuset, (which, reason), since in zip(self._sets, states, unmatched, strict=True):
+            seconds.add_metric([vcpuset.namespace, vcpuset.name], since)
+            state.add_metric([vcpuset.namespace, vcpuset.name, which.value, reason], 1)
+        yield seconds
+        yield state
+
+    def _unmatched_seconds(self, vcpuset: VCPUSet) -> float:
+        ready = vcpuset.status.ready
+        if ready is None:
+            return max(0.0, (self._now - vcpuset.created_at).total_seconds())
+        if ready.status != "True":
+            return max(0.0, (self._now - ready.last_transition_time).total_seconds())
+        # Ready, but perhaps as an earlier spec had it.
+        return 0.0 if ready.observed_generation == vcpuset.generation else self._waits.get(vcpuset.uid, 0.0)
+
+
+class Census:
+    """Writes the metrics of the sets.
+
+    sets   those that this process serves, now
+    waits  as in `Snapshot`, now
+    limit  as in `Snapshot`
+    """
+
+    def __init__(
+        self, sets: Callable[[], Iterable[VCPUSet]], waits: Callable[[], Mapping[UID, float]], limit: int
+    ) -> None:
+        self._sets, self._waits, self._limit = sets, waits, limit
+        # One at a time: whoever asks faster than this is answered must not get more and more threads.
+        self._writing = asyncio.Lock()
+
+    async def exposition(self) -> bytes:
+        """All of them in Prometheus' text format. The loop is not held up meanwhile."""
+        async with self._writing:
+            registry = CollectorRegistry()
+            registry.register(Snapshot(self._sets(), self._waits(), self._limit, datetime.now(UTC)))
+            return await asyncio.to_thread(generate_latest, registry)
+
+
+_UNMATCHED: Final = (
+    "Seconds since the machine last was as declared, as the status has it; 0: it is so now; of a new set, its age."
+)
+
+
+def _pending(vcpuset: VCPUSet) -> float:
+    return float(sum(request.in_flight for request in vcpuset.status.pending_unplugs))
+
+
+_SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] = (
+    ("vcpuset_desired_vcpus", "spec.vcpus.", lambda vcpuset: vcpuset.spec.vcpus),
+    ("vcpuset_current_vcpus", "status.vcpus, once it is known.", lambda vcpuset: vcpuset.status.vcpus),
+    ("vcpuset_online_vcpus", "status.onlineVCPUs, while it is known.", lambda vcpuset: vcpuset.status.online_vcpus),
+    ("vcpuset_pending_unplugs", "Unplug requests that the guest may still carry out.", _pending),
+)
+
+
+def _state(vcpuset: VCPUSet) -> tuple[State, str]:
+    """The set's state and reason. What was reported on an earlier spec does not count."""
+    ready = vcpuset.status.ready
+    if ready is None or ready.observed_generation != vcpuset.generation:
+        return State.RECONCILING, UNREPORTED
+    if ready.status == "True":
+        return State.READY, ready.reason
+    for state in (State.RECONCILING, State.STALLED):
+        if (condition := vcpuset.status.condition(state.value)) is not None and condition.status == "True":
+            return state, ready.reason
+    return State.HELD, ready.reason
+
+
+def _summed(states: list[tuple[State, str]], unmatched: list[float]) -> Iterator[Metric]:
+    # All that there can be, so that a series does not begin with the first trouble.
+    counts = {(state, reason): 0 for reason, possible in _STATES.items() for state in possible}
+    counts[State.RECONCILING, UNREPORTED] = 0
+    longest = dict.fromkeys((State.RECONCILING, State.STALLED, State.HELD), 0.0)
+    for (state, reason), seconds in zip(states, unmatched, strict=True):
+        known = reason if (state, reason) in counts else UNREPORTED  # a later version's, which has a fixed list too
+        counts[state, known] = counts.get((state, known), 0) + 1
+        if state in longest:
+            longest[state] = max(longest[state], seconds)
+    sets = GaugeMetricFamily(
+        "vcpuset_sets", "VCPUSets that this operator serves, by state and reason.", labels=["state", "reason"]
+    )
+    for (state, reason), count in counts.items():
+        sets.add_metric([state.value, reason], count)
+    yield sets
+    oldest = GaugeMetricFamily(
+        "vcpuset_longest_unmatched_seconds",
+        "The greatest vcpuset_unmatched_seconds of all sets in this state; 0: there is none.",
+        labels=["state"],
+    )
+    for state, seconds in longest.items():
+        oldest.add_metric([state.value], seconds)
+    yield oldest

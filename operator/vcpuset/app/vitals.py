@@ -1,0 +1,35 @@
+"""Whether the process should be started anew: what `/healthz` says.
+
+Only what a new process would mend counts. An API server that is away, monitors that do not answer, a queue that is long
+because much is to be done: none of that. An event loop that is blocked cannot answer at all, which the prober's own
+timeout tells; a task that has ended ends the process without being asked (`TaskOwner`).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vcpuset.kube.freshness import BEHIND_SECONDS, Freshness
+from vcpuset.runtime.workqueue import QueueStatistics
+
+__all__ = ["STUCK_SECONDS", "illness"]
+
+STUCK_SECONDS: Final = 180.0
+"""Work of which nothing was heard for so long is stuck. Each wait in a pass has a deadline, the longest 20 s, and the
+end of each QMP command is heard of; so a pass that plugs hundreds of vCPUs into a slow machine may take longer."""
+
+
+def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str | None:
+    """Why the process should be started anew; None: it is well."""
+    if queue.longest_still_seconds > STUCK_SECONDS:
+        return f"a pass has not moved for {queue.longest_still_seconds:.0f} s"
+    # All workers busy is a matter of load (each of them moves, or the above says so); an idle one takes what is ready.
+    if queue.longest_waiting_seconds > STUCK_SECONDS and queue.processing < workers:
+        idle = workers - queue.processing
+        return f"a set has waited {queue.longest_waiting_seconds:.0f} s although {idle} of {workers} workers are idle"
+    if freshness.behind_seconds > BEHIND_SECONDS:
+        return (
+            f"the watch is behind: for {freshness.behind_seconds:.0f} s lists have shown news of "
+            f"{len(freshness.missing)} sets that it has not brought"
+        )
+    return None

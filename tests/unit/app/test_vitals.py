@@ -1,0 +1,80 @@
+"""What makes `/healthz` fail, and what does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vcpuset.app.vitals import STUCK_SECONDS, illness
+from vcpuset.domain.resource import UID
+from vcpuset.kube.freshness import BEHIND_SECONDS, CHECK_SECONDS, Freshness
+from vcpuset.runtime.workqueue import QueueStatistics
+
+__all__: list[str] = []
+
+IDLE = QueueStatistics(
+    depth=0,
+    processing=0,
+    delayed=0,
+    failing=0,
+    adds_total=0,
+    retries_total=0,
+    longest_running_seconds=0.0,
+    unfinished_seconds=0.0,
+    longest_still_seconds=0.0,
+    longest_waiting_seconds=0.0,
+)
+
+LONG = STUCK_SECONDS + 1
+
+
+@pytest.mark.parametrize(
+    "queue",
+    [
+        pytest.param(IDLE, id="nothing to do"),
+        pytest.param(replace(IDLE, failing=5000, delayed=5000, retries_total=10**6), id="no monitor answers"),
+        pytest.param(
+            replace(IDLE, processing=1, longest_running_seconds=10 * LONG, unfinished_seconds=10 * LONG),
+            id="a pass that moves on, however long",
+        ),
+        pytest.param(
+            replace(IDLE, depth=5000, processing=4, longest_waiting_seconds=10 * LONG),
+            id="too much for all workers",
+        ),
+    ],
+)
+def test_what_a_restart_would_not_mend_is_no_illness(queue: QueueStatistics) -> None:
+    assert illness(queue, 4, Freshness()) is None
+
+
+def test_a_pass_that_does_not_move_is_an_illness() -> None:
+    assert illness(replace(IDLE, processing=1, longest_still_seconds=LONG), 4, Freshness()) == (
+        "a pass has not moved for 181 s"
+    )
+
+
+def test_all_workers_occupied_by_passes_that_do_not_move_is_an_illness() -> None:
+    stuck = replace(IDLE, depth=9, processing=4, longest_still_seconds=LONG, longest_waiting_seconds=LONG)
+    assert illness(stuck, 4, Freshness()) is not None
+
+
+def test_a_set_that_waits_beside_an_idle_worker_is_an_illness() -> None:
+    assert illness(replace(IDLE, depth=1, processing=3, longest_waiting_seconds=LONG), 4, Freshness()) == (
+        "a set has waited 181 s although 1 of 4 workers are idle"
+    )
+
+
+def test_a_watch_that_is_behind_is_an_illness() -> None:
+    now = 0.0
+    freshness = Freshness(lambda: now)
+    freshness.listed({UID("web")}, {UID("web"): "7"})
+    while now <= BEHIND_SECONDS:
+        assert illness(IDLE, 4, freshness) is None
+        now += CHECK_SECONDS
+        freshness.listed({UID("web")}, {})
+
+    why = illness(IDLE, 4, freshness)
+
+    assert why is not None
+    assert why.startswith("the watch is behind: for 270 s lists have shown news of 1 sets")
