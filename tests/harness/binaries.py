@@ -1,11 +1,11 @@
-"""Which etcd, kube-apiserver, kubectl and kube-controller-manager the tests and the demo use, and where they are.
+"""Which etcd, kube-apiserver, kubectl, kube-controller-manager and helm the tests and the demo use, and where they are.
 
 They are built from the modules pinned beside this file (build/*/go.mod) and kept in the cache folder under a name made
 from those pins, so that changing a pin asks for a new build. `KUBEBUILDER_ASSETS`, the variable that the Go operators'
 tests use, takes precedence.
 
 kube-controller-manager is apart, with a go.mod of its own: only the tests of autoscaling start it, the demo need not
-wait for it, and the folders that `KUBEBUILDER_ASSETS` names usually lack it.
+wait for it, and the folders that `KUBEBUILDER_ASSETS` names usually lack it. So is helm, for the tests of the chart.
 """
 
 import os
@@ -22,13 +22,17 @@ __all__ = [
     "CONTROLLER_MANAGER",
     "CONTROLLER_MANAGER_MODULE",
     "CONTROL_PLANE_MODULE",
+    "HELM",
+    "HELM_MODULE",
     "NAMES",
     "Binaries",
     "BinariesMissing",
     "binaries",
     "built_controller_manager_folder",
     "built_folder",
+    "built_helm_folder",
     "controller_manager",
+    "helm",
     "kubernetes_version",
 ]
 
@@ -38,8 +42,12 @@ CONTROL_PLANE_MODULE: Final = Path(__file__).resolve().parent / "build" / "contr
 CONTROLLER_MANAGER_MODULE: Final = CONTROL_PLANE_MODULE.with_name("controllermanager")
 """The folder with the go.mod that pins kube-controller-manager: the same versions, and what it needs besides."""
 
+HELM_MODULE: Final = CONTROL_PLANE_MODULE.with_name("helm")
+"""The folder with the go.mod that pins helm."""
+
 NAMES: Final = ("etcd", "kube-apiserver", "kubectl")
 CONTROLLER_MANAGER: Final = "kube-controller-manager"
+HELM: Final = "helm"
 
 BUILD_RECIPE: Final = "1"
 """Raise this when the way of building changes the programs although go.mod does not."""
@@ -81,6 +89,11 @@ def built_folder() -> Path:
 def built_controller_manager_folder() -> Path:
     """Where the kube-controller-manager built from the present pins belongs."""
     return _folder_of(CONTROLLER_MANAGER_MODULE)
+
+
+def built_helm_folder() -> Path:
+    """Where the helm built from the present pins belongs."""
+    return _folder_of(HELM_MODULE)
 
 
 def _folder_of(module: Path) -> Path:
@@ -125,3 +138,15 @@ def controller_manager() -> Path:
     raise BinariesMissing(
         f"{CONTROLLER_MANAGER} is neither in {', '.join(map(str, folders))} nor in PATH: run `make setup`"
     )
+
+
+def helm() -> Path:
+    """The helm in the cache folder. One from PATH may be of a version with other commands and other checks.
+
+    Raises:
+        BinariesMissing: it is not there.
+    """
+    path = built_helm_folder() / HELM
+    if not os.access(path, os.X_OK):
+        raise BinariesMissing(f"helm is not built ({path}): run `make setup`")
+    return path

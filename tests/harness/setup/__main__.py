@@ -10,7 +10,7 @@ from typing import Final
 from harness import guestimage
 from harness.cache import cache_dir
 from harness.setup.console import SetupFailed, run_visibly, say
-from harness.setup.controlplane import ensure_control_plane, ensure_controller_manager, remove_build_cache
+from harness.setup.controlplane import ensure_control_plane, ensure_controller_manager, ensure_helm, remove_build_cache
 from harness.setup.system import install_missing
 from harness.setup.venv import VENV_PYTHON, ensure_venv
 
@@ -32,10 +32,11 @@ PARTS: Final[dict[str, Callable[[], None]]] = {
     "controlplane": ensure_control_plane,
     "guest": ensure_guest,
     "controllermanager": ensure_controller_manager,
+    "helm": ensure_helm,
 }
 """In the order in which they need each other."""
 
-BUILDS: Final = {"controlplane", "controllermanager"}
+BUILDS: Final = {"controlplane", "controllermanager", "helm"}
 """The parts that share what is downloaded and compiled for them."""
 
 

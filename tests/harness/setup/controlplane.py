@@ -1,4 +1,4 @@
-"""Building etcd, kube-apiserver, kubectl and kube-controller-manager from the modules pinned in build/*/go.mod.
+"""Building etcd, kube-apiserver, kubectl, kube-controller-manager and helm from the modules pinned in build/*/go.mod.
 
 They come from source because the Go module proxy, unlike the various places for ready-made programs, verifies what it
 delivers (go.sum) and is reachable wherever Go code is built. It is done once: the result stays in the cache folder.
@@ -20,19 +20,23 @@ from harness.binaries import (
     CONTROL_PLANE_MODULE,
     CONTROLLER_MANAGER,
     CONTROLLER_MANAGER_MODULE,
+    HELM,
+    HELM_MODULE,
     NAMES,
     Binaries,
     BinariesMissing,
     built_controller_manager_folder,
     built_folder,
+    built_helm_folder,
     controller_manager,
+    helm,
     kubernetes_version,
 )
 from harness.cache import cache_dir
 from harness.setup.console import NotPossible, SetupFailed, say
 from harness.setup.golang import Go, find_go
 
-__all__ = ["ensure_control_plane", "ensure_controller_manager", "remove_build_cache"]
+__all__ = ["ensure_control_plane", "ensure_controller_manager", "ensure_helm", "remove_build_cache"]
 
 PACKAGES: Final = {
     "etcd": "go.etcd.io/etcd/server/v3",
@@ -86,6 +90,21 @@ def ensure_controller_manager() -> None:
         say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, else some more.")
         packages = {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"}
         _build(CONTROLLER_MANAGER_MODULE, packages, folder)
+
+
+def ensure_helm() -> None:
+    """Build helm, unless the cache folder has it.
+
+    Raises:
+        SetupFailed: the build failed; its output has been shown.
+    """
+    try:
+        helm()
+    except BinariesMissing:
+        folder = built_helm_folder()
+        say(f"==> Helm, into {folder}")
+        say("    Built from source, once: 3 to 5 minutes on two cores.")
+        _build(HELM_MODULE, {HELM: f"helm.sh/helm/v4/cmd/{HELM}"}, folder)
 
 
 def remove_build_cache() -> None:

@@ -1,0 +1,356 @@
+"""The Helm chart: it makes what kustomize makes, obeys and checks its values, and lives through a release's life."""
+
+import json
+import tomllib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+import yaml
+
+from harness.binaries import binaries
+from harness.cache import REPOSITORY
+from harness.controlplane import ControlPlane
+from harness.helm import CHART, render, run_helm
+from harness.processes import run
+
+__all__: list[str] = []
+
+DEPLOY: Final = REPOSITORY / "deploy"
+HELMS_OWN_LABELS: Final = {"helm.sh/chart", "app.kubernetes.io/managed-by"}
+Json = dict[str, Any]
+Key = tuple[str, str, str]
+
+
+async def kustomize(folder: Path) -> list[Json]:
+    """The objects that `kubectl kustomize` makes."""
+    built = await run([binaries().kubectl, "kustomize", folder])
+    return [each for each in yaml.safe_load_all(built.stdout) if each]
+
+
+def by_name(objects: list[Json]) -> dict[Key, Json]:
+    """Objects by kind, namespace and name."""
+    found = {(each["kind"], each["metadata"].get("namespace", ""), each["metadata"]["name"]): each for each in objects}
+    assert len(found) == len(objects), "an object is there twice"
+    return found
+
+
+def without_helms_own(objects: list[Json]) -> list[Json]:
+    """What Helm made, without what Helm itself needs; each object must have had it."""
+    for each in objects:
+        metadata = each["metadata"]
+        assert metadata["labels"].keys() >= HELMS_OWN_LABELS, metadata
+        for label in HELMS_OWN_LABELS:
+            del metadata["labels"][label]
+        if each["kind"] == "CustomResourceDefinition":
+            assert metadata.pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    return objects
+
+
+# --- the same objects ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overlay", "components", "values"),
+    [
+        pytest.param("agent", [], {"controller.enabled": False}, id="agent"),
+        pytest.param("controller", [], {"agent.enabled": False}, id="controller"),
+        pytest.param("both", [], {}, id="both"),
+        pytest.param(
+            "both",
+            ["allow-tcp", "socket-group"],
+            {"controller.allowTCP": ["192.0.2.0/24"], "agent.supplementalGroups": [107]},
+            id="both with components",
+        ),
+    ],
+)
+async def test_the_chart_makes_the_same_objects_as_kustomize(
+    tmp_path: Path, overlay: str, components: list[str], values: Mapping[str, object]
+) -> None:
+    (tmp_path / "deploy").symlink_to(DEPLOY)
+    kustomization = {
+        "resources": [f"deploy/overlays/{overlay}"],
+        "components": [f"deploy/components/{name}" for name in components],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    expected = by_name(await kustomize(tmp_path if components else DEPLOY / "overlays" / overlay))
+    made = by_name(without_helms_own(await render(*settings(values))))
+    assert made.keys() == expected.keys()
+    for key, each in expected.items():
+        assert made[key] == each, key
+
+
+async def test_kustomize_and_chart_name_the_version_of_the_program() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    objects = await kustomize(DEPLOY / "overlays" / "both")
+    images = [
+        container["image"]
+        for each in objects
+        if each["kind"] in ("DaemonSet", "Deployment")
+        for container in each["spec"]["template"]["spec"]["containers"]
+    ]
+    assert images == [f"vcpuset:{version}"] * 2
+
+
+async def test_a_packaged_chart_holds_all_that_it_links_to(tmp_path: Path) -> None:
+    said = (await run_helm("package", CHART, "--destination", tmp_path)).stdout
+    package = Path(said.rpartition(": ")[2].strip())
+    assert by_name(await render(chart=package)) == by_name(await render())
+
+
+async def test_helm_finds_no_fault_in_the_chart() -> None:
+    await run_helm("lint", "--strict", CHART)
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def settings(values: Mapping[str, object]) -> list[str]:
+    """Values, by their paths, as options of helm."""
+    return [f"--set-json={path}={json.dumps(value)}" for path, value in values.items()]
+
+
+SCHEMA: Final[Json] = json.loads((CHART / "values.schema.json").read_text())
+LARGE: Final = ("resources", "affinity", "podLabels")
+"""Values that are Kubernetes' own, and handed on as a whole."""
+
+
+def leaves(schema: Json = SCHEMA, path: str = "") -> Iterator[str]:
+    """The paths of all values that the schema knows; of its objects with any keys only their own."""
+    schema = SCHEMA["definitions"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    name = path.rpartition(".")[2]
+    if "properties" not in schema or name in LARGE:
+        yield path
+        return
+    for key, value in schema["properties"].items():
+        yield from leaves(value, f"{path}.{key}" if path else key)
+
+
+APPEARS: Final[list[tuple[str, object, str]]] = [
+    ("image.repository", "registry.example.com/vcpuset", "image: registry.example.com/vcpuset:0.1.0"),
+    ("image.tag", "1.2.3", "image: vcpuset:1.2.3"),
+    ("image.digest", f"sha256:{'0123456789abcdef' * 4}", f"image: vcpuset@sha256:{'0123456789abcdef' * 4}"),
+    ("image.pullPolicy", "Always", "imagePullPolicy: Always"),
+    ("image.pullSecrets", ["token"], "imagePullSecrets:\n      - name: token\n"),
+    ("logLevel", "debug", "- --log-level=debug\n"),
+    ("resyncSeconds", 300, "- --resync-seconds=300\n"),
+    ("workers", 32, "- --workers=32\n"),
+    ("agent.namespace.name", "node-agents", "username == 'system:serviceaccount:node-agents:vcpuset-agent'"),
+    ("agent.socketRoot", "/srv/sockets", "- --socket-root=/srv/sockets\n"),
+    ("agent.runAsUser", 64055, "runAsUser: 64055\n"),
+    ("agent.runAsGroup", 108, "runAsGroup: 108\n"),
+    ("agent.supplementalGroups", [107], "supplementalGroups:\n        - 107\n"),
+    ("agent.maxUnavailable", 3, "maxUnavailable: 3\n"),
+    ("agent.priorityClassName", "system-node-critical", "priorityClassName: system-node-critical\n"),
+    ("agent.resources", {"requests": {"cpu": "77m"}}, "cpu: 77m\n"),
+    ("agent.nodeSelector", {"machines": "yes"}, "machines: 'yes'\n"),
+    ("agent.tolerations", [{"key": "machines", "operator": "Exists"}], "- key: machines\n        operator: Exists\n"),
+    ("agent.affinity", {"nodeAffinity": {"x": "y"}}, "affinity:\n        nodeAffinity:\n          x: y\n"),
+    ("agent.podAnnotations", {"team": "hv"}, "team: hv\n"),
+    ("agent.podLabels", {"team": "hv"}, "team: hv\n"),
+    ("controller.namespace.name", "control", "name: vcpuset-controller\n  namespace: control\n"),
+    ("controller.replicas", 3, "replicas: 3\n"),
+    ("controller.allowTCP", ["2001:db8::/32"], "- --allow-tcp=2001:db8::/32\n"),
+    ("controller.leaderElection.leaseName", "other", "resourceNames:\n  - other\n"),
+    ("controller.podDisruptionBudget.maxUnavailable", "50%", "maxUnavailable: 50%\n"),
+    ("controller.priorityClassName", "system-cluster-critical", "priorityClassName: system-cluster-critical\n"),
+    ("controller.resources", {"limits": {"memory": "1Gi"}}, "memory: 1Gi\n"),
+    ("controller.nodeSelector", {"machines": "no"}, "machines: 'no'\n"),
+    ("controller.tolerations", [{"key": "masters"}], "- key: masters\n"),
+    ("controller.affinity", {"podAffinity": {"x": "y"}}, "affinity:\n        podAffinity:\n          x: y\n"),
+    ("controller.podAnnotations", {"team": "hv"}, "team: hv\n"),
+    ("controller.podLabels", {"team": "hv"}, "team: hv\n"),
+    ("credentials.namespaces", ["shop"], "name: vcpuset-monitor-credentials\n  namespace: shop\n"),
+    ("networkPolicy.apiServer.cidrs", ["198.51.100.1/32"], "cidr: 198.51.100.1/32\n"),
+    ("networkPolicy.apiServer.ports", [8443], "port: 8443\n"),
+    ("networkPolicy.metricsNamespaceLabels", {"team": "metrics"}, "team: metrics\n"),
+    ("networkPolicy.monitorPorts", [4444], "port: 4444\n"),
+]
+"""A value's path, another value than the default, and what is then in the objects and was not before."""
+
+DISAPPEARS: Final[list[tuple[str, str]]] = [
+    ("base.create", "name: vcpuset-edit\n"),
+    ("crds.install", "kind: CustomResourceDefinition\n"),
+    ("agent.enabled", "kind: DaemonSet\n"),
+    (
+        "agent.namespace.create",
+        "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/component: agent\n",
+    ),
+    ("controller.enabled", "kind: Deployment\n"),
+    (
+        "controller.namespace.create",
+        "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/component: controller\n",
+    ),
+    ("controller.podDisruptionBudget.enabled", "kind: PodDisruptionBudget\n"),
+    ("networkPolicy.enabled", "kind: NetworkPolicy\n"),
+]
+"""The path of a switch, and what is no longer in the objects when it is off."""
+
+
+def test_every_value_of_the_schema_is_tried() -> None:
+    assert sorted([*(path for path, _, _ in APPEARS), *(path for path, _ in DISAPPEARS)]) == sorted(
+        set(leaves()) - {"global"}
+    )
+
+
+@pytest.mark.parametrize(("path", "value", "sign"), APPEARS, ids=[path for path, _, _ in APPEARS])
+async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
+    # Without a network to reach there is no port to reach it on.
+    beside = {"controller.allowTCP": ["192.0.2.0/24"]} if path == "networkPolicy.monitorPorts" else {}
+    assert sign not in yaml.safe_dump_all(await render(*settings(beside)))
+    assert sign in yaml.safe_dump_all(await render(*settings({**beside, path: value})))
+
+
+@pytest.mark.parametrize(("path", "sign"), DISAPPEARS, ids=[path for path, _ in DISAPPEARS])
+async def test_a_switch_is_obeyed(path: str, sign: str) -> None:
+    assert sign in yaml.safe_dump_all(await render())
+    assert sign not in yaml.safe_dump_all(await render(*settings({path: False})))
+
+
+async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones() -> None:
+    values = {
+        "agent.namespace.name": "node-agents",
+        "controller.namespace.name": "control",
+        "agent.socketRoot": "/srv/sockets",
+        "credentials.namespaces": ["shop"],
+        "controller.leaderElection.leaseName": "other",
+    }
+    text = yaml.safe_dump_all(await render(*settings(values)))
+    for shipped in ("vcpuset-system", "/run/vcpuset", "namespace: vcpuset-agent", "serviceaccount:vcpuset-agent:"):
+        assert shipped not in text
+    assert "kubernetes.io/metadata.name: node-agents\n" in text
+    assert "- --leader-elect-name=other\n" in text
+
+
+async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> None:
+    objects = await render("--namespace=vcpuset-system")
+    namespaces = [each["metadata"]["name"] for each in objects if each["kind"] == "Namespace"]
+    assert namespaces == ["vcpuset-agent"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("agent.enable", True, "at '/agent': additional properties 'enable' not allowed"),
+        ("leaderElect", True, "at '': additional properties 'leaderElect' not allowed"),
+        ("logLevel", "verbose", "at '/logLevel': value must be one of"),
+        ("resyncSeconds", 0, "at '/resyncSeconds': minimum: got 0, want 1"),
+        ("resyncSeconds", "60s", "at '/resyncSeconds': got string, want integer"),
+        ("workers", 1025, "at '/workers': maximum: got 1,025, want 1,024"),
+        ("image.digest", "latest", "at '/image/digest': 'latest' does not match pattern"),
+        ("image.pullPolicy", "Sometimes", "at '/image/pullPolicy': value must be one of"),
+        ("agent.runAsUser", 0, "at '/agent/runAsUser': minimum: got 0, want 1"),
+        ("agent.supplementalGroups", [0], "at '/agent/supplementalGroups/0': minimum: got 0, want 1"),
+        ("agent.socketRoot", "/run/../etc", "at '/agent/socketRoot': '/run/../etc' does not match pattern"),
+        ("agent.socketRoot", "/", "at '/agent/socketRoot': '/' does not match pattern"),
+        ("agent.maxUnavailable", 0, "at '/agent/maxUnavailable': minimum: got 0, want 1"),
+        ("agent.namespace.name", "Agents", "at '/agent/namespace/name': 'Agents' does not match pattern"),
+        ("agent.podLabels", {"app.kubernetes.io/name": "x"}, "at '/agent/podLabels/app.kubernetes.io~1name'"),
+        ("controller.allowTCP", ["10.0.0.1"], "at '/controller/allowTCP/0': '10.0.0.1' does not match pattern"),
+        ("controller.allowTCP", ["10.0.0.0/33"], "at '/controller/allowTCP/0': '10.0.0.0/33' does not match pattern"),
+        ("controller.allowTCP", ["256.0.0.0/8"], "at '/controller/allowTCP/0': '256.0.0.0/8' does not match pattern"),
+        ("controller.allowTCP", ["2001:db8::/129"], "at '/controller/allowTCP/0'"),
+        ("controller.allowTCP", "10.0.0.0/8", "at '/controller/allowTCP': got string, want array"),
+        ("controller.leaderElection.leaseName", "a_b", "at '/controller/leaderElection/leaseName'"),
+        ("controller.resources", {"cpu": "1"}, "at '/controller/resources': additional properties 'cpu' not allowed"),
+        ("controller.tolerations", [{"keys": "x"}], "at '/controller/tolerations/0': additional properties 'keys'"),
+        ("credentials.namespaces", ["*"], "at '/credentials/namespaces/0': '*' does not match pattern"),
+        ("networkPolicy.apiServer.ports", [], "at '/networkPolicy/apiServer/ports': minItems"),
+        ("networkPolicy.metricsNamespaceLabels", "any", "at '/networkPolicy/metricsNamespaceLabels'"),
+        ("agent.namespace.name", "vcpuset-system", "agent.namespace.name and controller.namespace.name must differ"),
+    ],
+)
+async def test_a_bad_value_is_refused_by_its_name(path: str, value: object, named: str) -> None:
+    refused = await run_helm("template", "vcpuset", CHART, *settings({path: value}), check=False)
+    assert refused.returncode != 0
+    assert named in refused.stderr
+
+
+async def test_an_older_kubernetes_is_refused_and_a_vendors_version_is_not() -> None:
+    refused = await run_helm("template", "vcpuset", CHART, "--kube-version=v1.31.9", check=False)
+    assert "chart requires kubeVersion: >=1.32.0-0" in refused.stderr
+    await render("--kube-version=v1.32.1-gke.100")
+
+
+# --- a release's life ---------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def cluster() -> AsyncIterator[ControlPlane]:
+    """An API server on which nothing is installed."""
+    async with ControlPlane() as running:
+        yield running
+
+
+VCPUSET: Final = """\
+apiVersion: vcpuset.dev/v1alpha1
+kind: VCPUSet
+metadata: {name: web, namespace: default}
+spec: {vcpus: 2, nodeName: node-1, monitor: {unix: {path: web/qmp.sock}}}
+"""
+
+
+async def test_a_release_is_installed_upgraded_and_uninstalled_and_the_sets_stay(cluster: ControlPlane) -> None:
+    async def release(*arguments: str | Path) -> str:
+        return (await run_helm(*arguments, kubeconfig=cluster.kubeconfig)).stdout
+
+    async def arguments() -> list[str]:
+        got = await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system", "-o", "json")
+        return list(json.loads(got.stdout)["spec"]["template"]["spec"]["containers"][0]["args"])
+
+    async def columns() -> str:
+        path = "jsonpath={.spec.versions[0].additionalPrinterColumns[*].name}"
+        return (await cluster.kubectl("get", "crd/vcpusets.vcpuset.dev", "-o", path)).stdout
+
+    async def ours() -> set[str]:
+        kinds = (
+            "crd,ds,deploy,sa,clusterroles,clusterrolebindings,roles,rolebindings,pdb,networkpolicies,priorityclasses,"
+        )
+        kinds += "validatingadmissionpolicies,validatingadmissionpolicybindings"
+        selector = "--selector=app.kubernetes.io/part-of=vcpuset"
+        found = await cluster.kubectl("get", kinds, "--all-namespaces", selector, "-o=name")
+        return set(found.stdout.split())
+
+    # What the API server would do with it. A namespace that is not there yet takes nothing, so they are made before.
+    for kind in ("agent", "controller"):
+        await cluster.kubectl("apply", "--server-side", "-f", DEPLOY / "parts" / kind / "namespace.yaml")
+    there = settings({"agent.namespace.create": False, "controller.namespace.create": False})
+    await release("install", "vcpuset", CHART, "--dry-run=server", *there)
+    assert await ours() == set()
+
+    await release("install", "vcpuset", CHART, *there)
+    await cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
+    await cluster.kubectl("create", "-f", "-", input=VCPUSET)
+    assert not any(word.startswith("--allow-tcp") for word in await arguments())
+    installed = await ours()
+
+    # As if an older version had been installed.
+    complete = await columns()
+    older = [{"op": "remove", "path": "/spec/versions/0/additionalPrinterColumns/0"}]
+    await cluster.kubectl("patch", "crd/vcpusets.vcpuset.dev", "--type=json", "-p", json.dumps(older))
+    assert await columns() != complete
+    values = settings({"controller.allowTCP": ["192.0.2.0/24"], "credentials.namespaces": ["default"]})
+    await release("upgrade", "vcpuset", CHART, *there, *values, "--force-conflicts")
+    assert "--allow-tcp=192.0.2.0/24" in await arguments()
+    assert await columns() == complete, "the definition is upgraded with the release"
+    assert await ours() == installed | {"rolebinding.rbac.authorization.k8s.io/vcpuset-monitor-credentials"}
+
+    await release("uninstall", "vcpuset")
+    assert await ours() == {"customresourcedefinition.apiextensions.k8s.io/vcpusets.vcpuset.dev"}
+    sets = await cluster.kubectl("get", "vcs", "--all-namespaces", "-o=name")
+    assert sets.stdout.split() == ["vcpuset.vcpuset.dev/web"]
+
+    await release("install", "vcpuset", CHART, *there)
+    assert await ours() == installed, "what was kept does not stand in the way of another installation"
+
+
+async def test_a_release_makes_its_namespaces_with_the_labels_of_pod_security(cluster: ControlPlane) -> None:
+    await run_helm("install", "vcpuset", CHART, kubeconfig=cluster.kubeconfig)
+    label = "pod-security.kubernetes.io/enforce"
+    got = await cluster.kubectl("get", "namespaces", f"--label-columns={label}", "--no-headers")
+    enforced = {line.split()[0]: line.split()[-1] for line in got.stdout.splitlines()}
+    assert (enforced["vcpuset-agent"], enforced["vcpuset-system"]) == ("privileged", "restricted")
