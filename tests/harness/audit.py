@@ -38,6 +38,8 @@ class AuditEvent:
     code: int  # the HTTP status
     request_uri: str
     user_agent: str = ""
+    allowed_by: str = ""
+    """What RBAC let it pass for, such as `RBAC: allowed by ClusterRoleBinding "b" of ClusterRole "r" to Group "g"`."""
 
     @property
     def is_write(self) -> bool:
@@ -60,6 +62,7 @@ class AuditEvent:
             code=record.get("responseStatus", {}).get("code", 0),
             request_uri=record["requestURI"],
             user_agent=record.get("userAgent", ""),
+            allowed_by=record.get("annotations", {}).get("authorization.k8s.io/reason", ""),
         )
 
 

@@ -1,13 +1,14 @@
-"""A real kube-controller-manager that runs one controller: the HorizontalPodAutoscaler's.
+"""A real kube-controller-manager with the controllers that a test needs: the autoscaler's, or a cluster's.
 
     async with ControlPlane() as control_plane:
         await control_plane.install_crd()
         async with MetricsServer(control_plane) as metrics, ControllerManager(control_plane):
             ...
 
-It acts as the service account that it has in a cluster (`HPA_USER`), with the rights of Kubernetes' own bootstrap
-roles and no others. What it is to scale and the metrics it is to read should be served before it starts: it asks the
-API server what there is at its start, and after a miss not again for half a minute.
+Each controller acts as the service account that it has in a cluster (such as `HPA_USER`), with the rights of
+Kubernetes' own bootstrap roles and no others. What the autoscaler is to scale and the metrics it is to read should be
+served before it starts: it asks the API server what there is at its start, and after a miss not again for half a
+minute.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import ssl
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -23,7 +25,22 @@ from harness.controlplane import ControlPlane
 from harness.processes import Child, ReservedPort
 from harness.wait import until
 
-__all__ = ["HPA_USER", "ControllerManager"]
+__all__ = ["AUTOSCALER", "CLUSTER", "HPA_USER", "ControllerManager"]
+
+AUTOSCALER: Final = ("horizontal-pod-autoscaler-controller",)
+
+CLUSTER: Final = (
+    "clusterrole-aggregation-controller",
+    "daemonset-controller",
+    "deployment-controller",
+    "disruption-controller",
+    "garbage-collector-controller",
+    "namespace-controller",
+    "replicaset-controller",
+    "root-ca-certificate-publisher-controller",
+    "serviceaccount-controller",
+)
+"""What makes pods of Deployments and DaemonSets, gives them accounts, and cleans up after what is deleted."""
 
 HPA_USER: Final = "system:serviceaccount:kube-system:horizontal-pod-autoscaler"
 """The name under which the controller's requests stand in the audit log."""
@@ -35,10 +52,11 @@ SYNC_MILLISECONDS: Final = 200
 
 
 class ControllerManager:
-    """The HorizontalPodAutoscaler controller of a control plane; ends before it."""
+    """The controllers of a control plane; ends before it."""
 
-    def __init__(self, control_plane: ControlPlane) -> None:
+    def __init__(self, control_plane: ControlPlane, controllers: Sequence[str] = AUTOSCALER) -> None:
         self._control_plane = control_plane
+        self._controllers = controllers
         self._port: ReservedPort | None = None
         self._child: Child | None = None
 
@@ -58,10 +76,11 @@ class ControllerManager:
                 [
                     program,
                     f"--kubeconfig={self._control_plane.kubeconfig}",
-                    "--controllers=horizontal-pod-autoscaler-controller",
+                    f"--controllers={','.join(self._controllers)}",
                     "--leader-elect=false",
                     "--use-service-account-credentials=true",
                     f"--service-account-private-key-file={self._control_plane.service_account_key}",
+                    f"--root-ca-file={self._control_plane.certificate}",
                     f"--horizontal-pod-autoscaler-sync-period={SYNC_MILLISECONDS}ms",
                     # How long a wish to go down must last, unless an autoscaler says that itself; 5 min in a cluster.
                     "--horizontal-pod-autoscaler-downscale-stabilization=1s",

@@ -45,9 +45,13 @@ class ControlPlane:
     async with ControlPlane() as control_plane:
         await control_plane.install_crd()
         await control_plane.kubectl("apply", "-f", "-", input=manifest)
+
+    service_accounts  pods need an existing service account and get its token as a volume, as in a cluster; for that a
+                      controller manager has to run that makes the default accounts and publishes the certificate
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, service_accounts: bool = False) -> None:
+        self._service_accounts = service_accounts
         self.directory = Path()
         """Holds everything: data, keys, logs, kubeconfigs. Removed by `stop()`."""
         self.kubeconfig = Path()
@@ -155,16 +159,22 @@ class ControlPlane:
         return await run(argv, input=input, env=env, check=check, timeout=timeout)
 
     async def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, accept: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        accept: str = "application/json",
+        headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """One plain HTTP request as the user who may do everything: some milliseconds, where kubectl needs 100.
 
-        The body of a PATCH is a merge-patch.
+        The body of a PATCH is a merge-patch. `headers` take the place of ours, so that the request can be somebody
+        else's (Authorization, Impersonate-User).
 
         Raises:
             OSError: no connection, or no answer within 10 s.
         """
-        return await asyncio.to_thread(self._request, method, path, body, accept)
+        return await asyncio.to_thread(self._request, method, path, body, accept, headers or {})
 
     async def install_crd(self, folder: Path = REPOSITORY / "crds") -> None:
         """Apply the definitions in `folder` and wait until the API server serves them and tells kubectl so."""
@@ -276,7 +286,8 @@ class ControlPlane:
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
             "--service-cluster-ip-range=10.96.0.0/24",
-            "--disable-admission-plugins=ServiceAccount",  # nobody makes default service accounts here
+            # Else nobody makes default service accounts.
+            *([] if self._service_accounts else ["--disable-admission-plugins=ServiceAccount"]),
             f"--audit-policy-file={policy}",
             f"--audit-log-path={self.audit_log}",
             "--audit-log-maxsize=100000",  # MB: never rotate, offsets must stay valid
@@ -303,16 +314,20 @@ class ControlPlane:
         return answer.status == http.client.OK
 
     @property
-    def _certificate(self) -> Path:
+    def certificate(self) -> Path:
+        """What clients verify the API server's certificate with."""
         return self.directory / "certificates" / "apiserver.crt"
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None, accept: str) -> Answer:
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, accept: str, more: Mapping[str, str]
+    ) -> Answer:
         if self._tls is None:
-            self._tls = ssl.create_default_context(cafile=str(self._certificate))
+            self._tls = ssl.create_default_context(cafile=str(self.certificate))
         host, _, port = self.url.removeprefix("https://").partition(":")
         connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
         headers = {"Authorization": f"Bearer {self.token}", "Accept": accept}
         headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers |= more
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
@@ -329,7 +344,7 @@ class ControlPlane:
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [
-                {"name": "test", "cluster": {"server": self.url, "certificate-authority": str(self._certificate)}}
+                {"name": "test", "cluster": {"server": self.url, "certificate-authority": str(self.certificate)}}
             ],
             "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],

@@ -21,8 +21,9 @@ from typing import Any, Final
 
 import kopf
 
-# `kopf.spawn_tasks(insights=…)` is public, but its type is not exported.
+# `kopf.spawn_tasks(insights=…, identity=…)` is public, but its types are not exported.
 from kopf._cogs.structs.references import Insights
+from kopf._core.engines.peering import Identity
 
 from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
@@ -127,6 +128,8 @@ class Source:
                 settings=watch_settings(self._scope),
                 insights=insights,
                 standalone=True,
+                # For peering, which is off. kopf would ask for the user's name, and in a pod there may be none.
+                identity=Identity("vcpuset"),
                 clusterwide=not self._scope.namespaces,
                 namespaces=self._scope.namespaces,
                 stop_flag=halt,
