@@ -24,7 +24,6 @@ __all__: list[str] = []
 
 DEPLOY: Final = REPOSITORY / "deploy"
 OVERLAYS: Final = DEPLOY / "overlays"
-EXAMPLES: Final = sorted((DEPLOY / "examples").glob("*.yaml"))
 Json = dict[str, Any]
 
 HOLDER: Final = "jsonpath={.spec.holderIdentity}"
@@ -76,21 +75,6 @@ async def deployment(cluster: ControlPlane) -> Json:
     )
     assert isinstance(got, dict)
     return got
-
-
-@pytest.mark.parametrize("overlay", ["agent", "controller", "both"])
-async def test_applying_an_overlay_again_changes_nothing(cluster: ControlPlane, overlay: str) -> None:
-    async def versions() -> dict[str, str]:
-        got = await cluster.kubectl("get", "-k", OVERLAYS / overlay, "-o", "json")
-        return {
-            f"{item['kind']}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
-            for item in json.loads(got.stdout)["items"]
-        }
-
-    before = await versions()
-    assert before
-    await cluster.kubectl("apply", "--server-side", "--warnings-as-errors", "-k", OVERLAYS / overlay)
-    assert await versions() == before
 
 
 BASE: Final = {
@@ -156,16 +140,6 @@ async def test_the_image_is_replaced_by_a_kustomization_of_the_users_own(cluster
     built = (await cluster.kubectl("kustomize", tmp_path)).stdout
     assert built.count("image: registry.example.com/vcpuset:1.2.3") == 2
     assert "image: vcpuset" not in built
-
-
-async def test_the_namespace_admits_the_operators_pod_and_no_less_restricted_one(cluster: ControlPlane) -> None:
-    template = (await deployment(cluster))["spec"]["template"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "vcpuset"}, "spec": template["spec"]}
-    arguments = ("create", "--namespace", "vcpuset-system", "--dry-run=server", "-f", "-")
-    await cluster.kubectl(*arguments, input=json.dumps(pod))
-    del pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
-    looser = await cluster.kubectl(*arguments, input=json.dumps(pod), check=False)
-    assert 'violates PodSecurity "restricted:latest": allowPrivilegeEscalation' in looser.stderr
 
 
 async def test_two_replicas_run_of_which_a_lease_lets_one_work_and_a_rollout_takes_none_away(
@@ -406,13 +380,3 @@ async def test_a_refused_manifest_is_refused_for_its_own_fault(cluster: ControlP
     assert refused.returncode == 1
     assert "spec.monitor.tcp.insecure: Invalid value: must be true" in refused.stderr
     assert "Warning" not in refused.stderr
-
-
-# --- examples -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-async def test_an_example_is_accepted(cluster: ControlPlane, example: Path) -> None:
-    applied = await cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", example)
-    assert applied.stdout.endswith("serverside-applied (server dry run)\n")
-    assert ("INSECURE" in applied.stderr) if "insecure" in example.stem else not applied.stderr

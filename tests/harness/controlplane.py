@@ -291,6 +291,7 @@ class ControlPlane:
             f"--audit-policy-file={policy}",
             f"--audit-log-path={self.audit_log}",
             "--audit-log-maxsize=100000",  # MB: never rotate, offsets must stay valid
+            "--allow-privileged",  # as in a cluster: admission decides
             "--profiling=false",
         ]
 
