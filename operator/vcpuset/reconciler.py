@@ -21,6 +21,7 @@ from vcpuset.domain.errors import (
     APIError,
     CommandError,
     Conflict,
+    CredentialsUnavailable,
     DeviceGone,
     InvalidMonitor,
     MachineUnsettled,
@@ -37,7 +38,7 @@ from vcpuset.domain.plan import Goal, Plan, first_fit, goal, plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
 from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
-from vcpuset.domain.resource import UID, Connection, Request, Status, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, judge, plugging
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
@@ -206,7 +207,7 @@ class Reconciler:
                 return await self._bring_to_count(vcpuset, session)
             finally:
                 self._remember_answers(vcpuset.uid, session)
-        except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
+        except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
             if isinstance(error, MachineUnsettled) and self._may_settle(vcpuset):
                 raise
             # The last command may or may not have run: close, and look before anything is repeated.
@@ -572,5 +573,6 @@ def _address(vcpuset: VCPUSet) -> tuple[str, ...]:
     match vcpuset.spec.monitor:
         case UnixMonitor(path):
             return ("unix", vcpuset.namespace, path)
-        case monitor:
-            return ("tcp", monitor.host, str(monitor.port))
+        case TCPMonitor(host, port, tls):
+            # As TCPEndpoint.identity has it.
+            return ("tcp", host, str(port), "" if tls is None else vcpuset.namespace)

@@ -378,5 +378,5 @@ async def test_a_refused_manifest_is_refused_for_its_own_fault(cluster: ControlP
     manifest = INSECURE.replace(", insecure: true", "")
     refused = await cluster.kubectl("create", "--dry-run=server", "-f", "-", input=manifest, check=False)
     assert refused.returncode == 1
-    assert "spec.monitor.tcp.insecure: Invalid value: must be true" in refused.stderr
+    assert "spec.monitor.tcp: Invalid value: exactly one of tls and insecure must be set" in refused.stderr
     assert "Warning" not in refused.stderr

@@ -47,6 +47,7 @@ ROWS: dict[str, tuple[str, States]] = {
     "riscv64": ("HotplugUnsupported", STALLED),
     "younger": ("MonitorConflict", STALLED),
     "link": ("InvalidMonitor", STALLED),
+    "no-secret": ("CredentialsUnavailable", STALLED),
     "suspended": ("Suspended", HELD),
 }
 """What is to be read of each set: reason, and the statuses of Ready, Reconciling and Stalled."""
@@ -61,6 +62,7 @@ REMEDIES = {
     "boot-kept": "declare at least that, or set it to Unplug",
     "ppc64": "declare 2 or 4",
     "riscv64": "restart the VM with that count, or on another machine type",
+    "no-secret": "/monitor: create it, with ca.crt, tls.crt and tls.key",
     "younger": "delete one of the two, or give this one another monitor",
 }
 """What the message of a set says that helps."""
@@ -75,7 +77,8 @@ SHORT = {"timeoutSeconds": 1, "retrySeconds": 3600}
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
     """An operator that never looks at a machine without an occasion: what the tests see is not a resync's."""
-    async with OperatorProcess(control_plane, "--resync-seconds=3600", socket_root=socket_root) as running:
+    flags = ("--resync-seconds=3600", "--allow-tcp=127.0.0.0/8")
+    async with OperatorProcess(control_plane, *flags, socket_root=socket_root) as running:
         yield running
 
 
@@ -104,7 +107,7 @@ async def test_all_rows_of_the_table_are_told_apart_in_one_look(
         for name, remedy in REMEDIES.items():
             assert remedy in seen[name].message
         unseen = {name for name, each in seen.items() if each.vcpus is None}
-        assert unseen == {"absent", "held", "stuck", "younger", "link"}, "who was never looked at has no count"
+        assert unseen == {"absent", "held", "stuck", "younger", "link", "no-secret"}, "never looked at: no count"
 
 
 class _Stage:
@@ -169,6 +172,7 @@ class _Stage:
         await create("stuck", 2)
         (self._folder / "link.sock").symlink_to(held.monitors[0])
         await create("link", 2)
+        await create("no-secret", 2, {"host": "127.0.0.1", "port": 4444, "tls": {"secretName": "monitor"}})
 
     async def _with_a_guest(self) -> None:
         create = self._user.create

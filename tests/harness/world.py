@@ -25,21 +25,23 @@ def manifest(
     namespace: str,
     name: str,
     vcpus: int = 2,
-    monitor: str | Path | tuple[str, int] | None = None,
+    monitor: str | Path | tuple[str, int] | Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     connection: Literal["OnDemand", "Persistent"] | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
     """A VCPUSet; `spec` holds further fields.
 
-    monitor     a path below the namespace's folder, or host and port; None: the path NAME.sock
+    monitor     a path below the namespace's folder, host and port, or `spec.monitor.tcp`; None: the path NAME.sock
     connection  `spec.monitor.connection`; None: not given
     """
-    address: dict[str, Any] = (
-        {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
-        if isinstance(monitor, tuple)
-        else {"unix": {"path": str(monitor or f"{name}.sock")}}
-    )
+    address: dict[str, Any]
+    if isinstance(monitor, tuple):
+        address = {"tcp": {"host": monitor[0], "port": monitor[1], "insecure": True}}
+    elif isinstance(monitor, Mapping):
+        address = {"tcp": dict(monitor)}
+    else:
+        address = {"unix": {"path": str(monitor or f"{name}.sock")}}
     if connection is not None:
         address["connection"] = connection
     return {
@@ -122,7 +124,7 @@ class User:
         self,
         name: str,
         vcpus: int = 2,
-        monitor: str | Path | tuple[str, int] | None = None,
+        monitor: str | Path | tuple[str, int] | Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
         **spec: Any,
     ) -> Seen:

@@ -24,6 +24,7 @@ from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
+from vcpuset.kube.credentials import Secrets
 from vcpuset.kube.freshness import CHECK_SECONDS, Freshness
 from vcpuset.kube.lease import Leadership, own_identity
 from vcpuset.kube.recorder import Recorder
@@ -112,7 +113,14 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         metrics.commanded(command, seconds, outcome)
         queue.touch(uid)
 
-    monitors = Monitors(settings.socket_root, queue.add, networks=settings.networks, permit=permit, commanded=commanded)
+    monitors = Monitors(
+        settings.socket_root,
+        queue.add,
+        networks=settings.networks,
+        credentials=Secrets(cluster),
+        permit=permit,
+        commanded=commanded,
+    )
     guests = Guests(settings.socket_root, queue.add, permit=permit)
     reconciler = Reconciler(
         cache=cache,

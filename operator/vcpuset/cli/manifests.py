@@ -63,6 +63,7 @@ class Choice:
 
 _COUNT: Final = Number(1, 4096)
 _SECONDS: Final = Number(1, 86400)
+_TLS: Final[Mapping[str, Any]] = {"secretName!": str, "serverName": str}
 _UNIX: Final[Mapping[str, Any]] = {"path!": str}
 
 FIELDS: Final[Mapping[str, Any]] = {
@@ -72,7 +73,7 @@ FIELDS: Final[Mapping[str, Any]] = {
     "nodeName": str,
     "monitor!": {
         "unix": _UNIX,
-        "tcp": {"host!": str, "port!": Number(1, 65535), "insecure": bool},
+        "tcp": {"host!": str, "port!": Number(1, 65535), "tls": _TLS, "insecure": bool},
         "connection": Choice(("OnDemand", "Persistent")),
     },
     "guestAgent": {"unix!": _UNIX, "bringOnline": bool},
@@ -239,10 +240,11 @@ def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     if (unix is None) == (tcp is None):
         found = "neither" if unix is None else "both"
         yield f"spec.monitor has {found} of unix and tcp: give exactly one."
-    elif tcp is not None and tcp.get("insecure") is not True:
+    elif tcp is not None and (tcp.get("tls") is None) != (tcp.get("insecure") is True):
+        found = "neither" if tcp.get("tls") is None else "both"
         yield (
-            "spec.monitor.tcp.insecure must be true: the connection is neither encrypted nor authenticated, and this "
-            "is how to accept that."
+            f"spec.monitor.tcp has {found} of tls and insecure: give tls with the Secret of a monitor on TLS, or "
+            "insecure: true to accept a connection that is neither encrypted nor authenticated."
         )
     agent = spec.get("guestAgent")
     if agent is not None and unix is not None and agent["unix"]["path"] == unix["path"]:

@@ -15,7 +15,14 @@ from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, r
 from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.manifests import Manifest
 from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
-from vcpuset.domain.errors import AgentUnreachable, CommandError, InvalidMonitor, MachineUnsettled, MonitorError
+from vcpuset.domain.errors import (
+    AgentUnreachable,
+    CommandError,
+    CredentialsUnavailable,
+    InvalidMonitor,
+    MachineUnsettled,
+    MonitorError,
+)
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Slot
 from vcpuset.domain.obstacles import Obstacle, obstacle_of
@@ -106,8 +113,8 @@ def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
     match manifest.vcpuset.spec.monitor:
         case UnixMonitor(path):
             keys.append((manifest.node, manifest.vcpuset.namespace, path))
-        case TCPMonitor(host, port):
-            keys.append((manifest.node, host, port))
+        case TCPMonitor(host, port, tls):
+            keys.append((manifest.node, host, port, "" if tls is None else manifest.vcpuset.namespace))
     try:
         with _monitors(sources).resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
@@ -130,7 +137,7 @@ async def _study(manifest: Manifest, sources: Sources) -> Study:
     notes = tuple(_notes(manifest, sources))
     try:
         look = await take_look(_endpoint(vcpuset, sources), sources.seconds)
-    except (InvalidMonitor, MonitorError, MachineUnsettled, CommandError) as error:
+    except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
         verdict = failure(error)
         unseen = tuple(_unseen(vcpuset, verdict, sources))
         return Study(manifest, None, None, None, verdict, unseen, failed=True, notes=notes, now=_clock())

@@ -2,6 +2,7 @@
 
     VCPUSetError
      +-- InvalidMonitor           the set names a monitor that cannot be used: its author has to act
+     +-- CredentialsUnavailable   the two ends of a monitor on TLS have nothing to convince each other with
      +-- MonitorError             talking to QEMU failed; the last command may or may not have run: observe again
      |    +-- MonitorUnreachable  nobody listens, or what listens is no QMP monitor
      |    +-- MonitorBusy         connected, but no greeting: another client holds the monitor, or QEMU hangs
@@ -38,6 +39,7 @@ __all__ = [
     "CommandError",
     "CommandRefused",
     "Conflict",
+    "CredentialsUnavailable",
     "DeviceGone",
     "GuestNotReady",
     "InvalidMonitor",
@@ -63,6 +65,10 @@ class VCPUSetError(Exception):
 
 class InvalidMonitor(VCPUSetError):
     """`spec.monitor` names something that this operator must not or cannot open."""
+
+
+class CredentialsUnavailable(VCPUSetError):
+    """The Secret of a monitor on TLS, its certificates or QEMU's are missing, wrong or not accepted."""
 
 
 class MonitorError(VCPUSetError):

@@ -166,6 +166,12 @@ class Reason(enum.StrEnum):
         "spec.monitor names something that this operator must not or cannot open.",
         "Name a socket below the namespace's folder, without links, or an address in --allow-tcp; see the message.",
     )
+    CREDENTIALS_UNAVAILABLE = (
+        "CredentialsUnavailable",
+        (State.STALLED,),
+        "A TLS monitor's Secret is missing or wrong, or one of the two ends does not accept the other's certificate.",
+        "Mend the Secret, the certificates, or what QEMU's tls-authz allows; the message says which.",
+    )
     SUSPENDED = (
         "Suspended",
         (State.HELD,),

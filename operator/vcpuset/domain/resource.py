@@ -10,6 +10,7 @@ from typing import NewType
 from vcpuset.domain.machine import Answer
 
 __all__ = [
+    "TLS",
     "UID",
     "BootVCPUs",
     "Condition",
@@ -59,11 +60,24 @@ class UnixMonitor:
 
 
 @dataclass(frozen=True, slots=True)
+class TLS:
+    """`spec.monitor.tcp.tls`.
+
+    secret_name  the Secret with the credentials, in the set's namespace
+    server_name  what QEMU's certificate is for; None: the host
+    """
+
+    secret_name: str
+    server_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TCPMonitor:
-    """A monitor on plain TCP: neither encrypted nor authenticated."""
+    """A monitor on TCP; without `tls` (`insecure: true`) it is neither encrypted nor authenticated."""
 
     host: str
     port: int
+    tls: TLS | None = None
 
 
 Monitor = UnixMonitor | TCPMonitor

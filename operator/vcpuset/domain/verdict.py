@@ -14,6 +14,7 @@ from typing import Literal
 
 from vcpuset.domain.errors import (
     CommandError,
+    CredentialsUnavailable,
     InvalidMonitor,
     Migrating,
     MonitorBusy,
@@ -301,6 +302,9 @@ def failure(error: VCPUSetError) -> Verdict:
     match error:
         case InvalidMonitor():
             return _verdict(Reason.INVALID_MONITOR, text, Pace.STEADY)
+        case CredentialsUnavailable():
+            # Secrets are not watched, so that one that was mended shows only when it is tried.
+            return _verdict(Reason.CREDENTIALS_UNAVAILABLE, text, Pace.RETRY)
         case MonitorBusy():
             return _verdict(Reason.MONITOR_BUSY, text, Pace.RETRY)
         case MonitorTimeout():

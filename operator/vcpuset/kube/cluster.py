@@ -1,4 +1,4 @@
-"""Our own requests to the API server: list VCPUSets, write their status, post Events, hold a Lease.
+"""Our own requests to the API server: list VCPUSets, write their status, post Events, hold a Lease, read a Secret.
 
 kopf does the watching and nothing else, because its patches know no resourceVersion. Each request has a deadline and
 fails with an `APIError`; nothing is retried here, except once with fresh credentials after a 401: the callers know
@@ -8,6 +8,7 @@ whether the request still makes sense later.
 from __future__ import annotations
 
 import asyncio
+import base64
 import builtins
 import contextlib
 import logging
@@ -173,6 +174,17 @@ class Cluster:
         path = f"{_path('events.k8s.io/v1', 'events', namespace)}/{name}"
         self._ask_leave()
         await self._request("PATCH", path, body=patch, content_type=_MERGE_PATCH)
+
+    async def read_secret(self, namespace: str, name: str) -> dict[str, bytes]:
+        """The entries of a Secret as it is now.
+
+        Raises:
+            ObjectGone: there is none.
+            Rejected: this process may not read it.
+            APIError: anything else.
+        """
+        secret = await self._request("GET", f"/api/v1/namespaces/{namespace}/secrets/{name}")
+        return {entry: base64.b64decode(value) for entry, value in (secret.get("data") or {}).items()}
 
     def _ask_leave(self) -> None:
         if self._permit is not None:

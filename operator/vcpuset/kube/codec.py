@@ -20,6 +20,7 @@ import msgspec
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import (
+    TLS,
     UID,
     BootVCPUs,
     Condition,
@@ -65,9 +66,15 @@ class _Unix(msgspec.Struct):
     path: str
 
 
+class _TLS(msgspec.Struct, rename="camel"):
+    secret_name: str
+    server_name: str | None = None
+
+
 class _TCP(msgspec.Struct):
     host: str
     port: int
+    tls: _TLS | None = None
     insecure: bool = False
 
 
@@ -206,11 +213,13 @@ def _monitor(wire: _Monitor) -> Monitor:
     match wire:
         case _Monitor(unix=_Unix(path=path), tcp=None):
             return UnixMonitor(path)
-        case _Monitor(unix=None, tcp=_TCP(host=host, port=port, insecure=True)):
+        case _Monitor(unix=None, tcp=_TCP(host=host, port=port, tls=None, insecure=True)):
             return TCPMonitor(host, port)
+        case _Monitor(unix=None, tcp=_TCP(host=host, port=port, tls=_TLS() as tls, insecure=False)):
+            return TCPMonitor(host, port, TLS(tls.secret_name, tls.server_name))
         case _Monitor(unix=None, tcp=_TCP()):
             # The schema demands it too. Never speak plain text to a monitor whose author has not agreed to it.
-            raise ValueError("must be true - at `$.spec.monitor.tcp.insecure`")
+            raise ValueError("Expected exactly one of `tls` and `insecure: true` - at `$.spec.monitor.tcp`")
         case _:
             raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.spec.monitor`")
 

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 import secrets
 import socket
+import ssl as tls
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from qemu.qmp import Message, QMPClient, Runstate
 
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
+from vcpuset.qmp.tls import Keys
 
-__all__ = ["READ_LIMIT", "Client"]
+__all__ = ["READ_LIMIT", "Client", "Stage"]
 
 READ_LIMIT = 4 * 1024 * 1024
 """The longest message that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
@@ -41,11 +44,19 @@ _SILENT = logging.Logger("qemu.qmp")
 _SILENT.disabled = True
 
 
+class Stage(enum.Enum):
+    """How far a connection has come."""
+
+    CONNECTING = enum.auto()
+    SECURING = enum.auto()
+    GREETING = enum.auto()
+
+
 class Client(QMPClient):
     """One connection to a monitor, from `connect` to `end`; not to be used again after that.
 
     permit     called right before a message is sent; what it raises breaks the connection in place of that
-    connected  whether the connection has been made (the greeting may still be missing)
+    stage      how far `open` has come
     cause      why the connection was lost; None: it is not, or not known
     """
 
@@ -54,21 +65,30 @@ class Client(QMPClient):
     ) -> None:
         super().__init__(readbuflen=READ_LIMIT)
         self.logger = _SILENT
-        self.connected = False
+        self.stage = Stage.CONNECTING
         self.cause: BaseException | None = None
         self._on_event = on_event
         self._on_loss = on_loss
         self._permit = permit or _nothing
+        self._tls: dict[str, Any] = {}
         self._received = 0
         self._execute_id = secrets.randbelow(1 << 40)
 
-    async def open(self, endpoint: Endpoint) -> None:
+    async def open(self, endpoint: Endpoint, keys: Keys | None = None) -> None:
         """Connect, await the greeting, negotiate. No deadline.
+
+        keys  for an endpoint on TLS; None: neither encrypted nor authenticated
 
         Raises InvalidMonitor, MonitorUnreachable, OSError, or what `qemu.qmp` raises.
         """
-        connection = await endpoint.connect() if isinstance(endpoint, TCPEndpoint) else endpoint.connect()
-        self.connected = True
+        if isinstance(endpoint, TCPEndpoint):
+            assert (keys is None) == (endpoint.tls is None), "an endpoint on TLS is never opened without"
+            if keys is not None and endpoint.tls is not None:
+                self._tls = keys.options(endpoint.tls.server_name)
+            connection = await endpoint.connect()
+        else:
+            connection = endpoint.connect()
+        self.stage = Stage.GREETING if keys is None else Stage.SECURING
         try:
             await self._greet(connection)
         except BaseException:
@@ -95,6 +115,15 @@ class Client(QMPClient):
             self.cause = self.cause or error
 
     # What follows overrides the library's own hooks.
+
+    async def _do_connect(
+        self, address: tuple[str, int] | str | socket.socket, ssl: tls.SSLContext | None = None
+    ) -> None:
+        # The library's own knows no server name.
+        assert isinstance(address, socket.socket)
+        self._set_state(Runstate.CONNECTING)
+        self._reader, self._writer = await asyncio.open_connection(sock=address, limit=self.readbuflen, **self._tls)
+        self.stage = Stage.GREETING
 
     async def _establish_session(self) -> None:
         await super()._establish_session()

@@ -16,12 +16,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from vcpuset.domain.credentials import CredentialStore, NoCredentials
 from vcpuset.domain.errors import InvalidMonitor
 from vcpuset.domain.networks import Networks
-from vcpuset.domain.resource import UID, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.qmp.session import Outcome, Session
 from vcpuset.qmp.sockets import Endpoint, open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
+from vcpuset.qmp.tls import Access
 
 __all__ = ["EVENTS_TURN_SECONDS", "LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
 
@@ -52,6 +54,7 @@ class Monitors:
 
     socket_root  where the namespaces' folders with unix monitors are; None: this operator serves none
     networks     where TCP monitors may lie; None: anywhere, for a local user, who is trusted
+    credentials  where the Secrets of monitors on TLS are read; None: nowhere, so that none of them is served
     wake         told that something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
     commanded    told of the end of each command: whose machine, its name, how many seconds it took, what came of it
@@ -64,12 +67,14 @@ class Monitors:
         wake: Callable[[UID], None],
         *,
         networks: Networks | None = _NOWHERE,
+        credentials: CredentialStore | None = None,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[UID, str, float, Outcome], None] | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
         self._networks = networks
+        self._credentials: CredentialStore = NoCredentials() if credentials is None else credentials
         self._wake = wake
         self._permit = permit
         self._commanded = commanded
@@ -87,7 +92,9 @@ class Monitors:
         """
         match vcpuset.spec.monitor:
             case TCPMonitor(host, port):
-                return nullcontext(TCPEndpoint(host, port, self._networks))
+                endpoint = TCPEndpoint(host, port, self._networks, self._access(vcpuset))
+                endpoint.require_served()
+                return nullcontext(endpoint)
             case UnixMonitor(path):
                 if self._socket_root is None:
                     raise InvalidMonitor(
@@ -96,14 +103,23 @@ class Monitors:
                     )
                 return open_socket(self._socket_root, vcpuset.namespace, path)
 
+    def _access(self, vcpuset: VCPUSet) -> Access | None:
+        match vcpuset.spec.monitor:
+            case TCPMonitor(host, tls=TLS(secret, server_name)):
+                fetch = partial(self._credentials.fetch, vcpuset.uid, vcpuset.namespace, secret)
+                return Access(vcpuset.namespace, secret, server_name or host.rstrip("."), fetch)
+            case _:
+                self._credentials.forget(vcpuset.uid)
+                return None
+
     async def session(self, uid: UID, endpoint: Endpoint) -> Session:
         """The session with this endpoint: the kept one while it lasts, else a new one, which is then kept.
 
-        Raises InvalidMonitor, MonitorUnreachable and MonitorBusy.
+        Raises InvalidMonitor, CredentialsUnavailable, MonitorUnreachable and MonitorBusy.
         """
         if (kept := self._kept.get(uid)) is not None:
             known, session = kept
-            if session.alive and known.identity == endpoint.identity:
+            if session.alive and known.route == endpoint.route:
                 return session
             await self._close(uid)
         told = None if self._commanded is None else partial(self._commanded, uid)
@@ -137,6 +153,7 @@ class Monitors:
         """The set is not this operator's any more."""
         await self.release(uid)
         self._losses.pop(uid, None)
+        self._credentials.forget(uid)
 
     async def _close(self, uid: UID) -> None:
         self._opened_at.pop(uid, None)

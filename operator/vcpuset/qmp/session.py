@@ -19,12 +19,22 @@ from typing import Final, Literal, TypeVar
 
 from qemu.qmp import ExecuteError, Message
 
-from vcpuset.domain.errors import CommandError, MachineUnsettled, MonitorTimeout, MonitorUnreachable, VCPUSetError
+from vcpuset.domain.credentials import Credentials
+from vcpuset.domain.errors import (
+    CommandError,
+    CredentialsUnavailable,
+    MachineUnsettled,
+    MonitorTimeout,
+    MonitorUnreachable,
+    VCPUSetError,
+)
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.allowance import Allowance
-from vcpuset.qmp.client import Client
+from vcpuset.qmp.client import Client, Stage
 from vcpuset.qmp.sockets import Endpoint
+from vcpuset.qmp.tcp import TCPEndpoint
+from vcpuset.qmp.tls import Keys, keys_of
 
 __all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
 
@@ -106,34 +116,56 @@ class Session:
         `permit` is called right before each command is sent; if it raises, the connection is cut in place of that.
         `commanded` is told of the end of each: its name, how many seconds it took, and what came of it.
 
-        Raises InvalidMonitor if the endpoint may not be connected to, MonitorUnreachable if nobody listens or what
+        Raises InvalidMonitor if the endpoint may not be connected to, CredentialsUnavailable if its Secret, a
+        certificate or QEMU's idea of whom to let in is wrong, MonitorUnreachable if nobody listens or what
         listens does not speak QMP, MonitorBusy if no greeting comes, MonitorTimeout if QEMU greets and then answers no
         more. The endpoint may be closed afterwards.
         """
-        session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded)
-        session._since = endpoint.made_at
-        await session._connect(endpoint, open_seconds)
-        return session
 
-    async def _connect(self, endpoint: Endpoint, seconds: float) -> None:
+        async def opened(credentials: Credentials | None) -> Session:
+            session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded)
+            session._since = endpoint.made_at
+            await session._connect(endpoint, None if credentials is None else keys_of(credentials), open_seconds)
+            return session
+
+        access = endpoint.tls if isinstance(endpoint, TCPEndpoint) else None
+        if access is None:
+            return await opened(None)
+        credentials = await access.fetch(None)
+        try:
+            return await opened(credentials)
+        except CredentialsUnavailable:
+            # They may have been replaced since they were read.
+            newer = await access.fetch(credentials)
+            if newer == credentials:
+                raise
+        return await opened(newer)
+
+    async def _connect(self, endpoint: Endpoint, keys: Keys | None, seconds: float) -> None:
         client = self._client
         try:
             async with asyncio.timeout(seconds):
-                await client.open(endpoint)
+                await client.open(endpoint, keys)
         except TimeoutError as error:
             await self.close()
-            if not client.connected:
+            if client.stage is Stage.CONNECTING:
                 raise MonitorUnreachable(
                     f"{self._where} did not take the connection within {seconds:g} s (the look-up of its name included)"
                 ) from error
             if client.greeting is None:
-                raise translate.busy(self._where) from error
+                raise translate.busy(self._where, _silence(endpoint, client.stage)) from error
             raise MonitorTimeout(f"{self._where} greeted but did not negotiate within {seconds:g} s") from error
         except VCPUSetError:
             await self.close()
             raise
         except Exception as error:
             await self.close()
+            if keys is not None and isinstance(endpoint, TCPEndpoint) and endpoint.tls is not None:
+                agreed = client.stage is Stage.GREETING
+                cause = translate.cause(error)
+                failure = keys.failure(self._where, endpoint.tls.server_name, cause, agreed=agreed)
+                if failure is not None:
+                    raise failure from error
             raise translate.connect_failure(self._where, error) from error
         self._open = True
 
@@ -298,3 +330,12 @@ class Session:
         self._waking = None
         if not self._closed:
             self._wake()
+
+
+def _silence(endpoint: Endpoint, stage: Stage) -> str:
+    """What it is that does not come."""
+    if stage is Stage.SECURING:
+        return "does not answer the TLS handshake"
+    if isinstance(endpoint, TCPEndpoint) and endpoint.tls is None:
+        return "does not greet (as it does if it waits for TLS, which spec.monitor.tcp.tls is for)"
+    return "does not greet"

@@ -23,6 +23,7 @@ import os
 import socket
 import stat
 import warnings
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,11 @@ class UnixEndpoint:
 
     def __str__(self) -> str:
         return self._name
+
+    @property
+    def route(self) -> Hashable:
+        """What a session that was opened here leads through; another route takes another session."""
+        return self.identity
 
     def connect(self) -> socket.socket:
         """A non-blocking socket connected to this very inode.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
 from vcpuset.domain.networks import Networks
+from vcpuset.qmp.tls import Access
 
 __all__ = ["TCPEndpoint"]
 
@@ -29,26 +30,38 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class TCPEndpoint:
-    """A monitor on plain TCP.
+    """A monitor on TCP.
 
     host      a name or an address, an IPv6 one without brackets
     networks  where it may lie; None: anywhere, for the user of this process, who is trusted
+    tls       None: neither encrypted nor authenticated
     """
 
     host: str
     port: int
     networks: Networks | None = None
+    tls: Access | None = None
 
     made_at: ClassVar[None] = None
     """Nothing tells when a port was opened."""
 
     @property
-    def identity(self) -> tuple[str, int]:
-        """Host in one spelling, and port. Two names of one host remain two."""
+    def identity(self) -> tuple[str, int, str]:
+        """Host in one spelling, port, and on TLS the namespace. Two names of one host remain two.
+
+        Who may use a monitor on TLS is QEMU's to say: whoever merely names it from another namespace shall not keep it
+        from those who have its credentials.
+        """
+        namespace = "" if self.tls is None else self.tls.namespace
         try:
-            return (str(ipaddress.ip_address(self.host)), self.port)
+            return (str(ipaddress.ip_address(self.host)), self.port, namespace)
         except ValueError:
-            return (self.host.lower().rstrip("."), self.port)
+            return (self.host.lower().rstrip("."), self.port, namespace)
+
+    @property
+    def route(self) -> Hashable:
+        """What a session that was opened here leads through; another route takes another session."""
+        return self
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -59,16 +72,20 @@ class TCPEndpoint:
         Raises InvalidMonitor if no address is allowed, MonitorUnreachable if the name has none, OSError if none of the
         allowed ones takes the connection.
         """
-        if self.networks is not None and not self.networks.listed:
-            raise InvalidMonitor(
-                f"spec.monitor.tcp: {self} cannot be served, since this operator was started without --allow-tcp and "
-                "so serves no TCP monitors; its administrator gives the network of the monitors with that flag"
-            )
+        self.require_served()
         connection = await start_connection(
             self._allowed(await self._look_up()), happy_eyeballs_delay=_HEAD_START, interleave=1
         )
         _keep_alive(connection)
         return connection
+
+    def require_served(self) -> None:
+        """Raises InvalidMonitor if no TCP monitor may be connected to at all."""
+        if self.networks is not None and not self.networks.listed:
+            raise InvalidMonitor(
+                f"spec.monitor.tcp: {self} cannot be served, since this operator was started without --allow-tcp and "
+                "so serves no TCP monitors; its administrator gives the network of the monitors with that flag"
+            )
 
     async def _look_up(self) -> Sequence[AddrInfoType]:
         try:

@@ -36,6 +36,7 @@ __all__ = [
     "agent_refusal",
     "agent_silent",
     "busy",
+    "cause",
     "connect_failure",
     "loss",
     "refusal",
@@ -127,34 +128,38 @@ def says_no_hotplug(error: CommandError) -> bool:
     return error.error_class == "CommandNotFound" or _NO_HOTPLUG.search(error.description) is not None
 
 
-def busy(where: str) -> MonitorBusy:
-    """Connected or queued, but no greeting."""
+def busy(where: str, what: str = "does not greet") -> MonitorBusy:
+    """Connected or queued, but what comes next, the greeting or a handshake before it, does not come."""
     return MonitorBusy(
-        f"{where} does not greet: another client holds this monitor, or QEMU hangs;"
-        " give the operator a monitor of its own"
+        f"{where} {what}: another client holds this monitor, or QEMU hangs; give the operator a monitor of its own"
     )
+
+
+def cause(error: BaseException) -> BaseException:
+    """What is behind an error of `qemu.qmp`'s `connect`."""
+    return error.exc if isinstance(error, ConnectError) else error
 
 
 def connect_failure(where: str, error: BaseException) -> MonitorError:
     """What kept a session from being opened; `error` is what the operating system or `qemu.qmp` raised."""
-    cause = error.exc if isinstance(error, ConnectError) else error
-    match cause:
+    found = cause(error)
+    match found:
         case OSError(errno=number) if number in _QUEUED:
             return busy(where)
         case ConnectionResetError() | BrokenPipeError() | EOFError():
             return MonitorUnreachable(f"{where} closed the connection before the session began: is QEMU ending?")
         case OSError(errno=number) if number in _NOBODY:
-            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(cause)})")
+            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(found)})")
         case PermissionError():
             return MonitorUnreachable(
                 f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
             )
         case OSError():
-            return MonitorUnreachable(f"{where} cannot be reached: {_brief(cause)}")
+            return MonitorUnreachable(f"{where} cannot be reached: {_brief(found)}")
         case NegotiationError():
             return MonitorUnreachable(f"{where} greeted as QMP does, but did not accept qmp_capabilities")
         case _:
-            return MonitorUnreachable(f"{where} does not speak QMP: {_brief(cause)}")
+            return MonitorUnreachable(f"{where} does not speak QMP: {_brief(found)}")
 
 
 def loss(where: str, command: str, error: BaseException, cause: BaseException | None) -> MonitorUnreachable:

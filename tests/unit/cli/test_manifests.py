@@ -11,7 +11,7 @@ import yaml
 
 from harness.cache import REPOSITORY
 from vcpuset.cli.manifests import FIELDS, Choice, InvalidManifest, Manifest, Number, read
-from vcpuset.domain.resource import Request, TCPMonitor, UnixMonitor, UnplugPolicy
+from vcpuset.domain.resource import TLS, Request, TCPMonitor, UnixMonitor, UnplugPolicy
 
 __all__: list[str] = []
 
@@ -117,6 +117,12 @@ def test_a_tcp_monitor_is_taken() -> None:
     assert manifest(text).vcpuset.spec.monitor == TCPMonitor("192.0.2.1", 4444)
 
 
+def test_a_monitor_on_tls_is_taken() -> None:
+    tls = {"secretName": "monitor", "serverName": "vm.example"}
+    text = changed(monitor={"tcp": {"host": "192.0.2.1", "port": 4444, "tls": tls}})
+    assert manifest(text).vcpuset.spec.monitor == TCPMonitor("192.0.2.1", 4444, TLS("monitor", "vm.example"))
+
+
 def test_of_sets_that_are_not_created_yet_the_first_is_the_senior_and_those_that_are_go_before_them() -> None:
     one, two = BY_HAND, BY_HAND.replace("name: web", "name: db")
     found = read(f"{one}---\n{two}---\n{PRINTED}", None, NOW)
@@ -181,7 +187,21 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param(
             changed(monitor={"unix": {"path": "a"}, "tcp": {"host": "h", "port": 1}}), "has both of", id="both"
         ),
-        pytest.param(changed(monitor={"tcp": {"host": "h", "port": 1}}), "tcp.insecure must be true", id="insecure"),
+        pytest.param(
+            changed(monitor={"tcp": {"host": "h", "port": 1}}),
+            "tcp has neither of tls and insecure",
+            id="neither TLS nor",
+        ),
+        pytest.param(
+            changed(monitor={"tcp": {"host": "h", "port": 1, "insecure": True, "tls": {"secretName": "s"}}}),
+            "tcp has both of tls and insecure",
+            id="TLS and insecure",
+        ),
+        pytest.param(
+            changed(monitor={"tcp": {"host": "h", "port": 1, "tls": {}}}),
+            "spec.monitor.tcp.tls.secretName is missing",
+            id="TLS without a Secret",
+        ),
         pytest.param(changed(monitor={"tcp": {"port": 70000}}), "spec.monitor.tcp.port is 70000", id="port"),
         pytest.param(changed(monitor={"unix": {}}), "spec.monitor.unix.path is missing", id="no-path"),
         pytest.param(changed(guestAgent={"unix": {"path": "web/qmp.sock"}}), "is the monitor's", id="agent"),

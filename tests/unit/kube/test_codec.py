@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import (
+    TLS,
     BootVCPUs,
     Condition,
     Connection,
     GuestAgent,
+    Monitor,
     Request,
     Spec,
     Status,
@@ -114,6 +116,14 @@ def test_every_field_of_the_spec_is_read() -> None:
     assert vcpuset.spec == Spec(4, monitor, Connection.PERSISTENT, agent, unplug, suspend=True)
 
 
+def test_a_monitor_on_tls_is_read_with_and_without_a_server_name() -> None:
+    def monitor(**tls: str) -> Monitor:
+        return decode(body(monitor={"tcp": {"host": "h", "port": 1, "tls": tls}})).spec.monitor
+
+    assert monitor(secretName="one") == TCPMonitor("h", 1, TLS("one"))
+    assert monitor(secretName="one", serverName="vm") == TCPMonitor("h", 1, TLS("one", "vm"))
+
+
 def test_fields_that_this_version_does_not_know_are_skipped() -> None:
     newer = body(shape="round", monitor={"unix": {"path": "web.sock", "mode": "fast"}, "colour": "blue"})
     newer["status"] = {"observedGeneration": 3, "weather": "fine"}
@@ -134,8 +144,13 @@ def test_fields_that_this_version_does_not_know_are_skipped() -> None:
         ),
         pytest.param(
             body(monitor={"tcp": {"host": "h", "port": 1}}),
-            "must be true - at `spec.monitor.tcp.insecure`",
+            "exactly one of `tls` and `insecure: true` - at `spec.monitor.tcp`",
             id="plain TCP that nobody agreed to",
+        ),
+        pytest.param(
+            body(monitor={"tcp": {"host": "h", "port": 1, "insecure": True, "tls": {"secretName": "s"}}}),
+            "exactly one of `tls` and `insecure: true` - at `spec.monitor.tcp`",
+            id="TLS and plain TCP",
         ),
         pytest.param(body(monitor={"serial": {}}), "at `spec.monitor`", id="a monitor of a kind yet to come"),
         pytest.param(

@@ -1,0 +1,79 @@
+"""What a connection on TLS is made with: certificates and a key, as the Secret of a monitor holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol, Self
+
+from vcpuset.domain.errors import CredentialsUnavailable
+from vcpuset.domain.resource import UID
+
+__all__ = ["CA", "CERTIFICATE", "KEY", "CredentialStore", "Credentials", "NoCredentials"]
+
+CA: Final = "ca.crt"
+CERTIFICATE: Final = "tls.crt"
+KEY: Final = "tls.key"
+"""The names that cert-manager and the Secret type kubernetes.io/tls give them."""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Credentials:
+    """Certificates and a key, in PEM, as yet unread.
+
+    source       where they come from, for messages: "Secret team-a/monitor"
+    ca           those that sign the certificates of QEMU
+    certificate  what the operator shows to QEMU, and those between it and its CA
+    key          the key of that certificate
+    """
+
+    source: str
+    ca: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, source: str, entries: Mapping[str, bytes]) -> Self:
+        """From the entries of a Secret.
+
+        Raises CredentialsUnavailable if one is missing or empty.
+        """
+        missing = [name for name in (CA, CERTIFICATE, KEY) if not entries.get(name, b"").strip()]
+        if missing:
+            raise CredentialsUnavailable(
+                f"{source} has no {' and no '.join(missing)}: it takes {CA} (what signs QEMU's certificate), "
+                f"{CERTIFICATE} and {KEY} (the operator's own), as cert-manager writes them"
+            )
+        return cls(source, entries[CA], entries[CERTIFICATE], entries[KEY])
+
+
+class CredentialStore(Protocol):
+    """Where the credentials of sets come from."""
+
+    async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
+        """What the Secret holds; it may be some seconds old.
+
+        doubted  these have just failed: look whether there are others by now
+
+        Raises CredentialsUnavailable.
+        """
+
+    def forget(self, uid: UID) -> None:
+        """The set needs none any more."""
+
+
+class NoCredentials:
+    """The `CredentialStore` of who has none.
+
+    remedy  what to tell who asks for some
+    """
+
+    def __init__(self, remedy: str = "this process was given no credentials to connect with") -> None:
+        self._remedy = remedy
+
+    async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
+        """Raises CredentialsUnavailable."""
+        raise CredentialsUnavailable(f"spec.monitor.tcp.tls: {self._remedy}")
+
+    def forget(self, uid: UID) -> None:
+        """Nothing is kept."""

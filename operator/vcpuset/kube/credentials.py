@@ -1,0 +1,134 @@
+"""The Secrets of monitors on TLS: read one by one by name, kept for seconds, and for as long as the API server is away.
+
+Secrets are never listed or watched: the operator then needs no more than `get`, in the namespaces where an
+administrator gave it that. A change is found when a session is opened and the copy is older than `FRESH_SECONDS`, and
+at once when a connection with the copy has failed. However many sets share a Secret, it is read once for all of them.
+
+While the API server cannot be reached the last copy goes on being used, so that machines stay at their target. A Secret
+that is gone, or may not be read any more, is used no longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from vcpuset.domain.credentials import Credentials
+from vcpuset.domain.errors import APIError, CredentialsUnavailable, ObjectGone, Rejected
+from vcpuset.domain.resource import UID
+
+__all__ = ["DOUBTED_SECONDS", "FRESH_SECONDS", "ROLE", "Secrets"]
+
+FRESH_SECONDS: Final = 10.0
+"""How long a copy is taken for what the API server has."""
+
+DOUBTED_SECONDS: Final = 1.0
+"""The same for a copy with which a connection has just failed: all sets that share it fail at the same time."""
+
+ROLE: Final = "vcpuset-monitor-credentials"
+"""The ClusterRole that is shipped for this, unbound."""
+
+_log = logging.getLogger(__name__)
+
+_Name = tuple[str, str]
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+
+class _Cluster(Protocol):
+    """What is needed of `Cluster`."""
+
+    async def read_secret(self, namespace: str, name: str) -> Mapping[str, bytes]:
+        """The entries of a Secret."""
+
+
+@dataclass
+class _Copy:
+    """What is known of one Secret.
+
+    users    the sets that it was read for; never empty
+    lock     held while it is read, so that whoever comes meanwhile waits for that answer
+    content  what it holds, or why that cannot be used; None: not read yet
+    read_at  loop time of the last answer, or of the last try
+    """
+
+    users: set[UID] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    content: Credentials | str | None = None
+    read_at: float = 0.0
+
+
+class Secrets:
+    """A `CredentialStore`. Holds what its sets need, and forgets a Secret with the last set that named it."""
+
+    def __init__(self, cluster: _Cluster) -> None:
+        self._cluster = cluster
+        self._copies: dict[_Name, _Copy] = {}
+        self._named: dict[UID, _Name] = {}
+
+    async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
+        """The credentials in a Secret of the set's own namespace.
+
+        doubted  a connection with these has just failed
+
+        Raises CredentialsUnavailable: says what is missing, and who can help.
+        """
+        # The schema demands it too. A name with "/" or ".." in it would lead to another namespace.
+        if _NAME.fullmatch(name) is None:
+            raise CredentialsUnavailable(f"spec.monitor.tcp.tls.secretName: {name[:253]!r} is no name of a Secret")
+        copy = self._copy(uid, (namespace, name))
+        async with copy.lock:
+            age = asyncio.get_running_loop().time() - copy.read_at
+            limit = DOUBTED_SECONDS if doubted is not None and copy.content == doubted else FRESH_SECONDS
+            if copy.content is None or age >= limit:
+                await self._read(copy, namespace, name)
+        if isinstance(copy.content, Credentials):
+            return copy.content
+        raise CredentialsUnavailable(copy.content)
+
+    def forget(self, uid: UID) -> None:
+        """The set names no Secret any more."""
+        if (name := self._named.pop(uid, None)) is not None:
+            users = self._copies[name].users
+            users.discard(uid)
+            if not users:
+                del self._copies[name]
+
+    @property
+    def held(self) -> int:
+        """How many Secrets are held."""
+        return len(self._copies)
+
+    def _copy(self, uid: UID, name: _Name) -> _Copy:
+        if self._named.get(uid) != name:
+            self.forget(uid)
+            self._named[uid] = name
+        copy = self._copies.setdefault(name, _Copy())
+        copy.users.add(uid)
+        return copy
+
+    async def _read(self, copy: _Copy, namespace: str, name: str) -> None:
+        source = f"Secret {namespace}/{name}"
+        content: Credentials | str
+        try:
+            content = Credentials.of(source, await self._cluster.read_secret(namespace, name))
+        except CredentialsUnavailable as error:
+            content = str(error)
+        except ObjectGone:
+            content = f"there is no {source}: create it, with ca.crt, tls.crt and tls.key"
+        except Rejected as error:
+            content = (
+                f"{source} may not be read by this operator: have an administrator bind ClusterRole {ROLE} to its "
+                f"service account, with a RoleBinding in namespace {namespace} ({error})"
+            )
+        except APIError as error:
+            content = copy.content or f"{source} cannot be read: {error}"
+            if isinstance(copy.content, Credentials):
+                _log.warning("%s cannot be read, so what it held goes on being used: %s", source, error)
+        # The same value stays the same object: what was made of it goes on being used too.
+        if content != copy.content:
+            copy.content = content
+        copy.read_at = asyncio.get_running_loop().time()

@@ -1,0 +1,297 @@
+"""Mutual TLS with a monitor: what the operator shows, what it accepts, and what a failure means.
+
+QEMU (`tls-creds-x509`) never says why it turns a client away: it completes the handshake and then closes, whether the
+client's certificate has expired, is another CA's, or has a name that `tls-authz` does not know. So what can be known
+before is checked before, and the message that is left names the two things to look at, with the certificate's subject
+as `authz-simple` wants it.
+
+Private keys touch no disk: OpenSSL reads them from memory that has no name.
+
+`cryptography` costs 10 MB and is imported with the first monitor on TLS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+from vcpuset.domain.credentials import CA, CERTIFICATE, KEY, Credentials
+from vcpuset.domain.errors import CredentialsUnavailable, InvalidMonitor, MonitorUnreachable, VCPUSetError
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+__all__ = ["Access", "Keys", "keys_of"]
+
+Fetch = Callable[[Credentials | None], Awaitable[Credentials]]
+
+_HANDSHAKE_SECONDS: Final = 3600.0
+"""asyncio's own deadline, which shall never come first."""
+
+_UNTRUSTED: Final = frozenset({2, 18, 19, 20, 21})
+"""OpenSSL's X509_V_ERR_… for a chain that does not end in a trusted certificate."""
+_NOT_YET, _EXPIRED, _NAME_MISMATCH, _ADDRESS_MISMATCH = 9, 10, 62, 64
+
+_NO_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"})
+"""What OpenSSL makes of plain text."""
+_SERVER_NAME: Final = re.compile(r"[A-Za-z0-9:._-]+")
+_TOO_OLD: Final = re.compile(r"UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION")
+_REFUSED: Final = re.compile(r"ALERT_(.*CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|DECRYPT_ERROR)")
+
+_GNUTLS_NAMES: Final = {
+    "1.2.840.113549.1.9.1": "EMAIL", "2.5.4.4": "surName", "2.5.4.5": "serialNumber", "2.5.4.9": "street",
+    "2.5.4.12": "title", "2.5.4.13": "description", "2.5.4.15": "businessCategory", "2.5.4.17": "postalCode",
+    "2.5.4.20": "telephoneNumber", "2.5.4.41": "name", "2.5.4.42": "givenName", "2.5.4.43": "initials",
+    "2.5.4.44": "generationQualifier", "2.5.4.46": "dnQualifier", "2.5.4.65": "pseudonym",
+}  # fmt: skip
+"""How QEMU's TLS library spells the parts of a name that have no letters of their own in RFC 4514."""
+
+_SHOWN: Final = 5
+"""As many names of a certificate are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a monitor on TLS is entered.
+
+    namespace    whose credentials they are
+    secret       and what they are called there
+    server_name  what QEMU's certificate has to be for: a DNS name or an address
+    fetch        the credentials; given some that have just failed, it looks for newer ones
+    """
+
+    namespace: str
+    secret: str
+    server_name: str
+    fetch: Fetch = field(compare=False)
+
+
+class _Connection(ssl.SSLObject):
+    """Keeps the certificate that was not accepted, for the message."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            # Public from Python 3.13 on. Without it the message is poorer by the names.
+            with contextlib.suppress(Exception):
+                chain: Any = self._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
+                error.certificate = chain[0].public_bytes(_DER)  # type: ignore[attr-defined]
+            raise
+
+
+_DER: Final = 2
+"""`_ssl.ENCODING_DER`."""
+
+
+class _EncryptedError(Exception):
+    """OpenSSL asked for a passphrase."""
+
+
+class Keys:
+    """Credentials, read and found sound."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Raises CredentialsUnavailable: says what is wrong with them."""
+        self._source = credentials.source
+        authorities = self._certificates(credentials.ca, CA)
+        self._own = self._certificates(credentials.certificate, CERTIFICATE)[0]
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.sslobject_class = _Connection
+        self._load(authorities, credentials)
+
+    def require_valid(self) -> None:
+        """Raises CredentialsUnavailable if the operator's certificate is valid no more, or not yet."""
+        now = datetime.now(UTC)
+        begin, end = self._own.not_valid_before_utc, self._own.not_valid_after_utc
+        if now > end:
+            raise CredentialsUnavailable(
+                f"the operator's certificate, {CERTIFICATE} of {self._source}, expired at {end:%Y-%m-%dT%H:%M:%SZ}: "
+                "renew it (if cert-manager should have: see its Certificate)"
+            )
+        if now < begin:
+            raise CredentialsUnavailable(
+                f"the operator's certificate, {CERTIFICATE} of {self._source}, is valid only from "
+                f"{begin:%Y-%m-%dT%H:%M:%SZ} on: see whether the clocks agree"
+            )
+
+    def options(self, server_name: str) -> dict[str, Any]:
+        """For `asyncio.open_connection`. Raises InvalidMonitor if no certificate can be for such a name."""
+        # To asyncio an empty name is a wish to have none checked.
+        if _SERVER_NAME.fullmatch(server_name) is None:
+            raise _not_a_name(server_name)
+        return {
+            "ssl": self.context,
+            "server_hostname": server_name,
+            "ssl_handshake_timeout": _HANDSHAKE_SECONDS,
+        }
+
+    def failure(self, where: str, server_name: str, error: BaseException, *, agreed: bool) -> VCPUSetError | None:
+        """What kept a session from being opened; None: it has nothing to do with TLS.
+
+        agreed  whether the handshake was complete
+        """
+        match error:
+            case ssl.SSLCertVerificationError():
+                return self._unacceptable(where, server_name, error)
+            case ssl.SSLError(reason=str(reason)):
+                return self._disagreement(where, reason)
+            case ValueError() if not agreed:
+                return _not_a_name(server_name)
+            case ConnectionError() | EOFError() | ssl.SSLError() if agreed:
+                return self._refused(where, "closed the connection right after the handshake")
+            case ConnectionError() | EOFError() | ssl.SSLError():
+                return MonitorUnreachable(
+                    f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version "
+                    "of TLS from 1.2 on (see priority= of its tls-creds-x509)"
+                )
+            case _:
+                return None
+
+    def _unacceptable(
+        self, where: str, server_name: str, error: ssl.SSLCertVerificationError
+    ) -> CredentialsUnavailable:
+        code = error.verify_code
+        if code in _UNTRUSTED:
+            return CredentialsUnavailable(
+                f"the certificate of {where} is not signed by {CA} of {self._source}: put the CA of QEMU's "
+                "server-cert.pem there, or give QEMU a certificate of that CA"
+            )
+        if code in {_NAME_MISMATCH, _ADDRESS_MISMATCH}:
+            return CredentialsUnavailable(
+                f"the certificate of {where} is not for {server_name}{_names(getattr(error, 'certificate', None))}: "
+                "give spec.monitor.tcp.tls.serverName a name that it is for, or QEMU a certificate with "
+                f"{server_name} as subject alternative name"
+            )
+        if code == _EXPIRED:
+            return CredentialsUnavailable(
+                f"the certificate of {where} has expired (or a CA's on the way to {CA} of {self._source}): renew it; "
+                "QEMU reads a new one when it starts, or at the QMP command qom-set of its property loaded"
+            )
+        if code == _NOT_YET:
+            return CredentialsUnavailable(
+                f"the certificate of {where} is not valid yet: see whether the clocks of its host and of the "
+                "operator's agree"
+            )
+        return CredentialsUnavailable(
+            f"the certificate of {where} is not accepted with {CA} of {self._source}: {error.verify_message}"
+        )
+
+    def _disagreement(self, where: str, reason: str) -> VCPUSetError:
+        if reason in _NO_TLS:
+            return InvalidMonitor(
+                f"{where} does not speak TLS: give QEMU's chardev tls-creds (see docs/monitors.md), or, to do without "
+                "encryption and authentication, the set spec.monitor.tcp.insecure in place of tls"
+            )
+        if _TOO_OLD.search(reason):
+            return InvalidMonitor(
+                f"{where} offers no version of TLS from 1.2 on: correct priority= of its tls-creds-x509, or update it"
+            )
+        if _REFUSED.search(reason):
+            return self._refused(where, f"answered {reason}")
+        return MonitorUnreachable(f"{where} and the operator do not agree on TLS: {reason}")
+
+    def _refused(self, where: str, how: str) -> CredentialsUnavailable:
+        subject = ",".join(part.rfc4514_string(self._spelling()) for part in self._own.subject.rdns)
+        if not subject:
+            return CredentialsUnavailable(
+                f"{where} refuses the operator's certificate ({how}): {CERTIFICATE} of {self._source} has an empty "
+                "subject, which QEMU takes from nobody; give it a common name"
+            )
+        return CredentialsUnavailable(
+            f"{where} refuses the operator's certificate ({how}): see that QEMU's ca-cert.pem holds the CA of "
+            f"{CERTIFICATE} of {self._source}, and that its tls-authz allows the certificate's name: "
+            f"authz-simple,identity={_printable(subject.replace(',', ',,'))}"
+        )
+
+    @staticmethod
+    def _spelling() -> dict[Any, str]:
+        from cryptography.x509 import ObjectIdentifier  # noqa: PLC0415 - see the head of this file
+
+        return {ObjectIdentifier(oid): name for oid, name in _GNUTLS_NAMES.items()}
+
+    def _certificates(self, pem: bytes, name: str) -> Sequence[x509.Certificate]:
+        from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415 - see the head of this file
+
+        try:
+            return load_pem_x509_certificates(pem)
+        except ValueError as error:
+            raise CredentialsUnavailable(
+                f"{name} of {self._source} holds no certificate in PEM that can be read: {_printable(str(error))}"
+            ) from error
+
+    def _load(self, authorities: Sequence[x509.Certificate], credentials: Credentials) -> None:
+        from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 - see the head of this file
+
+        trusted = b"".join(each.public_bytes(Encoding.DER) for each in authorities)
+        try:
+            self.context.load_verify_locations(cadata=trusted)
+        except ssl.SSLError as error:
+            raise CredentialsUnavailable(f"{CA} of {self._source} cannot be used: {error.reason}") from error
+        with os.fdopen(os.memfd_create("vcpuset-tls"), "wb") as memory:
+            memory.write(credentials.certificate + b"\n" + credentials.key)
+            memory.flush()
+            try:
+                self.context.load_cert_chain(f"/proc/self/fd/{memory.fileno()}", password=_no_passphrase)
+            except _EncryptedError as error:
+                raise CredentialsUnavailable(
+                    f"{KEY} of {self._source} is encrypted: store it without a passphrase"
+                ) from error
+            except ssl.SSLError as error:
+                if error.reason == "KEY_VALUES_MISMATCH":
+                    words = (
+                        f"{KEY} of {self._source} is not the key of its {CERTIFICATE}: store two that belong together"
+                    )
+                else:
+                    words = f"{CERTIFICATE} and {KEY} of {self._source} cannot be used: {error.reason or error}"
+                raise CredentialsUnavailable(words) from error
+
+
+_read: WeakKeyDictionary[Credentials, Keys] = WeakKeyDictionary()
+
+
+def keys_of(credentials: Credentials) -> Keys:
+    """The credentials, read once for as long as they are kept by anybody. Raises CredentialsUnavailable."""
+    found = _read.get(credentials)
+    if found is None:
+        found = _read[credentials] = Keys(credentials)
+    found.require_valid()
+    return found
+
+
+def _not_a_name(server_name: str) -> InvalidMonitor:
+    return InvalidMonitor(
+        f"spec.monitor.tcp.tls.serverName: {server_name[:253]!r} is neither a DNS name nor an address"
+    )
+
+
+def _no_passphrase() -> bytes:
+    raise _EncryptedError
+
+
+def _names(certificate: bytes | None) -> str:
+    """Whom an unverified certificate is for, in words."""
+    if certificate is None:
+        return ""
+    from cryptography import x509  # noqa: PLC0415 - see the head of this file
+
+    try:
+        names = x509.load_der_x509_certificate(certificate).extensions
+        found = [str(each.value) for each in names.get_extension_for_class(x509.SubjectAlternativeName).value]
+    except (ValueError, x509.ExtensionNotFound):
+        return ", and has no subject alternative name"
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f" but for {_printable(', '.join(found[:_SHOWN]))}{more}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:400])
