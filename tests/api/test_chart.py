@@ -60,8 +60,12 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
         pytest.param("both", [], {}, id="both"),
         pytest.param(
             "both",
-            ["allow-tcp", "socket-group"],
-            {"controller.allowTCP": ["192.0.2.0/24"], "agent.supplementalGroups": [107]},
+            ["allow-tcp", "socket-group", "monitoring"],
+            {
+                "controller.allowTCP": ["192.0.2.0/24"],
+                "agent.supplementalGroups": [107],
+                "monitoring.enabled": True,
+            },
             id="both with components",
         ),
     ],
@@ -139,6 +143,7 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("logLevel", "debug", "- --log-level=debug\n"),
     ("resyncSeconds", 300, "- --resync-seconds=300\n"),
     ("workers", 32, "- --workers=32\n"),
+    ("metricsSetLimit", 0, "- --metrics-set-limit=0\n"),
     ("agent.namespace.name", "node-agents", "username == 'system:serviceaccount:node-agents:vcpuset-agent'"),
     ("agent.socketRoot", "/srv/sockets", "- --socket-root=/srv/sockets\n"),
     ("agent.runAsUser", 64055, "runAsUser: 64055\n"),
@@ -169,6 +174,18 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("networkPolicy.apiServer.ports", [8443], "port: 8443\n"),
     ("networkPolicy.metricsNamespaceLabels", {"team": "metrics"}, "team: metrics\n"),
     ("networkPolicy.monitorPorts", [4444], "port: 4444\n"),
+    ("monitoring.enabled", True, "kind: PodMonitor\n"),
+    ("monitoring.namespace", "observability", "name: vcpuset\n  namespace: observability\n"),
+    (
+        "monitoring.labels",
+        {"release": "kps"},
+        "app.kubernetes.io/part-of: vcpuset\n    helm.sh/chart: vcpuset-0.1.0\n    release: kps\n",
+    ),
+    (
+        "monitoring.runbookURL",
+        "https://wiki.example.com/a/",
+        "runbook_url: https://wiki.example.com/a/VCPUSetStalled.md\n",
+    ),
 ]
 """A value's path, another value than the default, and what is then in the objects and was not before."""
 
@@ -199,8 +216,11 @@ def test_every_value_of_the_schema_is_tried() -> None:
 
 @pytest.mark.parametrize(("path", "value", "sign"), APPEARS, ids=[path for path, _, _ in APPEARS])
 async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
-    # Without a network to reach there is no port to reach it on.
-    beside = {"controller.allowTCP": ["192.0.2.0/24"]} if path == "networkPolicy.monitorPorts" else {}
+    beside: dict[str, object] = {}
+    if path == "networkPolicy.monitorPorts":
+        beside["controller.allowTCP"] = ["192.0.2.0/24"]  # without a network there is no port in it
+    if path.startswith("monitoring.") and path != "monitoring.enabled":
+        beside["monitoring.enabled"] = True
     assert sign not in yaml.safe_dump_all(await render(*settings(beside)))
     assert sign in yaml.safe_dump_all(await render(*settings({**beside, path: value})))
 
@@ -218,9 +238,16 @@ async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones()
         "agent.socketRoot": "/srv/sockets",
         "credentials.namespaces": ["shop"],
         "controller.leaderElection.leaseName": "other",
+        "monitoring.enabled": True,
     }
     text = yaml.safe_dump_all(await render(*settings(values)))
-    for shipped in ("vcpuset-system", "/run/vcpuset", "namespace: vcpuset-agent", "serviceaccount:vcpuset-agent:"):
+    for shipped in (
+        "vcpuset-system",
+        "/run/vcpuset",
+        "namespace: vcpuset-agent",
+        "- vcpuset-agent\n",
+        "serviceaccount:vcpuset-agent:",
+    ):
         assert shipped not in text
     assert "kubernetes.io/metadata.name: node-agents\n" in text
     assert "- --leader-elect-name=other\n" in text

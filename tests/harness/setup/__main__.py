@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from harness import guestimage
+from harness import guestimage, promtool
+from harness.build.guest.packages import PackageError
 from harness.cache import cache_dir
-from harness.setup.console import SetupFailed, run_visibly, say
+from harness.setup.console import NotPossible, SetupFailed, run_visibly, say
 from harness.setup.controlplane import ensure_control_plane, ensure_controller_manager, ensure_helm, remove_build_cache
 from harness.setup.system import install_missing
 from harness.setup.venv import VENV_PYTHON, ensure_venv
@@ -26,12 +27,31 @@ def ensure_guest() -> None:
         run_visibly([VENV_PYTHON, "-m", "harness.guestimage"], seconds=3600)
 
 
+def ensure_promtool() -> None:
+    """Fetch promtool, unless there is one.
+
+    Raises:
+        NotPossible: it cannot be had here.
+    """
+    try:
+        promtool.promtool()
+    except promtool.PromtoolMissing:
+        say("==> promtool, out of Debian's package of Prometheus")
+        try:
+            promtool.fetch(say)
+        except PackageError as error:
+            raise NotPossible(
+                f"promtool: {error}. Or put one into PATH, such as that of a release of Prometheus"
+            ) from error
+
+
 PARTS: Final[dict[str, Callable[[], None]]] = {
     "system": install_missing,
     "venv": ensure_venv,
     "controlplane": ensure_control_plane,
     "guest": ensure_guest,
     "controllermanager": ensure_controller_manager,
+    "promtool": ensure_promtool,
     "helm": ensure_helm,
 }
 """In the order in which they need each other."""

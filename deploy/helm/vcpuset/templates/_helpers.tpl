@@ -64,6 +64,9 @@ roles are written once, there: a rule that two places must agree on is soon two 
 {{- with .Values.workers }}
 - --workers={{ . }}
 {{- end }}
+{{- if hasKey .Values "metricsSetLimit" }}
+- --metrics-set-limit={{ .Values.metricsSetLimit | int64 }}
+{{- end }}
 {{- end }}
 
 {{/* From the name of the container's image to the end of its probes; what both kinds have. */}}
