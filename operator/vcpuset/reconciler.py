@@ -70,6 +70,9 @@ QEMU shows a slot as free some milliseconds before the CPU drops out of `query-c
 UNSETTLED_LOOKS = 50
 """After so many such looks in a row it is no moment any more, and is reported as a monitor that cannot be used."""
 
+ANNOUNCE_SECONDS = 0.5
+"""A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
+
 PROGRESS_SECONDS = (3.0, 10.0, 30.0)
 """How long after a status write mere progress is written: later and later while one change goes on.
 
@@ -347,12 +350,10 @@ class Reconciler:
         requests: Sequence[Request],
         aim: Goal,
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
-        """Fill free slots until the goal is reached, saying so meanwhile."""
-        # The report waits for nothing and nothing waits for the report, except the end of this step.
+        """Fill free slots until the goal is reached; if that takes long, say so meanwhile."""
+        filling = asyncio.ensure_future(self._fill(track, session, machine, aim))
         announcement, work = await asyncio.gather(
-            self._announce_plug(vcpuset, machine, requests, aim),
-            self._fill(track, session, machine, aim),
-            return_exceptions=True,
+            self._announce_plug(vcpuset, machine, requests, aim, filling), filling, return_exceptions=True
         )
         track.plugged_at = asyncio.get_running_loop().time()
         for outcome in (work, announcement):
@@ -364,11 +365,22 @@ class Reconciler:
         return announcement, machine, blocked
 
     async def _announce_plug(
-        self, vcpuset: VCPUSet, machine: Machine, requests: Sequence[Request], aim: Goal
+        self,
+        vcpuset: VCPUSet,
+        machine: Machine,
+        requests: Sequence[Request],
+        aim: Goal,
+        filling: asyncio.Future[tuple[Machine, CommandError | None]],
     ) -> VCPUSet:
-        if self._reported(vcpuset) in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
+        reported = self._reported(vcpuset)
+        if reported in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
             # A repeated attempt; if it ends as the one before, nothing is to be written at all.
             return vcpuset
+        if reported != Reason.CONVERGED:
+            # Nothing that the status says of this generation is wrong, and what comes of the plug is a better report.
+            await asyncio.wait({filling}, timeout=ANNOUNCE_SECONDS)
+            if filling.done():
+                return vcpuset
         # With this machine's uuid go this machine's requests, not those that the status has of another one.
         return await self._report(vcpuset, machine, requests, plugging(vcpuset.spec, machine, aim))
 
@@ -520,13 +532,16 @@ class Reconciler:
     def _announce(self, vcpuset: VCPUSet, before: Status, verdict: Verdict) -> None:
         """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
         old, new = _facts(before), _facts(vcpuset.status)
-        if old[:3] != new[:3]:
+        status = vcpuset.status
+        # So soon done that nothing was said meanwhile.
+        resized = status.observed_generation != before.observed_generation and status.vcpus != before.vcpus
+        if old[:3] != new[:3] or resized:
             level = logging.WARNING if verdict.event_type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", verdict.reason, verdict.message)
             self._recorder.record(
                 vcpuset, type=verdict.event_type, reason=verdict.reason, action="Reconcile", note=verdict.message
             )
-        agent = vcpuset.status.condition(AGENT)
+        agent = status.condition(AGENT)
         if agent is not None and agent.status != "Unknown" and old[3:] != new[3:]:
             good = agent.status == "True"
             logger.log(logging.INFO if good else logging.WARNING, "GuestAgent%s: %s", agent.reason, agent.message)

@@ -10,6 +10,8 @@ import pytest_asyncio
 from harness.acpi import Acpi
 from harness.controlplane import ControlPlane
 from harness.expect import HELD, READY, RECONCILING, STALLED, history, reasons, shows
+from harness.faults import Delay
+from harness.faulty import FaultyMonitor
 from harness.guest import Guest
 from harness.operator import OperatorProcess
 from harness.qmp import count, device_add, execute, raw, slots
@@ -32,12 +34,28 @@ async def test_a_machine_that_has_its_count_is_converged(folder: Path, operator:
         assert seen.pending == []
 
 
-async def test_plugging_is_reported_while_it_is_under_way(folder: Path, operator: OperatorProcess, user: User) -> None:
+async def test_a_plug_that_is_soon_done_is_reported_once(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
     async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
-        created = await user.create("vm", 5, "vm.sock")
-        assert created.status == {"observedGeneration": -1}
+        created = await user.create("vm", 2, "vm.sock")
+        await shows(user, "vm", "Converged", READY, vcpus=2)
+        await user.change("vm", vcpus=5)
         await shows(user, "vm", "Converged", READY, vcpus=5)
         assert await count(guest.control) == 5
+
+        # A host so slow that it takes long reports it: see the next test.
+        seen = [reason for reason, _ in reasons(await history(user, created)) if reason != "Plugging"]
+        assert seen == ["Converged", "Converged"]
+        assert ("Converged", "Normal") in await _events(user, "vm", 1)
+
+
+async def test_a_plug_that_takes_long_is_reported_while_it_is_under_way(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with FaultyMonitor(folder / "vm.sock", {"device_add": Delay(1.0)}, cpus=2, slots=8):
+        created = await user.create("vm", 5, "vm.sock")
+        await shows(user, "vm", "Converged", READY, vcpus=5)
 
         versions = await history(user, created)
         assert reasons(versions) == [("Plugging", RECONCILING), ("Converged", READY)]

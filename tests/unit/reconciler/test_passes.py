@@ -41,12 +41,14 @@ def test_a_steady_state_costs_no_write_and_a_look_a_minute(world: LawfulWorld) -
     assert 1 + 3600 / 66 <= world.passes <= 1 + 3600 / 54
 
 
-def test_plugging_fills_the_lowest_slots_in_one_pass_and_two_writes(world: LawfulWorld, qemu: Qemu) -> None:
+def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: LawfulWorld, qemu: Qemu) -> None:
+    told = len(world.recorder.events)
     world.apply("web", vcpus=6)
     world.run_due()
 
     assert sorted(qemu.cpus) == [0, 1, 2, 3, 4, 5]
-    assert _writes(world)[1:] == ["Plugging", "Converged"]
+    assert _writes(world)[1:] == ["Converged"]
+    assert world.recorder.events[told:] == [("Normal", "Converged")]
     assert qemu.cpus[5][0] == "/machine/peripheral/vcpu5"
     assert world.sessions_held == 0
 
@@ -84,6 +86,17 @@ def test_drift_is_undone_at_the_next_resync(world: LawfulWorld, qemu: Qemu) -> N
     world.advance(67)
 
     assert sorted(qemu.cpus) == [0, 1]
+
+
+def test_a_set_that_says_ready_and_is_not_says_so_before_it_is(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=3)
+    world.run_due()
+    before = len(world.api.writes)
+    qemu.take_away(2)
+    world.advance(67)
+
+    assert sorted(qemu.cpus) == [0, 1, 2]
+    assert _writes(world)[before:] == ["Plugging", "Converged"]
 
 
 def test_a_change_of_many_seconds_is_reported_now_and_then(world: LawfulWorld, qemu: Qemu) -> None:
