@@ -50,9 +50,9 @@ class Settings:
     networks: Networks = field(default_factory=Networks)
     """Where TCP monitors may lie; without a network in it, none is served."""
 
-    workers: int = 16
-    """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server; more than that helps
-    only while many monitors are slow."""
+    workers: int = 64
+    """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server: when a thousand sets
+    change together, the number of those that wait at once decides how soon the last one is done."""
 
     resync_seconds: int = 60
     """How often a machine is looked at without an occasion, in seconds, 10 % more or less. Changes that others make

@@ -54,11 +54,26 @@ class _Backoffs:
             pause = min(2 * pause, BACKOFF_SECONDS)
 
 
+class _NoDiffs(kopf.DiffBaseStorage):
+    """Keeps nothing of an object to compare it with later. kopf prepares that for each event, wanted or not."""
+
+    def build(self, **_: object) -> kopf.BodyEssence:
+        """Nothing of the object."""
+        return kopf.BodyEssence()
+
+    def fetch(self, **_: object) -> None:
+        """Nothing was kept."""
+
+    def store(self, **_: object) -> None:
+        """Keep nothing."""
+
+
 def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     """kopf's settings for watching `scope` and doing nothing else."""
     settings = kopf.OperatorSettings()
     settings.peering.standalone = True
     settings.scanning.disabled = True  # no watch on CRDs and namespaces, and no rights needed for it
+    settings.persistence.diffbase_storage = _NoDiffs()
     settings.posting.enabled = False  # Events come from our own recorder
     settings.process.ultimate_exiting_timeout = None  # it would be a SIGKILL while we clean up
     # As tuples: kopf takes the string "vcpuset.dev/vcpusets" as a resource name that nothing has (1.45.2).
