@@ -11,6 +11,7 @@ import contextlib
 import logging
 import resource
 import signal
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 
@@ -40,7 +41,7 @@ from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
 from vcpuset.runtime.workqueue import WorkQueue
 
-__all__ = ["raise_file_limit", "run"]
+__all__ = ["raise_file_limit", "run", "shrink_tls_buffers"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ async def run(settings: Settings) -> None:
     TaskEndedError: another part failed.
     """
     raise_file_limit()
+    shrink_tls_buffers()
     async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
         stop = asyncio.Event()
         # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
@@ -86,6 +88,15 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def shrink_tls_buffers() -> None:
+    """Let asyncio receive into 32 KiB for each TLS connection, in place of 256 KiB that it fills with zeros at once.
+
+    A TLS record has 16 KiB at most. With a connection to the API server for each worker, and one to each TLS monitor
+    that is kept, those buffers would be most of this process' memory.
+    """
+    SSLProtocol.max_size = 32 * 1024
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
