@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 
 import pytest_asyncio
 
+from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
+from harness.docpage import Page, Reader
+from harness.guest import Guest
+from harness.monitortls import MonitorTLS
 from harness.operator import OperatorProcess
+from harness.pki import Authority
 from harness.processes import run
 from harness.saved import saved_guest
 from harness.world import User
@@ -77,3 +83,26 @@ async def test_a_monitor_that_the_operator_keeps_is_told_and_another_one_will_do
         (found,) = (await _vcpuset("plan", "-f", "-", "--monitor", guest.monitors[1], text=text))["items"]
         assert [each["id"] for each in found["plug"]] == ["vcpu2"]
         assert (await user.get("vm")).vcpus == 2
+
+
+async def test_a_monitor_on_tls_is_looked_at_with_the_certificates_of_its_secret(
+    user: User, control_plane: ControlPlane, tmp_path: Path
+) -> None:
+    page = Page(REPOSITORY / "docs" / "cli.md")
+    authority = Authority()
+    secrets = f"/api/v1/namespaces/{user.namespace}/secrets"
+    made = await control_plane.request("POST", secrets, authority.client().secret("web-monitor"))
+    assert made.status == 201, made
+    programs = [str(control_plane.kubectl_path.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    place = {
+        "PATH": os.pathsep.join(programs),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        "KUBECONFIG": str(control_plane.kubeconfig),
+    }
+    tls = MonitorTLS(authority.server("vm-1.example.com").write(tmp_path / "qemu"), authority.client().name)
+    async with Guest(None, smp="2,maxcpus=8", tls=tls) as guest:
+        with Reader(tmp_path / "place", **place) as reader:
+            await reader.run(page.block("sh", "secret").text.replace("get secret", f"get -n {user.namespace} secret"))
+            look = page.block("sh", "tls").text.replace("192.0.2.10:4444", "{}:{}".format(*guest.tcp_address))
+            shown = await reader.run(look.replace("vcpuset ", f"{sys.executable} -m vcpuset.cli.main ", 1))
+            assert "2 present, from 1 to 8" in shown.stdout

@@ -19,6 +19,8 @@ from harness.acpi import Acpi
 from harness.faults import Hang
 from harness.faulty import GREETING, FaultyMonitor
 from harness.guest import Guest
+from harness.monitortls import MonitorTLS
+from harness.pki import Authority
 from harness.qmp import raw
 from harness.saved import saved_guest
 from harness.wait import until
@@ -110,6 +112,42 @@ async def test_a_machine_is_found_by_link_by_prefix_and_by_tcp(namespace_folder:
         host, port = guest.tcp_address
         for monitor in (link, f"unix:{link},server=on,wait=off", f"{host}:{port}", f"tcp:{host}:{port}"):
             assert json.loads((await vcpuset("inspect", monitor, "-o", "json")).stdout)["machine"]["vcpus"] == 1
+
+
+async def test_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) -> None:
+    authority = Authority()
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    options = ("--tls-credentials", folder)
+    tls = MonitorTLS(authority.server("vm.example").write(tmp_path / "qemu"), authority.client().name)
+    async with Guest(None, memory=64, tls=tls) as guest:
+        monitor = "{}:{}".format(*guest.tcp_address)
+        failed = await vcpuset("inspect", monitor, *options, status=1)
+        assert f"Error: {folder} has no ca.crt and no tls.crt and no tls.key" in failed.stderr
+        for name, text in authority.client().data().items():
+            (folder / name).write_bytes(text)
+        shown = await vcpuset("inspect", monitor, *options, "--tls-server-name", "vm.example", "-o", "json")
+        assert json.loads(shown.stdout)["machine"]["vcpus"] == 1
+        failed = await vcpuset("inspect", monitor, *options, status=1)
+        assert "is not for 127.0.0.1 but for vm.example: give spec.monitor.tcp.tls.serverName" in failed.stderr
+        assert "(--tls-server-name)" in failed.stderr
+        (folder / "tls.key").unlink()
+        (folder / "tls.key").mkdir()
+        failed = await vcpuset("inspect", monitor, *options, status=1)
+        assert f"{folder}/tls.key cannot be read: Is a directory" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("./qmp.sock", "--tls-credentials", "."), "TLS is for HOST:PORT, and qmp.sock is a unix socket"),
+        (("host:1", "--tls-server-name", "vm"), "--tls-server-name takes --tls-credentials"),
+        (("host:1", "--tls-credentials", "nowhere"), "Directory 'nowhere' does not exist"),
+    ],
+)
+async def test_options_of_tls_that_make_no_sense_are_refused(arguments: tuple[str, ...], words: str) -> None:
+    refused = await vcpuset("inspect", *arguments, status=2)
+    assert words in " ".join(refused.stderr.split())
 
 
 async def test_what_the_guest_uses_is_told_if_its_agent_is_named(namespace_folder: Path) -> None:

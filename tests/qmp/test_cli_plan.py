@@ -17,6 +17,8 @@ from harness.acpi import Acpi
 from harness.faults import Hang
 from harness.faulty import GREETING, FaultyMonitor
 from harness.guest import Guest
+from harness.monitortls import MonitorTLS
+from harness.pki import Authority
 from harness.qmp import Raw, raw
 from harness.saved import saved_guest
 from harness.wait import until
@@ -58,6 +60,31 @@ async def test_a_plug_is_told_with_slots_and_ids_and_is_not_done(q35: Guest, con
     assert (found["verdict"]["reason"], found["expected"]["reason"]) == ("Plugging", "Converged")
     assert found["obstacles"] == []
     assert await control.slots() == before
+
+
+async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) -> None:
+    authority = Authority()
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    for name, text in authority.client().data().items():
+        (folder / name).write_bytes(text)
+    made = MonitorTLS(authority.server("vm.example").write(tmp_path / "qemu"), authority.client().name)
+    async with Guest(None, smp="2,maxcpus=8", memory=64, tls=made) as guest:
+        host, port = guest.tcp_address
+        declared = manifest(3).replace(
+            "unix: {path: qmp0}",
+            f"tcp: {{host: {host}, port: {port}, tls: {{secretName: monitor, serverName: vm.example}}}}",
+        )
+        found = await planned(tmp_path, declared, status=1)
+        assert in_the_way(found) == ["CredentialsUnavailable"]
+        assert "plan reads no Secrets" in found["obstacles"][0]["message"]
+        assert "--tls-credentials" in found["obstacles"][0]["message"]
+        for way in ((), ("--monitor", f"{host}:{port}")):
+            found = await planned(tmp_path, declared, "--tls-credentials", folder, *way)
+            assert found["plug"] == [{"slot": 2, "id": "vcpu2"}]
+        (folder / "tls.key").unlink()
+        failed = await vcpuset("plan", "-f", "-", "--tls-credentials", folder, text=declared, status=1)
+        assert f"Error: {folder} has no tls.key" in failed.stderr
 
 
 async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, control: Raw) -> None:

@@ -7,6 +7,7 @@ import datetime
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from harness.pki import Credentials as Made
 from harness.wait import until
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import CredentialsUnavailable, InvalidMonitor, MonitorBusy, MonitorUnreachable
+from vcpuset.domain.networks import Networks, network
+from vcpuset.domain.resource import TLS, UID, Monitor, Spec, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Access, Keys, keys_of
@@ -166,6 +170,94 @@ async def test_a_certificate_that_was_replaced_meanwhile_is_tried_at_once(guest:
     assert await vcpus(guest.tcp_address, store) == 1
     assert await vcpus(guest.tcp_address, store) == 1
     assert store.doubts == 1
+
+
+class Secrets:
+    """A `CredentialStore`: what each Secret of each namespace holds, and which sets it was told to forget."""
+
+    def __init__(self, **made: Made) -> None:
+        self.values = {name: given(each) for name, each in made.items()}
+        self.read: list[str] = []
+        self.forgotten: list[UID] = []
+
+    async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
+        """As the operator's own."""
+        self.read.append(f"{namespace}/{name}")
+        return self.values[name]
+
+    def forget(self, uid: UID) -> None:
+        """As the operator's own."""
+        self.forgotten.append(uid)
+
+
+def a_set(monitor: Monitor, namespace: str = "team-a") -> VCPUSet:
+    """A set with this monitor."""
+    return VCPUSet(UID("one"), namespace, "vm", 1, "1", datetime.datetime.now(datetime.UTC), Spec(2, monitor))
+
+
+async def a_pass(monitors: Monitors, monitor: Monitor) -> Session:
+    """What a pass gets."""
+    with monitors.resolve(a_set(monitor)) as endpoint:
+        return await monitors.session(UID("one"), endpoint)
+
+
+async def test_a_kept_session_outlives_a_rotation_and_the_next_one_uses_the_new_certificate(
+    authority: Authority, tmp_path: Path
+) -> None:
+    secrets = Secrets(monitor=authority.client())
+    monitors = Monitors(None, lambda _: None, networks=Networks((network("127.0.0.1"),)), credentials=secrets)
+    async with machine(tmp_path, authority.server(), None) as guest:
+        monitor = TCPMonitor(*guest.tcp_address, TLS("monitor"))
+        kept = await a_pass(monitors, monitor)
+        secrets.values["monitor"] = given(authority.client("stranger").trusting(Authority()))
+        assert await a_pass(monitors, monitor) is kept
+        assert (await kept.observe()).vcpus == 1
+        assert secrets.read == ["team-a/monitor"], "who is connected needs no Secret"
+        await monitors.release(UID("one"))
+        with pytest.raises(CredentialsUnavailable, match=r"is not signed by ca\.crt"):
+            await a_pass(monitors, monitor)
+        secrets.values["monitor"] = given(authority.client("rotated"))
+        assert (await (await a_pass(monitors, monitor)).observe()).vcpus == 1
+    await monitors.close()
+
+
+async def test_another_secret_or_server_name_makes_for_another_session(authority: Authority, tmp_path: Path) -> None:
+    secrets = Secrets(one=authority.client("one"), two=authority.client("two"))
+    monitors = Monitors(None, lambda _: None, networks=Networks((network("127.0.0.1"),)), credentials=secrets)
+    async with machine(tmp_path, authority.server("127.0.0.1", "vm"), None) as guest:
+        host, port = guest.tcp_address
+        seen = [
+            await a_pass(monitors, TCPMonitor(host, port, tls))
+            for tls in (TLS("one"), TLS("two"), TLS("two", "vm"), TLS("two", "vm"))
+        ]
+        assert [each is before for before, each in pairwise(seen)] == [False, False, True]
+        with pytest.raises(InvalidMonitor, match="serves no unix monitors"):
+            await a_pass(monitors, UnixMonitor("vm.sock"))
+        assert secrets.forgotten == [UID("one")], "a set that names no Secret any more needs none"
+        await monitors.forget(UID("one"))
+        assert len(secrets.forgotten) == 2
+    await monitors.close()
+
+
+def test_a_monitor_on_tls_is_one_within_a_namespace_only() -> None:
+    monitors = Monitors(None, lambda _: None, networks=Networks((network("10.0.0.0/8"),)), credentials=Secrets())
+
+    def identity(monitor: TCPMonitor, namespace: str) -> object:
+        with monitors.resolve(a_set(monitor, namespace)) as endpoint:
+            return endpoint.identity
+
+    ours = identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-a")
+    assert identity(TCPMonitor("10.0.0.1", 4444, TLS("two", "vm")), "team-a") == ours
+    assert identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-b") != ours
+    assert identity(TCPMonitor("10.0.0.1", 4444), "team-b") != ours
+    plain = identity(TCPMonitor("10.0.0.1", 4444), "team-a")
+    assert identity(TCPMonitor("10.0.0.1", 4444), "team-b") == plain
+
+
+async def test_a_process_without_credentials_serves_no_monitor_on_tls() -> None:
+    monitors = Monitors(None, lambda _: None, networks=None)
+    with pytest.raises(CredentialsUnavailable, match="this process was given no credentials"):
+        await a_pass(monitors, TCPMonitor("127.0.0.1", 1, TLS("monitor")))
 
 
 async def test_a_certificate_of_ours_that_has_expired_is_told_before_anybody_is_asked(authority: Authority) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import click
 
-from vcpuset.cli.look import TIMEOUT_SECONDS, monitor_address
+from vcpuset.cli.look import TIMEOUT_SECONDS, monitor_address, read_credentials
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.verdict import sentence
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -59,6 +59,14 @@ _timeout = click.option(
 )
 
 
+_tls_credentials = click.option(
+    "--tls-credentials",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="For monitors on TLS: a folder with ca.crt, tls.crt and tls.key, as in the Secret of spec.monitor.tcp.tls.",
+)
+
+
 @click.command()
 @click.argument("monitor", type=_Monitor())
 @click.option(
@@ -72,10 +80,22 @@ _timeout = click.option(
     type=click.File("rb"),
     help="The VCPUSet of this machine as kubectl prints it ('-': standard input), for the unplug requests in it.",
 )
+@_tls_credentials
+@click.option(
+    "--tls-server-name",
+    metavar="NAME",
+    help="What the monitor's certificate is for, if not the host in MONITOR: a DNS name or an address.",
+)
 @_output
 @_timeout
 def inspect(
-    monitor: Path | TCPEndpoint, guest_agent: Path | None, filename: BinaryIO | None, output: Output, timeout: float
+    monitor: Path | TCPEndpoint,
+    guest_agent: Path | None,
+    filename: BinaryIO | None,
+    tls_credentials: Path | None,
+    tls_server_name: str | None,
+    output: Output,
+    timeout: float,
 ) -> None:
     """Show a machine and each of its CPU slots, as its QMP monitor shows them. Nothing is changed.
 
@@ -91,6 +111,10 @@ def inspect(
     from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - brings rich
     from vcpuset.cli.render import show  # noqa: PLC0415 - the same
 
+    if tls_credentials is not None and isinstance(monitor, Path):
+        raise click.UsageError(f"--tls-credentials: TLS is for HOST:PORT, and {monitor} is a unix socket.")
+    if tls_server_name is not None and tls_credentials is None:
+        raise click.UsageError("--tls-server-name takes --tls-credentials.")
     vcpuset = None
     if filename is not None:
         manifests = _manifests(filename, None)
@@ -98,7 +122,9 @@ def inspect(
             raise click.ClickException(f"-f has {len(manifests)} VCPUSets: give the one whose machine this is.")
         vcpuset = manifests[0].vcpuset
     try:
-        found = asyncio.run(inspection.inspect(monitor, guest_agent, vcpuset, timeout))
+        credentials = None if tls_credentials is None else read_credentials(tls_credentials)
+        looking = inspection.inspect(monitor, guest_agent, vcpuset, timeout, credentials, tls_server_name)
+        found = asyncio.run(looking)
     except VCPUSetError as error:
         raise click.ClickException(sentence(str(error))) from error
     show(output, inspection.document(found), inspection.page(found))
@@ -125,6 +151,7 @@ def inspect(
     type=_Monitor(),
     help="Look through this monitor of the machine (see vcpuset inspect) in place of the one that the set names.",
 )
+@_tls_credentials
 @_output
 @_timeout
 def plan(
@@ -132,6 +159,7 @@ def plan(
     namespace: str | None,
     socket_root: Path | None,
     monitor: Path | TCPEndpoint | None,
+    tls_credentials: Path | None,
     output: Output,
     timeout: float,
 ) -> None:
@@ -149,7 +177,12 @@ def plan(
     manifests = _manifests(filename, namespace)
     if monitor is not None and len(manifests) != 1:
         raise click.ClickException(f"--monitor is one machine's, and -f has {len(manifests)} VCPUSets: give one.")
-    studies = asyncio.run(planning.study(manifests, planning.Sources(socket_root, monitor, timeout)))
+    try:
+        credentials = None if tls_credentials is None else read_credentials(tls_credentials)
+    except VCPUSetError as error:
+        raise click.ClickException(sentence(str(error))) from error
+    sources = planning.Sources(socket_root, monitor, timeout, credentials)
+    studies = asyncio.run(planning.study(manifests, sources))
     show(output, planning.document(studies), planning.page(studies))
     if failed := [each for each in studies if each.failed]:
         _end([f"VCPUSet {each.vcpuset}: {each.obstacles[0].message} {each.obstacles[0].remedy}" for each in failed])

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.render import Block, Cell, Facts, Grid, Lines, Styled
+from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.guest import AgentReason, GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine, Ost, Slot
 from vcpuset.domain.requests import CPU, carried_over, cpu_of
@@ -88,10 +89,15 @@ class Inspection:
 
 
 async def inspect(
-    address: Path | TCPEndpoint, agent: Path | None, vcpuset: VCPUSet | None, seconds: float
+    address: Path | TCPEndpoint,
+    agent: Path | None,
+    vcpuset: VCPUSet | None,
+    seconds: float,
+    credentials: Credentials | None = None,
+    server_name: str | None = None,
 ) -> Inspection:
     """Look at the machine, and ask its guest if that can be. Raises what `take_look` and `open_monitor` raise."""
-    look = await take_look(open_monitor(address), seconds)
+    look = await take_look(open_monitor(address, credentials, server_name), seconds)
     guest: GuestReport | None = None
     unasked: str | None = None
     if agent is not None:

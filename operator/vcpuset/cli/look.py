@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from vcpuset.domain.errors import AgentError, AgentUnreachable, MachineUnsettled, VCPUSetError
+from vcpuset.domain.credentials import CA, CERTIFICATE, KEY, Credentials
+from vcpuset.domain.errors import AgentError, AgentUnreachable, CredentialsUnavailable, MachineUnsettled, VCPUSetError
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine
+from vcpuset.domain.resource import UID
 from vcpuset.qmp.agent import Agent
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, local_socket
 from vcpuset.qmp.tcp import TCPEndpoint
+from vcpuset.qmp.tls import Access
 
-__all__ = ["TIMEOUT_SECONDS", "Look", "ask_guest", "monitor_address", "open_monitor", "take_look"]
+__all__ = [
+    "TIMEOUT_SECONDS",
+    "Given",
+    "Look",
+    "ask_guest",
+    "monitor_address",
+    "open_monitor",
+    "read_credentials",
+    "take_look",
+]
 
 TIMEOUT_SECONDS: Final = 5.0
 """For each answer. QEMU takes some ms, a monitor that another client holds takes for ever."""
@@ -68,15 +81,58 @@ def _refuse(text: str, why: str) -> TCPEndpoint:
     raise ValueError(f"{text!r} names no monitor: {why}")
 
 
-def open_monitor(address: Path | TCPEndpoint) -> Endpoint:
-    """The endpoint at an address; close it if it is a socket. Raises InvalidMonitor, MonitorUnreachable."""
-    return local_socket(address) if isinstance(address, Path) else address
+def open_monitor(
+    address: Path | TCPEndpoint, credentials: Credentials | None = None, server_name: str | None = None
+) -> Endpoint:
+    """The endpoint at an address; close it if it is a socket.
+
+    credentials  for one on TLS; a socket needs none
+    server_name  what QEMU's certificate is for; None: the host
+
+    Raises InvalidMonitor, MonitorUnreachable.
+    """
+    if isinstance(address, Path):
+        return local_socket(address)
+    if credentials is None:
+        return address
+    fetch = partial(Given(credentials).fetch, UID(""), "", "")
+    return replace(address, tls=Access("", credentials.source, server_name or address.host.rstrip("."), fetch))
+
+
+class Given:
+    """The `CredentialStore` of a local user, who has the same for every monitor."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
+        """The credentials."""
+        return self._credentials
+
+    def forget(self, uid: UID) -> None:
+        """Nothing is kept."""
+
+
+def read_credentials(folder: Path) -> Credentials:
+    """The credentials in a folder, in files that are called as the entries of a Secret.
+
+    Raises CredentialsUnavailable.
+    """
+    entries = {}
+    for name in (CA, CERTIFICATE, KEY):
+        try:
+            entries[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue  # told together with what else is missing
+        except OSError as error:
+            raise CredentialsUnavailable(f"{folder / name} cannot be read: {error.strerror}") from error
+    return Credentials.of(str(folder), entries)
 
 
 async def take_look(endpoint: Endpoint, seconds: float) -> Look:
     """What the monitor shows of its machine; each answer may take so many seconds. The endpoint is closed.
 
-    Raises MonitorError, MachineUnsettled, CommandError.
+    Raises InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError.
     """
     try:
         session = await Session.open(endpoint, lambda: None, open_seconds=seconds, command_seconds=seconds)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, reach
-from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
+from vcpuset.cli.look import Given, Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.manifests import Manifest
 from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
+from vcpuset.domain.credentials import Credentials, NoCredentials
 from vcpuset.domain.errors import (
     AgentUnreachable,
     CommandError,
@@ -29,7 +30,7 @@ from vcpuset.domain.obstacles import Obstacle, obstacle_of
 from vcpuset.domain.prospect import Prospect, prospect
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import conditions
-from vcpuset.domain.resource import UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
 from vcpuset.domain.verdict import Verdict, conflict, failure
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, open_socket
@@ -42,6 +43,10 @@ _LISTED: Final = 8
 """As many slots are named one by one; more of them are told as ranges."""
 
 _NO_ROOT: Final = "Give plan the same --socket-root, or a monitor to look through with --monitor."
+
+_NO_CREDENTIALS: Final = (
+    "plan reads no Secrets: give it a folder with ca.crt, tls.crt and tls.key with --tls-credentials"
+)
 
 _PERSISTENT: Final = (
     "spec.monitor.connection is Persistent, so it may be the operator that holds the monitor. Give QEMU a second one "
@@ -56,11 +61,19 @@ class Sources:
     socket_root  as the operator's --socket-root; None: not given
     monitor      looked through in place of the one that the set names
     seconds      how long each answer may take
+    credentials  for monitors on TLS, in place of the sets' Secrets; None: not given
     """
 
     socket_root: Path | None
     monitor: Path | TCPEndpoint | None
     seconds: float
+    credentials: Credentials | None = None
+
+    @property
+    def monitors(self) -> Monitors:
+        """Where the monitors are that the sets name. No fence stands around what the local user does."""
+        store = NoCredentials(_NO_CREDENTIALS) if self.credentials is None else Given(self.credentials)
+        return Monitors(self.socket_root, lambda _: None, networks=None, credentials=store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +129,7 @@ def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
         case TCPMonitor(host, port, tls):
             keys.append((manifest.node, host, port, "" if tls is None else manifest.vcpuset.namespace))
     try:
-        with _monitors(sources).resolve(manifest.vcpuset) as endpoint:
+        with sources.monitors.resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
     except (InvalidMonitor, MonitorError):
         pass  # told when it is looked at
@@ -151,13 +164,13 @@ async def _study(manifest: Manifest, sources: Sources) -> Study:
 
 def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
     if sources.monitor is not None:
-        return open_monitor(sources.monitor)
+        match vcpuset.spec.monitor:
+            case TCPMonitor(tls=TLS(server_name=str(server_name))):
+                return open_monitor(sources.monitor, sources.credentials, server_name)
+            case _:
+                return open_monitor(sources.monitor, sources.credentials)
     # `take_look` closes it.
-    return _monitors(sources).resolve(vcpuset).__enter__()
-
-
-def _monitors(sources: Sources) -> Monitors:
-    return Monitors(sources.socket_root, lambda _: None, networks=None)
+    return sources.monitors.resolve(vcpuset).__enter__()
 
 
 def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:

@@ -90,9 +90,10 @@ class Monitors:
 
         Raises InvalidMonitor (the set's author must act) and MonitorUnreachable (nothing is there).
         """
+        access = self._access(vcpuset)
         match vcpuset.spec.monitor:
             case TCPMonitor(host, port):
-                endpoint = TCPEndpoint(host, port, self._networks, self._access(vcpuset))
+                endpoint = TCPEndpoint(host, port, self._networks, access)
                 endpoint.require_served()
                 return nullcontext(endpoint)
             case UnixMonitor(path):

@@ -169,13 +169,13 @@ class Keys:
         if code in {_NAME_MISMATCH, _ADDRESS_MISMATCH}:
             return CredentialsUnavailable(
                 f"the certificate of {where} is not for {server_name}{_names(getattr(error, 'certificate', None))}: "
-                "give spec.monitor.tcp.tls.serverName a name that it is for, or QEMU a certificate with "
-                f"{server_name} as subject alternative name"
+                "give spec.monitor.tcp.tls.serverName (--tls-server-name) a name that it is for, or QEMU a certificate "
+                f"with {server_name} as subject alternative name"
             )
         if code == _EXPIRED:
             return CredentialsUnavailable(
                 f"the certificate of {where} has expired (or a CA's on the way to {CA} of {self._source}): renew it; "
-                "QEMU reads a new one when it starts, or at the QMP command qom-set of its property loaded"
+                "QEMU reads it only when it starts"
             )
         if code == _NOT_YET:
             return CredentialsUnavailable(
