@@ -29,7 +29,7 @@ from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["Cluster", "Scope", "Throttled"]
+__all__ = ["USER_AGENT", "Cluster", "Scope", "Throttled", "refusal"]
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the answer."""
@@ -39,6 +39,9 @@ PAGE: Final = 500
 
 LIST_ATTEMPTS: Final = 5
 """How often a list begins anew because the API server has forgotten where it was (HTTP 410, after some minutes)."""
+
+USER_AGENT: Final = "vcpuset"
+"""Who asks, in the API server's audit log."""
 
 _MERGE_PATCH: Final = "application/merge-patch+json"
 _LEASES: Final = "coordination.k8s.io/v1"
@@ -89,8 +92,9 @@ class Cluster:
         self._client = client
         self._users: Counter[ApiClient] = Counter()
         """Requests under way; one client, and after a new login the one before for as long as it is in use."""
-        """The status writes under way; one per set, as each set is worked on once at a time."""
         self._login = asyncio.Lock()
+        self.lists: Final = asyncio.Lock()
+        """Held while a list is asked for and read: whoever else lists the same objects takes it too."""
         self._permit: Callable[[], None] | None = None
         self._requested: Callable[[str, str], None] = _unheard
         self._reported: dict[UID, str] = {}
@@ -247,7 +251,8 @@ class Cluster:
         token = ""
         while True:
             page = [*query, ("continue", token)] if token else query
-            answer = await self._request("GET", _path(API_VERSION, PLURAL, namespace), query=page)
+            async with self.lists:
+                answer = await self._request("GET", _path(API_VERSION, PLURAL, namespace), query=page)
             bodies += answer["items"]
             token = answer["metadata"].get("continue", "")
             if not token:
@@ -312,7 +317,7 @@ class Cluster:
         if 200 <= status < 300:
             decoded: dict[str, Any] = msgspec.json.decode(raw)
             return decoded
-        raise _refusal(f"{method} {path}", status, headers, raw)
+        raise refusal(f"{method} {path}", status, headers, raw)
 
     async def _log_in_again(self, refused: ApiClient) -> None:
         """Put a client with credentials read anew in place of one whose credentials were refused."""
@@ -339,7 +344,7 @@ class Cluster:
 
 async def _make_client(kubeconfig: Path | None) -> ApiClient:
     client = ApiClient(await load_configuration(kubeconfig))
-    client.user_agent = "vcpuset"
+    client.user_agent = USER_AGENT
     return client
 
 
@@ -382,7 +387,7 @@ async def _send(
     return response.status, response.headers, await response.read()
 
 
-def _refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
+def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
     """The API server's refusal as one of our errors: the only place that reads HTTP status codes."""
     try:
         reason = str(msgspec.json.decode(raw)["message"])

@@ -4,15 +4,17 @@ kopf logs in, discovers, lists, watches and reconnects. One `on.event` handler k
 whatever acts on it is elsewhere. kopf's own handlers for creation, update and timers are not used: they write
 annotations and finalizers, and act on edges where this operator compares states.
 
-kopf ends when watching fails for a reason that waiting does not cure (the resource is no longer served, the API server
-refuses the selector, …). So does `Source.run`, with an error: the process is meant to end and be started again.
+kopf ends when watching fails in a way that it thinks final: the resource is not served (any more), a list is refused,
+the watch says that it has failed. Here nothing that an API server says is final: kopf is begun anew, at a growing pace
+(`vcpuset.kube.pace`), and machines are kept meanwhile at what was declared last.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
-import random
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -32,11 +34,9 @@ from vcpuset.kube.cluster import Scope
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
 from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.login import connection_info
+from vcpuset.kube.pace import Gate, Pace
 
 __all__ = ["Source", "watch_settings"]
-
-BACKOFF_SECONDS: Final = 30.0
-"""The longest pause between two attempts to reach the API server."""
 
 LOGIN_RETRY_SECONDS: Final = 5.0
 """Pause after credentials could not be read, for instance while they are being replaced."""
@@ -44,14 +44,8 @@ LOGIN_RETRY_SECONDS: Final = 5.0
 _log = logging.getLogger(__name__)
 
 
-class _Backoffs:
-    """Pauses after failed requests, in seconds: doubling, with jitter, for ever. kopf iterates anew per request."""
-
-    def __iter__(self) -> Iterator[float]:
-        pause = 1.0
-        while True:
-            yield random.uniform(pause / 2, pause)  # noqa: S311 - no secret
-            pause = min(2 * pause, BACKOFF_SECONDS)
+_TOLD_BY_THE_GATE: Final = ("kopf._cogs.clients.watching", "kopf._core.reactor.observation")
+"""The loggers by which kopf reports failed requests as errors, without what they are about."""
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
@@ -82,8 +76,9 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
         settings.watching.label_selectors[GROUP, PLURAL] = scope.label_selector
     settings.watching.connect_timeout = 10
     settings.watching.server_timeout = 300  # an integer: the API server refuses "300.0"
-    settings.networking.request_timeout = 30
-    settings.networking.error_backoffs = _Backoffs()
+    # The gate has deadlines, and pauses that a deadline must not count.
+    settings.networking.request_timeout = None
+    settings.networking.error_backoffs = itertools.repeat(0.0)
     settings.networking.trust_env = True  # as the Kubernetes client does
     settings.queueing.idle_timeout = 1.0  # one task per object, kept for this long after its last event
     return settings
@@ -93,6 +88,7 @@ class Source:
     """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included.
 
     `freshness` is told what the watch brings, news or not.
+    lists  held while a list is asked for and read, by whoever does; see `Cluster.lists`
     """
 
     def __init__(
@@ -102,29 +98,34 @@ class Source:
         cache: Cache,
         changed: Callable[[UID], None],
         freshness: Freshness,
+        lists: asyncio.Lock | None = None,
     ) -> None:
         self._kubeconfig = kubeconfig
         self._scope = scope
         self._cache = cache
         self._changed = changed
         self._freshness = freshness
+        self._gate = Gate(lists or asyncio.Lock(), self._note_list)
+        self._listed: set[str] = set()
+        self.listed_again = asyncio.Event()
+        """Set when the watch could not go on from where it was and began anew with a list: sets that were deleted
+        between are not told of."""
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
         """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
 
-        Tasks of others are left alone (`kopf.operator` would cancel all that began after it). When cancelled, it
-        closes its connections first.
-
-        Raises:
-            APIError: watching failed for good, or there is nothing to watch.
+        Failures are logged, and tried again for ever. Tasks of others are left alone (`kopf.operator` would cancel all
+        that began after it). When cancelled, it closes its connections first.
         """
-        # kopf reports each retried request as an error and each handler call as information.
+        # kopf reports each handler call as information.
         kopf_log = logging.getLogger("kopf")
         if kopf_log.level == logging.NOTSET:
             kopf_log.setLevel(logging.WARNING)
+        for name in _TOLD_BY_THE_GATE:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
         halt = asyncio.Event()
-        watching = asyncio.create_task(self._watch(halt, stop, ready or asyncio.Event()), name="watch")
+        watching = asyncio.create_task(self._watch_for_ever(halt, stop, ready or asyncio.Event()), name="watch")
         stopping = asyncio.create_task(stop.wait(), name="watch: stop flag")
         try:
             await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,8 +136,24 @@ class Source:
             halt.set()
             await asyncio.shield(watching)
 
+    async def _watch_for_ever(self, halt: asyncio.Event, stop: asyncio.Event, ready: asyncio.Event) -> None:
+        pace = Pace()
+        while not halt.is_set():
+            pace.began()
+            try:
+                await self._watch(halt, stop, ready)
+            except APIError as error:
+                pace.ended()
+                _log.error("%s; begun anew in %.1f s", error, pace.wait_seconds())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pace.wait_seconds()):
+                    await halt.wait()
+
     async def _watch(self, halt: asyncio.Event, stop: asyncio.Event, ready: asyncio.Event) -> None:
+        """Run kopf until `halt` is set, or until it ends by itself, which raises an APIError."""
         insights = Insights()
+        over = asyncio.Event()
+        forwarding = asyncio.create_task(_forward(halt, over), name="watch: halt")
         try:
             tasks = await kopf.spawn_tasks(
                 registry=self._registry(),
@@ -147,24 +164,23 @@ class Source:
                 identity=Identity("vcpuset"),
                 clusterwide=not self._scope.namespaces,
                 namespaces=self._scope.namespaces,
-                stop_flag=halt,
+                stop_flag=over,
             )
             if threading.current_thread() is threading.main_thread():
                 # In place of kopf's handlers, which raise InvalidStateError at a second signal.
                 for number in (signal.SIGTERM, signal.SIGINT):
                     asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            check = asyncio.create_task(_check(insights, ready, halt), name="watch: check")
+            check = asyncio.create_task(_check(insights, ready, over), name="watch: check")
             try:
                 await kopf.run_tasks(tasks, ignored=_AllTasks())
             finally:
-                halt.set()
+                over.set()
                 served = await check
-        except kopf.LoginError as error:
-            # kopf's own words advise to install a client library.
-            refused = "watching VCPUSets failed: the API server does not accept the credentials (HTTP 401)"
-            raise APIError(refused) from error
         except Exception as error:
-            raise APIError(f"watching VCPUSets failed: {error}") from error
+            raise APIError(f"watching VCPUSets failed: {error or repr(error)}") from error
+        finally:
+            forwarding.cancel()
+            await self._gate.close()
         if not served:
             raise APIError(
                 f"the API server does not serve {PLURAL}.{VERSION}.{GROUP}: apply the folder crds/ of this version"
@@ -174,17 +190,23 @@ class Source:
         registry = kopf.OperatorRegistry()
 
         @kopf.on.login(registry=registry, id="login", backoff=LOGIN_RETRY_SECONDS)
-        async def log_in(**_: object) -> kopf.ConnectionInfo:
+        async def log_in(**_: object) -> kopf.AiohttpSession:
             try:
-                return await connection_info(self._kubeconfig)
+                info = await connection_info(self._kubeconfig)
             except APIError as error:
                 raise kopf.LoginError(str(error)) from error
+            return kopf.AiohttpSession(server=info.server, aiohttp_session=self._gate.session(info))
 
         @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
         async def observe(event: kopf.RawEvent, body: kopf.Body, uid: str, **_: object) -> None:
             self._observe(event["type"], body, UID(uid))
 
         return registry
+
+    def _note_list(self, path: str) -> None:
+        if path in self._listed:
+            self.listed_again.set()
+        self._listed.add(path)
 
     def _observe(self, event_type: str | None, body: kopf.Body, uid: UID) -> None:
         """Take over one watch event. A type of None is an entry of a list.
@@ -217,6 +239,11 @@ class _AllTasks(Collection["asyncio.Task[Any]"]):
 
     def __len__(self) -> int:
         return len(asyncio.all_tasks())
+
+
+async def _forward(flag: asyncio.Event, to: asyncio.Event) -> None:
+    await flag.wait()
+    to.set()
 
 
 async def _check(insights: Insights, ready: asyncio.Event, halt: asyncio.Event) -> bool:

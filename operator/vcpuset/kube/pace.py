@@ -1,0 +1,164 @@
+"""How fast kopf may ask: its requests pass through here, on their way to the API server.
+
+kopf watches well and retries badly. It takes up a watch that is cut at once without a pause, for ever, begins anew after
+an expired one ten times a second, counts its pauses afresh each minute, and knows nothing of our own lists. So its own
+pauses are switched off, and each of its requests waits here until it is due: after a failure twice as long as after the
+one before, up to half a minute and never in step with others; a watch that has hardly begun is a failure too. Each
+failure is told of in the log, as kopf's own lines name neither the status nor a remedy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from typing import Final
+
+import aiohttp
+import kopf
+
+from vcpuset.domain.errors import APIError, Rejected
+from vcpuset.kube.cluster import USER_AGENT, Throttled, refusal
+from vcpuset.kube.codec import PLURAL
+from vcpuset.runtime.backoff import ExponentialBackoff
+
+__all__ = ["BACKOFF", "STEADY_SECONDS", "Gate", "Pace"]
+
+BACKOFF: Final = ExponentialBackoff(base_seconds=1, factor=2, cap_seconds=30, jitter=0.5)
+"""The pauses between attempts to reach the API server."""
+
+STEADY_SECONDS: Final = 5.0
+"""A watch that stood for so long was a success. One that a proxy cuts each quarter of a minute is taken up at once."""
+
+ANSWER_SECONDS: Final = 30.0
+"""Deadline of a request: for a watch to its first byte, for all others to the last byte of the answer."""
+
+_log = logging.getLogger(__name__)
+
+
+class Pace:
+    """When something that can fail, or can last too short a time, may be tried again. Times are the loop's."""
+
+    def __init__(self, backoff: ExponentialBackoff = BACKOFF) -> None:
+        self._backoff = backoff
+        self._failures = 0
+        self._due = -math.inf
+        self._began: float | None = None
+
+    def wait_seconds(self) -> float:
+        """How long to wait before the next try."""
+        return max(0.0, self._due - asyncio.get_running_loop().time())
+
+    def began(self) -> None:
+        """Something that should last has begun."""
+        self._began = asyncio.get_running_loop().time()
+
+    def ended(self) -> bool:
+        """If something had begun, it is over. Whether that was too soon, which counts as a failure."""
+        if self._began is None:
+            return False
+        lasted, self._began = asyncio.get_running_loop().time() - self._began, None
+        if lasted >= STEADY_SECONDS:
+            self._failures = 0
+            return False
+        self.failed()
+        return True
+
+    def failed(self, at_least: float = 0.0) -> float:
+        """A try has failed; returns how many seconds the next one is to wait, `at_least` these."""
+        self._failures += 1
+        pause = max(self._backoff.delay(self._failures), at_least)
+        self._due = asyncio.get_running_loop().time() + pause
+        return pause
+
+
+class Gate:
+    """Makes kopf's HTTP sessions, whose requests all pass through here: a pace for each path, one list at a time.
+
+    lists   held while a list is asked for and read; the operator's own lists hold it too
+    listed  called with the path after each list
+    """
+
+    def __init__(self, lists: asyncio.Lock, listed: Callable[[str], None]) -> None:
+        self._lists = lists
+        self._listed = listed
+        self._paces: dict[str, Pace] = {}
+        self._sessions: list[aiohttp.ClientSession] = []
+
+    def session(self, info: kopf.ConnectionInfo) -> aiohttp.ClientSession:
+        """A session with these credentials."""
+
+        async def middleware(
+            request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+        ) -> aiohttp.ClientResponse:
+            return await self._pass(session, request, handler)
+
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+            headers={**info.as_http_headers(), "User-Agent": USER_AGENT},
+            proxy=info.proxy_url,
+            trust_env=info.trust_env,
+            middlewares=(middleware,),
+        )
+        self._sessions.append(session)
+        return session
+
+    async def close(self) -> None:
+        """Close the sessions. kopf closes only those that it has used."""
+        while self._sessions:
+            await self._sessions.pop().close()
+
+    async def _pass(
+        self, session: aiohttp.ClientSession, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Send a request when it is due. What fails is raised, or returned, as it came."""
+        path = request.url.path
+        # A list and the watch that follows it share one: neither comes to rest without the other.
+        pace = self._paces.setdefault(path, Pace())
+        if pace.ended():
+            _log.warning(
+                "watch %s: ended in less than %g s; taken up in %.1f s", path, STEADY_SECONDS, pace.wait_seconds()
+            )
+        if (seconds := pace.wait_seconds()) > 0:
+            await asyncio.sleep(seconds)
+        if session.closed:
+            # Another request has found out meanwhile that these credentials are not accepted. So says aiohttp too, and
+            # kopf then takes the new ones.
+            raise RuntimeError("Session is closed")
+        if request.url.query.get("watch") == "true":
+            response = await self._send(request, handler, pace, watch=True)
+        elif path.endswith(f"/{PLURAL}"):
+            async with self._lists:
+                response = await self._send(request, handler, pace)
+            if response.ok:
+                self._listed(path)
+        else:
+            response = await self._send(request, handler, pace)
+        return response
+
+    async def _send(
+        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType, pace: Pace, *, watch: bool = False
+    ) -> aiohttp.ClientResponse:
+        what = f"{'watch' if watch else request.method} {request.url.path}"
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                response = await handler(request)
+                if watch and response.ok:
+                    pace.began()
+                    return response
+                raw = await response.read()  # kept by the response for whoever reads it again
+        except TimeoutError:
+            self._tell(pace, APIError(f"{what}: no answer from {request.url.authority} within {ANSWER_SECONDS:g} s"))
+            raise
+        except (aiohttp.ClientError, OSError) as error:
+            self._tell(pace, APIError(f"{what}: {error or repr(error)}"))
+            raise
+        if not response.ok:
+            self._tell(pace, refusal(what, response.status, response.headers, raw))
+        return response
+
+    def _tell(self, pace: Pace, error: APIError) -> None:
+        pause = pace.failed(min(error.retry_after, BACKOFF.cap_seconds) if isinstance(error, Throttled) else 0.0)
+        remedy = " (the roles in deploy/ grant what is needed)" if isinstance(error, Rejected) else ""
+        _log.warning("%s%s; tried again in %.1f s", error, remedy, pause)
