@@ -1,7 +1,9 @@
 """The operator put together: one event loop, one work queue, everything else only adds keys to it.
 
-With leader election all of this waits until the process leads, and a process that leads no longer is of no further use:
-it ends with an error, to be started again as a standby that remembers nothing.
+With leader election all of this waits until the process leads. When it leads no longer, all of it ends, and the process
+stands by again with everything made anew, as if it had just been started: so nothing is left of what it believed. To
+exit in place of that would be simpler still, but whatever restarts it would wait longer each time, and with an API
+server that comes and goes nobody would work for minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import resource
 import signal
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 
 from vcpuset.app.census import Census
@@ -21,13 +23,14 @@ from vcpuset.app.history import History
 from vcpuset.app.metrics import Metrics, measure_lag
 from vcpuset.app.settings import Settings
 from vcpuset.app.vitals import illness
-from vcpuset.domain.errors import APIError
+from vcpuset.domain.errors import APIError, NotLeading
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.credentials import Secrets
 from vcpuset.kube.freshness import CHECK_SECONDS, Freshness
 from vcpuset.kube.lease import Leadership, own_identity
+from vcpuset.kube.pace import Pace, remedy
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
@@ -48,9 +51,6 @@ logger = logging.getLogger(__name__)
 BACKOFF = ExponentialBackoff(base_seconds=0.25, factor=2, cap_seconds=30, jitter=0.5)
 """How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
 
-SWEEP_SECONDS = 300.0
-"""How often all sets are listed, to find deletions that a broken watch has missed."""
-
 GRACE_SECONDS = 10.0
 """How long passes may go on after the end was asked for; more than one slow QMP command takes."""
 
@@ -58,17 +58,26 @@ GRACE_SECONDS = 10.0
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
 
-    APIError: there are no credentials, or the watch failed for good. NotLeading: it led, and may not any more.
-    TaskEndedError: another part failed.
+    APIError: there are no credentials. TaskEndedError: a part failed.
     """
     raise_file_limit()
     shrink_tls_buffers()
+    stop = asyncio.Event()
+    # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
+    # process of a container a signal without a handler does nothing. (`Source.run` sets the same handlers anew.)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    while not stop.is_set():
+        try:
+            await _run_once(settings, stop)
+        except NotLeading as error:
+            logger.warning("%s; nothing is changed any more, standing by again", error)
+    logger.info("stopped")
+
+
+async def _run_once(settings: Settings, stop: asyncio.Event) -> None:
+    """Run until `stop` is set, or the lead is lost (NotLeading)."""
     async with await Cluster.connect(settings.kubeconfig) as cluster, TaskOwner(close_seconds=GRACE_SECONDS) as owner:
-        stop = asyncio.Event()
-        # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
-        # process of a container a signal without a handler does nothing. (`Source.run` sets the same handlers anew.)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         serving = asyncio.create_task(_serve(settings, cluster, owner, stop), name="operator")
         failing = asyncio.ensure_future(owner.wait())
         try:
@@ -80,7 +89,6 @@ async def run(settings: Settings) -> None:
                 await failing
         finally:
             failing.cancel()
-    logger.info("stopped")
 
 
 def raise_file_limit() -> None:
@@ -100,7 +108,7 @@ def shrink_tls_buffers() -> None:
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
-    """Wire everything, work until `stop` is set or the watch ends, and give every monitor and the lease back."""
+    """Wire everything, work until `stop` is set, and give every monitor and the lease back."""
     scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
     metrics = Metrics(workers=settings.workers)
     cluster.count(metrics.requested)
@@ -158,7 +166,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
         appearances = Appearances(settings.socket_root, appeared)
         owner.spawn(appearances.run(), "appearances of sockets")
-    source = Source(settings.kubeconfig, scope, cache, changed, freshness)
+    source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists)
     ready = asyncio.Event()
 
     def ill() -> str | None:
@@ -172,15 +180,22 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 
+    def list_sets() -> Coroutine[None, None, None]:
+        return sweep(cluster, scope, cache, changed, freshness)
+
+    def pause_seconds() -> float:
+        # Soon again while the watch owes something: either it comes, or this is how its news comes.
+        return min(CHECK_SECONDS, settings.sweep_seconds) if freshness.missing else settings.sweep_seconds
+
     async def work() -> None:
         # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
         # is the older.
-        if not await _first_list(cluster, scope, cache, changed, freshness, stop):
+        if not await _first_list(list_sets, stop):
             return
         history.go_live()
         ready.set()
         logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
-        owner.spawn(_sweep_for_ever(cluster, scope, cache, changed, freshness), "sweep")
+        owner.spawn(_sweep_for_ever(list_sets, pause_seconds, source.listed_again), "sweep")
         owner.spawn(
             run_workers(
                 queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
@@ -254,39 +269,41 @@ async def _lead(
     await working
 
 
-async def _first_list(
-    cluster: Cluster,
-    scope: Scope,
-    cache: Cache,
-    changed: Callable[[UID], None],
-    freshness: Freshness,
-    stop: asyncio.Event,
-) -> bool:
+async def _first_list(list_sets: Callable[[], Awaitable[None]], stop: asyncio.Event) -> bool:
     """Fill the cache, however long the API server is away; False: `stop` was set before that."""
-    failures = 0
-    while not stop.is_set():
-        try:
-            await sweep(cluster, scope, cache, changed, freshness)
-        except APIError as error:
-            failures += 1
-            delay = BACKOFF.delay(failures)
-            logger.warning("first list: %s; tried again in %.1f s", error, delay)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await stop.wait()
-        else:
-            return True
-    return False
+    listing = asyncio.create_task(_insist(list_sets, "first list"), name="first list")
+    stopping = asyncio.create_task(stop.wait(), name="first list: stop flag")
+    try:
+        await asyncio.wait({listing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if listing.done():
+            await listing
+        return not stop.is_set()
+    finally:
+        listing.cancel()
+        stopping.cancel()
+        await asyncio.wait({listing, stopping})
 
 
 async def _sweep_for_ever(
-    cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], freshness: Freshness
+    list_sets: Callable[[], Awaitable[None]], pause_seconds: Callable[[], float], listed_again: asyncio.Event
 ) -> None:
     while True:
-        # Soon again while the watch owes something: either it comes, or this is how its news comes.
-        seconds = CHECK_SECONDS if freshness.missing else SWEEP_SECONDS
-        await asyncio.sleep(jittered(seconds, 0.1))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(jittered(pause_seconds(), 0.1)):
+                await listed_again.wait()
+        listed_again.clear()
+        await _insist(list_sets, "sweep")
+
+
+async def _insist(list_sets: Callable[[], Awaitable[None]], what: str) -> None:
+    """List the sets, however long the API server is away."""
+    pace = Pace()
+    while True:
         try:
-            await sweep(cluster, scope, cache, changed, freshness)
+            await list_sets()
         except APIError as error:
-            logger.warning("sweep: %s; it will be tried again", error)
+            pause = pace.failed(error)
+            logger.warning("%s: %s%s; tried again in %.1f s", what, error, remedy(error), pause)
+            await asyncio.sleep(pause)
+        else:
+            return

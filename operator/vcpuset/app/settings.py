@@ -59,6 +59,10 @@ class Settings:
     to a machine are found by this look, so a longer time means a machine that is wrong for longer; each look costs
     some milliseconds."""
 
+    sweep_seconds: int = 300
+    """How often all sets are listed, to find deletions that the watch has missed, in seconds, 10 % more or less. It
+    happens too whenever the watch could not go on from where it was."""
+
     http_address: tuple[str, int] | None = ("127.0.0.1", 8080)
     """Where `/healthz`, `/readyz` and `/metrics` are served; None: nowhere."""
 

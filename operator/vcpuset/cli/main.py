@@ -165,6 +165,15 @@ main.add_command(plan)
     help="How often a machine is looked at without an occasion, 10 % more or less.",
 )
 @click.option(
+    "--sweep-seconds",
+    type=click.IntRange(1, 86400),
+    default=Settings.sweep_seconds,
+    show_default=True,
+    envvar="VCPUSET_SWEEP_SECONDS",
+    show_envvar=True,
+    help="How often all sets are listed, to find deletions that the watch has missed (10 % more or less).",
+)
+@click.option(
     "--http-address",
     cls=_EmptyCounts,
     type=_Address(),
@@ -265,6 +274,7 @@ def run(
     networks: tuple[Network, ...],
     workers: int,
     resync_seconds: int,
+    sweep_seconds: int,
     http_address: tuple[str, int] | None,
     metrics_set_limit: int,
     leader_elect: bool,
@@ -301,6 +311,7 @@ def run(
         networks=Networks(networks),
         workers=workers,
         resync_seconds=resync_seconds,
+        sweep_seconds=sweep_seconds,
         http_address=http_address,
         metrics_set_limit=metrics_set_limit,
         leader_election=election,

@@ -1,10 +1,10 @@
 """How fast kopf may ask: its requests pass through here, on their way to the API server.
 
-kopf watches well and retries badly. It takes up a watch that is cut at once without a pause, for ever, begins anew after
-an expired one ten times a second, counts its pauses afresh each minute, and knows nothing of our own lists. So its own
-pauses are switched off, and each of its requests waits here until it is due: after a failure twice as long as after the
-one before, up to half a minute and never in step with others; a watch that has hardly begun is a failure too. Each
-failure is told of in the log, as kopf's own lines name neither the status nor a remedy.
+kopf watches well and retries badly. A watch that is cut at once it takes up without a pause, for ever; after an expired
+one it begins anew ten times a second; it counts its pauses afresh each minute, and knows nothing of our own lists. So
+its own pauses are switched off, and each of its requests waits here until it is due: after a failure twice as long as
+after the one before, up to half a minute and never in step with others; a watch that ends when it has hardly begun is a
+failure too. Each failure is told of in the log, as kopf's own lines name neither the status nor a remedy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 from collections.abc import Callable
 from typing import Final
 
@@ -21,12 +22,11 @@ import kopf
 from vcpuset.domain.errors import APIError, Rejected
 from vcpuset.kube.cluster import USER_AGENT, Throttled, refusal
 from vcpuset.kube.codec import PLURAL
-from vcpuset.runtime.backoff import ExponentialBackoff
 
-__all__ = ["BACKOFF", "STEADY_SECONDS", "Gate", "Pace"]
+__all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "Gate", "Pace", "remedy"]
 
-BACKOFF: Final = ExponentialBackoff(base_seconds=1, factor=2, cap_seconds=30, jitter=0.5)
-"""The pauses between attempts to reach the API server."""
+LONGEST_SECONDS: Final = 30.0
+"""No pause between two attempts to reach the API server is longer. The first is a second, the next ones double."""
 
 STEADY_SECONDS: Final = 5.0
 """A watch that stood for so long was a success. One that a proxy cuts each quarter of a minute is taken up at once."""
@@ -40,8 +40,7 @@ _log = logging.getLogger(__name__)
 class Pace:
     """When something that can fail, or can last too short a time, may be tried again. Times are the loop's."""
 
-    def __init__(self, backoff: ExponentialBackoff = BACKOFF) -> None:
-        self._backoff = backoff
+    def __init__(self) -> None:
         self._failures = 0
         self._due = -math.inf
         self._began: float | None = None
@@ -65,10 +64,13 @@ class Pace:
         self.failed()
         return True
 
-    def failed(self, at_least: float = 0.0) -> float:
-        """A try has failed; returns how many seconds the next one is to wait, `at_least` these."""
+    def failed(self, error: APIError | None = None) -> float:
+        """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
         self._failures += 1
-        pause = max(self._backoff.delay(self._failures), at_least)
+        longest = min(2.0 ** min(self._failures - 1, 10), LONGEST_SECONDS)
+        asked_for = min(error.retry_after, LONGEST_SECONDS) if isinstance(error, Throttled) else 0.0
+        # Jitter: of many that have failed together, none goes in step with another.
+        pause = max(random.uniform(longest / 2, longest), asked_for)  # noqa: S311 - no secret
         self._due = asyncio.get_running_loop().time() + pause
         return pause
 
@@ -159,6 +161,10 @@ class Gate:
         return response
 
     def _tell(self, pace: Pace, error: APIError) -> None:
-        pause = pace.failed(min(error.retry_after, BACKOFF.cap_seconds) if isinstance(error, Throttled) else 0.0)
-        remedy = " (the roles in deploy/ grant what is needed)" if isinstance(error, Rejected) else ""
-        _log.warning("%s%s; tried again in %.1f s", error, remedy, pause)
+        pause = pace.failed(error)
+        _log.warning("%s%s; tried again in %.1f s", error, remedy(error), pause)
+
+
+def remedy(error: APIError) -> str:
+    """What helps, in brackets, if that is known from the kind of the error."""
+    return " (the roles in deploy/ grant what is needed)" if isinstance(error, Rejected) else ""

@@ -87,8 +87,8 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
 class Source:
     """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included.
 
-    `freshness` is told what the watch brings, news or not.
-    lists  held while a list is asked for and read, by whoever does; see `Cluster.lists`
+    freshness  is told what the watch brings, news or not
+    lists      held while a list is asked for and read, by whoever does; see `Cluster.lists`
     """
 
     def __init__(

@@ -61,6 +61,7 @@ FLAGS = (
     "--allow-tcp",
     "--workers",
     "--resync-seconds",
+    "--sweep-seconds",
     "--http-address",
     "--metrics-set-limit",
     "--leader-elect",
@@ -84,6 +85,7 @@ def test_without_options_the_documented_defaults_hold(vcpuset: Vcpuset) -> None:
 
     assert settings == Settings()
     assert settings.resync_seconds == 60
+    assert settings.sweep_seconds == 300
     assert settings.http_address == ("127.0.0.1", 8080)
     assert settings.node_name is None
     assert settings.label_selector is None
@@ -101,6 +103,7 @@ CHOICES: list[tuple[str, str, str, Any]] = [
     ("--socket-root", "/run/vcpuset", "socket_root", Path("/run/vcpuset")),
     ("--workers", "3", "workers", 3),
     ("--resync-seconds", "7", "resync_seconds", 7),
+    ("--sweep-seconds", "8", "sweep_seconds", 8),
     ("--http-address", "0.0.0.0:9090", "http_address", ("0.0.0.0", 9090)),  # noqa: S104 - nothing listens here
     ("--metrics-set-limit", "0", "metrics_set_limit", 0),
     ("--kubeconfig", __file__, "kubeconfig", Path(__file__)),

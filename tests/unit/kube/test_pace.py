@@ -1,0 +1,74 @@
+"""How the pauses between attempts to watch grow, and when they end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vcpuset.domain.errors import APIError
+from vcpuset.kube.cluster import Throttled
+from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, Pace
+
+__all__: list[str] = []
+
+pytestmark = pytest.mark.looptime
+
+
+async def pauses(pace: Pace, failures: int) -> list[float]:
+    """How long each of so many failures has the next attempt wait; the waits are kept."""
+    found = []
+    for _ in range(failures):
+        pace.failed()
+        found.append(pace.wait_seconds())
+        await asyncio.sleep(found[-1])
+    return found
+
+
+async def test_the_first_attempt_waits_for_nothing() -> None:
+    assert Pace().wait_seconds() == 0
+
+
+async def test_pauses_double_with_jitter_up_to_half_a_minute() -> None:
+    found = await pauses(Pace(), 9)
+    for number, pause in enumerate(found):
+        longest = min(2.0**number, LONGEST_SECONDS)
+        assert longest / 2 <= pause <= longest
+    assert len(set(found)) == len(found)
+
+
+async def test_a_pause_that_is_over_is_not_waited_for_again() -> None:
+    pace = Pace()
+    pace.failed()
+    await asyncio.sleep(LONGEST_SECONDS)
+    assert pace.wait_seconds() == 0
+
+
+async def test_the_server_may_ask_for_a_longer_pause_up_to_the_longest() -> None:
+    pace = Pace()
+    pace.failed(Throttled("HTTP 429", retry_after=12))
+    assert pace.wait_seconds() == 12
+    pace.failed(Throttled("HTTP 429", retry_after=3600))
+    assert pace.wait_seconds() == LONGEST_SECONDS
+    assert Pace().failed(APIError("HTTP 500")) <= 1
+
+
+async def test_what_ends_at_once_again_and_again_is_taken_up_more_and_more_slowly() -> None:
+    pace, found = Pace(), []
+    for _ in range(6):
+        pace.began()
+        assert pace.ended()
+        found.append(pace.wait_seconds())
+        await asyncio.sleep(found[-1])
+    assert found[-1] >= 16
+    assert not pace.ended(), "nothing had begun"
+
+
+async def test_what_has_lasted_is_taken_up_at_once_and_earlier_failures_are_forgotten() -> None:
+    pace = Pace()
+    await pauses(pace, 5)
+    pace.began()
+    await asyncio.sleep(STEADY_SECONDS)
+    assert not pace.ended()
+    assert pace.wait_seconds() == 0
+    assert pace.failed() <= 1
