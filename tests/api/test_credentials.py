@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.controlplane import ControlPlane
+from harness.faultproxy import FaultProxy
 from harness.pki import Authority
 from harness.wait import until
-from harness.wire import Wire
 from vcpuset.domain.errors import CredentialsUnavailable
 from vcpuset.domain.resource import UID
 from vcpuset.kube import cluster as cluster_module
@@ -105,7 +105,10 @@ async def test_the_last_copy_is_used_while_nothing_comes_through_to_the_api_serv
 ) -> None:
     await allow(control_plane, namespace)
     await put(control_plane, namespace, Authority())
-    async with Wire(control_plane, tmp_path) as wire, await Cluster.connect(wire.kubeconfig(account)) as cluster:
+    async with (
+        FaultProxy(control_plane, tmp_path) as proxy,
+        await Cluster.connect(proxy.kubeconfig(account)) as cluster,
+    ):
         secrets = Secrets(cluster)
 
         async def read() -> bool:
@@ -116,10 +119,10 @@ async def test_the_last_copy_is_used_while_nothing_comes_through_to_the_api_serv
 
         await until(read, 60, "the right to take effect")
         found = await secrets.fetch(ONE, namespace, "monitor")
-        wire.block()
+        proxy.block()
         monkeypatch.setattr(cluster_module, "REQUEST_SECONDS", 0.3)
         assert await secrets.fetch(ONE, namespace, "monitor") is found
-        wire.unblock()
+        proxy.unblock()
         monkeypatch.setattr(cluster_module, "REQUEST_SECONDS", 60.0)
         await put(control_plane, namespace, Authority())
         assert (await secrets.fetch(ONE, namespace, "monitor")).ca != found.ca

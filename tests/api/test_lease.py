@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from harness.controlplane import ControlPlane
+from harness.faultproxy import FaultProxy
 from harness.wait import until
-from harness.wire import Wire
 from vcpuset.domain.errors import NotLeading
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.lease import Leadership, since_boot
@@ -302,15 +302,15 @@ async def test_a_holder_that_is_cut_off_gives_up_before_anybody_may_take_over(
     control_plane: ControlPlane, lease: Lease, candidate: Callable[..., Leadership], tmp_path: Path
 ) -> None:
     async with (
-        Wire(control_plane, tmp_path) as wire,
-        await Cluster.connect(wire.kubeconfig(control_plane.kubeconfig)) as far,
+        FaultProxy(control_plane, tmp_path) as proxy,
+        await Cluster.connect(proxy.kubeconfig(control_plane.kubeconfig)) as far,
     ):
         cut_off = candidate("cut off", cluster=far, renew_seconds=2.0)
         await take(cut_off)
         keeping = asyncio.create_task(cut_off.keep())
         before = await lease.spec()
         await until(lambda: _is_newer(lease, before), WAIT, "a renewal")
-        wire.block()
+        proxy.block()
         # No deadline but its own ends this.
         with pytest.raises(NotLeading, match="could not be renewed within 2 s: the API server did not answer"):
             await asyncio.wait_for(keeping, WAIT)

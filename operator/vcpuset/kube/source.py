@@ -44,8 +44,13 @@ LOGIN_RETRY_SECONDS: Final = 5.0
 _log = logging.getLogger(__name__)
 
 
-_TOLD_BY_THE_GATE: Final = ("kopf._cogs.clients.watching", "kopf._core.reactor.observation")
-"""The loggers by which kopf reports failed requests as errors, without what they are about."""
+_TOLD_BY_US: Final = (
+    "kopf._cogs.clients.watching",
+    "kopf._core.reactor.observation",
+    "kopf._core.reactor.orchestration",
+    "kopf._core.reactor.running",
+)
+"""The loggers by which kopf reports failed requests without what they are about, and its end with tracebacks."""
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
@@ -121,7 +126,7 @@ class Source:
         kopf_log = logging.getLogger("kopf")
         if kopf_log.level == logging.NOTSET:
             kopf_log.setLevel(logging.WARNING)
-        for name in _TOLD_BY_THE_GATE:
+        for name in _TOLD_BY_US:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
         halt = asyncio.Event()
