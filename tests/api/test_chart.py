@@ -60,10 +60,11 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
         pytest.param("both", [], {}, id="both"),
         pytest.param(
             "both",
-            ["allow-tcp", "socket-group", "monitoring"],
+            ["allow-tcp", "socket-group", "ipv6", "monitoring"],
             {
                 "controller.allowTCP": ["192.0.2.0/24"],
                 "agent.supplementalGroups": [107],
+                "listenAddress": "[::]",
                 "monitoring.enabled": True,
             },
             id="both with components",
@@ -84,6 +85,14 @@ async def test_the_chart_makes_the_same_objects_as_kustomize(
     assert made.keys() == expected.keys()
     for key, each in expected.items():
         assert made[key] == each, key
+
+
+async def test_a_release_of_each_kind_makes_together_what_one_of_both_makes() -> None:
+    agent = by_name(await render(*settings({"controller.enabled": False})))
+    second = {"agent.enabled": False, "base.create": False, "crds.install": False}
+    controller = by_name(await render(*settings(second)))
+    assert not agent.keys() & controller.keys()
+    assert agent | controller == by_name(await render())
 
 
 async def test_kustomize_and_chart_name_the_version_of_the_program() -> None:
@@ -144,6 +153,7 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("resyncSeconds", 300, "- --resync-seconds=300\n"),
     ("workers", 32, "- --workers=32\n"),
     ("metricsSetLimit", 0, "- --metrics-set-limit=0\n"),
+    ("listenAddress", "[::]", "- --http-address=[::]:8080\n"),
     ("agent.namespace.name", "node-agents", "username == 'system:serviceaccount:node-agents:vcpuset-agent'"),
     ("agent.socketRoot", "/srv/sockets", "- --socket-root=/srv/sockets\n"),
     ("agent.runAsUser", 64055, "runAsUser: 64055\n"),
@@ -373,6 +383,15 @@ async def test_a_release_is_installed_upgraded_and_uninstalled_and_the_sets_stay
 
     await release("install", "vcpuset", CHART, *there)
     assert await ours() == installed, "what was kept does not stand in the way of another installation"
+
+
+async def test_a_release_is_installed_into_a_namespace_that_helm_makes(cluster: ControlPlane) -> None:
+    into = ("--namespace=vcpuset-system", "--create-namespace")
+    said = await run_helm("install", "vcpuset", CHART, *into, kubeconfig=cluster.kubeconfig)
+    # Helm gives it no labels.
+    label = "pod-security.kubernetes.io/enforce=restricted"
+    assert f"kubectl label namespace vcpuset-system {label}\n" in said.stdout
+    await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system")
 
 
 async def test_a_release_makes_its_namespaces_with_the_labels_of_pod_security(cluster: ControlPlane) -> None:

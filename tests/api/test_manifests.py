@@ -3,13 +3,14 @@
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 import yaml
 
 from harness.cache import REPOSITORY
+from harness.controllermanager import ControllerManager
 from harness.controlplane import ControlPlane
 from harness.helm import render
 from harness.wait import until
@@ -27,6 +28,8 @@ async def cluster() -> AsyncIterator[ControlPlane]:
     """An API server of this module's own, with the definition, and the warning on insecure monitors in force."""
     async with ControlPlane() as running:
         await running.install_crd()
+        await running.install_crd(REPOSITORY / "tests" / "harness" / "prometheusoperator")
+        await running.kubectl("create", "namespace", "monitoring")  # where the component monitoring goes
         warning = DEPLOY / "base" / "insecure-monitor-warning.yaml"
         await running.kubectl("apply", "--server-side", "-f", warning)
 
@@ -77,6 +80,26 @@ async def test_the_overlays_in_turn_leave_each_others_objects_as_they_are(cluste
     for overlay in OVERLAYS:
         await cluster.kubectl("apply", "--server-side", "-k", overlay)
     assert await versions() == before
+
+
+async def test_kubernetes_own_type_check_finds_no_fault_in_the_policies(cluster: ControlPlane) -> None:
+    await cluster.kubectl("apply", "--server-side", "-k", DEPLOY / "overlays" / "both")
+
+    async def policies() -> dict[str, dict[str, Any]]:
+        got = await cluster.kubectl("get", "validatingadmissionpolicies", "-o", "json")
+        return {policy["metadata"]["name"]: policy for policy in json.loads(got.stdout)["items"]}
+
+    async def checked() -> bool:
+        return all(
+            policy.get("status", {}).get("observedGeneration") == policy["metadata"]["generation"]
+            for policy in (await policies()).values()
+        )
+
+    async with ControllerManager(cluster, ["validatingadmissionpolicy-status-controller"]):
+        await until(checked, 60, "the types of all policies to be checked")
+    found = {name: policy["status"]["typeChecking"] for name, policy in (await policies()).items()}
+    ours = ("vcpuset-agent-events", "vcpuset-agent-node", "vcpuset-agent-pods", "vcpuset-insecure-monitor")
+    assert found == {name: {} for name in ours}
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda path: path.name)
