@@ -6,11 +6,13 @@ Each is one record, made when its response is complete: for a watch that is its 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-__all__ = ["AUDIT_POLICY", "AuditEvent", "read_audit_log"]
+__all__ = ["AUDIT_POLICY", "STATUS_IN_AUDIT", "AuditEvent", "read_audit_log"]
+
+_NODE: Final = "authentication.kubernetes.io/node-name"
 
 AUDIT_POLICY: Final[Mapping[str, Any]] = {
     "apiVersion": "audit.k8s.io/v1",
@@ -22,6 +24,13 @@ AUDIT_POLICY: Final[Mapping[str, Any]] = {
         {"level": "None"},
     ],
 }
+
+STATUS_IN_AUDIT: Final[Mapping[str, Any]] = {
+    "level": "RequestResponse",
+    "verbs": ["patch", "update"],
+    "resources": [{"group": "vcpuset.dev", "resources": ["vcpusets/status"]}],
+}
+"""A rule to put before the others: with status writes, the object that came of them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class AuditEvent:
     code: int  # the HTTP status
     request_uri: str
     user_agent: str = ""
+    node: str = ""
+    """The node of the pod whose token it was."""
+    result: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The object that was answered, where the policy has it recorded."""
     allowed_by: str = ""
     """What RBAC let it pass for, such as `RBAC: allowed by ClusterRoleBinding "b" of ClusterRole "r" to Group "g"`."""
 
@@ -62,6 +75,8 @@ class AuditEvent:
             code=record.get("responseStatus", {}).get("code", 0),
             request_uri=record["requestURI"],
             user_agent=record.get("userAgent", ""),
+            node=next(iter(record.get("user", {}).get("extra", {}).get(_NODE, ())), ""),
+            result=record.get("responseObject", {}),
             allowed_by=record.get("annotations", {}).get("authorization.k8s.io/reason", ""),
         )
 

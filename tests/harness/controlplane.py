@@ -19,7 +19,7 @@ from secrets import token_hex
 from types import TracebackType
 from typing import Any, Final, Self
 
-from harness.audit import AUDIT_POLICY, AuditEvent, read_audit_log
+from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
 from harness.processes import Child, Completed, ReservedPort, run
@@ -48,10 +48,12 @@ class ControlPlane:
 
     service_accounts  pods need an existing service account and get its token as a volume, as in a cluster; for that a
                       controller manager has to run that makes the default accounts and publishes the certificate
+    status_in_audit   the audit log has what came of each status write (`AuditEvent.result`)
     """
 
-    def __init__(self, *, service_accounts: bool = False) -> None:
+    def __init__(self, *, service_accounts: bool = False, status_in_audit: bool = False) -> None:
         self._service_accounts = service_accounts
+        self._status_in_audit = status_in_audit
         self.directory = Path()
         """Holds everything: data, keys, logs, kubeconfigs. Removed by `stop()`."""
         self.kubeconfig = Path()
@@ -270,7 +272,8 @@ class ControlPlane:
         tokens.touch(mode=0o600)
         tokens.write_text(f'{self.token},admin,admin,"system:masters"\n')
         policy = self.directory / "audit-policy.json"
-        policy.write_text(json.dumps(AUDIT_POLICY))
+        first = [STATUS_IN_AUDIT] if self._status_in_audit else []
+        policy.write_text(json.dumps({**AUDIT_POLICY, "rules": [*first, *AUDIT_POLICY["rules"]]}))
         self._apiserver_argv = [
             kube_apiserver,
             f"--etcd-servers={self._etcd_url}",

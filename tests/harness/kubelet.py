@@ -209,10 +209,10 @@ class Nodes:
 
 
 @contextlib.asynccontextmanager
-async def cluster(*nodes: str) -> AsyncIterator[tuple[ControlPlane, Nodes]]:
+async def cluster(*nodes: str, status_in_audit: bool = False) -> AsyncIterator[tuple[ControlPlane, Nodes]]:
     """A whole cluster: control plane, controllers, and nodes with these names. Nothing is installed in it."""
     async with (
-        ControlPlane(service_accounts=True) as control_plane,
+        ControlPlane(service_accounts=True, status_in_audit=status_in_audit) as control_plane,
         ControllerManager(control_plane, CLUSTER),
         Nodes(control_plane, *nodes) as running,
     ):
