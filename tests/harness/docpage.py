@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -115,10 +115,14 @@ class Reader:
     command that fails, also at an unset variable. What was started is ended with the reader.
 
     variables  what the page leaves to its reader, and what stands in for the place: PATH, KUBECONFIG, …
+    terminal   the command line that runs a command where the terminal is, such as on a node; None: here
     """
 
-    def __init__(self, folder: Path, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, terminal: Callable[[Sequence[str]], list[str]] | None = None, /, **variables: str
+    ) -> None:
         self.folder = folder
+        self._terminal = terminal or list
         self.variables: dict[str, str] = {**_own_environment(folder), **variables}
         self._started: list[Child] = []
         self._state = folder / ".terminal"
@@ -134,7 +138,7 @@ class Reader:
         environment, directory = self._state / "environment", self._state / "directory"
         text = _HANDED_ON.format(environment=shlex.quote(str(environment)), directory=shlex.quote(str(directory)))
         # `timeout` makes a process group and ends all of it; `run` would know bash alone.
-        argv = ["timeout", "--signal=KILL", f"{timeout:g}", *_bash(text + _text(block))]
+        argv = ["timeout", "--signal=KILL", f"{timeout:g}", *self._terminal(_bash(text + _text(block)))]
         done = await run(argv, env=self.variables, cwd=self.folder, check=False, timeout=timeout + 30)
         done = Completed((_where(block), _text(block)), done.returncode, done.stdout, done.stderr)
         if directory.exists():
@@ -152,7 +156,9 @@ class Reader:
         """Start the one command of a block that is to go on beside what follows, such as a machine."""
         log = self._state / f"log-{len(self._started)}"
         # With nothing after it the command takes bash's place, and so is ended when it is told to end.
-        child = Child.start(_bash(_text(block)), name=name, log=log, env=self.variables, cwd=self.folder)
+        child = Child.start(
+            self._terminal(_bash(_text(block))), name=name, log=log, env=self.variables, cwd=self.folder
+        )
         self._started.append(child)
         return child
 

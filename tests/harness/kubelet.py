@@ -53,7 +53,7 @@ class Node:
         """Where a path of the node is for the test, such as /run/vcpuset."""
         return self.root / path.lstrip("/")
 
-    def command(self, *words: str) -> list[str]:
+    def command(self, words: Sequence[str]) -> list[str]:
         """The command line that runs a program of the node: with the node's own /run, else the host's files."""
         self.path("/run").mkdir(parents=True, exist_ok=True)
         return contained([Mount(self.path("/run"), Path("/run"))], words)
