@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
+import os
+import random
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -411,6 +415,56 @@ def test_what_is_wrong_in_a_secret_is_named(authority: Authority, change: dict[s
     with pytest.raises(CredentialsUnavailable) as caught:
         keys_of(Credentials.of(SOURCE, {**authority.client().data(), **change}))
     assert words in str(caught.value)
+
+
+def _mutilated(pem: str, chance: random.Random) -> bytes:
+    """With some bytes of what it encodes, or of the text itself, replaced."""
+    head, body, foot = re.split(r"(?<=-----\n)|(?=-----END)", pem, maxsplit=2)
+    found = bytearray(base64.b64decode(body))
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(found))
+        found[at] = chance.choice([0, 1, 2, 0x30, 0x17, 0xFF, found[at] ^ 1, found[at] ^ 0x20])
+    text = (head + base64.encodebytes(found).decode() + foot).encode()
+    return text if chance.random() > 0.1 else text[: chance.randrange(len(text))]
+
+
+def test_whatever_bytes_a_secret_holds_they_are_used_or_told_to_be_wrong(authority: Authority) -> None:
+    seed = int(os.environ.get("VCPUSET_TEST_SEED", "1"))
+    chance = random.Random(seed)
+    data = {name: text.decode() for name, text in authority.client().data().items()}
+    told: list[str] = []
+    for _ in range(int(os.environ.get("VCPUSET_TEST_EXAMPLES", "400"))):
+        name = chance.choice(list(data))
+        changed = {**{key: text.encode() for key, text in data.items()}, name: _mutilated(data[name], chance)}
+        try:
+            keys = keys_of(Credentials.of(SOURCE, changed))
+        except CredentialsUnavailable as error:
+            told.append(str(error))
+        else:
+            assert keys.failure("there", "vm", EOFError(), agreed=True) is not None
+    assert len(told) > 100, "nearly every change does harm"
+    assert all(SOURCE in words for words in told), "the Secret is named"
+
+
+@pytest.mark.parametrize("version", [1, 34])
+def test_a_certificate_that_says_it_is_of_no_known_version_is_told_on_either_side(
+    authority: Authority, version: int
+) -> None:
+    good = x509.load_pem_x509_certificate(authority.client().certificate.encode())
+    der = good.public_bytes(serialization.Encoding.DER)
+    odd = der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01" + bytes([version]), 1)
+    assert odd != der
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(odd) + b"-----END CERTIFICATE-----\n"
+    for name in ("ca.crt", "tls.crt"):
+        with pytest.raises(
+            CredentialsUnavailable, match=f"{name} of .* holds no certificate .*not a valid X509 version"
+        ):
+            keys_of(Credentials.of(SOURCE, {**authority.client().data(), name: pem}))
+    error = ssl.SSLCertVerificationError()
+    error.verify_code = 62
+    error.certificate = odd  # type: ignore[attr-defined]
+    words = str(keys_of(given(authority.client())).failure("there", "vm", error, agreed=False))
+    assert "is not for vm, and cannot be read (" in words
 
 
 def test_a_secret_without_entries_is_told_of_all_that_it_lacks() -> None:

@@ -16,7 +16,7 @@ import contextlib
 import os
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -102,7 +102,10 @@ class Keys:
         """Raises CredentialsUnavailable: says what is wrong with them."""
         self._source = credentials.source
         authorities = self._certificates(credentials.ca, CA)
-        self._own = self._certificates(credentials.certificate, CERTIFICATE)[0]
+        own = self._certificates(credentials.certificate, CERTIFICATE)[0]
+        with self._told(CERTIFICATE):
+            self._valid = (own.not_valid_before_utc, own.not_valid_after_utc)
+            self._subject = ",".join(part.rfc4514_string(_spelling()) for part in own.subject.rdns)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -112,7 +115,7 @@ class Keys:
     def require_valid(self) -> None:
         """Raises CredentialsUnavailable if the operator's certificate is valid no more, or not yet."""
         now = datetime.now(UTC)
-        begin, end = self._own.not_valid_before_utc, self._own.not_valid_after_utc
+        begin, end = self._valid
         if now > end:
             raise CredentialsUnavailable(
                 f"the operator's certificate, {CERTIFICATE} of {self._source}, expired at {end:%Y-%m-%dT%H:%M:%SZ}: "
@@ -201,8 +204,7 @@ class Keys:
         return MonitorUnreachable(f"{where} and the operator do not agree on TLS: {reason}")
 
     def _refused(self, where: str, how: str) -> CredentialsUnavailable:
-        subject = ",".join(part.rfc4514_string(self._spelling()) for part in self._own.subject.rdns)
-        if not subject:
+        if not self._subject:
             return CredentialsUnavailable(
                 f"{where} refuses the operator's certificate ({how}): {CERTIFICATE} of {self._source} has an empty "
                 "subject, which QEMU takes from nobody; give it a common name"
@@ -210,21 +212,21 @@ class Keys:
         return CredentialsUnavailable(
             f"{where} refuses the operator's certificate ({how}): see that QEMU's ca-cert.pem holds the CA of "
             f"{CERTIFICATE} of {self._source}, and that its tls-authz allows the certificate's name: "
-            f"authz-simple,identity={_printable(subject.replace(',', ',,'))}"
+            f"authz-simple,identity={_printable(self._subject.replace(',', ',,'))}"
         )
-
-    @staticmethod
-    def _spelling() -> dict[Any, str]:
-        from cryptography.x509 import ObjectIdentifier  # noqa: PLC0415 - see the head of this file
-
-        return {ObjectIdentifier(oid): name for oid, name in _GNUTLS_NAMES.items()}
 
     def _certificates(self, pem: bytes, name: str) -> Sequence[x509.Certificate]:
         from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415 - see the head of this file
 
-        try:
+        with self._told(name):
             return load_pem_x509_certificates(pem)
-        except ValueError as error:
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """What `cryptography` finds wrong with a certificate, some of it only when a field is read."""
+        try:
+            yield
+        except Exception as error:  # it raises more kinds than ValueError (InvalidVersion, DuplicateExtension, …)
             raise CredentialsUnavailable(
                 f"{name} of {self._source} holds no certificate in PEM that can be read: {_printable(str(error))}"
             ) from error
@@ -274,6 +276,12 @@ def _not_a_name(server_name: str) -> InvalidMonitor:
     )
 
 
+def _spelling() -> dict[x509.ObjectIdentifier, str]:
+    from cryptography.x509 import ObjectIdentifier  # noqa: PLC0415 - see the head of this file
+
+    return {ObjectIdentifier(oid): name for oid, name in _GNUTLS_NAMES.items()}
+
+
 def _no_passphrase() -> bytes:
     raise _EncryptedError
 
@@ -287,8 +295,10 @@ def _names(certificate: bytes | None) -> str:
     try:
         names = x509.load_der_x509_certificate(certificate).extensions
         found = [str(each.value) for each in names.get_extension_for_class(x509.SubjectAlternativeName).value]
-    except (ValueError, x509.ExtensionNotFound):
+    except x509.ExtensionNotFound:
         return ", and has no subject alternative name"
+    except Exception as error:  # noqa: BLE001 - whoever listens there made it, and as in `_told`
+        return f", and cannot be read ({_printable(str(error))})"
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return f" but for {_printable(', '.join(found[:_SHOWN]))}{more}"
 
