@@ -12,7 +12,9 @@ from harness.controlplane import ControlPlane
 from harness.expect import HELD, READY, STALLED, shows
 from harness.faulty import FaultyMonitor
 from harness.guest import Guest
+from harness.monitortls import MonitorTLS
 from harness.operator import OperatorProcess
+from harness.pki import Authority
 from harness.qmp import count
 from harness.wait import until
 from harness.world import Seen, User
@@ -179,6 +181,30 @@ async def test_a_tcp_monitor_is_one_monitor_in_every_spelling_and_in_every_names
             await theirs.change("vm", vcpus=5)
             await its.delete("vm")
             await shows(theirs, "vm", "Converged", READY, vcpus=5)
+        finally:
+            # This namespace has no fixture that empties it.
+            await control_plane.request("DELETE", f"/apis/vcpuset.dev/v1alpha1/namespaces/{other.namespace}/vcpusets")
+
+
+async def test_who_merely_names_a_monitor_on_tls_keeps_nobody_in_another_namespace_from_it(
+    control_plane: ControlPlane, operator: OperatorProcess, user: User, tmp_path: Path
+) -> None:
+    other = User(control_plane, await control_plane.namespace())
+    authority = Authority()
+    tls = MonitorTLS(authority.server().write(tmp_path / "qemu"), authority.client().name)
+    async with Guest(None, smp="2,maxcpus=8", tls=tls) as guest:
+        host, port = guest.tcp_address
+        monitor = {"host": host, "port": port, "tls": {"secretName": "monitor"}}
+        strangers, ours = await other.create("vm", 5, monitor), await user.create("vm", 3, monitor)
+        try:
+            assert _seniority(strangers)[0] <= _seniority(ours)[0]
+            await other.wait_reason("vm", "CredentialsUnavailable")
+            path = f"/api/v1/namespaces/{user.namespace}/secrets"
+            made = await control_plane.request("POST", path, authority.client().secret("monitor"))
+            assert made.status == 201, made
+            await shows(user, "vm", "Converged", READY, vcpus=3)
+            within = await user.create("second", 4, monitor)
+            await user.wait_reason(max((ours, within), key=_seniority).body["metadata"]["name"], "MonitorConflict")
         finally:
             # This namespace has no fixture that empties it.
             await control_plane.request("DELETE", f"/apis/vcpuset.dev/v1alpha1/namespaces/{other.namespace}/vcpusets")

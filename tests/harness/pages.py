@@ -10,20 +10,44 @@ What stands between two such lines is replaced; the prose around them is written
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import yaml
+from prometheus_client.core import Metric
+
 from harness.cache import REPOSITORY
+from vcpuset.app.census import Snapshot
+from vcpuset.app.history import History
+from vcpuset.app.metrics import QMP_COMMANDS, Metrics
 from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.resource import UID, Spec, Status, UnixMonitor, VCPUSet
+from vcpuset.kube.freshness import Freshness
+from vcpuset.runtime.workqueue import QueueStatistics
 
-__all__ = ["PAGES", "OutOfPlace", "agent", "answers", "main", "reasons", "renewed"]
+__all__ = [
+    "PAGES",
+    "OutOfPlace",
+    "agent",
+    "alerts",
+    "answers",
+    "main",
+    "process_metrics",
+    "reasons",
+    "renewed",
+    "set_metrics",
+]
 
-PAGES: Final = (REPOSITORY / "docs" / "conditions.md",)
+PAGES: Final = (REPOSITORY / "docs" / "conditions.md", REPOSITORY / "docs" / "operations.md")
+
+RULES: Final = REPOSITORY / "deploy" / "components" / "monitoring" / "rules.yaml"
 
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end of generated: \2 -->\n)", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:end of )?generated: ")
@@ -51,6 +75,63 @@ def answers() -> str:
     return _table(("answer", "meaning", "a refusal"), rows)
 
 
+def process_metrics() -> str:
+    """What a process shows of itself and of what it does."""
+    metrics = Metrics(workers=1)
+    History(metrics.registry)
+    metrics.watch_queue(_no_statistics)
+    metrics.watch_freshness(Freshness())
+    metrics.watch_events(int, int)
+    metrics.watch_leadership("vcpuset-controller", bool)
+    # Labels are seen in samples only, and these families have none before something has failed.
+    metrics.commanded(QMP_COMMANDS[0], 0.0, "timeout")
+    return _metrics(metrics.registry.collect())
+
+
+def set_metrics() -> str:
+    """What is shown of the sets."""
+    spec = Spec(2, UnixMonitor("web.sock"))
+    status = Status(1, vcpus=2, online_vcpus=2)
+    web = VCPUSet(UID("1"), "default", "web", 1, "1", datetime(2026, 1, 1, tzinfo=UTC), spec, status)
+    return _metrics(Snapshot([web], {}, 1, web.created_at).collect())
+
+
+def alerts() -> str:
+    """The shipped alerts."""
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["spec"]["groups"] for rule in group["rules"]]
+    rows = [
+        (f"[{name}](runbooks/{name}.md)", rule["labels"]["severity"], _bare(rule["annotations"]["summary"]))
+        for rule in rules
+        for name in [rule["alert"]]
+    ]
+    return _table(("alert", "severity", "what it says"), rows)
+
+
+def _metrics(families: Iterable[Metric]) -> str:
+    suffixes = {"counter": "_total", "info": "_info"}
+    rows = []
+    for family in families:
+        labels = dict.fromkeys(name for sample in family.samples for name in sample.labels if name != "le")
+        rows.append(
+            (
+                f"`{family.name}{suffixes.get(family.type, '')}`",
+                "gauge" if family.type == "info" else family.type,
+                ", ".join(f"`{name}`" for name in labels),
+                html.escape(family.documentation, quote=False),
+            )
+        )
+    return _table(("metric", "type", "labels", "meaning"), rows)
+
+
+def _bare(text: str) -> str:
+    """A text of an alert without Prometheus' templates."""
+    return re.sub(r"\{\{[^}]*\}\}", "…", text)
+
+
+def _no_statistics() -> QueueStatistics:
+    return QueueStatistics(0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
 def _true_condition(reason: Reason) -> str:
     return ", then ".join("none" if state is State.HELD else state.value for state in reason.states)
 
@@ -60,7 +141,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-_PARTS: Final[Mapping[str, Callable[[], str]]] = {"reasons": reasons, "agent": agent, "answers": answers}
+_PARTS: Final[Mapping[str, Callable[[], str]]] = {
+    "reasons": reasons,
+    "agent": agent,
+    "answers": answers,
+    "process_metrics": process_metrics,
+    "set_metrics": set_metrics,
+    "alerts": alerts,
+}
 
 
 def renewed(text: str) -> str:

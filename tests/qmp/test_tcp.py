@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -18,18 +19,30 @@ from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.tcp import TCPEndpoint
 
+REAL = socket.getaddrinfo
 LOOPBACK = Networks((network("127.0.0.0/8"),))
 
 
 class Resolver:
-    """In place of the resolver: what a name means, look-up after look-up; the last answer stays."""
+    """In place of the system's resolver: what a name means, look-up after look-up; the last answer stays.
+
+    asked  how many names were looked up; addresses are not
+    """
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)
         self.asked = 0
 
-    async def getaddrinfo(self, host: str, port: int, **_: object) -> Sequence[tuple[Any, ...]]:
-        """As `loop.getaddrinfo`."""
+    def getaddrinfo(
+        self,
+        host: str,
+        port: int,
+        type: socket.SocketKind,  # noqa: A002 - its name there
+        flags: int = 0,
+    ) -> Sequence[tuple[Any, ...]]:
+        """As `socket.getaddrinfo`."""
+        if flags & socket.AI_NUMERICHOST:
+            return REAL(host, port, type=type, flags=flags)
         self.asked += 1
         found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if not found:
@@ -41,10 +54,10 @@ class Resolver:
 
 
 @pytest.fixture
-async def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    """The resolver of the test's event loop."""
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
+    """The resolver of this process."""
     found = Resolver(["127.0.0.1"])
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found.getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", found.getaddrinfo)
     return found
 
 
@@ -124,6 +137,30 @@ async def test_a_name_without_an_address_is_unreachable(resolver: Resolver) -> N
     resolver.answers = [[]]
     with pytest.raises(MonitorUnreachable, match=r"the name of vm\.example:4444 leads to no address \(Name or service"):
         await vcpus_at("vm.example", 4444, LOOPBACK)
+
+
+async def test_names_that_nobody_answers_for_hold_up_nothing_else(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def slow(host: str, port: int, **options: Any) -> Sequence[tuple[Any, ...]]:
+        if host.endswith(".example"):
+            answered.wait(60)
+        return REAL("127.0.0.1", port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    endpoints = [TCPEndpoint(f"{number}.example", 4444, LOOPBACK) for number in range(50)]
+    try:
+        outcomes = await asyncio.gather(
+            *(Session.open(each, lambda: None, open_seconds=0.3) for each in endpoints), return_exceptions=True
+        )
+        assert {type(each) for each in outcomes} == {MonitorUnreachable}
+        assert "(the look-up of its name included)" in str(outcomes[0])
+        assert await asyncio.to_thread(lambda: "a thread") == "a thread"
+        assert await vcpus_at("vm.test", guest.tcp_address[1], LOOPBACK) == 1
+    finally:
+        answered.set()
 
 
 async def test_a_name_that_no_resolver_takes_is_unreachable() -> None:

@@ -6,7 +6,8 @@ anything, and what an earlier process began and this one ends is counted once.
 
 from __future__ import annotations
 
-import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +26,7 @@ _SECONDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 class _Wait:
     """A change of a set's spec that the machine has not followed yet.
 
-    since  loop time when this process learnt of it
+    since  when this process learnt of it, by `monotonic`
     whole  whether that was when it was made; else it is older, and how long it takes would say nothing
     """
 
@@ -34,10 +35,14 @@ class _Wait:
 
 
 class History:
-    """Counts what happens to the sets; its metrics are in `registry`."""
+    """Counts what happens to the sets.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._loop = asyncio.get_running_loop()
+    registry   where its metrics are
+    monotonic  a clock that is never set, in seconds
+    """
+
+    def __init__(self, registry: CollectorRegistry, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
         self._convergence = Histogram(
             "vcpuset_convergence_seconds",
             "Time from a change of a spec, as this process saw it come, to Ready; of several in a row the last one is "
@@ -69,18 +74,18 @@ class History:
                 self._waits.pop(before.uid, None)
             return
         if before is None or before.generation != after.generation:
-            self._waits[after.uid] = _Wait(self._loop.time(), whole=before is not None or self._live)
+            self._waits[after.uid] = _Wait(self._monotonic(), whole=before is not None or self._live)
         if after.uid in self._waits and _is_ready(after):
             wait = self._waits.pop(after.uid)
             # One that was Ready when it was first seen has not converged just now.
             if wait.whole and before is not None:
-                self._convergence.observe(self._loop.time() - wait.since)
+                self._convergence.observe(self._monotonic() - wait.since)
         if before is not None:
             self._count_unplugs(before, after)
 
     def waits(self) -> dict[UID, float]:
         """The sets that are not Ready since a change of their spec; the seconds since this process learnt of it."""
-        now = self._loop.time()
+        now = self._monotonic()
         return {uid: now - wait.since for uid, wait in self._waits.items()}
 
     def _count_unplugs(self, before: VCPUSet, after: VCPUSet) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,11 @@ __all__ = ["TCPEndpoint"]
 
 _HEAD_START = 0.25
 """Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
+
+_LOOK_UPS = ThreadPoolExecutor(64, "look-up")
+"""The threads in which names are looked up. Their own, as a resolver takes its time where no DNS server answers, and
+whoever writes sets can name such names: the rest of the process shall not wait behind them for a thread. So many that
+all workers can be at names like that (16 workers, one in 3 s each, 10 s or so until the resolver gives up)."""
 
 _SHOWN = 4
 """As many addresses of a host are named."""
@@ -96,12 +102,15 @@ class TCPEndpoint:
             # Asks nobody, so it need not wait for a thread behind the names that are looked up in vain.
             return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         try:
-            return await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            return await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, self._ask_resolver)
         except (socket.gaierror, UnicodeError) as error:
             words = error.strerror if isinstance(error, socket.gaierror) else str(error)
             raise MonitorUnreachable(
                 f"the name of {self} leads to no address ({words}): correct spec.monitor.tcp.host, or the DNS"
             ) from error
+
+    def _ask_resolver(self) -> Sequence[AddrInfoType]:
+        return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
 
     def _allowed(self, found: Sequence[AddrInfoType]) -> Sequence[AddrInfoType]:
         if self.networks is None:

@@ -31,7 +31,7 @@ class Told:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.history = History(self.registry)
+        self.history = History(self.registry, asyncio.get_running_loop().time)
         self.cache = Cache(self.history.moved)
         self._version = 0
 

@@ -13,6 +13,7 @@ from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, verdict
 from vcpuset.domain.errors import (
     AgentTimeout,
     CommandRefused,
+    CredentialsUnavailable,
     GuestNotReady,
     InvalidMonitor,
     Migrating,
@@ -386,6 +387,10 @@ CASES = {
     "a bad path": (
         failure(InvalidMonitor("a.sock is a folder")),
         Said(Reason.INVALID_MONITOR, State.STALLED, Pace.STEADY, "a.sock is a folder", "Warning"),
+    ),
+    "no Secret, which nobody would tell of when it comes": (
+        failure(CredentialsUnavailable("there is no Secret team-a/monitor")),
+        Said(Reason.CREDENTIALS_UNAVAILABLE, State.STALLED, Pace.RETRY, "no Secret team-a/monitor", "Warning"),
     ),
 }
 
