@@ -4,14 +4,16 @@ Secrets are never listed or watched: the operator then needs no more than `get`,
 administrator gave it that. A change is found when a session is opened and the copy is older than `FRESH_SECONDS`, and
 at once when a connection with the copy has failed. However many sets share a Secret, it is read once for all of them.
 
-While the API server cannot be reached the last copy goes on being used, so that machines stay at their target. A Secret
-that is gone, or may not be read any more, is used no longer.
+While the API server cannot be reached the last copy goes on being used, and only now and then somebody waits for it,
+two seconds at most, so that machines stay at their target. A Secret that is gone, or may not be read any more, is used
+no longer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ FRESH_SECONDS: Final = 10.0
 
 DOUBTED_SECONDS: Final = 1.0
 """The same for a copy with which a connection has just failed: all sets that share it fail at the same time."""
+
+PATIENT_SECONDS: Final = 2.0
+"""How long an answer is awaited where a copy would do. It takes 3 ms, and an API server that is away takes for ever."""
 
 ROLE: Final = "vcpuset-monitor-credentials"
 """The ClusterRole that is shipped for this, unbound."""
@@ -68,6 +73,8 @@ class Secrets:
         self._cluster = cluster
         self._copies: dict[_Name, _Copy] = {}
         self._named: dict[UID, _Name] = {}
+        self._away_until = -math.inf
+        """Loop time until when the API server is not asked for what there is a copy of: it has just not answered."""
 
     async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
         """The credentials in a Secret of the set's own namespace.
@@ -80,11 +87,14 @@ class Secrets:
         if _NAME.fullmatch(name) is None:
             raise CredentialsUnavailable(f"spec.monitor.tcp.tls.secretName: {name[:253]!r} is no name of a Secret")
         copy = self._copy(uid, (namespace, name))
+        in_doubt = doubted is not None and copy.content == doubted
+        if isinstance(copy.content, Credentials) and not in_doubt and self._now() < self._away_until:
+            return copy.content
         async with copy.lock:
-            age = asyncio.get_running_loop().time() - copy.read_at
-            limit = DOUBTED_SECONDS if doubted is not None and copy.content == doubted else FRESH_SECONDS
-            if copy.content is None or age >= limit:
-                await self._read(copy, namespace, name)
+            in_doubt = doubted is not None and copy.content == doubted
+            if copy.content is None or self._now() >= copy.read_at + (DOUBTED_SECONDS if in_doubt else FRESH_SECONDS):
+                enough = isinstance(copy.content, Credentials) and not in_doubt
+                await self._read(copy, namespace, name, PATIENT_SECONDS if enough else None)
         if isinstance(copy.content, Credentials):
             return copy.content
         raise CredentialsUnavailable(copy.content)
@@ -110,11 +120,16 @@ class Secrets:
         copy.users.add(uid)
         return copy
 
-    async def _read(self, copy: _Copy, namespace: str, name: str) -> None:
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _read(self, copy: _Copy, namespace: str, name: str, seconds: float | None) -> None:
         source = f"Secret {namespace}/{name}"
         content: Credentials | str
         try:
-            content = Credentials.of(source, await self._cluster.read_secret(namespace, name))
+            async with asyncio.timeout(seconds):
+                content = Credentials.of(source, await self._cluster.read_secret(namespace, name))
+            self._away_until = -math.inf
         except CredentialsUnavailable as error:
             content = str(error)
         except ObjectGone:
@@ -124,11 +139,14 @@ class Secrets:
                 f"{source} may not be read by this operator: have an administrator bind ClusterRole {ROLE} to its "
                 f"service account, with a RoleBinding in namespace {namespace} ({error})"
             )
-        except APIError as error:
-            content = copy.content or f"{source} cannot be read: {error}"
+        except (APIError, TimeoutError) as error:
+            words = str(error) or "no answer yet"
+            content = copy.content or f"{source} cannot be read: {words}"
+            # With many Secrets, one wait for each would leave no time for the machines.
+            self._away_until = self._now() + FRESH_SECONDS
             if isinstance(copy.content, Credentials):
-                _log.warning("%s cannot be read, so what it held goes on being used: %s", source, error)
+                _log.warning("%s cannot be read, so what it held goes on being used: %s", source, words)
         # The same value stays the same object: what was made of it goes on being used too.
         if content != copy.content:
             copy.content = content
-        copy.read_at = asyncio.get_running_loop().time()
+        copy.read_at = self._now()

@@ -10,7 +10,7 @@ import pytest
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import APIError, CredentialsUnavailable, ObjectGone, Rejected
 from vcpuset.domain.resource import UID
-from vcpuset.kube.credentials import DOUBTED_SECONDS, FRESH_SECONDS, Secrets
+from vcpuset.kube.credentials import DOUBTED_SECONDS, FRESH_SECONDS, PATIENT_SECONDS, Secrets
 
 pytestmark = pytest.mark.looptime
 
@@ -18,8 +18,9 @@ SECRET = ("team-a", "monitor")
 
 
 class Server:
-    """The API server: it takes a second for an answer.
+    """The API server.
 
+    seconds   how long it takes for an answer
     contents  what each Secret holds, or what it raises instead
     reads     what was read, in order
     """
@@ -27,11 +28,12 @@ class Server:
     def __init__(self) -> None:
         self.contents: dict[tuple[str, str], str | APIError] = {SECRET: "one"}
         self.reads: list[tuple[str, str]] = []
+        self.seconds = 1.0
 
     async def read_secret(self, namespace: str, name: str) -> Mapping[str, bytes]:
         """As `Cluster.read_secret`."""
         self.reads.append((namespace, name))
-        await asyncio.sleep(1)
+        await asyncio.sleep(self.seconds)
         found = self.contents.get((namespace, name), ObjectGone("HTTP 404"))
         if isinstance(found, APIError):
             raise found
@@ -120,6 +122,35 @@ async def test_while_the_api_server_is_away_the_last_copy_goes_on_being_used(rea
     reader.server.contents[SECRET] = "two"
     await asyncio.sleep(FRESH_SECONDS)
     assert await reader.get() == "two"
+
+
+async def test_an_api_server_that_never_answers_costs_many_secrets_next_to_no_time(reader: Reader) -> None:
+    clock = asyncio.get_running_loop().time
+    many = [(f"team-{number}", "monitor") for number in range(100)]
+    reader.server.contents |= dict.fromkeys(many, "one")
+    await asyncio.gather(*(reader.get(each[0], each) for each in many))
+    reader.server.seconds = 3600.0
+    await asyncio.sleep(FRESH_SECONDS)
+    before = clock()
+    for each in many * 5:
+        assert await reader.get(each[0], each) == "one"
+        await asyncio.sleep(0.1)
+    waited = clock() - before - 50
+    assert waited <= PATIENT_SECONDS * 6, "one wait, and then none for ten seconds"
+    reader.server.seconds = 1.0
+    reader.server.contents |= dict.fromkeys(many, "two")
+    await asyncio.sleep(FRESH_SECONDS)
+    assert {await reader.get(each[0], each) for each in many} == {"two"}
+
+
+async def test_who_doubts_a_copy_waits_for_a_slow_api_server(reader: Reader) -> None:
+    before = await reader.fetch()
+    reader.server.contents[SECRET] = "two"
+    reader.server.seconds = 8.0
+    await asyncio.sleep(FRESH_SECONDS)
+    assert await reader.fetch() is before
+    await asyncio.sleep(DOUBTED_SECONDS)
+    assert await reader.get(doubted=before) == "two"
 
 
 async def test_without_a_copy_an_outage_is_told_and_the_secret_tried_again(reader: Reader) -> None:
