@@ -9,12 +9,14 @@ from typing import Any, Final
 import pytest
 import pytest_asyncio
 import yaml
+from click.testing import CliRunner
 
 from harness.binaries import binaries
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
 from harness.helm import CHART, render, run_helm
 from harness.processes import run
+from vcpuset.cli.main import main
 
 __all__: list[str] = []
 
@@ -153,6 +155,9 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("resyncSeconds", 300, "- --resync-seconds=300\n"),
     ("workers", 32, "- --workers=32\n"),
     ("metricsSetLimit", 0, "- --metrics-set-limit=0\n"),
+    ("extraArgs", ["--sweep-seconds=600"], "- --sweep-seconds=600\n"),
+    ("watch.namespaces", ["shop"], "- --namespace=shop\n"),
+    ("watch.labelSelector", "team=shop,!legacy", "- --label-selector=team=shop,!legacy\n"),
     ("listenAddress", "[::]", "- --http-address=[::]:8080\n"),
     ("agent.namespace.name", "node-agents", "username == 'system:serviceaccount:node-agents:vcpuset-agent'"),
     ("agent.socketRoot", "/srv/sockets", "- --socket-root=/srv/sockets\n"),
@@ -224,6 +229,17 @@ def test_every_value_of_the_schema_is_tried() -> None:
     )
 
 
+_made: Final[dict[tuple[str, ...], str]] = {}
+
+
+async def made_of(values: Mapping[str, object]) -> str:
+    """What the chart makes of some values, as text. Each is made once: half of what is asked for is the same."""
+    options = tuple(settings(values))
+    if options not in _made:
+        _made[options] = yaml.safe_dump_all(await render(*options))
+    return _made[options]
+
+
 @pytest.mark.parametrize(("path", "value", "sign"), APPEARS, ids=[path for path, _, _ in APPEARS])
 async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
     beside: dict[str, object] = {}
@@ -231,14 +247,28 @@ async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
         beside["controller.allowTCP"] = ["192.0.2.0/24"]  # without a network there is no port in it
     if path.startswith("monitoring.") and path != "monitoring.enabled":
         beside["monitoring.enabled"] = True
-    assert sign not in yaml.safe_dump_all(await render(*settings(beside)))
-    assert sign in yaml.safe_dump_all(await render(*settings({**beside, path: value})))
+    assert sign not in await made_of(beside)
+    assert sign in await made_of({**beside, path: value})
 
 
 @pytest.mark.parametrize(("path", "sign"), DISAPPEARS, ids=[path for path, _ in DISAPPEARS])
 async def test_a_switch_is_obeyed(path: str, sign: str) -> None:
-    assert sign in yaml.safe_dump_all(await render())
-    assert sign not in yaml.safe_dump_all(await render(*settings({path: False})))
+    assert sign in await made_of({})
+    assert sign not in await made_of({path: False})
+
+
+@pytest.mark.parametrize("kind", ["DaemonSet", "Deployment"])
+async def test_the_program_takes_the_options_that_values_make(kind: str) -> None:
+    values = {path: value for path, value, _ in APPEARS if "affinity" not in path.lower()}
+    objects = await render(*settings(values))
+    (arguments,) = (
+        each["spec"]["template"]["spec"]["containers"][0]["args"] for each in objects if each["kind"] == kind
+    )
+    assert len(arguments) >= 11
+    # The options are looked at in turn, and the last one is refused.
+    told = CliRunner().invoke(main, [*arguments, "--kubeconfig=/does/not/exist"])
+    assert told.exit_code == 2
+    assert "File '/does/not/exist' does not exist" in told.output
 
 
 async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones() -> None:
@@ -277,6 +307,8 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("logLevel", "verbose", "at '/logLevel': value must be one of"),
         ("resyncSeconds", 0, "at '/resyncSeconds': minimum: got 0, want 1"),
         ("resyncSeconds", "60s", "at '/resyncSeconds': got string, want integer"),
+        ("extraArgs", ["sweep"], "at '/extraArgs/0': 'sweep' does not match pattern"),
+        ("watch.namespaces", ["Shop"], "at '/watch/namespaces/0': 'Shop' does not match pattern"),
         ("workers", 1025, "at '/workers': maximum: got 1,025, want 1,024"),
         ("image.digest", "latest", "at '/image/digest': 'latest' does not match pattern"),
         ("image.pullPolicy", "Sometimes", "at '/image/pullPolicy': value must be one of"),

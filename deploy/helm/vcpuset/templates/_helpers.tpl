@@ -64,6 +64,15 @@ roles are written once, there: a rule that two places must agree on is soon two 
 {{- with .Values.workers }}
 - --workers={{ . }}
 {{- end }}
+{{- range .Values.watch.namespaces }}
+- --namespace={{ . }}
+{{- end }}
+{{- with .Values.watch.labelSelector }}
+- {{ printf "--label-selector=%s" . | quote }}
+{{- end }}
+{{- range .Values.extraArgs }}
+- {{ . | quote }}
+{{- end }}
 {{- if hasKey .Values "metricsSetLimit" }}
 - --metrics-set-limit={{ .Values.metricsSetLimit | int64 }}
 {{- end }}
