@@ -6,6 +6,7 @@ The operator runs within the test, with its times made short: by its own, a watc
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -159,6 +160,9 @@ async def test_an_api_server_that_is_away_is_no_illness_and_does_not_end_readine
             return await process.metric("vcpuset_sets") == 2 and await process.metric("vcpuset_watch_missing") == 0
 
         await until(knows_both, WAIT, "the second set to be known, by the watch too")
+        status, text = await process.get("/metrics")
+        assert status == 200
+        assert re.search(r'rest_client_requests_total\{code="<error>",method="GET"\} [1-9]', text)
         assert await process.get("/healthz") == (200, "ok\n")
 
 

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vcpuset.kube.cluster import NO_ANSWER
 from vcpuset.kube.freshness import Freshness
 from vcpuset.qmp.session import Outcome
 from vcpuset.runtime.workers import Label
@@ -89,11 +90,11 @@ class Metrics:
 
         self._requests = self._counter(
             "rest_client_requests_total",
-            "Requests to the API server but those of the watch, by HTTP status; <error>: there was no answer.",
+            "Requests to the API server, by HTTP status; <error>: there was no answer.",
             ("method", "code"),
         )
         for method in _METHODS:
-            self._requests.labels(method, "<error>")
+            self._requests.labels(method, NO_ANSWER)
 
         self._commands = self._histogram(
             "vcpuset_qmp_command_duration_seconds",
@@ -201,7 +202,7 @@ class Metrics:
     # What the rooms below tell.
 
     def requested(self, method: str, code: str) -> None:
-        """A request to the API server has ended, with this HTTP status or "<error>"."""
+        """A request to the API server has ended, with this HTTP status or `NO_ANSWER`."""
         self._requests.labels(method, code).inc()
 
     def commanded(self, command: str, seconds: float, outcome: Outcome) -> None:

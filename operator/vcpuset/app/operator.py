@@ -166,7 +166,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
         appearances = Appearances(settings.socket_root, appeared)
         owner.spawn(appearances.run(), "appearances of sockets")
-    source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists)
+    source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists, metrics.requested)
     ready = asyncio.Event()
 
     def ill() -> str | None:

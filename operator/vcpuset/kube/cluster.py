@@ -29,7 +29,7 @@ from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["USER_AGENT", "Cluster", "Scope", "Throttled", "refusal"]
+__all__ = ["NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "Throttled", "refusal", "unheard"]
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the answer."""
@@ -42,6 +42,9 @@ LIST_ATTEMPTS: Final = 5
 
 USER_AGENT: Final = "vcpuset"
 """Who asks, in the API server's audit log."""
+
+NO_ANSWER: Final = "<error>"
+"""In place of an HTTP status where there was none; client-go's word."""
 
 _MERGE_PATCH: Final = "application/merge-patch+json"
 _LEASES: Final = "coordination.k8s.io/v1"
@@ -96,7 +99,7 @@ class Cluster:
         self.lists: Final = asyncio.Lock()
         """Held while a list is asked for and read: whoever else lists the same objects takes it too."""
         self._permit: Callable[[], None] | None = None
-        self._requested: Callable[[str, str], None] = _unheard
+        self._requested: Callable[[str, str], None] = unheard
         self._reported: dict[UID, str] = {}
         """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
 
@@ -122,7 +125,7 @@ class Cluster:
         self._permit = permit
 
     def count(self, requested: Callable[[str, str], None]) -> None:
-        """From now on call `requested` after each request, with the method and the HTTP status, or "<error>"."""
+        """From now on call `requested` after each request, with the method and the HTTP status, or `NO_ANSWER`."""
         self._requested = requested
 
     async def close(self) -> None:
@@ -308,7 +311,7 @@ class Cluster:
         content_type: str,
     ) -> dict[str, Any]:
         """One request and what came of it."""
-        code = "<error>"  # client-go's word for no answer
+        code = NO_ANSWER
         try:
             status, headers, raw = await _send(client, method, path, query, body, content_type)
             code = str(status)
@@ -352,7 +355,7 @@ async def _close(client: Any) -> None:  # noqa: ANN401 - ApiClient has no annota
     await client.close()
 
 
-def _unheard(_method: str, _code: str) -> None:
+def unheard(_method: str, _code: str) -> None:
     """Nobody counts."""
 
 

@@ -20,7 +20,7 @@ import aiohttp
 import kopf
 
 from vcpuset.domain.errors import APIError, Rejected
-from vcpuset.kube.cluster import USER_AGENT, Throttled, refusal
+from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, Throttled, refusal
 from vcpuset.kube.codec import PLURAL
 
 __all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "Gate", "Pace", "remedy"]
@@ -78,13 +78,17 @@ class Pace:
 class Gate:
     """Makes kopf's HTTP sessions, whose requests all pass through here: a pace for each path, one list at a time.
 
-    lists   held while a list is asked for and read; the operator's own lists hold it too
-    listed  called with the path after each list
+    lists      held while a list is asked for and read; the operator's own lists hold it too
+    listed     called with the path after each list
+    requested  called after each request, as by `Cluster.count`
     """
 
-    def __init__(self, lists: asyncio.Lock, listed: Callable[[str], None]) -> None:
+    def __init__(
+        self, lists: asyncio.Lock, listed: Callable[[str], None], requested: Callable[[str, str], None]
+    ) -> None:
         self._lists = lists
         self._listed = listed
+        self._requested = requested
         self._paces: dict[str, Pace] = {}
         self._sessions: list[aiohttp.ClientSession] = []
 
@@ -143,9 +147,11 @@ class Gate:
         self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType, pace: Pace, *, watch: bool = False
     ) -> aiohttp.ClientResponse:
         what = f"{'watch' if watch else request.method} {request.url.path}"
+        code = NO_ANSWER
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 response = await handler(request)
+                code = str(response.status)
                 if watch and response.ok:
                     pace.began()
                     return response
@@ -156,6 +162,8 @@ class Gate:
         except (aiohttp.ClientError, OSError) as error:
             self._tell(pace, APIError(f"{what}: {error or repr(error)}"))
             raise
+        finally:
+            self._requested(request.method, code)
         if not response.ok:
             self._tell(pace, refusal(what, response.status, response.headers, raw))
         return response

@@ -30,7 +30,7 @@ from kopf._core.engines.peering import Identity
 from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Scope
+from vcpuset.kube.cluster import Scope, unheard
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
 from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.login import connection_info
@@ -94,6 +94,7 @@ class Source:
 
     freshness  is told what the watch brings, news or not
     lists      held while a list is asked for and read, by whoever does; see `Cluster.lists`
+    requested  called after each request, as by `Cluster.count`
     """
 
     def __init__(
@@ -104,13 +105,14 @@ class Source:
         changed: Callable[[UID], None],
         freshness: Freshness,
         lists: asyncio.Lock | None = None,
+        requested: Callable[[str, str], None] = unheard,
     ) -> None:
         self._kubeconfig = kubeconfig
         self._scope = scope
         self._cache = cache
         self._changed = changed
         self._freshness = freshness
-        self._gate = Gate(lists or asyncio.Lock(), self._note_list)
+        self._gate = Gate(lists or asyncio.Lock(), self._note_list, requested)
         self._listed: set[str] = set()
         self.listed_again = asyncio.Event()
         """Set when the watch could not go on from where it was and began anew with a list: sets that were deleted
