@@ -71,7 +71,7 @@ def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_pa
     assert controller_manager() == brought
 
 
-def test_the_demo_does_not_wait_for_the_controller_manager_and_the_tests_do() -> None:
+def test_the_demo_does_not_wait_for_what_only_tests_need() -> None:
     make = shutil.which("make")
     assert make is not None
 
@@ -81,7 +81,7 @@ def test_the_demo_does_not_wait_for_the_controller_manager_and_the_tests_do() ->
         assert found is not None, lines
         return found[1]
 
-    assert parts("demo").split() == [name for name in setup.PARTS if name not in ("controllermanager", "helm")]
+    assert parts("demo").split() == ["system", "venv", "controlplane", "guest"]
     assert parts("test") == "", "all parts"
 
 
