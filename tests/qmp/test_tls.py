@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import errno
 import os
 import random
 import re
@@ -489,6 +490,15 @@ def test_an_encrypted_key_is_told_and_nobody_asked_for_the_passphrase(authority:
     )
     with pytest.raises(CredentialsUnavailable, match=r"tls\.key of Secret team-a/monitor is encrypted"):
         keys_of(Credentials.of(SOURCE, {**made.data(), "tls.key": locked}))
+
+
+def test_a_process_without_a_free_descriptor_says_so(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(name: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", full)
+    with pytest.raises(CredentialsUnavailable, match="Too many open files; raise the operator's limit of open files"):
+        keys_of(given(authority.client()))
 
 
 def test_credentials_are_read_once_and_their_key_is_nowhere_to_be_seen(authority: Authority) -> None:

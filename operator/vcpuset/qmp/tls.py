@@ -13,6 +13,7 @@ Private keys touch no disk: OpenSSL reads them from memory that has no name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import ssl
@@ -110,7 +111,13 @@ class Keys:
         """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.sslobject_class = _Connection
-        self._load(authorities, credentials)
+        try:
+            self._load(authorities, credentials)
+        except OSError as error:
+            limit = "; raise the operator's limit of open files" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
+            raise CredentialsUnavailable(
+                f"{self._source} cannot be handed to OpenSSL: {error.strerror}{limit}"
+            ) from error
 
     def require_valid(self) -> None:
         """Raises CredentialsUnavailable if the operator's certificate is valid no more, or not yet."""
