@@ -24,6 +24,8 @@ from harness.wait import until
 from harness.world import User
 from vcpuset.app import operator, vitals
 from vcpuset.app.settings import Settings
+from vcpuset.reconciler import Reconciler
+from vcpuset.runtime.workers import Done
 
 __all__: list[str] = []
 
@@ -174,3 +176,30 @@ async def test_an_operator_without_sets_is_well(control_plane: ControlPlane, nam
 
         await until(has_listed, WAIT, "lists for longer than a watch may be behind")
         assert await process.get("/healthz") == (200, "ok\n")
+
+
+async def test_a_pass_that_is_stuck_is_an_illness(
+    control_plane: ControlPlane, namespace: str, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = asyncio.Event()
+
+    async def hang(*_: object) -> Done:
+        await released.wait()
+        return Done()
+
+    monkeypatch.setattr(Reconciler, "reconcile", hang)
+    monkeypatch.setattr(vitals, "STUCK_SECONDS", 1.0)
+    async with running(control_plane.kubeconfig, namespace) as process:
+        assert await process.get("/healthz") == (200, "ok\n")
+        await user.create("one", 2, "one.sock")
+
+        async def is_ill() -> bool:
+            return "a pass has not moved for" in (await process.get("/healthz"))[1]
+
+        await until(is_ill, WAIT, "/healthz to fail")
+        released.set()
+
+        async def is_well() -> bool:
+            return await process.get("/healthz") == (200, "ok\n")
+
+        await until(is_well, WAIT, "/healthz to be well again")
