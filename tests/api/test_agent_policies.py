@@ -170,14 +170,14 @@ def event(
     namespace: str = "default",
     controller: str = "vcpuset.dev/operator",
 ) -> Json:
-    """An Event about a set, as the operator's recorder writes it."""
+    """An Event about a set, as the recorder of the agent of node-1 writes it."""
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {"name": f"{name}.{token_hex(8)}"},
         "eventTime": "2026-01-01T00:00:00.000000Z",
         "reportingController": controller,
-        "reportingInstance": "agent",
+        "reportingInstance": "agent-node-1",
         "type": "Normal",
         "reason": "Plugging",
         "action": "Plug",
