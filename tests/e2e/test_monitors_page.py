@@ -6,21 +6,29 @@ machine and the operator are started by the page's own command lines.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
-from harness.docpage import Page, Reader
+from harness.docpage import Block, Page, Reader
 from harness.guestimage import INITRAMFS, KERNEL, images
+from harness.pki import Credentials
 from harness.processes import Child, free_port, run
 from harness.qmp import count, raw
 from harness.sockets import listening
@@ -53,6 +61,7 @@ def reader(tmp_path: Path, control_plane: ControlPlane, socket_root: Path, names
         ADDRESS="127.0.0.1",
         PORT=str(free_port()),
         NETWORK="127.0.0.0/8",
+        QEMU_TLS=str(tmp_path / "qemu-tls"),
         VM=f"{STOPPED} -qmp unix:{tmp_path}/control,server=on,wait=off",
     ) as following:
         yield following
@@ -70,14 +79,14 @@ def test_the_tests_set_each_variable_that_the_page_introduces(reader: Reader) ->
 
 
 @asynccontextmanager
-async def followed(reader: Reader, control: Path, kind: str, operator: str) -> AsyncIterator[Child]:
-    """Run the blocks of one kind with the page's operator beside them; yields the machine.
+async def followed(reader: Reader, control: Path, kind: str | Sequence[Block], operator: str) -> AsyncIterator[Child]:
+    """Run the blocks of one kind, or these, with the page's operator beside them; yields the machine.
 
     The page's last command has then waited until the set was Ready.
     """
     running = reader.start(PAGE.block("sh", operator), name=operator)
     try:
-        for block in PAGE.blocks(None, kind):
+        for block in PAGE.blocks(None, kind) if isinstance(kind, str) else kind:
             if block.language == "yaml":
                 reader.write(block)
             elif "machine" in block.marks:
@@ -157,3 +166,99 @@ async def test_the_guest_of_the_page_uses_the_declared_count(reader: Reader, con
     async with followed(reader, control, "agent-channel", "agent"):
         seen = await user.get("shop")
         assert seen.status["onlineVCPUs"] == seen.vcpus == await count(control) == 4
+
+
+async def test_the_tls_monitor_of_the_page_leads_to_a_set_that_is_ready_with_the_controller_s_own_rights(
+    reader: Reader, control: Path, user: User, account: Path
+) -> None:
+    reader.variables["VCPUSET_KUBECONFIG"] = str(account)
+    async with followed(reader, control, "tls", "controller"):
+        assert (await user.get("web")).vcpus == await count(control) == 4
+        printed = await reader.run(PAGE.block("sh", "tls-identity"))
+        (identity,) = re.findall(r"authz-simple,id=\S+,identity=(.*?) \\\n", PAGE.block("sh", "tls", "machine").text)
+        assert printed.stdout.strip() == identity
+
+
+async def test_the_certificates_of_the_page_for_cert_manager_do_as_well(
+    reader: Reader, control: Path, user: User, account: Path
+) -> None:
+    """cert-manager itself does not run here: the certificates are made as its documentation says that it makes them."""
+    reader.variables["VCPUSET_KUBECONFIG"] = str(account)
+    issuer, *certificates = PAGE.block("yaml", "cert-manager").documents()
+    assert all(each["spec"]["issuerRef"] == {"name": issuer["metadata"]["name"]} for each in certificates)
+    certificates[1]["spec"]["ipAddresses"] = ["127.0.0.1"]
+    authority = CertManager()
+    operators, qemus = (authority.issue(each["spec"]) for each in certificates)
+    # In place of the page's own way to make certificates, and of kubectl's to make the Secret.
+    qemus.write(Path(reader.variables["QEMU_TLS"]))
+    name = certificates[0]["spec"]["secretName"]
+    secret = json.dumps(operators.secret(name))
+    await user.control_plane.kubectl("apply", "-n", user.namespace, "-f", "-", input=secret)
+    others = [block for block in PAGE.blocks("sh", "tls") if not re.search("openssl|install|create secret", block.text)]
+    assert len(others) == 3
+    async with followed(reader, control, others, "controller"):
+        assert (await user.get("web")).vcpus == await count(control) == 4
+
+
+class CertManager:
+    """Makes of a Certificate what cert-manager does with a CA issuer: subject, names and usages are as specified."""
+
+    USAGES: Final = {"digital signature": "digital_signature", "key encipherment": "key_encipherment"}
+    EXTENDED: Final = {"client auth": ExtendedKeyUsageOID.CLIENT_AUTH, "server auth": ExtendedKeyUsageOID.SERVER_AUTH}
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "VCPUSet monitors")])
+        certificate = (
+            self._begun(self._name, self._key)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(self._key_usage("key_cert_sign"), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        self._pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    def issue(self, spec: Mapping[str, Any]) -> Credentials:
+        """What its Secret then holds."""
+        assert set(spec) <= {
+            "secretName", "issuerRef", "commonName", "duration", "privateKey", "usages", "dnsNames", "ipAddresses"
+        }  # fmt: skip
+        assert (spec["privateKey"]["algorithm"], spec["privateKey"]["size"]) == ("ECDSA", 256)
+        assert re.fullmatch(r"\d+h", spec["duration"])
+        key = ec.generate_private_key(ec.SECP256R1())
+        builder = self._begun(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, spec["commonName"])]), key)
+        names: list[x509.GeneralName] = [x509.DNSName(each) for each in spec.get("dnsNames", ())]
+        names += [x509.IPAddress(ip_address(each)) for each in spec.get("ipAddresses", ())]
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        plain = [self.USAGES[each] for each in spec["usages"] if each in self.USAGES]
+        extended = [self.EXTENDED[each] for each in spec["usages"] if each not in self.USAGES]
+        certificate = (
+            builder.add_extension(self._key_usage(*plain), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(extended), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        encoding = serialization.Encoding.PEM
+        private = key.private_bytes(
+            encoding, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+        return Credentials(self._pem, certificate.public_bytes(encoding).decode(), private.decode())
+
+    def _begun(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=30))
+        )
+
+    def _key_usage(self, *usages: str) -> x509.KeyUsage:
+        kinds = (
+            "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+            "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+        )  # fmt: skip
+        return x509.KeyUsage(**{each: each in usages for each in kinds})

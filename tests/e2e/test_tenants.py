@@ -22,11 +22,13 @@ import pytest
 import pytest_asyncio
 import yaml
 
+from harness.audit import AuditEvent
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
 from harness.expect import READY, STALLED, shows
 from harness.faulty import FaultyMonitor
 from harness.operator import OperatorProcess
+from harness.pki import Authority
 from harness.wait import until
 from harness.world import User
 
@@ -41,6 +43,8 @@ CHECKS: Final = {
     "enum",
 }
 """What a schema checks beside the types."""
+
+ACCOUNT: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
 
 EVERYTHING: Final = ("--allow-tcp=0.0.0.0/0", "--allow-tcp=::/0")
 """As far as an administrator can go without naming the special ranges."""
@@ -73,9 +77,15 @@ async def control_plane(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
-    """An operator that may connect everywhere but where nobody may by default, and looks every two seconds."""
-    async with OperatorProcess(control_plane, "--resync-seconds=2", *EVERYTHING, socket_root=socket_root) as running:
+async def operator(control_plane: ControlPlane, account: Path, socket_root: Path) -> AsyncIterator[OperatorProcess]:
+    """An operator that looks every two seconds, and may do more than it should.
+
+    It may read the Secrets of all namespaces, and connect everywhere but where nobody may by default.
+    """
+    binding = ("clusterrolebinding", "everything", "--clusterrole=vcpuset-monitor-credentials")
+    await control_plane.kubectl("create", *binding, "--serviceaccount=vcpuset-system:vcpuset-controller")
+    flags = ("--resync-seconds=2", *EVERYTHING)
+    async with OperatorProcess(control_plane, *flags, socket_root=socket_root, kubeconfig=account) as running:
         yield running
 
 
@@ -341,3 +351,46 @@ async def test_a_monitor_that_is_not_one_is_left_alone(
         lambda: f"VCPUSet {user.namespace}/vm cannot be understood" in operator.text(), 60, "the operator to say so"
     )
     assert "conditions" not in (await user.get("vm")).status
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../{victim}/secrets/monitor",
+        "../../../namespaces/{victim}/secrets/monitor",
+        "..%2F..%2F{victim}%2Fsecrets%2Fmonitor",
+        "%2e%2e/%2e%2e/{victim}/secrets/monitor",
+        "{victim}/monitor",
+        "monitor/../../../{victim}/secrets/monitor",
+        "monitor?watch=true",
+        "monitor#",
+        "?fieldSelector=metadata.name%3Dmonitor",
+        "monitor\n",
+        "monitor\0",
+        "MONITOR",
+        "\uff0e\uff0e",
+        "..",
+        ".",
+        "",
+    ],
+)
+async def test_a_name_that_is_no_secret_s_name_is_asked_for_nowhere(
+    control_plane: ControlPlane, operator: OperatorProcess, user: User, name: str
+) -> None:
+    victim = await control_plane.namespace("victim")
+    path = f"/api/v1/namespaces/{victim}/secrets"
+    assert (await control_plane.request("POST", path, Authority().client().secret("monitor"))).status == 201
+    since = control_plane.audit_offset()
+    # A port on which nobody listens: the credentials are asked for before anybody could.
+    monitor = {"host": "198.51.100.1", "port": 4444, "tls": {"secretName": name.format(victim=victim)}}
+    await user.create("vm", 2, monitor)
+    await shows(user, "vm", "CredentialsUnavailable", STALLED, "is no name of a Secret", vcpus=None)
+
+    def records() -> list[AuditEvent]:
+        return [each for each in control_plane.audit_events(since) if each.user == ACCOUNT]
+
+    # What was asked for before the status was written has its record before that.
+    await until(
+        lambda: any(each.namespace == user.namespace and each.verb == "patch" for each in records()), 60, "the record"
+    )
+    assert not [each for each in records() if "secrets" in each.request_uri or victim in each.request_uri]
