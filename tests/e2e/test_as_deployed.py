@@ -1,7 +1,7 @@
 """The operator in a cluster as `deploy/` installs it: the rendered pods run, with their accounts' rights and no others.
 
 All is real but the nodes (see `harness.kubelet`): the pods' arguments, users, tokens and probes are those of the
-manifests, the machines are QEMU's. The one thing that is added is the network that the test's TCP monitor lies in.
+manifests, the machines are QEMU's. The one thing that is added is the network that the test's TLS monitor lies in.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from harness.container import WHY_NOT
 from harness.controlplane import ControlPlane
 from harness.guest import Guest
 from harness.kubelet import Nodes, cluster
+from harness.monitortls import MonitorTLS
+from harness.pki import Authority
 from harness.qmp import count
 from harness.wait import until
-from harness.world import User
+from harness.world import API, User, manifest
 
 # The pods are played in the module's event loop.
 pytestmark = [
@@ -69,13 +71,13 @@ OVERLAYS: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class World:
-    """A cluster with both shapes installed, a machine on each node, and one with a TCP monitor."""
+    """A cluster with both shapes installed, a machine on each node, and one with a TLS monitor."""
 
     control_plane: ControlPlane
     nodes: Nodes
     user: User
     machines: dict[str, Guest]
-    """By the name of their set: node-a, node-b, tcp."""
+    """By the name of their set: node-a, node-b, tls."""
 
 
 def rendered(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -106,7 +108,16 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
             node: Guest(None, smp="2,maxcpus=64", monitor_paths=[folder / "qmp.sock"])
             for node, folder in folders.items()
         }
-        machines["tcp"] = Guest(None, smp="2,maxcpus=64", monitors=0, tcp=True)
+        authority = Authority()
+        mine = authority.client()
+        tls = MonitorTLS(authority.server().write(tmp_path_factory.mktemp("machine") / "tls"), mine.name)
+        machines["tls"] = Guest(None, smp="2,maxcpus=64", monitors=0, tls=tls)
+        for path, body in (
+            ("/api/v1/namespaces/{}/secrets", mine.secret("monitor")),
+            ("/apis/rbac.authorization.k8s.io/v1/namespaces/{}/rolebindings", credentials_binding()),
+        ):
+            answer = await control_plane.request("POST", path.format(user.namespace), body)
+            assert answer.status == 201, answer.body
         try:
             for name, machine in machines.items():
                 await machine.start()
@@ -115,7 +126,11 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
                 if name in NODES:
                     await user.create(name, vcpus=2, monitor="qmp.sock", nodeName=name)
                 else:
-                    await user.create(name, vcpus=2, monitor=machine.tcp_address)
+                    host, port = machine.tcp_address
+                    body = manifest(user.namespace, name)
+                    body["spec"]["monitor"] = {"tcp": {"host": host, "port": port, "tls": {"secretName": "monitor"}}}
+                    answer = await control_plane.request("POST", f"{API}/namespaces/{user.namespace}/vcpusets", body)
+                    assert answer.status == 201, answer.body
             for name, machine in machines.items():
                 await user.wait_ready(name)
                 await user.change(name, vcpus=4)
@@ -131,6 +146,14 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
         finally:
             for machine in machines.values():
                 await machine.stop()
+
+
+def credentials_binding() -> dict[str, Any]:
+    """The shipped example that lets the controller read the Secrets of a namespace."""
+    example = REPOSITORY / "deploy" / "examples" / "monitor-credentials.yaml"
+    binding: dict[str, Any] = yaml.safe_load(example.read_text())
+    del binding["metadata"]["namespace"]
+    return binding
 
 
 async def until_count(machine: Guest, vcpus: int) -> None:
@@ -162,7 +185,7 @@ async def test_each_machine_is_resized_by_its_own_operator(world: World) -> None
         for event in world.control_plane.audit_events()
         if event.subresource == "status" and event.resource == "vcpusets"
     }
-    assert written == {(AGENT, "node-a"), (AGENT, "node-b"), (CONTROLLER, "tcp")}
+    assert written == {(AGENT, "node-a"), (AGENT, "node-b"), (CONTROLLER, "tls")}
 
 
 async def test_the_pods_run_as_the_manifests_say(world: World) -> None:
@@ -236,6 +259,7 @@ async def test_every_right_is_used_none_is_granted_twice_and_no_request_is_refus
     assert set(shipped) == {
         "ClusterRole vcpuset-agent",
         "ClusterRole vcpuset-controller",
+        "ClusterRole vcpuset-monitor-credentials",
         "Role vcpuset-leader-election",
     }
     rights = [(role, *right) for role, rules in shipped.items() for right in granted(rules)]

@@ -138,6 +138,13 @@ class ControlPlane:
             await self._apiserver.stop(timeout=30)
         self._apiserver = None
 
+    async def replace_service_account_key(self) -> None:
+        """Have service accounts' tokens signed by another key once the API server is started anew.
+
+        All that were made before are refused from then on, also those of a controller manager.
+        """
+        await run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", self.service_account_key])
+
     # --- use ------------------------------------------------------------------------------------------------------
 
     async def kubectl(
@@ -267,7 +274,7 @@ class ControlPlane:
         port = self._reserve()
         self.url = f"https://127.0.0.1:{port.number}"
         key = self.service_account_key = self.directory / "service-account.key"
-        await run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key])
+        await self.replace_service_account_key()
         tokens = self.directory / "tokens.csv"
         tokens.touch(mode=0o600)
         tokens.write_text(f'{self.token},admin,admin,"system:masters"\n')

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from harness.controlplane import Answer, ControlPlane
 from harness.wait import until
 
-__all__ = ["Seen", "User", "manifest"]
+__all__ = ["API", "Seen", "User", "manifest"]
 
 API = "/apis/vcpuset.dev/v1alpha1"
 WAIT_SECONDS = 90.0
