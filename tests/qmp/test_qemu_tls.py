@@ -11,6 +11,7 @@ import pytest
 from harness.guest import Guest, GuestError
 from harness.monitortls import MonitorTLS
 from harness.pki import Authority, Credentials
+from harness.processes import run
 
 __all__: list[str] = []
 
@@ -68,4 +69,16 @@ async def test_qemu_does_not_start_with_a_certificate_of_its_own_that_has_expire
     tls = MonitorTLS(Authority().server(expired=True).write(tmp_path / "qemu"))
     with pytest.raises(GuestError, match="has expired"):
         async with Guest(None, memory=64, tls=tls):
+            pass
+
+
+async def test_qemu_does_not_start_with_a_certificate_whose_usage_lacks_key_encipherment(tmp_path: Path) -> None:
+    authority = Authority()
+    folder = authority.server().write(tmp_path / "qemu")
+    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -subj /CN=qemu"
+    extensions = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
+    files = ("-keyout", folder / "server-key.pem", "-out", folder / "server-cert.pem")
+    await run(["openssl", *command.split(), *(word for each in extensions for word in ("-addext", each)), *files])
+    with pytest.raises(GuestError, match="key encipherment"):
+        async with Guest(None, memory=64, tls=MonitorTLS(folder)):
             pass
