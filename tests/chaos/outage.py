@@ -16,9 +16,9 @@ from harness.operator import OperatorProcess
 from harness.wait import until
 from harness.world import User
 
-__all__ = ["WAIT", "Outage", "outage"]
+__all__ = ["DECLARED", "WAIT", "Outage", "outage"]
 
-WAIT = 240.0
+WAIT = 180.0
 
 DECLARED = 4
 BEFORE = ("keeps", "drifts", "grows", "goes", "leaves")
@@ -76,7 +76,7 @@ class Outage:
     async def serves(self, sets: int) -> None:
         """Wait until the operator serves so many sets."""
         await until(
-            lambda: f"vcpuset_sets {float(sets)}" in self.operator.metrics(),
+            lambda: self.operator.sets_served() == sets,
             WAIT,
             lambda: f"{sets} sets to be served; {self.operator.tail()}",
         )
@@ -130,6 +130,8 @@ class Outage:
     def check_lists(self) -> None:
         """Check that no two lists, of whomever, were asked for at once."""
         lists = [each for each in self.proxy.requests if each.list]
+        if lists and lists[-1].ended is None:
+            lists.pop()  # under way
         for earlier, later in pairwise(lists):
             assert earlier.ended is not None
             assert earlier.ended <= later.began, (earlier, later)

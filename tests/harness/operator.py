@@ -96,6 +96,14 @@ class OperatorProcess:
             text: str = answer.read().decode()
             return text
 
+    def sets_served(self) -> int:
+        """How many sets it serves, by its metrics."""
+        return sum(
+            int(float(line.rpartition(" ")[2]))
+            for line in self.metrics().splitlines()
+            if line.startswith("vcpuset_sets{")
+        )
+
     def rss_bytes(self) -> int:
         """Its resident memory."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
