@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 import yaml
 
+from e2e.tlsworld import ACCOUNT
 from harness.audit import AuditEvent
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
@@ -43,8 +44,6 @@ CHECKS: Final = {
     "enum",
 }
 """What a schema checks beside the types."""
-
-ACCOUNT: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
 
 EVERYTHING: Final = ("--allow-tcp=0.0.0.0/0", "--allow-tcp=::/0")
 """As far as an administrator can go without naming the special ranges."""

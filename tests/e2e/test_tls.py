@@ -9,36 +9,28 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 import pytest
 import pytest_asyncio
 
-from harness.audit import AuditEvent
+from e2e.tlsworld import ACCOUNT, SECRET, Connection, Web, serving
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
 from harness.docpage import Page
-from harness.expect import RECONCILING, STALLED, check_form, history
+from harness.expect import RECONCILING, STALLED, history
 from harness.faultproxy import FaultProxy
-from harness.guest import Guest
-from harness.monitortls import MonitorTLS
 from harness.operator import OperatorProcess
-from harness.pki import Authority, Credentials
+from harness.pki import Authority
 from harness.qmp import count
-from harness.saved import saved_guest
 from harness.wait import until
-from harness.world import Seen, User
+from harness.world import User
 
 PAGE: Final = Page(REPOSITORY / "docs" / "monitors.md")
-ROLE: Final = "vcpuset-monitor-credentials"
-ACCOUNT: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
-SECRET: Final = "monitor-web"  # noqa: S105 - its name
 FLAGS: Final = ("--resync-seconds=2", "--allow-tcp=127.0.0.0/8")
 
-Connection = Literal["OnDemand", "Persistent"]
 BOTH: Final[tuple[Connection, ...]] = ("OnDemand", "Persistent")
 
 
@@ -47,118 +39,6 @@ async def operator(control_plane: ControlPlane, account: Path) -> AsyncIterator[
     """A controller that looks at every machine every two seconds."""
     async with OperatorProcess(control_plane, *FLAGS, kubeconfig=account) as running:
         yield running
-
-
-class Web:
-    """A machine on TLS, the set `web` for it, and the Secret between the two.
-
-    ours    signs the certificates of both ends
-    client  what the operator shows, by the Secret
-    guest   its monitor allows that client only; has 2 CPUs
-    """
-
-    def __init__(self, user: User, guest: Guest, ours: Authority, client: Credentials) -> None:
-        self.user = user
-        self.guest = guest
-        self.ours = ours
-        self.client = client
-        self._namespace = f"/api/v1/namespaces/{user.namespace}"
-        self._bindings = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{user.namespace}/rolebindings"
-
-    async def put(self, credentials: Credentials | None = None, **changed: bytes | None) -> None:
-        """Have the Secret hold these; `changed` as in `Credentials.secret`."""
-        body = dict((credentials or self.client).secret(SECRET, **changed))
-        # A Secret keeps its type for life, and the other one has to have both of its keys.
-        body["type"] = "Opaque"
-        status = await self._request("PUT", f"{self._namespace}/secrets/{SECRET}", body)
-        if status == 404:
-            status = await self._request("POST", f"{self._namespace}/secrets", body)
-        assert status in {200, 201}
-
-    async def read(self) -> None:
-        """Wait until the operator has read what the Secret holds now."""
-        since = self.user.control_plane.audit_offset()
-        # The first one may have begun before.
-        await until(lambda: len(self.reads(since)) >= 2, 120, "the operator to read the Secret again")
-
-    def reads(self, since: int) -> list[AuditEvent]:
-        """The requests of the operator for Secrets of this namespace or this name, whatever became of them."""
-        return [
-            each
-            for each in self.user.control_plane.audit_events(since)
-            if each.user == ACCOUNT
-            and each.resource == "secrets"
-            and (each.namespace == self.user.namespace or each.name == SECRET)
-        ]
-
-    async def take_away(self) -> None:
-        """Delete the Secret."""
-        assert (await self._request("DELETE", f"{self._namespace}/secrets/{SECRET}")) == 200
-
-    async def allow(self) -> None:
-        """Let the operator read the namespace's Secrets, as an administrator does."""
-        body = {
-            "metadata": {"name": ROLE},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": ROLE},
-            "subjects": [{"kind": "ServiceAccount", "name": "vcpuset-controller", "namespace": "vcpuset-system"}],
-        }
-        assert await self._request("POST", self._bindings, body) == 201
-
-    async def forbid(self) -> None:
-        """Undo `allow`."""
-        assert await self._request("DELETE", f"{self._bindings}/{ROLE}") == 200
-
-    async def serve(
-        self,
-        server: Credentials | None = None,
-        *,
-        allow: str | None = None,
-        check: bool = True,
-        priority: str | None = None,
-    ) -> None:
-        """Start QEMU anew: with this certificate, for a client of this name."""
-        folder = (server or self.ours.server()).write(self.guest.directory / "tls")
-        self.guest.tls = MonitorTLS(folder, allow or self.client.name, check=check, priority=priority)
-        await self.guest.restart()
-
-    async def declare(self, connection: Connection = "OnDemand", vcpus: int = 2, **tls: str) -> None:
-        """Create the set."""
-        host, port = self.guest.tcp_address
-        monitor = {"host": host, "port": port, "tls": {"secretName": SECRET, **tls}}
-        await self.user.create("web", vcpus, monitor, connection=connection)
-
-    async def ready(self, vcpus: int) -> None:
-        """Wait until the machine has so many, and the status says so and no more."""
-        await self.user.wait("web", lambda seen: seen.ready and seen.vcpus == vcpus, f"Ready with {vcpus}", 120)
-        assert await count(self.guest.control) == vcpus
-
-    async def says(self, reason: str, *words: str) -> Seen:
-        """Wait until the set gives this reason in these words."""
-        seen = await self.user.wait(
-            "web",
-            lambda seen: seen.reason == reason and all(word in seen.message for word in words),
-            f"{reason} with {words}",
-            120,
-        )
-        check_form(seen)
-        return seen
-
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> int:
-        return (await self.user.control_plane.request(method, path, body)).status
-
-
-@asynccontextmanager
-async def serving(user: User, folder: Path, *, linux: bool = False) -> AsyncIterator[Web]:
-    """A machine with 2 CPUs and its certificates in `folder`, a Secret that fits, the right to read it; no set yet."""
-    ours = Authority()
-    client = ours.client("vcpuset")
-    tls = MonitorTLS(ours.server().write(folder), client.name)
-    smp = "2,maxcpus=64"
-    async with saved_guest(smp=smp, tls=tls) if linux else Guest(None, smp=smp, memory=64, tls=tls) as guest:
-        web = Web(user, guest, ours, client)
-        await web.put()
-        await web.allow()
-        yield web
 
 
 @pytest.fixture
@@ -254,10 +134,6 @@ async def _plain_text(web: Web) -> None:
     await web.guest.restart()
 
 
-async def _another_key(web: Web) -> None:
-    await web.put(web.client.with_key_of(web.ours.client()))
-
-
 FAULTS: Final[dict[str, tuple[Fault, str]]] = {
     "server-of-another-ca": (lambda web: web.serve(Authority().server()), "is not signed by ca.crt"),
     "server-with-another-name": (lambda web: web.serve(web.ours.server("vm.example")), "is not for 127.0.0.1"),
@@ -279,7 +155,10 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
     "garbage-ca": (lambda web: web.put(ca_crt=GARBAGE), "holds no certificate in PEM"),
     "garbage-certificate": (lambda web: web.put(tls_crt=b"hello"), "holds no certificate in PEM"),
     "garbage-key": (lambda web: web.put(tls_key=b"hello"), "cannot be used"),
-    "key-of-another-certificate": (_another_key, "is not the key of its tls.crt"),
+    "key-of-another-certificate": (
+        lambda web: web.put(web.client.with_key_of(web.ours.client())),
+        "is not the key of its tls.crt",
+    ),
     "not-allowed-to-read": (lambda web: web.forbid(), "may not be read by this operator"),
 }
 """What goes wrong, and what the message says of it: the words in which docs/monitors.md has it too."""
@@ -356,6 +235,16 @@ async def test_secrets_are_read_one_by_one_by_name_and_in_the_set_s_own_namespac
     assert {each.verb for each in everything} == {"get"}
     assert all(each.namespace and each.name for each in everything)
     assert {each.namespace for each in web.reads(since)} == {user.namespace}
+
+
+async def test_a_connection_that_is_kept_goes_on_when_what_it_was_made_with_is_no_more(
+    operator: OperatorProcess, user: User, web: Web
+) -> None:
+    await web.declare("Persistent")
+    await web.ready(2)
+    await web.take_away()
+    await user.change("web", vcpus=3)
+    await web.ready(3)
 
 
 async def test_a_machine_keeps_its_count_while_the_api_server_is_away_and_the_secret_cannot_be_read(
