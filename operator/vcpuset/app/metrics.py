@@ -137,7 +137,7 @@ class Metrics:
 
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Show how many Kubernetes Events were not written."""
-        self._read("vcpuset_events_lost_total", "Kubernetes Events lost: too many waited, or none was taken.", lost)
+        self._read("vcpuset_events_lost_total", "Kubernetes Events lost: too many waited, or they were refused.", lost)
         self._read("vcpuset_events_throttled_total", "Kubernetes Events left out: their set had too many.", throttled)
 
     def watch_freshness(self, freshness: Freshness) -> None:

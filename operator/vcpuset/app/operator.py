@@ -183,10 +183,6 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     def list_sets() -> Coroutine[None, None, None]:
         return sweep(cluster, scope, cache, changed, freshness)
 
-    def pause_seconds() -> float:
-        # Soon again while the watch owes something: either it comes, or this is how its news comes.
-        return min(CHECK_SECONDS, settings.sweep_seconds) if freshness.missing else settings.sweep_seconds
-
     async def work() -> None:
         # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
         # is the older.
@@ -195,7 +191,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         history.go_live()
         ready.set()
         logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
-        owner.spawn(_sweep_for_ever(list_sets, pause_seconds, source.listed_again), "sweep")
+        owner.spawn(_sweep_for_ever(list_sets, settings.sweep_seconds, source.listed_again, freshness), "sweep")
         owner.spawn(
             run_workers(
                 queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
@@ -285,12 +281,18 @@ async def _first_list(list_sets: Callable[[], Awaitable[None]], stop: asyncio.Ev
 
 
 async def _sweep_for_ever(
-    list_sets: Callable[[], Awaitable[None]], pause_seconds: Callable[[], float], listed_again: asyncio.Event
+    list_sets: Callable[[], Awaitable[None]], seconds: float, listed_again: asyncio.Event, freshness: Freshness
 ) -> None:
+    loop = asyncio.get_running_loop()
     while True:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(jittered(pause_seconds(), 0.1)):
-                await listed_again.wait()
+        due = loop.time() + jittered(seconds, 0.1)
+        while not listed_again.is_set() and (left := due - loop.time()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, CHECK_SECONDS)):
+                    await listed_again.wait()
+            if freshness.missing:
+                # The watch owes something, and has had its time: either it comes now, or this is how its news comes.
+                break
         listed_again.clear()
         await _insist(list_sets, "sweep")
 
