@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from secrets import token_hex
@@ -201,6 +201,42 @@ async def test_the_successor_of_an_owner_does_not_ask_the_guest_again(
     if not death:
         await agent.has_let_go()
     await owners.check_order(agent, other)
+
+
+@pytest.mark.parametrize(("hours", "attempts"), [(1, 2), (-1, 1)], ids=["ahead", "behind"])
+async def test_an_owner_whose_clock_was_an_hour_off_costs_neither_an_hour_nor_a_storm_of_requests(
+    owners: Owners, user: User, machine: FaultyMonitor, hours: int, attempts: int
+) -> None:
+    """A time in the future counts as now. One before the start of the machine is about another one, and is void.
+
+    Either way the guest is asked a second time, and no third.
+    """
+    agent, _ = await owners.agent("n1"), await owners.agent("n2")
+    machine.cpus.unplug = {3: Silent()}
+    unplug = {"timeoutSeconds": 3, "retrySeconds": 3600}
+    await user.create("vm", 3, "vm.sock", nodeName="n1", unplug=unplug)
+    seen = await user.wait("vm", lambda seen: about(seen) == [(3, 1)], "a request")
+    await until(lambda: len(machine.received("device_del")) == 1, WAIT, "the request")
+    agent.process.kill()
+    seen = await user.get("vm")
+    off = datetime.fromisoformat(seen.pending[0]["requestedAt"]) + timedelta(hours=hours)
+    path = f"/apis/vcpuset.dev/v1alpha1/namespaces/{user.namespace}/vcpusets/vm/status"
+    requests = [{**seen.pending[0], "requestedAt": f"{off:%Y-%m-%dT%H:%M:%SZ}"}]
+    answer = await user.control_plane.request("PATCH", path, {"status": {"pendingUnplugs": requests}})
+    assert answer.status == 200, answer
+
+    await user.change("vm", nodeName="n2")
+    await until(lambda: len(machine.received("device_del")) == 2, WAIT, "a second request")
+    again = await user.get("vm")
+    assert about(again) == [(3, attempts)]
+    asked_at = datetime.fromisoformat(again.pending[0]["requestedAt"])
+    assert abs(asked_at - datetime.now(UTC)) < timedelta(minutes=30), "by the clock of who has asked"
+    await user.wait_reason("vm", "UnplugTimedOut", stalled=True)
+    looks = len(machine.received("query-cpus-fast"))
+    await until(lambda: len(machine.received("query-cpus-fast")) > looks + 2, WAIT, "more looks")
+    assert len(machine.received("device_del")) == 2
+    machine.cpus.eject(3)
+    assert (await user.wait_ready("vm")).vcpus == 3
 
 
 async def test_a_request_that_qemu_holds_for_its_guest_moves_along(owners: Owners, user: User, folder: Path) -> None:

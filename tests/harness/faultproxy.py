@@ -267,13 +267,14 @@ class FaultProxy:
             headers.get("Authorization", "").removeprefix("Bearer "),
             loop.time(),
         )
+        # At once, so that who sees the request in the record knows what becomes of it.
+        fault = next((fault for where, fault in reversed(self._rules) if where(asked)), None)
         self.requests.append(asked)
         self._under_way[id(asked)] = (asked, request)
         try:
             await self._open.wait()
             body = await request.read()
             exchange = Exchange(request, asked, body, self._open.wait, self._session, self._control_plane.url)
-            fault = next((fault for where, fault in reversed(self._rules) if where(asked)), None)
             return await (exchange.carry() if fault is None else fault.serve(exchange))
         except (aiohttp.ClientError, ConnectionError) as error:
             # One side is gone: so shall the other be.
