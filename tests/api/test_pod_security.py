@@ -91,6 +91,29 @@ def another(**fields: object) -> Change:
     return lambda spec: spec["containers"].append({**copy.deepcopy(spec["containers"][0]), "name": "more", **fields})
 
 
+def initially(**fields: object) -> Change:
+    """An init container, like the first but for these fields and for what only a container has that stays."""
+    left_out = {"livenessProbe", "readinessProbe", "ports"}
+
+    def change(spec: Json) -> None:
+        like = {key: value for key, value in spec["containers"][0].items() if key not in left_out}
+        spec["initContainers"] = [{**copy.deepcopy(like), "name": "first", **fields}]
+
+    return change
+
+
+def to_another_host(*place: str) -> Change:
+    """A probe or hook of the container, by its place in it, that asks another host."""
+
+    def change(spec: Json) -> None:
+        fields = spec["containers"][0]
+        for name in place[:-1]:
+            fields = fields.setdefault(name, {})
+        fields[place[-1]] = {"host": "169.254.169.254", "port": 80}
+
+    return change
+
+
 LOOSER: Final[dict[str, tuple[Change, str]]] = {
     "another folder of the node": (
         lambda spec: spec["volumes"].append({"name": "etc", "hostPath": {"path": "/etc"}}),
@@ -98,7 +121,7 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
     ),
     "a folder by way of ..": (
         lambda spec: spec["volumes"][0]["hostPath"].update(path="/run/vcpuset/../.."),
-        "",
+        "must not contain '..'",
     ),
     "a claim, which may be a folder of the node": (
         lambda spec: spec["volumes"].append({"name": "x", "persistentVolumeClaim": {"claimName": "x"}}),
@@ -113,12 +136,8 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
         "/run/vcpuset must be mounted read-only",
     ),
     "the folder writable in an init container": (
-        lambda spec: spec.update(
-            initContainers=[
-                {**spec["containers"][0], "name": "more", "volumeMounts": [{"name": "sockets", "mountPath": "/x"}]}
-            ]
-        ),
-        "",
+        initially(volumeMounts=[{"name": "sockets", "mountPath": "/x"}]),
+        "/run/vcpuset must be mounted read-only",
     ),
     "the node's network": (lambda spec: spec.update(hostNetwork=True), "shares neither network, ports"),
     "the node's processes": (lambda spec: spec.update(hostPID=True), "shares neither network, ports"),
@@ -151,6 +170,16 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
     "the default capabilities": (inside(lambda context: context.pop("capabilities")), "no privileges, no capabilities"),
     "a writable root": (inside(lambda context: context.pop("readOnlyRootFilesystem")), "a read-only root"),
     "a bare second container": (another(securityContext={}), "no privileges, no capabilities"),
+    **{
+        f"a {where} to another host": (
+            to_another_host(*where.split(".")),
+            "probes and hooks of a pod here go to the pod",
+        )
+        for where in (
+            *("livenessProbe.httpGet", "readinessProbe.httpGet", "startupProbe.httpGet", "startupProbe.tcpSocket"),
+            *("lifecycle.postStart.httpGet", "lifecycle.preStop.httpGet", "lifecycle.preStop.tcpSocket"),
+        )
+    },
     "kernel parameters": (
         lambda spec: spec["securityContext"].update(sysctls=[{"name": "kernel.msgmax", "value": "1"}]),
         "changes neither kernel parameters",
