@@ -76,6 +76,14 @@ async def metrics(control_plane: ControlPlane) -> AsyncIterator[MetricsServer]:
         yield serving
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
+    """The agent of the node that the page's set names."""
+    node = example("VCPUSet", "web")["spec"]["nodeName"]
+    async with OperatorProcess(control_plane, f"--node-name={node}", socket_root=socket_root) as running:
+        yield running
+
+
 class Scaled:
     """The page's machine and set in one namespace, and what an autoscaler makes of them.
 
