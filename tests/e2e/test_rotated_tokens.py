@@ -36,7 +36,7 @@ async def test_an_agent_whose_token_is_refused_goes_on_with_the_one_that_the_kub
             old = agent.token
 
             # From now on the API server takes no token that was made before.
-            await control_plane.stop_apiserver()
+            await control_plane.stop_apiserver(kill=True)
             await control_plane.replace_service_account_key()
             await control_plane.start_apiserver()
             headers = {"Authorization": f"Bearer {old}"}

@@ -41,7 +41,11 @@ class Cache:
         known = self._sets.get(vcpuset.uid)
         last = self._dropped.get(vcpuset.uid) if known is None else known.resource_version
         if last is not None and not is_newer(vcpuset.resource_version, last):
-            return False
+            # While the definition is being upgraded, one version of a set is told without the fields that are new, by a
+            # watch of the old definition, and with them by the next list.
+            told_otherwise = known is not None and vcpuset.resource_version == last and vcpuset != known
+            if not told_otherwise:
+                return False
         self._dropped.pop(vcpuset.uid, None)
         self._sets[vcpuset.uid] = vcpuset
         if self._moved is not None:

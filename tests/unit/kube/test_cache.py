@@ -46,6 +46,14 @@ def test_only_news_are_stored(cache: Cache, number: str, is_news: bool) -> None:
     assert cache.get(WEB.uid) == (version(number) if is_news else WEB)
 
 
+def test_the_same_version_with_other_contents_is_news(cache: Cache) -> None:
+    """A watch that began before the definition was upgraded tells a new set without its new fields."""
+    whole = replace(WEB, spec=replace(WEB.spec, suspend=True))
+    assert cache.put(whole)
+    assert cache.get(WEB.uid) == whole
+    assert not cache.put(replace(whole))
+
+
 def test_a_dropped_set_is_gone(cache: Cache) -> None:
     assert cache.drop(WEB.uid) == WEB
     assert cache.get(WEB.uid) is None
