@@ -523,7 +523,9 @@ class Reconciler:
             if loop_time < track.written_at + pause:
                 return vcpuset
         written = await self._cluster.write_status(vcpuset, status)
-        self._cache.put(written)
+        if self._cache.get(vcpuset.uid) is not None:
+            # Else it has gone meanwhile, and the watch need not have shown this version first: it batches its news.
+            self._cache.put(written)
         track.written_at, track.since = loop_time, since
         track.progress = track.progress + 1 if progress else 0
         self._announce(written, vcpuset.status, verdict)

@@ -451,6 +451,21 @@ def test_a_deleted_set_leaves_the_machine_as_it_is(world: LawfulWorld, qemu: Qem
     assert qemu.vcpus == 2
 
 
+@pytest.mark.parametrize("point", range(11))
+def test_a_set_that_goes_anywhere_in_a_pass_stays_gone(world: LawfulWorld, qemu: Qemu, point: int) -> None:
+    world.interrupt(point, lambda: world.delete("web"))
+    world.apply("web", vcpus=4)
+    world.run_due()
+    assert list(world.cache) == []
+
+    vcpus = qemu.vcpus
+    qemu.take_away(1)
+    world.advance(200)
+
+    assert qemu.vcpus == vcpus - 1
+    assert world.sessions_held == 0
+
+
 @pytest.mark.parametrize("point", range(12))
 def test_an_operator_that_dies_anywhere_in_a_shrink_is_succeeded_without_a_second_request(
     world: LawfulWorld, qemu: Qemu, point: int
