@@ -152,6 +152,7 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
     "no-secret": (lambda web: web.take_away(), "There is no Secret"),
     "no-key": (lambda web: web.put(tls_key=None), "has no tls.key"),
     "no-ca": (lambda web: web.put(ca_crt=None), "has no ca.crt"),
+    "too-much": (lambda web: web.put(ca_crt=web.ours.certificate.encode() * 100), "holds too much"),
     "garbage-ca": (lambda web: web.put(ca_crt=GARBAGE), "holds no certificate in PEM"),
     "garbage-certificate": (lambda web: web.put(tls_crt=b"hello"), "holds no certificate in PEM"),
     "garbage-key": (lambda web: web.put(tls_key=b"hello"), "cannot be used"),

@@ -92,15 +92,23 @@ class Authority:
         """The certificate to trust, as PEM."""
         return self._root._ca.cert_pem.bytes().decode()
 
-    def server(self, *names: str, expired: bool = False) -> Credentials:
+    def server(
+        self, *names: str, expired: bool = False, key_type: trustme.KeyType = trustme.KeyType.ECDSA
+    ) -> Credentials:
         """A server's, for these host names and addresses."""
-        return self._issue(names or ("127.0.0.1",), "qemu", expired)
+        return self._issue(names or ("127.0.0.1",), "qemu", expired, key_type)
 
     def client(self, name: str = "vcpuset", *, expired: bool = False) -> Credentials:
         """A client's, for this common name."""
         return self._issue(("vcpuset.test",), name, expired)
 
-    def _issue(self, names: tuple[str, ...], common_name: str, expired: bool) -> Credentials:
+    def _issue(
+        self,
+        names: tuple[str, ...],
+        common_name: str,
+        expired: bool,
+        key_type: trustme.KeyType = trustme.KeyType.ECDSA,
+    ) -> Credentials:
         now = datetime.datetime.now(datetime.UTC)
         begins, ends = (now - datetime.timedelta(days=9), now + datetime.timedelta(days=-2 if expired else 300))
         made = self._ca.issue_cert(
@@ -110,6 +118,7 @@ class Authority:
             organization_unit_name=UNIT,
             not_before=begins,
             not_after=ends,
+            key_type=key_type,
         )
         chain = "".join(part.bytes().decode() for part in made.cert_chain_pems)
         name = f"O={ORGANIZATION},OU={UNIT},CN={common_name}"

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -328,6 +329,17 @@ async def test_both_versions_of_tls_work_and_a_refusal_is_one_in_both(
         assert "refuses the operator's certificate" in words
 
 
+async def test_a_server_does_not_choose_how_long_a_handshake_takes(authority: Authority, tmp_path: Path) -> None:
+    # With DHE it would choose the group, and could take one with which each handshake takes seconds of computing.
+    only = "NORMAL:-VERS-ALL:+VERS-TLS1.2:-KX-ALL:+DHE-RSA"
+    rsa = authority.server(key_type=trustme.KeyType.RSA)
+    async with machine(tmp_path, rsa, None, priority=only) as guest:
+        words = await failure(MonitorUnreachable, guest.tcp_address, authority.client())
+        assert "during the TLS handshake" in words or "do not agree on TLS" in words
+    async with machine(tmp_path, rsa, None, priority="NORMAL:-VERS-ALL:+VERS-TLS1.2") as guest:
+        assert await vcpus(guest.tcp_address, authority.client()) == 1
+
+
 async def test_qemu_wants_the_names_that_the_messages_give(tmp_path: Path, authority: Authority) -> None:
     parts = [
         (NameOID.DOMAIN_COMPONENT, "example"), (NameOID.COUNTRY_NAME, "CH"), (NameOID.STATE_OR_PROVINCE_NAME, "Zürich"),
@@ -471,6 +483,14 @@ def test_a_certificate_that_says_it_is_of_no_known_version_is_told_on_either_sid
 def test_a_secret_without_entries_is_told_of_all_that_it_lacks() -> None:
     with pytest.raises(CredentialsUnavailable, match=r"has no ca\.crt and no tls\.crt and no tls\.key"):
         Credentials.of(SOURCE, {"password": b"x"})
+
+
+def test_a_secret_that_would_take_much_memory_is_refused(authority: Authority) -> None:
+    data = authority.client().data()
+    chain = {**data, "ca.crt": data["ca.crt"] * 20}
+    keys_of(Credentials.of(SOURCE, chain))
+    with pytest.raises(CredentialsUnavailable, match=r"Secret team-a/monitor holds too much .* \d+ bytes together"):
+        Credentials.of(SOURCE, {**data, "ca.crt": data["ca.crt"] * 1000})
 
 
 def test_a_key_of_another_certificate_is_told(authority: Authority) -> None:

@@ -9,12 +9,16 @@ from typing import Final, Protocol, Self
 from vcpuset.domain.errors import CredentialsUnavailable
 from vcpuset.domain.resource import UID
 
-__all__ = ["CA", "CERTIFICATE", "KEY", "CredentialStore", "Credentials", "NoCredentials"]
+__all__ = ["CA", "CERTIFICATE", "KEY", "MOST_BYTES", "CredentialStore", "Credentials", "NoCredentials"]
 
 CA: Final = "ca.crt"
 CERTIFICATE: Final = "tls.crt"
 KEY: Final = "tls.key"
 """The names that cert-manager and the Secret type kubernetes.io/tls give them."""
+
+MOST_BYTES: Final = 32 * 1024
+"""As long may the three be together. Four certificates and a key of 4096 bits have 12 KiB. OpenSSL keeps ten times as
+much of what it has read, and for each Secret that a set names; users may make many of 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -36,13 +40,18 @@ class Credentials:
     def of(cls, source: str, entries: Mapping[str, bytes]) -> Self:
         """From the entries of a Secret.
 
-        Raises CredentialsUnavailable if one is missing or empty.
+        Raises CredentialsUnavailable if one is missing or empty, or if they are longer than `MOST_BYTES`.
         """
         missing = [name for name in (CA, CERTIFICATE, KEY) if not entries.get(name, b"").strip()]
         if missing:
             raise CredentialsUnavailable(
                 f"{source} has no {' and no '.join(missing)}: it takes {CA} (what signs QEMU's certificate), "
                 f"{CERTIFICATE} and {KEY} (the operator's own), as cert-manager writes them"
+            )
+        if (length := sum(len(entries[name]) for name in (CA, CERTIFICATE, KEY))) > MOST_BYTES:
+            raise CredentialsUnavailable(
+                f"{source} holds too much to be a monitor's credentials: {CA}, {CERTIFICATE} and {KEY} have {length} "
+                f"bytes together, and {MOST_BYTES} may be; keep in {CA} only what signs QEMU's certificate"
             )
         return cls(source, entries[CA], entries[CERTIFICATE], entries[KEY])
 
