@@ -1,4 +1,4 @@
-"""`/healthz` and `/readyz` of a whole operator when its watch fails, and when the API server is away.
+"""`/healthz` and `/readyz` of a whole operator when its watch is silent or refused, and when the API server is away.
 
 The operator runs within the test, with its times made short: by its own, a watch is given up after some minutes.
 """
@@ -16,9 +16,9 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.apifaults import Freeze
+from harness.apifaults import Ends, Freeze, InTurn, Refuse
 from harness.controlplane import ControlPlane
-from harness.faultproxy import Asked, FaultProxy
+from harness.faultproxy import Asked, FaultProxy, Passes
 from harness.processes import free_port
 from harness.wait import until
 from harness.world import User
@@ -95,12 +95,13 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vitals, "BEHIND_SECONDS", BEHIND_SECONDS)
 
 
+def is_watch(asked: Asked) -> bool:
+    return asked.watch
+
+
 async def test_a_watch_that_freezes_while_lists_succeed_is_an_illness_until_it_recovers(
     control_plane: ControlPlane, namespace: str, user: User, tmp_path: Path
 ) -> None:
-    def is_watch(asked: Asked) -> bool:
-        return asked.watch
-
     async with (
         FaultProxy(control_plane, tmp_path) as proxy,
         running(proxy.kubeconfig(control_plane.kubeconfig), namespace) as process,
@@ -135,6 +136,68 @@ async def test_a_watch_that_freezes_while_lists_succeed_is_an_illness_until_it_r
 
         await until(is_well, WAIT, "/healthz to be well again")
         assert await process.metric("vcpuset_watch_missing") == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        pytest.param(Refuse(403), "the roles in deploy/ grant what is needed", id="no-right-to-watch"),
+        pytest.param(InTurn([Refuse(500), Refuse(503)]), "HTTP 50", id="server-errors"),
+        pytest.param(Ends(), "ended in less than", id="ends-at-once"),
+    ],
+)
+async def test_a_watch_that_fails_and_is_tried_again_is_no_illness_and_the_lists_bring_the_news(
+    control_plane: ControlPlane,
+    namespace: str,
+    user: User,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    fault: Passes,
+    words: str,
+) -> None:
+    async with (
+        FaultProxy(control_plane, tmp_path) as proxy,
+        running(proxy.kubeconfig(control_plane.kubeconfig), namespace) as process,
+    ):
+        await user.create("zero", 2, "zero.sock")
+        await user.create("goes", 2, "goes.sock")
+        await user.wait_reason("zero", "InvalidMonitor")
+        await user.wait_reason("goes", "InvalidMonitor")
+
+        with proxy.fault(fault, where=is_watch):
+            proxy.cut(where=is_watch)
+
+            async def is_told() -> bool:
+                return any(
+                    record.name == "vcpuset.kube.pace" and words in record.getMessage() for record in caplog.records
+                )
+
+            await until(is_told, WAIT, "the failed watch in the log")
+            if isinstance(fault, Refuse):
+                assert f'code="{fault.code}"' in (await process.get("/metrics"))[1]
+            await user.create("one", 2, "one.sock")
+            await user.delete("goes")
+            await user.wait_reason("one", "InvalidMonitor")
+            lists = await process.metric("vcpuset_lists_total")
+            said: set[tuple[int, str]] = set()
+
+            async def has_lasted() -> bool:
+                said.add(await process.get("/healthz"))
+                return (
+                    await process.metric("vcpuset_lists_total") - lists >= 3 * BEHIND_SECONDS / SWEEP_SECONDS
+                    and await process.metric("vcpuset_sets") == 2
+                )
+
+            await until(has_lasted, WAIT, "the fault to last for longer than a watch may be behind")
+            assert said == {(200, "ok\n")}
+
+        async def is_up_to_date() -> bool:
+            return await process.metric("vcpuset_watch_missing") == 0
+
+        await user.create("two", 2, "two.sock")
+        await user.wait_reason("two", "InvalidMonitor")
+        await until(is_up_to_date, WAIT, "the watch to bring what it owed")
+        assert await process.get("/healthz") == (200, "ok\n")
 
 
 async def test_an_api_server_that_is_away_is_no_illness_and_does_not_end_readiness(

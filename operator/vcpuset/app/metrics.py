@@ -156,6 +156,11 @@ class Metrics:
             "For how long lists have shown what the watch does not bring while the API server answers; 0: well.",
             (),
         ).set_function(lambda: freshness.behind_seconds)
+        self._gauge(
+            "vcpuset_watch_silent_seconds",
+            "For how much of vcpuset_watch_behind_seconds the watch did not fail; above 240 /healthz fails.",
+            (),
+        ).set_function(lambda: freshness.silent_seconds)
 
     def _read(self, name: str, text: str, value: Callable[[], int]) -> None:
         self.registry.register(_Counter(name, text, value))

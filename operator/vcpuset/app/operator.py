@@ -117,7 +117,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     history = History(metrics.registry)
     cache = Cache(history.moved)
     census = Census(lambda: cache, history.waits, settings.metrics_set_limit)
-    freshness = Freshness()
+    freshness = Freshness(lambda namespace: source.is_failing(namespace))
     metrics.watch_freshness(freshness)
     recorder = Recorder(cluster)
     metrics.watch_events(lambda: recorder.dropped, lambda: recorder.throttled)

@@ -1,8 +1,8 @@
 """Whether the process should be started anew: what `/healthz` says.
 
-Only what a new process would mend counts. An API server that is away, monitors that do not answer, a queue that is long
-because much is to be done: none of that. An event loop that is blocked cannot answer at all, which the prober's own
-timeout tells; a task that has ended ends the process without being asked (`TaskOwner`).
+Only what a new process would mend counts. An API server that is away, a watch that is refused, monitors that do not
+answer, a queue that is long because much is to be done: none of that. An event loop that is blocked cannot answer at
+all, which the prober's own timeout tells; a task that has ended ends the process without being asked (`TaskOwner`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str |
     if queue.longest_waiting_seconds > STUCK_SECONDS and queue.processing < workers:
         idle = workers - queue.processing
         return f"a set has waited {queue.longest_waiting_seconds:.0f} s although {idle} of {workers} workers are idle"
-    if freshness.behind_seconds > BEHIND_SECONDS:
+    if freshness.silent_seconds > BEHIND_SECONDS:
         return (
-            f"the watch is behind: for {freshness.behind_seconds:.0f} s lists have shown news of "
-            f"{len(freshness.missing)} sets that it has not brought"
+            f"the watch is behind: for {freshness.silent_seconds:.0f} s lists have shown news of "
+            f"{len(freshness.missing)} sets that it has not brought, although it did not fail"
         )
     return None

@@ -31,6 +31,10 @@ LONGEST_SECONDS: Final = 30.0
 STEADY_SECONDS: Final = 5.0
 """A watch that stood for so long was a success. One that a proxy cuts each quarter of a minute is taken up at once."""
 
+UNTRIED_SECONDS: Final = 180.0
+"""What has failed and was not tried again for so long is not tried any more: the pauses of a watch and of what goes
+before it, and their deadlines, are shorter together."""
+
 ANSWER_SECONDS: Final = 30.0
 """Deadline of a request: for a watch to its first byte, for all others to the last byte of the answer."""
 
@@ -43,7 +47,15 @@ class Pace:
     def __init__(self) -> None:
         self._failures = 0
         self._due = -math.inf
+        self._failed_at = -math.inf
         self._began: float | None = None
+
+    def is_failing(self) -> bool:
+        """Whether the last tries have failed, and it is tried again. What has begun is a success once it has lasted."""
+        now = asyncio.get_running_loop().time()
+        if self._began is not None and now - self._began >= STEADY_SECONDS:
+            return False
+        return self._failures > 0 and now - self._failed_at < UNTRIED_SECONDS
 
     def wait_seconds(self) -> float:
         """How long to wait before the next try."""
@@ -71,7 +83,8 @@ class Pace:
         asked_for = min(error.retry_after, LONGEST_SECONDS) if isinstance(error, Throttled) else 0.0
         # Jitter: of many that have failed together, none goes in step with another.
         pause = max(random.uniform(longest / 2, longest), asked_for)  # noqa: S311 - no secret
-        self._due = asyncio.get_running_loop().time() + pause
+        self._failed_at = asyncio.get_running_loop().time()
+        self._due = self._failed_at + pause
         return pause
 
 
@@ -109,6 +122,14 @@ class Gate:
         )
         self._sessions.append(session)
         return session
+
+    def is_failing(self, namespace: str) -> bool:
+        """Whether what watches a namespace fails at present, or what kopf asks before it; and it is tried again."""
+        return any(
+            pace.is_failing()
+            for path, pace in self._paces.items()
+            if "/namespaces/" not in path or f"/namespaces/{namespace}/" in path
+        )
 
     async def close(self) -> None:
         """Close the sessions. kopf closes only those that it has used."""

@@ -118,6 +118,10 @@ class Source:
         """Set when the watch could not go on from where it was and began anew with a list: sets that were deleted
         between are not told of."""
 
+    def is_failing(self, namespace: str) -> bool:
+        """Whether the watch on a namespace fails at present, and is tried again; the log has told of it."""
+        return self._gate.is_failing(namespace)
+
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
         """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
 

@@ -32,11 +32,11 @@ async def sweep(
         freshness.failed()
         raise
     news = {vcpuset.uid: vcpuset.resource_version for vcpuset in listed if cache.put(vcpuset)}
-    present = {vcpuset.uid for vcpuset in listed}
+    present = {vcpuset.uid: vcpuset.namespace for vcpuset in listed}
     freshness.listed(present, news)
     for uid in news:
         changed(uid)
-    for uid in before.keys() - present:
+    for uid in before.keys() - present.keys():
         known = cache.get(uid)
         # A set that came, or came back, while the list was under way need not be in it.
         if known is not None and known.resource_version == before[uid]:

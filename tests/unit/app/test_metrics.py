@@ -112,20 +112,25 @@ def test_requests_have_client_gos_name() -> None:
 
 def test_the_watch_and_the_lists_are_shown_as_they_are_when_asked() -> None:
     metrics, now = Metrics(workers=1), 0.0
-    freshness = Freshness(lambda: now)
+    failing = False
+    freshness = Freshness(lambda _: failing, lambda: now)
     metrics.watch_freshness(freshness)
-    freshness.listed({UID("a")}, {UID("a"): "1"})
+    present = {UID("a"): "default"}
+    freshness.listed(present, {UID("a"): "1"})
     now = 30.0
-    freshness.listed({UID("a")}, {})
+    freshness.listed(present, {})
+    now, failing = 50.0, True
+    freshness.listed(present, {})
     before = samples(metrics.registry)
     freshness.brought(UID("a"), "1")
     freshness.failed()
     after = samples(metrics.registry)
 
-    assert (before["vcpuset_watch_missing"], before["vcpuset_watch_behind_seconds"]) == (1, 30)
+    assert (before["vcpuset_watch_missing"], before["vcpuset_watch_behind_seconds"]) == (1, 50)
+    assert before["vcpuset_watch_silent_seconds"] == 30
     assert (after["vcpuset_watch_missing"], after["vcpuset_watch_behind_seconds"]) == (0, 0)
     assert after["vcpuset_watch_events_total"] == 1
-    assert after["vcpuset_lists_total"] == 2
+    assert after["vcpuset_lists_total"] == 3
     assert after["vcpuset_list_errors_total"] == 1
     assert after["vcpuset_last_list_timestamp_seconds"] > 0
 

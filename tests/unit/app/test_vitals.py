@@ -65,16 +65,30 @@ def test_a_set_that_waits_beside_an_idle_worker_is_an_illness() -> None:
     )
 
 
-def test_a_watch_that_is_behind_is_an_illness() -> None:
+PRESENT = {UID("web"): "default"}
+
+
+def test_a_watch_that_brings_nothing_although_it_does_not_fail_is_an_illness() -> None:
     now = 0.0
-    freshness = Freshness(lambda: now)
-    freshness.listed({UID("web")}, {UID("web"): "7"})
+    freshness = Freshness(monotonic=lambda: now)
+    freshness.listed(PRESENT, {UID("web"): "7"})
     while now <= BEHIND_SECONDS:
         assert illness(IDLE, 4, freshness) is None
         now += CHECK_SECONDS
-        freshness.listed({UID("web")}, {})
+        freshness.listed(PRESENT, {})
 
     why = illness(IDLE, 4, freshness)
 
     assert why is not None
     assert why.startswith("the watch is behind: for 270 s lists have shown news of 1 sets")
+
+
+def test_a_watch_that_fails_and_is_tried_again_is_no_illness() -> None:
+    now = 0.0
+    freshness = Freshness(lambda _: True, lambda: now)
+    freshness.listed(PRESENT, {UID("web"): "7"})
+    while now <= 10 * BEHIND_SECONDS:
+        now += CHECK_SECONDS
+        freshness.listed(PRESENT, {})
+        assert illness(IDLE, 4, freshness) is None
+    assert freshness.behind_seconds > BEHIND_SECONDS

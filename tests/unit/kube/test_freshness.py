@@ -17,8 +17,9 @@ class Story:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.freshness = Freshness(lambda: self.now)
-        self.present = {WEB, DB}
+        self.failing: set[str] = set()
+        self.freshness = Freshness(self.failing.__contains__, lambda: self.now)
+        self.present = {WEB: "front", DB: "back"}
 
     def lists(self, times: int, **news: str) -> None:
         """List so often, `CHECK_SECONDS` apart; the first one has the news."""
@@ -100,9 +101,23 @@ def test_time_in_which_nobody_listed_hardly_counts(story: Story) -> None:
     assert story.behind <= 2 * CHECK_SECONDS
 
 
+def test_only_the_time_in_which_the_watch_on_its_namespace_does_not_fail_is_silence(story: Story) -> None:
+    story.failing.add("front")
+    story.lists(10 * ENOUGH, web="7")
+    assert story.behind > BEHIND_SECONDS
+    assert story.freshness.silent_seconds == 0
+
+    story.failing.clear()
+    story.failing.add("back")
+    story.lists(2)
+    assert story.freshness.silent_seconds == 2 * CHECK_SECONDS, "what it said before does not count"
+    story.lists(ENOUGH)
+    assert story.freshness.silent_seconds > BEHIND_SECONDS
+
+
 def test_a_set_that_is_gone_from_the_list_is_not_missed(story: Story) -> None:
     story.lists(ENOUGH, web="7")
-    story.present = {DB}
+    del story.present[WEB]
     story.lists(1)
     assert story.behind == 0
 

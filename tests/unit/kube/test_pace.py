@@ -8,7 +8,7 @@ import pytest
 
 from vcpuset.domain.errors import APIError
 from vcpuset.kube.cluster import Throttled
-from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, Pace
+from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Pace
 
 __all__: list[str] = []
 
@@ -72,3 +72,40 @@ async def test_what_has_lasted_is_taken_up_at_once_and_earlier_failures_are_forg
     assert not pace.ended()
     assert pace.wait_seconds() == 0
     assert pace.failed() <= 1
+
+
+async def test_what_was_never_tried_or_goes_well_is_not_failing() -> None:
+    pace = Pace()
+    assert not pace.is_failing()
+    pace.began()
+    assert not pace.is_failing()
+
+
+async def test_what_fails_and_is_tried_again_is_failing_until_it_has_lasted() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.failed()
+        await asyncio.sleep(LONGEST_SECONDS)
+        assert pace.is_failing()
+    pace.began()
+    assert pace.is_failing(), "it may end at once"
+    await asyncio.sleep(STEADY_SECONDS)
+    assert not pace.is_failing()
+    assert not pace.ended()
+    assert not pace.is_failing()
+
+
+async def test_what_begins_and_ends_at_once_again_and_again_is_failing() -> None:
+    pace = Pace()
+    for _ in range(5):
+        pace.began()
+        await asyncio.sleep(STEADY_SECONDS / 2)
+        assert pace.ended()
+        assert pace.is_failing()
+
+
+async def test_what_has_failed_and_is_not_tried_any_more_is_not_failing_but_stuck() -> None:
+    pace = Pace()
+    pace.failed()
+    await asyncio.sleep(UNTRIED_SECONDS)
+    assert not pace.is_failing()
