@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -26,12 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
 
-from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
-from harness.controlplane import ControlPlane
-from harness.kubelet import Nodes, cluster
+from harness.kubelet import ALLOW_LOOPBACK, Nodes, cluster, install
 from harness.simulation import Simulation
 from harness.wait import until
 from harness.world import User
@@ -57,11 +53,6 @@ UNPLUG: Final = {"timeoutSeconds": 3, "retrySeconds": 5}
 
 AGENT: Final = "system:serviceaccount:vcpuset-agent:vcpuset-agent"
 CONTROLLER: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
-
-ALLOW_TCP: Final = [
-    {"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--allow-tcp=127.0.0.0/8"}
-]
-"""What the administrator adds to the shipped Deployment: the network of the machines."""
 
 
 @dataclass
@@ -162,29 +153,12 @@ async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sock
     await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
 
 
-async def install(control_plane: ControlPlane, nodes: Nodes, folder: Path) -> None:
-    """Apply both overlays, and wait until all pods are ready."""
-    for shipped in ("deploy", "crds"):
-        shutil.copytree(REPOSITORY / shipped, folder / shipped)
-    patch = {"target": {"kind": "Deployment", "name": "vcpuset-controller"}, "patch": json.dumps(ALLOW_TCP)}
-    for name, patches in (("agent", []), ("controller", [patch])):
-        (folder / name).mkdir()
-        own = {"resources": [f"../deploy/overlays/{name}"], "patches": patches}
-        (folder / name / "kustomization.yaml").write_text(yaml.safe_dump(own))
-        await control_plane.kubectl("apply", "--server-side", "-k", folder / name)
-    for namespace, workload in (
-        ("vcpuset-agent", "daemonset/vcpuset-agent"),
-        ("vcpuset-system", "deployment/vcpuset-controller"),
-    ):
-        await nodes.rolled_out(namespace, workload)
-
-
 @contextlib.asynccontextmanager
 async def fleet(folder: Path) -> AsyncIterator[Fleet]:
     """All of it, with no set yet."""
     async with contextlib.AsyncExitStack() as stack:
         control_plane, nodes = await stack.enter_async_context(cluster(*NODES, status_in_audit=True))
-        await install(control_plane, nodes, folder)
+        await install(control_plane, nodes, ALLOW_LOOPBACK)
         user = User(control_plane, await control_plane.namespace("tenant"))
         sockets = nodes.directory / "machines"
         sockets.mkdir()

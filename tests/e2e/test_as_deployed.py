@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +22,7 @@ from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
 from harness.controlplane import ControlPlane
 from harness.guest import Guest
-from harness.kubelet import Nodes, cluster
+from harness.kubelet import ALLOW_LOOPBACK, Nodes, cluster, install
 from harness.monitortls import MonitorTLS
 from harness.pki import Authority
 from harness.qmp import count
@@ -46,28 +45,6 @@ CONTROLLER: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
 SERIES_SECONDS: Final = 180.0
 """The count of a repeated Event is written a minute after the Event at the earliest."""
 
-OVERLAYS: Final[dict[str, dict[str, Any]]] = {
-    "agent": {"resources": ["deploy/overlays/agent"]},
-    "controller": {
-        "resources": ["deploy/overlays/controller"],
-        "patches": [
-            {
-                "target": {"kind": "Deployment", "name": "vcpuset-controller"},
-                "patch": json.dumps(
-                    [
-                        {
-                            "op": "add",
-                            "path": "/spec/template/spec/containers/0/args/-",
-                            "value": "--allow-tcp=127.0.0.0/8",
-                        }
-                    ]
-                ),
-            }
-        ],
-    },
-}
-"""What a user's own kustomizations of the two shapes say."""
-
 
 @dataclass(frozen=True)
 class World:
@@ -80,26 +57,11 @@ class World:
     """By the name of their set: node-a, node-b, tls."""
 
 
-def rendered(folder: Path) -> Iterator[tuple[str, Path]]:
-    """A kustomization for each shape, with the shipped folders beside it."""
-    for shipped in ("deploy", "crds"):
-        shutil.copytree(REPOSITORY / shipped, folder / shipped)
-    for name, overlay in OVERLAYS.items():
-        own = folder / name
-        own.mkdir()
-        text = {**overlay, "resources": [f"../{each}" for each in overlay["resources"]]}
-        (own / "kustomization.yaml").write_text(yaml.safe_dump(text))
-        yield name, own
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """The cluster, after each machine has been resized twice."""
     async with cluster(*NODES) as (control_plane, nodes):
-        for _, kustomization in rendered(tmp_path_factory.mktemp("installed")):
-            await control_plane.kubectl("apply", "--server-side", "-k", kustomization)
-        for workload, namespace in (("daemonset/vcpuset-agent", "agent"), ("deployment/vcpuset-controller", "system")):
-            await nodes.rolled_out(f"vcpuset-{namespace}", workload)
+        await install(control_plane, nodes, ALLOW_LOOPBACK)
         user = User(control_plane, await control_plane.namespace("tenant"))
         folders = {node: nodes.node(node).path("/run/vcpuset") / user.namespace for node in NODES}
         for folder in folders.values():

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from typing import Final
 
 import pytest
 import pytest_asyncio
-import yaml
 
-from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
 from harness.controlplane import Answer, ControlPlane
-from harness.kubelet import Nodes, cluster
+from harness.kubelet import Nodes, cluster, install
 from harness.pod import Pod
 from harness.wait import until
 
@@ -30,27 +26,21 @@ pytestmark = [
 
 WAIT: Final = 120.0
 
-IMPATIENT: Final = [
-    {"op": "replace", "path": "/spec/template/spec/terminationGracePeriodSeconds", "value": 2},
-    {"op": "replace", "path": "/spec/template/spec/containers/0/livenessProbe/failureThreshold", "value": 2},
-]
+IMPATIENT: Final = {
+    "target": {"kind": "DaemonSet", "name": "vcpuset-agent"},
+    "patch": (
+        "- {op: replace, path: /spec/template/spec/terminationGracePeriodSeconds, value: 2}\n"
+        "- {op: replace, path: /spec/template/spec/containers/0/livenessProbe/failureThreshold, value: 2}\n"
+    ),
+}
 """Two failed probes in place of six, and two seconds of grace: the rest would be waiting."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def installed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[ControlPlane, Nodes]]:
+async def installed() -> AsyncIterator[tuple[ControlPlane, Nodes]]:
     """Both shapes on two nodes."""
-    folder = tmp_path_factory.mktemp("installed")
-    for shipped in ("deploy", "crds"):
-        shutil.copytree(REPOSITORY / shipped, folder / shipped)
-    patch = {"target": {"kind": "DaemonSet", "name": "vcpuset-agent"}, "patch": json.dumps(IMPATIENT)}
-    (folder / "kustomization.yaml").write_text(
-        yaml.safe_dump({"resources": ["deploy/overlays/both"], "patches": [patch]})
-    )
     async with cluster("node-a", "node-b") as (control_plane, nodes):
-        await control_plane.kubectl("apply", "--server-side", "-k", folder)
-        await nodes.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
-        await nodes.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
+        await install(control_plane, nodes, IMPATIENT)
         yield control_plane, nodes
 
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
 from harness.controlplane import Answer, ControlPlane
-from harness.kubelet import Nodes, cluster
+from harness.kubelet import Nodes, cluster, install
 from harness.wait import until
 from harness.world import manifest
 
@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or ""),
 ]
-
-OVERLAYS: Final = REPOSITORY / "deploy" / "overlays"
 
 SETS: Final = "/apis/vcpuset.dev/v1alpha1/namespaces/{ns}/vcpusets"
 EVENTS: Final = "/apis/events.k8s.io/v1/namespaces/{ns}/events"
@@ -68,10 +66,7 @@ class World:
 async def world() -> AsyncIterator[World]:
     """The cluster, once the policies are in force."""
     async with cluster("node-a", "node-b") as (control_plane, nodes):
-        for overlay in ("agent", "controller"):
-            await control_plane.kubectl("apply", "--server-side", "-k", OVERLAYS / overlay)
-        await nodes.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
-        await nodes.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
+        await install(control_plane, nodes)
         namespace = await control_plane.namespace("tenant")
         world = World(control_plane, nodes, namespace)
         for name in ("node-a", "node-b", "nobody"):

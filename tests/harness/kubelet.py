@@ -1,8 +1,7 @@
 """Nodes that run pods: scheduler and kubelets of a control plane, played, so that what `deploy/` says is what runs.
 
     async with cluster("node-a", "node-b") as (control_plane, nodes):
-        await control_plane.kubectl("apply", "--server-side", "-k", "deploy/overlays/agent")
-        await control_plane.kubectl("rollout", "status", "-n", "vcpuset-system", "daemonset/vcpuset-agent")
+        await install(control_plane, nodes, ALLOW_LOOPBACK)
         agent = nodes.pod("vcpuset-agent", node="node-a")
 
 Each pod is a process with exactly the command, arguments, environment, user, volumes and token of its manifest (see
@@ -26,6 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import yaml
+
+from harness.cache import REPOSITORY
 from harness.container import Mount, contained
 from harness.controllermanager import CLUSTER, ControllerManager
 from harness.controlplane import ControlPlane
@@ -33,12 +35,18 @@ from harness.kubeletapi import KubeletAPI
 from harness.pod import Pod
 from harness.processes import CommandFailed
 
-__all__ = ["Node", "Nodes", "cluster"]
+__all__ = ["ALLOW_LOOPBACK", "Node", "Nodes", "cluster", "install"]
 
 LOOK_SECONDS: Final = 0.1
 ROLLOUT_SECONDS: Final = 120.0
 
 Manifest = Mapping[str, Any]
+
+ALLOW_LOOPBACK: Final[Manifest] = {
+    "target": {"kind": "Deployment", "name": "vcpuset-controller"},
+    "patch": "- {op: add, path: /spec/template/spec/containers/0/args/-, value: --allow-tcp=127.0.0.0/8}",
+}
+"""What the administrator adds to the shipped Deployment: the network of a test's machines."""
 
 
 @dataclass(frozen=True)
@@ -217,3 +225,24 @@ async def cluster(*nodes: str, status_in_audit: bool = False) -> AsyncIterator[t
         Nodes(control_plane, *nodes) as running,
     ):
         yield control_plane, running
+
+
+async def install(control_plane: ControlPlane, nodes: Nodes, *patches: Manifest) -> None:
+    """Install both shapes as shipped, but for a user's own patches, and wait until all pods are ready.
+
+    Raises:
+        CommandFailed: not within two minutes; the message has what the pods said.
+    """
+    with tempfile.TemporaryDirectory(prefix="vcpuset-install-") as folder:
+        _write_kustomization(Path(folder), patches)
+        await control_plane.kubectl("apply", "--server-side", "-k", folder)
+    await nodes.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
+    await nodes.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
+
+
+def _write_kustomization(folder: Path, patches: Sequence[Manifest]) -> None:
+    """Lay out a user's kustomization with a copy of the shipped ones beside it."""
+    for shipped in ("deploy", "crds"):
+        shutil.copytree(REPOSITORY / shipped, folder / shipped)
+    own = {"resources": ["deploy/overlays/both"], "patches": [dict(each) for each in patches]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(own))
