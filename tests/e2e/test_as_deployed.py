@@ -97,8 +97,11 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
                 await user.wait_ready(name)
                 await user.change(name, vcpus=4)
                 await user.wait_ready(name)
-                # Plugged twice for one declaration, so that there is an Event with a count.
-                await machine.restart()
+                # Converged twice for one declaration, so that there is an Event with a count.
+                machine.kill()
+                await user.touch(name)
+                await user.wait_reason(name, "MonitorUnreachable")
+                await machine.start()
                 for socket in machine.monitors:
                     shared(socket)
                 await user.touch(name)

@@ -150,7 +150,7 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
         return REAL("127.0.0.1", port, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    endpoints = [TCPEndpoint(f"{number}.example", 4444, LOOPBACK) for number in range(50)]
+    endpoints = [TCPEndpoint(f"{number}.example", 4444, LOOPBACK) for number in range(220)]
     try:
         outcomes = await asyncio.gather(
             *(Session.open(each, lambda: None, open_seconds=0.3) for each in endpoints), return_exceptions=True

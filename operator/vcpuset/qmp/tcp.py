@@ -25,10 +25,11 @@ __all__ = ["TCPEndpoint"]
 _HEAD_START = 0.25
 """Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
 
-_LOOK_UPS = ThreadPoolExecutor(64, "look-up")
+_LOOK_UPS = ThreadPoolExecutor(256, "look-up")
 """The threads in which names are looked up. Their own, as a resolver takes its time where no DNS server answers, and
 whoever writes sets can name such names: the rest of the process shall not wait behind them for a thread. So many that
-all workers can be at names like that (16 workers, one in 3 s each, 10 s or so until the resolver gives up)."""
+all workers can be at names like that (64 workers, one in 3 s each, 10 s or so until the resolver gives up). A thread is
+made when it is needed."""
 
 _SHOWN = 4
 """As many addresses of a host are named."""
