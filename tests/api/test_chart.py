@@ -330,6 +330,8 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("credentials.namespaces", ["*"], "at '/credentials/namespaces/0': '*' does not match pattern"),
         ("networkPolicy.apiServer.ports", [], "at '/networkPolicy/apiServer/ports': minItems"),
         ("networkPolicy.metricsNamespaceLabels", "any", "at '/networkPolicy/metricsNamespaceLabels'"),
+        # Left out, they would let pods of every namespace in.
+        ("networkPolicy.metricsNamespaceLabels", None, "missing property 'metricsNamespaceLabels'"),
         ("agent.namespace.name", "vcpuset-system", "agent.namespace.name and controller.namespace.name must differ"),
     ],
 )
