@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import os
 import socket
@@ -40,6 +41,7 @@ from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
 from vcpuset.qmp import allowance
+from vcpuset.qmp.client import READ_LIMIT
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -73,6 +75,22 @@ class Preceded(Fault):
     async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
         await link.send_bytes(self.chunk)
         await link.send(answer)
+
+
+@dataclass
+class Followed(Fault):
+    """The answer, and the beginning of a line that never ends: at once, or when `later` is set."""
+
+    chunk: bytes
+    later: asyncio.Event | None = None
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        if self.later is None:
+            await link.send_bytes(json.dumps(answer).encode() + b"\r\n" + self.chunk)
+        else:
+            await link.send(answer)
+            await self.later.wait()
+            await link.send_bytes(self.chunk)
 
 
 @dataclass
@@ -408,6 +426,23 @@ async def test_a_storm_of_events_neither_blocks_the_loop_nor_leaves_anything_beh
         gc.collect()
         kept = sum(type(thing).__name__ == "Message" for thing in gc.get_objects())
         assert kept < 10
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["behind the answer", "later"])
+async def test_a_kept_session_holds_no_more_than_an_event_of_what_nobody_asked_for(
+    namespace_folder: Path, connect: Connect, wakes: Wakes, at_once: bool
+) -> None:
+    """Sessions are kept by the thousand, and each could hold as much as the longest reply."""
+    later = None if at_once else asyncio.Event()
+    faults: dict[str, Fault] = {"query-uuid": Followed(b'{"event": "' + b"x" * (READ_LIMIT - 1000), later)}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
+        session = await connect(monitor.path, wakes)
+        with contextlib.suppress(MonitorUnreachable):  # in one go with the answer, it can be seen before it
+            await session.observe()
+        if later is not None:
+            assert session.alive
+            later.set()
+        await until(lambda: not session.alive, 60, "the session to be cut")
 
 
 async def test_a_session_that_has_heard_thousands_of_events_has_kept_none_of_them(

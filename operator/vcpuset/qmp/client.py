@@ -21,7 +21,7 @@ import logging
 import secrets
 import socket
 import ssl as tls
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from qemu.qmp import Message, QMPClient, Runstate
@@ -30,10 +30,14 @@ from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Keys
 
-__all__ = ["READ_LIMIT", "Client", "Stage"]
+__all__ = ["READ_LIMIT", "UNASKED_LIMIT", "Client", "Stage"]
 
-READ_LIMIT = 4 * 1024 * 1024
-"""The longest message that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
+READ_LIMIT = 2 * 1024 * 1024
+"""The longest reply that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
+
+UNASKED_LIMIT = 64 * 1024
+"""The same for what comes while no reply is awaited: events have some hundred bytes. Sessions are kept by the thousand,
+and whoever listens at one could have the process hold a reply's length for each."""
 
 _BURST = 64
 """How many messages are taken from the buffer before others get their turn."""
@@ -63,7 +67,7 @@ class Client(QMPClient):
     def __init__(
         self, on_event: Callable[[Message], None], on_loss: Callable[[], None], permit: Callable[[], None] | None = None
     ) -> None:
-        super().__init__(readbuflen=READ_LIMIT)
+        super().__init__(readbuflen=UNASKED_LIMIT)
         self.logger = _SILENT
         self.stage = Stage.CONNECTING
         self.cause: BaseException | None = None
@@ -113,6 +117,22 @@ class Client(QMPClient):
                 await self.disconnect()
         except Exception as error:  # noqa: BLE001 - it raises again what broke the connection, of whatever type
             self.cause = self.cause or error
+
+    async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
+        """As the library has it; one at a time."""
+        self._read_at_most(READ_LIMIT)
+        try:
+            return await super().execute(cmd, arguments, oob)
+        finally:
+            self._read_at_most(UNASKED_LIMIT)
+
+    def _read_at_most(self, limit: int) -> None:
+        reader: Any = self._reader
+        if reader is None:
+            return
+        reader._limit = limit
+        if len(reader._buffer) > limit and b"\n" not in reader._buffer:
+            self._abort()  # the reader, which waits for the rest already, would look at the limit only when more comes
 
     # What follows overrides the library's own hooks.
 
