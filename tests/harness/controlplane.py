@@ -49,11 +49,20 @@ class ControlPlane:
     service_accounts  pods need an existing service account and get its token as a volume, as in a cluster; for that a
                       controller manager has to run that makes the default accounts and publishes the certificate
     status_in_audit   the audit log has what came of each status write (`AuditEvent.result`)
+    compaction_seconds
+                      how often etcd is made to forget what is older than that; None: as in a cluster, 5 minutes
     """
 
-    def __init__(self, *, service_accounts: bool = False, status_in_audit: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        service_accounts: bool = False,
+        status_in_audit: bool = False,
+        compaction_seconds: int | None = None,
+    ) -> None:
         self._service_accounts = service_accounts
         self._status_in_audit = status_in_audit
+        self._compaction_seconds = compaction_seconds
         self.directory = Path()
         """Holds everything: data, keys, logs, kubeconfigs. Removed by `stop()`."""
         self.kubeconfig = Path()
@@ -298,6 +307,7 @@ class ControlPlane:
             "--service-cluster-ip-range=10.96.0.0/24",
             # Else nobody makes default service accounts.
             *([] if self._service_accounts else ["--disable-admission-plugins=ServiceAccount"]),
+            *([f"--etcd-compaction-interval={self._compaction_seconds}s"] if self._compaction_seconds else []),
             f"--audit-policy-file={policy}",
             f"--audit-log-path={self.audit_log}",
             "--audit-log-maxsize=100000",  # MB: never rotate, offsets must stay valid
