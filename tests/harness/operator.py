@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -30,6 +31,7 @@ class OperatorProcess:
     kubeconfig   as whom it speaks to the API server; None: as the cluster's own says
     socket_root  the folder with the namespaces' folders; None: it serves no unix monitors
     arguments    more flags of `vcpuset run`
+    environment  its environment variables; None: those of the test
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class OperatorProcess:
         socket_root: Path | None = None,
         kubeconfig: Path | None = None,
         python: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = environment
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
         self.log = self.directory / "log"
         self._port = free_port()
@@ -67,7 +71,7 @@ class OperatorProcess:
 
     async def start(self, *, ready: bool = True) -> Self:
         """Start it (again); with `ready`, wait until it has listed the sets."""
-        self._child = Child.start(self._argv, name="vcpuset run", log=self.log)
+        self._child = Child.start(self._argv, name="vcpuset run", log=self.log, env=self._environment)
         if ready:
             await until(self._is_ready, 60, lambda: f"the operator's /readyz; its log ends with:\n{self.tail()}\n")
         return self

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from harness import steppedclock
 from harness.setup import backports
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
@@ -97,6 +98,12 @@ REQUIREMENTS: Final = (
     Requirement("openssl, which makes the keys of the test API server", "openssl", "openssl", _has_program("openssl")),
     Requirement("setpriv, which ends children with their parent", "util-linux", "util-linux", _has_program("setpriv")),
     Requirement("certificate authorities, for downloads", "ca-certificates", "ca-certificates", _has_certificates),
+    Requirement(
+        "libfaketime, by which tests set an operator's clock",
+        "libfaketime",
+        "libfaketime",
+        lambda: steppedclock.library() is not None,
+    ),
     Requirement("dpkg-deb, to unpack the guest's packages", "dpkg", "dpkg", _has_program("dpkg-deb")),
     Requirement(
         f"{QEMU} {'.'.join(map(str, QEMU_MINIMUM))} or later (older ones crash after a CPU was removed under TCG)",
