@@ -351,7 +351,7 @@ class Reconciler:
         aim: Goal,
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
         """Fill free slots until the goal is reached; if that takes long, say so meanwhile."""
-        filling = asyncio.ensure_future(self._fill(track, session, machine, aim))
+        filling = asyncio.ensure_future(self._fill(vcpuset, track, session, machine, aim))
         announcement, work = await asyncio.gather(
             self._announce_plug(vcpuset, machine, requests, aim, filling), filling, return_exceptions=True
         )
@@ -385,13 +385,18 @@ class Reconciler:
         return await self._report(vcpuset, machine, requests, plugging(vcpuset.spec, machine, aim))
 
     async def _fill(
-        self, track: _Track, session: Session, machine: Machine, aim: Goal
+        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal
     ) -> tuple[Machine, CommandError | None]:
         taken: set[int] = set()
         blocked: CommandError | None = None
         while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
             blocked = None
             for slot in chosen:
+                newest = self._cache.get(vcpuset.uid)
+                if newest is None or newest.generation != vcpuset.generation:
+                    # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted. What this
+                    # pass reports is refused, and the next one starts from the newest object.
+                    return await self._observe(track, session), None
                 try:
                     await session.plug(slot)
                 except SlotTaken as error:

@@ -120,7 +120,8 @@ class Gate:
             trust_env=info.trust_env,
             middlewares=(middleware,),
         )
-        self._sessions.append(session)
+        # Each login makes one, and while credentials are refused there are thousands in a day.
+        self._sessions = [each for each in self._sessions if not each.closed] + [session]
         return session
 
     def is_failing(self, namespace: str) -> bool:

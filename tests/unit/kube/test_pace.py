@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import kopf
 import pytest
 
 from vcpuset.domain.errors import APIError
 from vcpuset.kube.cluster import Throttled
-from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Pace
+from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Gate, Pace
 
 __all__: list[str] = []
 
@@ -109,3 +110,12 @@ async def test_what_has_failed_and_is_not_tried_any_more_is_not_failing_but_stuc
     pace.failed()
     await asyncio.sleep(UNTRIED_SECONDS)
     assert not pace.is_failing()
+
+
+async def test_what_earlier_logins_have_closed_is_not_kept() -> None:
+    gate = Gate(asyncio.Lock(), lambda _: None, lambda _method, _code: None)
+    for _ in range(20):
+        session = gate.session(kopf.ConnectionInfo(server="https://127.0.0.1:1", insecure=True))
+        await session.close()
+    assert gate._sessions == [session]
+    await gate.close()

@@ -451,6 +451,18 @@ def test_a_deleted_set_leaves_the_machine_as_it_is(world: LawfulWorld, qemu: Qem
     assert qemu.vcpus == 2
 
 
+def test_a_plug_under_way_ends_when_the_set_goes_or_declares_something_else(world: LawfulWorld, qemu: Qemu) -> None:
+    world.interrupt(6, lambda: world.apply("web", vcpus=5))
+    world.apply("web", vcpus=8)
+    world.run_due()
+    assert (qemu.vcpus, world.true_conditions()) == (5, ["Ready"])
+
+    world.interrupt(6, lambda: world.delete("web"))
+    world.apply("web", vcpus=8)
+    world.run_due()
+    assert qemu.vcpus < 8
+
+
 @pytest.mark.parametrize("point", range(11))
 def test_a_set_that_goes_anywhere_in_a_pass_stays_gone(world: LawfulWorld, qemu: Qemu, point: int) -> None:
     world.interrupt(point, lambda: world.delete("web"))
