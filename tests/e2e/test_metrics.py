@@ -9,6 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness.acpi import Acpi, Status
 from harness.controlplane import ControlPlane
+from harness.faulty import FaultyMonitor, Silent
+from harness.faultyagent import FaultyAgent
 from harness.guest import Guest
 from harness.operator import OperatorProcess
 from harness.qmp import raw
@@ -99,3 +101,32 @@ async def test_plugs_refusals_unplugs_and_their_times_are_in_the_metrics(
         await user.delete("vm")
         await shown.until("no series of a set that is gone", lambda: shown.of_set("vcpuset_desired_vcpus") is None)
         assert shown.value("vcpuset_sets", state="Ready", reason="Converged") == 0
+
+
+async def test_a_guest_that_does_not_answer_in_time_and_one_that_leaves_cpus_offline_are_in_the_metrics(
+    control_plane: ControlPlane, folder: Path, socket_root: Path, user: User
+) -> None:
+    flags = (f"--namespace={user.namespace}", "--resync-seconds=3600")
+    async with (
+        FaultyMonitor(folder / "vm.sock") as monitor,
+        FaultyAgent(folder / "ga.sock", offline={1}) as agent,
+        OperatorProcess(control_plane, *flags, socket_root=socket_root) as operator,
+    ):
+        monitor.cpus.unplug[1] = Silent()
+        shown = Shown(operator, user, "vm")
+
+        await user.create("vm", 2, "vm.sock", guestAgent={"unix": {"path": "ga.sock"}})
+        await user.wait_reason("vm", "GuestCPUsOffline")
+        await shown.until("CPUs that are offline", lambda: shown.of_set("vcpuset_online_vcpus") == 1)
+        assert shown.of_set("vcpuset_current_vcpus") == 2
+        assert shown.value("vcpuset_sets", state="Reconciling", reason="GuestCPUsOffline") == 1
+        agent.online = {0, 1}
+        await user.touch("vm")
+        await user.wait_ready("vm")
+        await shown.until("CPUs that are online", lambda: shown.of_set("vcpuset_online_vcpus") == 2)
+
+        await user.change("vm", vcpus=1, unplug={"timeoutSeconds": 1})
+        await user.wait_reason("vm", "UnplugTimedOut")
+        await shown.until("a time-out", lambda: shown.value("vcpuset_unplugs_total", result="timed_out") == 1)
+        assert shown.value("vcpuset_sets", state="Stalled", reason="UnplugTimedOut") == 1
+        assert shown.of_set("vcpuset_pending_unplugs") == 1
