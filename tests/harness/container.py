@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,16 @@ PROGRAM: Final = (sys.executable, "-m", "vcpuset.cli.main")
 SOURCE: Final = REPOSITORY / "operator"
 """Where the program's package is."""
 
-WHY_NOT: Final = None if os.geteuid() == 0 else "needs root, to give each pod a mount namespace and a user of its own"
+
+def _why_not() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root, to give each pod a mount namespace and a user of its own"
+    # Root of a container may lack the right to, and a chroot the mount point.
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, timeout=60, check=False)
+    return None if tried.returncode == 0 else f"needs mount namespaces: {tried.stderr.strip()}"
+
+
+WHY_NOT: Final = _why_not()
 """Why containers cannot be played here; None: they can."""
 
 _RUN: Final = Path("/run")

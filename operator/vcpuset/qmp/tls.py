@@ -165,10 +165,7 @@ class Keys:
             case ConnectionError() | EOFError() | ssl.SSLError() if agreed:
                 return self._refused(where, "closed the connection right after the handshake")
             case ConnectionError() | EOFError() | ssl.SSLError():
-                return MonitorUnreachable(
-                    f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version "
-                    "of TLS from 1.2 on (see priority= of its tls-creds-x509)"
-                )
+                return _cut_short(where)
             case _:
                 return None
 
@@ -208,9 +205,8 @@ class Keys:
                 "encryption and authentication, the set spec.monitor.tcp.insecure in place of tls"
             )
         if _TOO_OLD.search(reason):
-            return InvalidMonitor(
-                f"{where} offers no version of TLS from 1.2 on: correct priority= of its tls-creds-x509, or update it"
-            )
+            # Whether QEMU's words come through before it resets the connection is a matter of luck.
+            return _cut_short(where)
         if _REFUSED.search(reason):
             return self._refused(where, f"answered {reason}")
         return MonitorUnreachable(f"{where} and the operator do not agree on TLS: {reason}")
@@ -280,6 +276,13 @@ def keys_of(credentials: Credentials) -> Keys:
         found = _read[credentials] = Keys(credentials)
     found.require_valid()
     return found
+
+
+def _cut_short(where: str) -> MonitorUnreachable:
+    return MonitorUnreachable(
+        f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version of TLS from "
+        "1.2 on (see priority= of its tls-creds-x509)"
+    )
 
 
 def _not_a_name(server_name: str) -> InvalidMonitor:
