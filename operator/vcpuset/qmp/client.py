@@ -67,7 +67,7 @@ class Client(QMPClient):
     def __init__(
         self, on_event: Callable[[Message], None], on_loss: Callable[[], None], permit: Callable[[], None] | None = None
     ) -> None:
-        super().__init__(readbuflen=UNASKED_LIMIT)
+        super().__init__(readbuflen=READ_LIMIT)
         self.logger = _SILENT
         self.stage = Stage.CONNECTING
         self.cause: BaseException | None = None
@@ -105,6 +105,7 @@ class Client(QMPClient):
             await self.connect(connection)
         if self.runstate is not Runstate.RUNNING:
             raise EOFError("closed right after the negotiation")
+        self._read_at_most(UNASKED_LIMIT)
 
     async def end(self, seconds: float) -> None:
         """Close the connection, within `seconds`, whatever its state; never raises (but CancelledError)."""
