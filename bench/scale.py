@@ -481,10 +481,8 @@ def circumstances(outcomes: Sequence[Outcome]) -> str:
 
 async def measure_all(sizes: Sequence[int], textbook_seconds: float, idle_seconds: float | None) -> None:
     """The whole run."""
-    outcomes = []
-    for sets in sizes:
-        for way in ("operator", "textbook") if textbook_seconds else ("operator",):
-            outcomes.append(await measure(way, sets, textbook_seconds, idle_seconds))  # noqa: PERF401 - in order
+    ways = ("operator", "textbook") if textbook_seconds else ("operator",)
+    outcomes = [await measure(way, sets, textbook_seconds, idle_seconds) for sets in sizes for way in ways]
     print(f"\n{circumstances(outcomes)}\n")
     for part in (standing(outcomes), changing(outcomes), targets(outcomes)):
         print(f"{part}\n")

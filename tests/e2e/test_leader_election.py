@@ -6,24 +6,21 @@ lease must not run out by itself it is longer than any test; where a test waits 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 import pytest
-from typing_extensions import override
 
 from harness.audit import AuditEvent
 from harness.controlplane import ControlPlane
 from harness.faultproxy import FaultProxy
-from harness.faults import Answer, Fault, Link
+from harness.faults import Held
 from harness.faulty import FaultyMonitor
 from harness.operator import OperatorProcess
 from harness.wait import until
@@ -34,18 +31,6 @@ __all__: list[str] = []
 WAIT = 120.0
 FOR_EVER = ("600s", "300s", "1s")
 SHORT = ("6s", "4s", "1s")
-
-
-@dataclass
-class Held(Fault):
-    """The answer waits until the test lets it go."""
-
-    let_go: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @override
-    async def deliver(self, link: Link, answer: Answer) -> None:
-        await self.let_go.wait()
-        await link.send(answer)
 
 
 class Replica:

@@ -5,22 +5,20 @@ Each owner acts as a service account of its own, so that the audit log tells who
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from secrets import token_hex
 
 import pytest
-from typing_extensions import override
 
 from harness.acpi import Acpi
 from harness.audit import AuditEvent
 from harness.controlplane import ControlPlane
-from harness.faults import Answer, Fault, Link
+from harness.faults import Held
 from harness.faulty import FaultyMonitor, Silent
 from harness.guest import Guest
 from harness.operator import OperatorProcess
@@ -33,18 +31,6 @@ __all__: list[str] = []
 WAIT = 120.0
 LONG = {"timeoutSeconds": 3600, "retrySeconds": 3600}
 """So nobody asks a guest twice because it is time to."""
-
-
-@dataclass
-class Held(Fault):
-    """The answer waits until the test lets it go."""
-
-    let_go: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @override
-    async def deliver(self, link: Link, answer: Answer) -> None:
-        await self.let_go.wait()
-        await link.send(answer)
 
 
 @dataclass

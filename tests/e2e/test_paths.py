@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from harness.controlplane import ControlPlane
 from harness.expect import READY, RECONCILING, STALLED, shows
 from harness.faulty import FaultyMonitor
 from harness.operator import OperatorProcess
+from harness.race import again_and_again
 from harness.wait import until
 from harness.world import User
 
@@ -218,24 +219,14 @@ async def test_links_that_change_while_they_are_followed_lead_nowhere_else(
 @contextmanager
 def _exchanging(folder: Path) -> Iterator[Callable[[], int]]:
     """Exchange `run` (the folder) for `link` and back, again and again; yields how often that was done."""
-    stop = threading.Event()
-    done = 0
 
     def exchange() -> None:
-        nonlocal done
-        while not stop.is_set():
-            (folder / "run").rename(folder / "mine")
-            (folder / "link").rename(folder / "run")
-            stop.wait(0.0005)
-            (folder / "run").rename(folder / "link")
-            (folder / "mine").rename(folder / "run")
-            stop.wait(0.0005)
-            done += 1
+        (folder / "run").rename(folder / "mine")
+        (folder / "link").rename(folder / "run")
+        time.sleep(0.0005)
+        (folder / "run").rename(folder / "link")
+        (folder / "mine").rename(folder / "run")
+        time.sleep(0.0005)
 
-    thread = threading.Thread(target=exchange)
-    thread.start()
-    try:
-        yield lambda: done
-    finally:
-        stop.set()
-        thread.join()
+    with again_and_again(exchange) as done:
+        yield done

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +29,7 @@ from harness.expect import READY, STALLED, shows
 from harness.faulty import FaultyMonitor
 from harness.operator import OperatorProcess
 from harness.pki import Authority
+from harness.race import again_and_again
 from harness.wait import until
 from harness.world import User
 
@@ -242,26 +242,17 @@ async def test_a_socket_that_is_swapped_for_a_link_all_the_time_leads_to_nobody_
 
 
 @contextmanager
-def swapping(one: Path, other: Path, aside: Path) -> Iterator[Any]:
+def swapping(one: Path, other: Path, aside: Path) -> Iterator[Callable[[], int]]:
     """Exchange two names in a tight loop; yields how often that was done. They stand as before in the end."""
-    stop, done = threading.Event(), 0
 
     def swap() -> None:
-        nonlocal done
-        while not stop.is_set():
-            for _ in range(2):
-                one.rename(aside)
-                other.rename(one)
-                aside.rename(other)
-            done += 1
+        for _ in range(2):
+            one.rename(aside)
+            other.rename(one)
+            aside.rename(other)
 
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        yield lambda: done
-    finally:
-        stop.set()
-        thread.join()
+    with again_and_again(swap) as done:
+        yield done
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ the client, and how. `times` limits it; `struck` counts how often it has happene
     Hang()                            no answer to this command; later ones are answered
     Deaf()                            no answer, and nothing is read any more
     Delay(0.5)                        the answer comes late
+    Held()                            the answer comes when the test lets it go
     Close(after_bytes=20)             the connection is closed in the middle of the answer
     Bytes(b"garbage\\r\\n")             these bytes instead of the answer; see GARBAGE, NOT_UTF8, NOT_AN_OBJECT
     Huge(11 << 20)                    an answer of that many bytes
@@ -35,6 +36,7 @@ __all__ = [
     "Error",
     "Fault",
     "Hang",
+    "Held",
     "Huge",
     "Link",
     "NoId",
@@ -99,6 +101,18 @@ class Deaf(Fault):
     @override
     async def deliver(self, link: Link, answer: Answer) -> None:
         await link.left()
+
+
+@dataclass
+class Held(Fault):
+    """The answer waits until the test lets it go."""
+
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @override
+    async def deliver(self, link: Link, answer: Answer) -> None:
+        await self.let_go.wait()
+        await link.send(answer)
 
 
 @dataclass

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["SteppedClock", "library"]
+__all__ = ["SteppedClock", "shared_object"]
 
 _FOLDERS: Final = ("/usr/lib/*/faketime", "/usr/lib64/faketime", "/usr/lib/faketime")
 """Where Debian, Fedora and others have it."""
 
 
-def library() -> Path | None:
+def shared_object() -> Path | None:
     """libfaketime for programs with threads; None: it is not installed."""
     found = (path for folder in _FOLDERS for path in Path("/").glob(f"{folder[1:]}/libfaketimeMT.so.1"))
     return next(found, None)
@@ -34,7 +34,7 @@ class SteppedClock:
     @property
     def environment(self) -> Mapping[str, str]:
         """The environment variables for such a process: ours and more."""
-        found = library()
+        found = shared_object()
         if found is None:
             raise FileNotFoundError("libfaketime is not installed; `make setup` installs what the tests need")
         return {

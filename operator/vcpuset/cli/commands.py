@@ -108,8 +108,8 @@ def inspect(
 
     The exit status is 0 if the machine was looked at, also if its guest could not be asked; 1 if not.
     """
-    from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - brings rich
-    from vcpuset.cli.render import show  # noqa: PLC0415 - the same
+    from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - needs rich: 4 MB that `run` would keep
+    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich as well
 
     if tls_credentials is not None and isinstance(monitor, Path):
         raise click.UsageError(f"--tls-credentials: TLS is for HOST:PORT, and {monitor} is a unix socket.")
@@ -171,8 +171,8 @@ def plan(
     The exit status is 0 if each machine was looked at, whatever stands in the way; 1 if one could not be, or the file
     cannot be used.
     """
-    from vcpuset.cli import plan as planning  # noqa: PLC0415 - brings rich
-    from vcpuset.cli.render import show  # noqa: PLC0415 - the same
+    from vcpuset.cli import plan as planning  # noqa: PLC0415 - needs rich: 4 MB that `run` would keep
+    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich as well
 
     manifests = _manifests(filename, namespace)
     if monitor is not None and len(manifests) != 1:
@@ -189,7 +189,7 @@ def plan(
 
 
 def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:
-    from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - brings yaml
+    from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - needs PyYAML, `inspect` without -f does not
 
     name = str(getattr(file, "name", "<stdin>"))
     try:

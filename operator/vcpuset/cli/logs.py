@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, TextIO
+from typing import Final, Literal, TextIO
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
@@ -64,7 +64,7 @@ def make_handler(log_format: Literal["text", "json"], stream: TextIO) -> logging
 class _Handler(logging.StreamHandler[TextIO]):
     """A handler that also writes what cannot be formatted; logging itself would print a traceback in its place."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - overrides logging.Handler.handleError
         """Write the record once more, with its parts as they are."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)) and self.stream.closed:
@@ -75,7 +75,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         try:
             self.stream.write(self.format(plain) + self.terminator)
             self.flush()
-        except Exception:  # noqa: BLE001 - there is nobody left to tell
+        except Exception:  # noqa: BLE001 - whoever logs must not fail because the log cannot be written
             return
 
 
@@ -96,7 +96,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     _logger.critical("the program ends: %s", error or kind.__name__, exc_info=(kind, error, trace))
 
 
-def _log_uncaught_of_thread(arguments: Any) -> None:  # noqa: ANN401 - threading.ExceptHookArgs cannot be named
+def _log_uncaught_of_thread(arguments: threading.ExceptHookArgs) -> None:
     if arguments.exc_type is SystemExit:
         return
     name = arguments.thread.name if arguments.thread is not None else "?"
@@ -104,7 +104,7 @@ def _log_uncaught_of_thread(arguments: Any) -> None:  # noqa: ANN401 - threading
     _logger.error("thread %s has failed", name, exc_info=(arguments.exc_type, error, arguments.exc_traceback))
 
 
-def _log_unraisable(arguments: Any) -> None:  # noqa: ANN401 - sys.UnraisableHookArgs cannot be named
+def _log_unraisable(arguments: sys.UnraisableHookArgs) -> None:
     error = arguments.exc_value or arguments.exc_type()
     _logger.error(
         "%s %r",

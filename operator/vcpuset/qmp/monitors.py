@@ -46,7 +46,7 @@ def _pause_seconds(losses: int) -> float:
     """
     if losses == 1:
         return 0.0
-    return float(min(0.25 * 2.0 ** min(losses - 2, 10), 30.0) * (1 - random.random() / 2))  # noqa: S311 - spreads load
+    return float(min(0.25 * 2.0 ** min(losses - 2, 10), 30.0) * (1 - random.random() / 2))  # noqa: S311 - jitter: nobody gains by guessing it
 
 
 class Monitors:

@@ -51,27 +51,27 @@ class QueueObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
-    """The queue at one moment; what to look at when work does not move."""
+    """The queue at one moment; what to look at when work does not move. Without arguments: one that is idle."""
 
-    depth: int
+    depth: int = 0
     """Keys that are ready and wait for a worker."""
-    processing: int
+    processing: int = 0
     """Keys in the hands of workers."""
-    delayed: int
+    delayed: int = 0
     """Keys that wait for their timer."""
-    failing: int
+    failing: int = 0
     """Keys whose last pass failed."""
-    adds_total: int
+    adds_total: int = 0
     """How often a key became due, by an event or a timer; an add of a key already due does not count."""
-    retries_total: int
+    retries_total: int = 0
     """How often a key was added after a failure."""
-    longest_running_seconds: float
+    longest_running_seconds: float = 0.0
     """How long the oldest of the keys in work has been there; a stuck worker shows here."""
-    unfinished_seconds: float
+    unfinished_seconds: float = 0.0
     """The same, summed over all keys in work."""
-    longest_still_seconds: float
+    longest_still_seconds: float = 0.0
     """How long nothing has been heard (`touch()`) of the key in work of which nothing was heard the longest."""
-    longest_waiting_seconds: float
+    longest_waiting_seconds: float = 0.0
     """How long the oldest of the ready keys has waited for a worker."""
 
 

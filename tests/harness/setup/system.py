@@ -102,7 +102,7 @@ REQUIREMENTS: Final = (
         "libfaketime, by which tests set an operator's clock",
         "libfaketime",
         "libfaketime",
-        lambda: steppedclock.library() is not None,
+        lambda: steppedclock.shared_object() is not None,
     ),
     Requirement("dpkg-deb, to unpack the guest's packages", "dpkg", "dpkg", _has_program("dpkg-deb")),
     Requirement(

@@ -13,18 +13,7 @@ from vcpuset.runtime.workqueue import QueueStatistics
 
 __all__: list[str] = []
 
-IDLE = QueueStatistics(
-    depth=0,
-    processing=0,
-    delayed=0,
-    failing=0,
-    adds_total=0,
-    retries_total=0,
-    longest_running_seconds=0.0,
-    unfinished_seconds=0.0,
-    longest_still_seconds=0.0,
-    longest_waiting_seconds=0.0,
-)
+IDLE = QueueStatistics()
 
 LONG = STUCK_SECONDS + 1
 

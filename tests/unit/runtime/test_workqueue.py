@@ -15,18 +15,7 @@ __all__: list[str] = []
 
 pytestmark = pytest.mark.looptime
 
-IDLE = QueueStatistics(
-    depth=0,
-    processing=0,
-    delayed=0,
-    failing=0,
-    adds_total=0,
-    retries_total=0,
-    longest_running_seconds=0.0,
-    unfinished_seconds=0.0,
-    longest_still_seconds=0.0,
-    longest_waiting_seconds=0.0,
-)
+IDLE = QueueStatistics()
 
 
 class Recorded:
