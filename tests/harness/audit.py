@@ -5,12 +5,13 @@ Each is one record, made when its response is complete: for a watch that is its 
 """
 
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-__all__ = ["AUDIT_POLICY", "STATUS_IN_AUDIT", "AuditEvent", "read_audit_log"]
+__all__ = ["AUDIT_POLICY", "STATUS_IN_AUDIT", "AuditEvent", "audit_log_end", "read_audit_log"]
 
 _NODE: Final = "authentication.kubernetes.io/node-name"
 
@@ -81,8 +82,16 @@ class AuditEvent:
         )
 
 
+def audit_log_end(log: Path) -> int:
+    """Where the last record ends, in bytes: one that is only half written as yet begins there."""
+    if not log.stat().st_size:  # which cannot be mapped
+        return 0
+    with log.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+        return lines.rfind(b"\n") + 1
+
+
 def read_audit_log(log: Path, since: int = 0) -> list[AuditEvent]:
-    """The records that begin at byte `since` or later, but not one that is only half written."""
+    """The records from `since` on, an `audit_log_end`, but not one that is only half written."""
     with log.open("rb") as stream:
         stream.seek(since)
         whole_lines, _, _ = stream.read().rpartition(b"\n")

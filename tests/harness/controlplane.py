@@ -19,7 +19,7 @@ from secrets import token_hex
 from types import TracebackType
 from typing import Any, Final, Self
 
-from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, read_audit_log
+from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
 from harness.processes import Child, Completed, ReservedPort, run
@@ -233,7 +233,7 @@ class ControlPlane:
 
     def audit_offset(self) -> int:
         """The present end of the audit log, for `audit_events(since=…)`."""
-        return self.audit_log.stat().st_size
+        return audit_log_end(self.audit_log)
 
     def audit_events(self, since: int = 0) -> list[AuditEvent]:
         """Requests recorded since an earlier `audit_offset()`.

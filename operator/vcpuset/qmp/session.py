@@ -34,7 +34,7 @@ from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client, Stage
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
-from vcpuset.qmp.tls import Keys, keys_of
+from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
 
 __all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
 
@@ -134,10 +134,10 @@ class Session:
         credentials = await access.fetch(None)
         try:
             return await opened(credentials)
-        except CredentialsUnavailable:
-            # They may have been replaced since they were read.
+        except CredentialsUnavailable as error:
+            # They may have been replaced since they were read, or QEMU was ending: who refuses does so again.
             newer = await access.fetch(credentials)
-            if newer == credentials:
+            if newer == credentials and not isinstance(error, ClosedAfterHandshake):
                 raise
         return await opened(newer)
 
@@ -160,7 +160,8 @@ class Session:
             raise
         except Exception as error:
             await self.close()
-            if keys is not None and isinstance(endpoint, TCPEndpoint) and endpoint.tls is not None:
+            connected = client.stage is not Stage.CONNECTING
+            if connected and keys is not None and isinstance(endpoint, TCPEndpoint) and endpoint.tls is not None:
                 agreed = client.stage is Stage.GREETING
                 cause = translate.cause(error)
                 failure = keys.failure(self._where, endpoint.tls.server_name, cause, agreed=agreed)

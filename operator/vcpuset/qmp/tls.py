@@ -29,7 +29,7 @@ from vcpuset.domain.errors import CredentialsUnavailable, InvalidMonitor, Monito
 if TYPE_CHECKING:
     from cryptography import x509
 
-__all__ = ["Access", "Keys", "keys_of"]
+__all__ = ["Access", "ClosedAfterHandshake", "Keys", "keys_of"]
 
 Fetch = Callable[[Credentials | None], Awaitable[Credentials]]
 
@@ -94,6 +94,10 @@ class _Connection(ssl.SSLObject):
 
 _DER: Final = 2
 """`_ssl.ENCODING_DER`."""
+
+
+class ClosedAfterHandshake(CredentialsUnavailable):
+    """What QEMU does to a client that it refuses, each time, and to any client if it happens to end just then."""
 
 
 class _EncryptedError(Exception):
@@ -163,7 +167,7 @@ class Keys:
             case ValueError() if not agreed:
                 return _not_a_name(server_name)
             case ConnectionError() | EOFError() | ssl.SSLError() if agreed:
-                return self._refused(where, "closed the connection right after the handshake")
+                return ClosedAfterHandshake(self._refusal(where, "closed the connection right after the handshake"))
             case ConnectionError() | EOFError() | ssl.SSLError():
                 return _cut_short(where)
             case _:
@@ -208,16 +212,16 @@ class Keys:
             # Whether QEMU's words come through before it resets the connection is a matter of luck.
             return _cut_short(where)
         if _REFUSED.search(reason):
-            return self._refused(where, f"answered {reason}")
+            return CredentialsUnavailable(self._refusal(where, f"answered {reason}"))
         return MonitorUnreachable(f"{where} and the operator do not agree on TLS: {reason}")
 
-    def _refused(self, where: str, how: str) -> CredentialsUnavailable:
+    def _refusal(self, where: str, how: str) -> str:
         if not self._subject:
-            return CredentialsUnavailable(
+            return (
                 f"{where} refuses the operator's certificate ({how}): {CERTIFICATE} of {self._source} has an empty "
                 "subject, which QEMU takes from nobody; give it a common name"
             )
-        return CredentialsUnavailable(
+        return (
             f"{where} refuses the operator's certificate ({how}): see that QEMU's ca-cert.pem holds the CA of "
             f"{CERTIFICATE} of {self._source}, and that its tls-authz allows the certificate's name: "
             f"authz-simple,identity={_printable(self._subject.replace(',', ',,'))}"
