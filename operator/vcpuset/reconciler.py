@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from secrets import token_hex
 
+from vcpuset.domain.backoff import jittered
 from vcpuset.domain.errors import (
     APIError,
     CommandError,
@@ -46,7 +47,6 @@ from vcpuset.kube.recorder import Recorder
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
-from vcpuset.runtime.backoff import jittered
 from vcpuset.runtime.claims import Claims
 from vcpuset.runtime.logcontext import log_context
 from vcpuset.runtime.workers import Done, Result, Retry

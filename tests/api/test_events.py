@@ -17,6 +17,7 @@ from harness.controlplane import ControlPlane
 from harness.processes import free_port
 from harness.wait import until
 from harness.world import User
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube import recorder as recorder_module
 from vcpuset.kube import series as series_module
@@ -207,7 +208,7 @@ async def test_events_are_posted_when_an_api_server_that_did_not_answer_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its port refuses connections at first; then a relay to the real one listens there."""
-    monkeypatch.setattr(recorder_module, "BACKOFF_SECONDS", (0.1, 0.5))
+    monkeypatch.setattr(recorder_module, "BACKOFF", ExponentialBackoff(0.1, cap_seconds=0.5))
     caplog.set_level(logging.INFO, "vcpuset")
     port = free_port()
     kubeconfig = tmp_path / "kubeconfig"

@@ -23,6 +23,7 @@ from vcpuset.app.history import History
 from vcpuset.app.metrics import Metrics, measure_lag
 from vcpuset.app.settings import Settings
 from vcpuset.app.vitals import illness
+from vcpuset.domain.backoff import ExponentialBackoff, jittered
 from vcpuset.domain.errors import APIError, NotLeading
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
@@ -39,7 +40,6 @@ from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Outcome
 from vcpuset.reconciler import Reconciler
-from vcpuset.runtime.backoff import ExponentialBackoff, jittered
 from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
 from vcpuset.runtime.workqueue import WorkQueue
@@ -48,7 +48,7 @@ __all__ = ["raise_file_limit", "run", "shrink_tls_buffers"]
 
 logger = logging.getLogger(__name__)
 
-BACKOFF = ExponentialBackoff(base_seconds=0.25, factor=2, cap_seconds=30, jitter=0.5)
+BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
 """How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
 
 GRACE_SECONDS = 10.0

@@ -19,7 +19,6 @@ import asyncio
 import logging
 import math
 import os
-import random
 import secrets
 import socket
 import time
@@ -27,13 +26,14 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
+from vcpuset.domain.backoff import jittered
 from vcpuset.domain.errors import APIError, Conflict, NotLeading, ObjectGone, Rejected
 from vcpuset.kube.cluster import Cluster
 
 __all__ = ["Leadership", "own_identity", "since_boot"]
 
 JITTER: Final = 0.2
-"""By what part the time between two tries of a standby is made longer at most, so that replicas do not try in step."""
+"""By what part the time between two tries of a standby differs at most, so that replicas do not try in step."""
 
 _STOPPED: Final = "the process was stopped for so long, or had too much else to do"
 
@@ -130,7 +130,7 @@ class Leadership:
                 if held and self.leading:
                     _log.info("leading: %s is held as %s", self, self.identity)
                     return
-            await asyncio.sleep(self._retry_seconds * random.uniform(1, 1 + JITTER))  # noqa: S311 - jitter: nobody gains by guessing it
+            await asyncio.sleep(jittered(self._retry_seconds, JITTER))
 
     async def keep(self) -> NoReturn:
         """Renew the lease for as long as that succeeds.

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 from collections.abc import Callable
 from typing import Final
 
 import aiohttp
 import kopf
 
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.errors import APIError, Rejected
 from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, Throttled, refusal
 from vcpuset.kube.codec import PLURAL
@@ -26,7 +26,9 @@ from vcpuset.kube.codec import PLURAL
 __all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "Gate", "Pace", "remedy"]
 
 LONGEST_SECONDS: Final = 30.0
-"""No pause between two attempts to reach the API server is longer. The first is a second, the next ones double."""
+"""No pause between two attempts to reach the API server is longer."""
+
+BACKOFF: Final = ExponentialBackoff(base_seconds=1, cap_seconds=LONGEST_SECONDS)
 
 STEADY_SECONDS: Final = 5.0
 """A watch that stood for so long was a success. One that a proxy cuts each quarter of a minute is taken up at once."""
@@ -79,10 +81,8 @@ class Pace:
     def failed(self, error: APIError | None = None) -> float:
         """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
         self._failures += 1
-        longest = min(2.0 ** min(self._failures - 1, 10), LONGEST_SECONDS)
         asked_for = min(error.retry_after, LONGEST_SECONDS) if isinstance(error, Throttled) else 0.0
-        # Jitter: of many that have failed together, none goes in step with another.
-        pause = max(random.uniform(longest / 2, longest), asked_for)  # noqa: S311 - jitter: nobody gains by guessing it
+        pause = max(BACKOFF.delay(self._failures), asked_for)
         self._failed_at = asyncio.get_running_loop().time()
         self._due = self._failed_at + pause
         return pause

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Final, Literal, Protocol
 
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.errors import Conflict, ObjectGone, Rejected, VCPUSetError
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.cluster import Throttled
@@ -47,9 +47,9 @@ REFILL_SECONDS: Final = 300.0
 OBJECTS_LIMIT: Final = 10_000
 """Sets whose token buckets are remembered; a forgotten bucket is full."""
 
-BACKOFF_SECONDS: Final = (1.0, 15.0)
-"""The pause after a failed request, and what it grows to by doubling. It is for all Events: most often it is the API
-server that is not there. New Events go first afterwards, so that one that is refused again and again holds up none."""
+BACKOFF: Final = ExponentialBackoff(base_seconds=1, cap_seconds=15)
+"""The pause after a failed request. It is for all Events: most often it is the API server that is not there. New Events
+go first afterwards, so that one that is refused again and again holds up none."""
 
 GIVE_UP_SECONDS: Final = 600.0
 """How long after the first failed attempt to post an Event it is given up."""
@@ -253,11 +253,9 @@ class Recorder:
         if self._away.begins(now):
             self._away_told = True
             _log.warning("Events cannot be posted at the moment, and are tried again: %s", error)
-        first, longest = BACKOFF_SECONDS
-        pause = min(first * 2.0 ** min(self._failures, 10), longest)
         self._failures += 1
-        asked_for = min(error.retry_after, longest) if isinstance(error, Throttled) else 0.0
-        return max(random.uniform(pause / 2, pause), asked_for)  # noqa: S311 - jitter: nobody gains by guessing it
+        asked_for = min(error.retry_after, BACKOFF.cap_seconds) if isinstance(error, Throttled) else 0.0
+        return max(BACKOFF.delay(self._failures), asked_for)
 
     def _lose(self, series: Series, error: VCPUSetError) -> None:
         self.dropped += series.count

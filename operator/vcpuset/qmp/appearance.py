@@ -24,12 +24,12 @@ import errno
 import logging
 import math
 import os
-import random
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vcpuset.domain.backoff import ExponentialBackoff, jittered
 from vcpuset.domain.resource import UID, UnixMonitor, VCPUSet
 from vcpuset.qmp.watch import Change, Watch
 
@@ -49,16 +49,14 @@ LOOK_SECONDS = 30.0
 ROOT_SECONDS = 3.0
 """How often a socket root that is missing is looked for."""
 
+BACKOFF = ExponentialBackoff(base_seconds=1, cap_seconds=30)
+"""After how long a watch that failed is tried again."""
+
 STABLE_SECONDS = 60.0
 """A watch that has lasted so long has recovered: its next failure is told again, and tried again soon."""
 
 Identity = tuple[int, int, int]
 """Device, inode and time of modification in ns: inode numbers are used again, often at once."""
-
-
-def _retry_seconds(failures: int) -> float:
-    """How long to wait after so many failures in a row: from 0.5 to 30 s, a random part of up to a half taken off."""
-    return float(min(2.0 ** min(failures - 1, 5), 30.0) * (1 - random.random() / 2))  # noqa: S311 - jitter: nobody gains by guessing it
 
 
 class Appearances:
@@ -72,7 +70,7 @@ class Appearances:
     """
 
     def __init__(
-        self, root: Path, appeared: Callable[[UID], None], *, retry: Callable[[int], float] = _retry_seconds
+        self, root: Path, appeared: Callable[[UID], None], *, retry: Callable[[int], float] = BACKOFF.delay
     ) -> None:
         self._root = str(root.absolute())  # not resolved: the administrator may turn a symbolic link elsewhere
         self._appeared = appeared
@@ -228,7 +226,7 @@ class Appearances:
             self._next_look = math.inf
             return
         seconds = LOOK_SECONDS if sight.root_error is None else ROOT_SECONDS
-        self._next_look = ended + seconds * random.uniform(0.8, 1)  # noqa: S311 - jitter: nobody gains by guessing it
+        self._next_look = ended + jittered(seconds, 0.1)
         if self._retry_at > ended:
             self._next_look = min(self._next_look, self._retry_at)
 

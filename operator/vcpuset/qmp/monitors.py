@@ -10,12 +10,12 @@ soon after they were opened (something between here and QEMU cuts them), the pau
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.credentials import CredentialStore, NoCredentials
 from vcpuset.domain.errors import InvalidMonitor
 from vcpuset.domain.networks import Networks
@@ -33,6 +33,8 @@ TURN_SECONDS = 3.0
 EVENTS_TURN_SECONDS = 60.0
 """The same where a guest's answers come by event only: one that comes between two sessions is lost."""
 
+_LOSS_BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
+
 LASTING_SECONDS = 10.0
 """A session that has lasted so long was a sound one: its loss is the first in its row."""
 
@@ -42,11 +44,9 @@ _NOWHERE = Networks()
 def _pause_seconds(losses: int) -> float:
     """How long the loss of so many sessions in a row, each soon after it was opened, is kept quiet.
 
-    The first one is told at once; then from 0.25 to 30 s, a random part of up to a half taken off.
+    The first one is told at once.
     """
-    if losses == 1:
-        return 0.0
-    return float(min(0.25 * 2.0 ** min(losses - 2, 10), 30.0) * (1 - random.random() / 2))  # noqa: S311 - jitter: nobody gains by guessing it
+    return 0.0 if losses == 1 else _LOSS_BACKOFF.delay(losses - 1)
 
 
 class Monitors:

@@ -1,7 +1,6 @@
 """Generic asyncio parts of the operator: they know neither Kubernetes nor QEMU.
 
     workqueue   which key needs work, when, and that no key is worked on twice at once
-    backoff     how long to wait after a failure; spreading of regular work
     workers     tasks that serve a work queue, and the one place that turns an outcome into queue calls
     claims      who may use a thing that several name
     tasks       background tasks that always have an owner who sees their end
@@ -11,4 +10,4 @@ Only the standard library is imported here, and only the event loop's clock is r
 can be tested on virtual time.
 """
 
-__all__ = ["backoff", "claims", "logcontext", "tasks", "workers", "workqueue"]
+__all__ = ["claims", "logcontext", "tasks", "workers", "workqueue"]

@@ -28,7 +28,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from vcpuset.runtime.backoff import ExponentialBackoff
+from vcpuset.domain.backoff import ExponentialBackoff
 
 __all__ = ["QueueObserver", "QueueShutDown", "QueueStatistics", "WorkQueue"]
 

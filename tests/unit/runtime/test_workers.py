@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from vcpuset.runtime.backoff import ExponentialBackoff
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.runtime.workers import Done, Label, Result, Retry, run_workers
 from vcpuset.runtime.workqueue import WorkQueue
 
@@ -62,7 +62,7 @@ def now() -> float:
 
 def make_queue() -> WorkQueue[str]:
     """A queue whose failures are retried after 1, 2, 4, ... 30 s."""
-    return WorkQueue(ExponentialBackoff(base_seconds=1, factor=2, cap_seconds=30, jitter=0))
+    return WorkQueue(ExponentialBackoff(base_seconds=1, cap_seconds=30, jitter=0))
 
 
 @asynccontextmanager

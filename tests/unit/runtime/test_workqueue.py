@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from vcpuset.runtime.backoff import ExponentialBackoff
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.runtime.workqueue import QueueShutDown, QueueStatistics, WorkQueue
 
 __all__: list[str] = []
@@ -34,7 +34,7 @@ class Recorded:
 
 def make_queue(observer: Recorded | None = None) -> WorkQueue[str]:
     """A queue whose failures are retried after 1, 2, 4, ... 30 s."""
-    backoff = ExponentialBackoff(base_seconds=1, factor=2, cap_seconds=30, jitter=0)
+    backoff = ExponentialBackoff(base_seconds=1, cap_seconds=30, jitter=0)
     return WorkQueue(backoff, observer)
 
 

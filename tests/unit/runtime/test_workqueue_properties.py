@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcpuset.runtime.backoff import ExponentialBackoff
+from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.runtime.workqueue import WorkQueue
 
 __all__: list[str] = []
@@ -92,7 +92,7 @@ class Scenario:
     """Does the steps and checks each hand-out against what it knows to be owed."""
 
     def __init__(self) -> None:
-        self.queue: WorkQueue[str] = WorkQueue(ExponentialBackoff(1, 2, LONGEST_DELAY, jitter=0))
+        self.queue: WorkQueue[str] = WorkQueue(ExponentialBackoff(1, LONGEST_DELAY, jitter=0))
         self.getters: list[asyncio.Task[None]] = []
         self.in_work: list[str] = []
         # Keys that must be handed out sooner or later, because they were added since the last time.

@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcpuset.runtime.backoff import ExponentialBackoff, jittered
+from vcpuset.domain.backoff import ExponentialBackoff, jittered
 
 __all__: list[str] = []
 
 
-def exactly(base: float = 1, factor: float = 2, cap: float = 30) -> ExponentialBackoff:
-    return ExponentialBackoff(base_seconds=base, factor=factor, cap_seconds=cap, jitter=0)
+def exactly(base: float = 1, cap: float = 30) -> ExponentialBackoff:
+    return ExponentialBackoff(base_seconds=base, cap_seconds=cap, jitter=0)
 
 
-def test_the_delay_grows_by_the_factor_until_it_meets_the_cap() -> None:
-    backoff = exactly(base=0.5, factor=3, cap=10)
-    assert [backoff.delay(failures) for failures in range(1, 6)] == [0.5, 1.5, 4.5, 10, 10]
+def test_the_delay_doubles_until_it_meets_the_cap() -> None:
+    backoff = exactly(base=0.5, cap=3)
+    assert [backoff.delay(failures) for failures in range(1, 6)] == [0.5, 1, 2, 3, 3]
 
 
 def test_a_key_that_fails_for_years_is_still_retried_at_the_cap() -> None:
@@ -26,23 +26,18 @@ def test_a_key_that_fails_for_years_is_still_retried_at_the_cap() -> None:
 
 @pytest.mark.parametrize(("random", "seconds"), [(0.0, 8.0), (0.5, 7.0), (0.999999, 6.0)])
 def test_jitter_takes_off_at_most_its_fraction(random: float, seconds: float) -> None:
-    backoff = ExponentialBackoff(1, factor=2, cap_seconds=30, jitter=0.25, random=lambda: random)
+    backoff = ExponentialBackoff(1, cap_seconds=30, jitter=0.25, random=lambda: random)
     assert backoff.delay(4) == pytest.approx(seconds, rel=1e-5)
 
 
-@given(
-    failures=st.integers(1, 5000),
-    jitter=st.floats(0, 1),
-    random=st.floats(0, 1, exclude_max=True),
-    factor=st.floats(1, 100),
-)
-def test_no_delay_is_negative_or_above_the_cap(failures: int, jitter: float, random: float, factor: float) -> None:
-    backoff = ExponentialBackoff(0.5, factor, cap_seconds=30, jitter=jitter, random=lambda: random)
+@given(failures=st.integers(1, 5000), jitter=st.floats(0, 1), random=st.floats(0, 1, exclude_max=True))
+def test_no_delay_is_negative_or_above_the_cap(failures: int, jitter: float, random: float) -> None:
+    backoff = ExponentialBackoff(0.5, cap_seconds=30, jitter=jitter, random=lambda: random)
     assert 0 <= backoff.delay(failures) <= 30
 
 
 def test_keys_that_reached_the_cap_together_do_not_stay_together() -> None:
-    backoff = ExponentialBackoff(1, factor=2, cap_seconds=30, jitter=0.5)
+    backoff = ExponentialBackoff(1, cap_seconds=30)
     assert len({backoff.delay(100) for _ in range(100)}) > 90
 
 
@@ -52,18 +47,17 @@ def test_there_is_no_delay_before_the_first_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "factor", "cap", "jitter", "message"),
+    ("base", "cap", "jitter", "message"),
     [
-        pytest.param(0, 2, 30, 0.1, "base", id="no base"),
-        pytest.param(31, 2, 30, 0.1, "base", id="base above the cap"),
-        pytest.param(1, 0.5, 30, 0.1, "factor", id="shrinking"),
-        pytest.param(1, 2, 30, 1.1, "fraction", id="jitter above all"),
-        pytest.param(1, 2, 30, -0.1, "fraction", id="negative jitter"),
+        pytest.param(0, 30, 0.1, "base", id="no base"),
+        pytest.param(31, 30, 0.1, "base", id="base above the cap"),
+        pytest.param(1, 30, 1.1, "fraction", id="jitter above all"),
+        pytest.param(1, 30, -0.1, "fraction", id="negative jitter"),
     ],
 )
-def test_a_senseless_backoff_is_refused(base: float, factor: float, cap: float, jitter: float, message: str) -> None:
+def test_a_senseless_backoff_is_refused(base: float, cap: float, jitter: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExponentialBackoff(base, factor, cap, jitter)
+        ExponentialBackoff(base, cap, jitter)
 
 
 @pytest.mark.parametrize(("random", "seconds"), [(0.0, 54.0), (0.5, 60.0), (0.999999, 66.0)])

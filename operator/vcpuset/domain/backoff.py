@@ -1,7 +1,6 @@
 """How long to wait: after failures, and between regular looks.
 
-Pure arithmetic. Randomness comes in as an argument and nothing waits here, so that the work queue
-stays the only owner of timers.
+Pure arithmetic: nothing waits here, and randomness can be given.
 """
 
 from __future__ import annotations
@@ -18,19 +17,17 @@ Random = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class ExponentialBackoff:
-    """Delays that grow with the number of failures in a row: base, base x factor, ... up to the cap.
+    """Delays that double with each failure in a row, from the base up to the cap.
 
     Jitter only ever shortens a delay. So the cap is a promise ("tried at least every 30 s"), and many
-    keys that have failed together and reached the cap still spread out.
+    that have failed together and reached the cap still spread out.
     """
 
     base_seconds: float
     """The delay after the first failure."""
-    factor: float
-    """What every further failure multiplies the delay by; at least 1."""
     cap_seconds: float
     """No delay is longer."""
-    jitter: float
+    jitter: float = 0.5
     """The largest part of a delay that may be taken off: 0 for none, 1 for anything down to no delay."""
     random: Random = random_module.random
 
@@ -40,8 +37,6 @@ class ExponentialBackoff:
                 f"back-off from {self.base_seconds} s to {self.cap_seconds} s: "
                 "the base must be above 0 and not above the cap"
             )
-        if self.factor < 1:
-            raise ValueError(f"back-off factor {self.factor}: must be at least 1")
         _check_fraction(self.jitter)
 
     def delay(self, failures: int) -> float:
@@ -49,7 +44,7 @@ class ExponentialBackoff:
         if failures < 1:
             raise ValueError(f"delay after {failures} failures: there is none before the first")
         try:
-            seconds = min(self.base_seconds * self.factor ** (failures - 1), self.cap_seconds)
+            seconds = min(self.base_seconds * 2.0 ** (failures - 1), self.cap_seconds)
         except OverflowError:  # a float ends at 2**1024; a key can fail more often than that
             seconds = self.cap_seconds
         return seconds * (1 - self.jitter * self.random())
