@@ -28,9 +28,7 @@ __all__ = [
     "Binaries",
     "BinariesMissing",
     "binaries",
-    "built_controller_manager_folder",
     "built_folder",
-    "built_helm_folder",
     "controller_manager",
     "helm",
     "kubernetes_version",
@@ -81,22 +79,8 @@ def kubernetes_version() -> str:
     return found[1]
 
 
-def built_folder() -> Path:
-    """Where the programs built from the present pins belong."""
-    return _folder_of(CONTROL_PLANE_MODULE)
-
-
-def built_controller_manager_folder() -> Path:
-    """Where the kube-controller-manager built from the present pins belongs."""
-    return _folder_of(CONTROLLER_MANAGER_MODULE)
-
-
-def built_helm_folder() -> Path:
-    """Where the helm built from the present pins belongs."""
-    return _folder_of(HELM_MODULE)
-
-
-def _folder_of(module: Path) -> Path:
+def built_folder(module: Path) -> Path:
+    """Where the programs belong that are built from this module with its present pins."""
     pins = [(module / name).read_bytes() for name in ("go.mod", "go.sum")]
     return cache_dir() / module.name / digest([*pins, BUILD_RECIPE, platform.machine()])
 
@@ -108,7 +92,7 @@ def binaries() -> Binaries:
         BinariesMissing: they are not there.
     """
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    folder = Path(assets) if assets else built_folder()
+    folder = Path(assets) if assets else built_folder(CONTROL_PLANE_MODULE)
     found = Binaries.within(folder)
     if found is not None:
         return found
@@ -128,7 +112,7 @@ def controller_manager() -> Path:
         BinariesMissing: there is none.
     """
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    folders = [*([Path(assets)] if assets else []), built_controller_manager_folder()]
+    folders = [*([Path(assets)] if assets else []), built_folder(CONTROLLER_MANAGER_MODULE)]
     for folder in folders:
         if os.access(folder / CONTROLLER_MANAGER, os.X_OK):
             return folder / CONTROLLER_MANAGER
@@ -146,7 +130,7 @@ def helm() -> Path:
     Raises:
         BinariesMissing: it is not there.
     """
-    path = built_helm_folder() / HELM
+    path = built_folder(HELM_MODULE) / HELM
     if not os.access(path, os.X_OK):
         raise BinariesMissing(f"helm is not built ({path}): run `make setup`")
     return path

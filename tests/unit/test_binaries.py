@@ -14,7 +14,6 @@ from harness.binaries import (
     CONTROLLER_MANAGER,
     CONTROLLER_MANAGER_MODULE,
     BinariesMissing,
-    built_controller_manager_folder,
     built_folder,
     controller_manager,
 )
@@ -53,7 +52,7 @@ def test_the_controller_manager_and_the_api_server_are_built_from_the_same_versi
     both = servers.keys() & manager.keys()
     assert {"k8s.io/kubernetes", "k8s.io/client-go", "google.golang.org/grpc"} <= both
     assert {name: servers[name] for name in both} == {name: manager[name] for name in both}
-    assert built_folder() != built_controller_manager_folder()
+    assert built_folder(CONTROL_PLANE_MODULE) != built_folder(CONTROLLER_MANAGER_MODULE)
 
 
 def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_path(
@@ -63,7 +62,7 @@ def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_pa
         controller_manager()
     installed = program(nowhere / "bin")
     assert controller_manager() == installed
-    built = program(built_controller_manager_folder())
+    built = program(built_folder(CONTROLLER_MANAGER_MODULE))
     assert controller_manager() == built
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(nowhere / "assets"))
     assert controller_manager() == built, "the assets of Go operators' tests have no controller manager"

@@ -25,9 +25,7 @@ from harness.binaries import (
     NAMES,
     Binaries,
     BinariesMissing,
-    built_controller_manager_folder,
     built_folder,
-    built_helm_folder,
     controller_manager,
     helm,
     kubernetes_version,
@@ -68,12 +66,12 @@ def ensure_control_plane() -> None:
                 "have them built"
             )
         return
-    folder = built_folder()
+    folder = built_folder(CONTROL_PLANE_MODULE)
     if Binaries.within(folder) is not None:
         return
     say(f"==> Control plane: Kubernetes {kubernetes_version()} and etcd, into {folder}")
     say("    Built from source, once: 10 to 20 minutes on two cores, 4 GB of disk while it lasts.")
-    _build(CONTROL_PLANE_MODULE, PACKAGES, folder)
+    _build(CONTROL_PLANE_MODULE, PACKAGES)
 
 
 def ensure_controller_manager() -> None:
@@ -85,11 +83,11 @@ def ensure_controller_manager() -> None:
     try:
         controller_manager()
     except BinariesMissing:
-        folder = built_controller_manager_folder()
-        say(f"==> Controller manager: Kubernetes {kubernetes_version()}, into {folder}")
+        say(
+            f"==> Controller manager: Kubernetes {kubernetes_version()}, into {built_folder(CONTROLLER_MANAGER_MODULE)}"
+        )
         say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, else some more.")
-        packages = {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"}
-        _build(CONTROLLER_MANAGER_MODULE, packages, folder)
+        _build(CONTROLLER_MANAGER_MODULE, {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"})
 
 
 def ensure_helm() -> None:
@@ -101,10 +99,9 @@ def ensure_helm() -> None:
     try:
         helm()
     except BinariesMissing:
-        folder = built_helm_folder()
-        say(f"==> Helm, into {folder}")
+        say(f"==> Helm, into {built_folder(HELM_MODULE)}")
         say("    Built from source, once: 3 to 5 minutes on two cores.")
-        _build(HELM_MODULE, {HELM: f"helm.sh/helm/v4/cmd/{HELM}"}, folder)
+        _build(HELM_MODULE, {HELM: f"helm.sh/helm/v4/cmd/{HELM}"})
 
 
 def remove_build_cache() -> None:
@@ -119,8 +116,9 @@ def _work() -> Path:
     return cache_dir() / "controlplane-work"
 
 
-def _build(module: Path, packages: Mapping[str, str], folder: Path) -> None:
-    """Build the packages into `folder`, which appears when all of them are done."""
+def _build(module: Path, packages: Mapping[str, str]) -> None:
+    """Build the packages into the module's folder, which appears when all of them are done."""
+    folder = built_folder(module)
     work = _work()
     work.mkdir(exist_ok=True)
     go = find_go(work)
