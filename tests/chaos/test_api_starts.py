@@ -35,6 +35,11 @@ async def begins(operator: OperatorProcess, words: str) -> int:
     await until(tried, WAIT, lambda: f"{ATTEMPTS} attempts to list; {operator.tail()}")
     assert _status(f"{operator.url}/readyz") == 503
     assert _status(f"{operator.url}/healthz") == 200
+    # What the alert VCPUSetAPIServerUnreachable goes by.
+    lines = (line.split() for line in operator.metrics().splitlines() if line.startswith("vcpuset_l"))
+    shown = {name: float(value) for name, value in lines}
+    assert shown["vcpuset_last_list_timestamp_seconds"] == 0
+    assert shown["vcpuset_list_errors_total"] >= ATTEMPTS
     return operator.pid
 
 
@@ -43,6 +48,7 @@ async def begins(operator: OperatorProcess, words: str) -> int:
     [
         pytest.param(Refuse(429, 1, "storage is (re)initializing"), "storage is (re)initializing", id="starting"),
         pytest.param(Refuse(503), "HTTP 503", id="unavailable"),
+        pytest.param(Refuse(404), "apply the folder crds/", id="without the definition"),
         pytest.param(None, "Cannot connect to host", id="away"),
     ],
 )

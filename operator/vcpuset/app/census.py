@@ -32,14 +32,14 @@ class Snapshot:
 
     sets   those that this process serves
     waits  how long those of them that are not Ready since a change of their spec have been so, in seconds
-    limit  series of single sets are shown for so many sets at most
+    limit  series of single sets are shown for so many sets at most; 0: never, and nothing says that they are left out
     now    the time of the clock
     """
 
     def __init__(self, sets: Iterable[VCPUSet], waits: Mapping[UID, float], limit: int, now: datetime) -> None:
         self._sets = tuple(sets)
         self._waits = waits
-        self._shown = len(self._sets) <= limit
+        self._limit = limit
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -47,12 +47,17 @@ class Snapshot:
         states = [_state(vcpuset) for vcpuset in self._sets]
         unmatched = [self._unmatched_seconds(vcpuset) for vcpuset in self._sets]
         yield from _summed(states, unmatched)
-        shown = GaugeMetricFamily(
-            "vcpuset_set_series", "1: there are series for single sets; 0: there are more sets than may be shown."
+        if not self._limit:
+            return
+        shown = len(self._sets) <= self._limit
+        family = GaugeMetricFamily(
+            "vcpuset_set_series",
+            "1: there are series for single sets; 0: there are more sets than may be shown. "
+            "Not there with --metrics-set-limit=0.",
         )
-        shown.add_metric([], float(self._shown))
-        yield shown
-        if self._shown:
+        family.add_metric([], float(shown))
+        yield family
+        if shown:
             yield from self._single(states, unmatched)
 
     def _single(self, states: list[tuple[State, str]], unmatched: list[float]) -> Iterator[Metric]:

@@ -190,7 +190,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_METRICS_SET_LIMIT",
     show_envvar=True,
-    help="Up to how many sets have metrics of their own; with more, only sums are shown.",
+    help="Up to how many sets have metrics of their own; with more, only sums are shown. 0: never any.",
 )
 @click.option(
     "--leader-elect/--no-leader-elect",

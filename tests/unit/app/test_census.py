@@ -116,6 +116,13 @@ def test_with_more_sets_than_the_limit_only_sums_are_shown() -> None:
     assert beyond["vcpuset_longest_unmatched_seconds", "Stalled"] == 60
 
 
+def test_who_wants_no_series_of_single_sets_is_not_told_that_they_are_left_out() -> None:
+    seen = shown(named("web", "Ready", "Converged"), limit=0)
+    assert ("vcpuset_set_series",) not in seen
+    assert not any("web" in key for key in seen)
+    assert seen["vcpuset_sets", "Ready", "Converged"] == 1
+
+
 def test_no_set_has_more_than_six_series() -> None:
     """Five thousand sets are thirty thousand series: what one more would cost is to be thought of before."""
     seen = shown(named("web", "Ready", "Converged", online_vcpus=2))
