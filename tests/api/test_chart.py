@@ -1,22 +1,21 @@
-"""The Helm chart: it makes what kustomize makes, obeys and checks its values, and lives through a release's life."""
+"""The Helm chart: it makes what kustomize makes, and obeys and checks its values."""
 
 import json
 import tomllib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import pytest_asyncio
 import yaml
 from click.testing import CliRunner
 
 from harness.binaries import binaries
 from harness.cache import REPOSITORY
-from harness.controlplane import ControlPlane
-from harness.helm import CHART, render, run_helm
+from harness.helm import CHART, render, run_helm, settings
 from harness.processes import run
 from vcpuset.cli.main import main
+from vcpuset.domain import networks
 
 __all__: list[str] = []
 
@@ -124,13 +123,9 @@ async def test_helm_finds_no_fault_in_the_chart() -> None:
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-def settings(values: Mapping[str, object]) -> list[str]:
-    """Values, by their paths, as options of helm."""
-    return [f"--set-json={path}={json.dumps(value)}" for path, value in values.items()]
-
-
+DEFAULT_CONTAINER: Final = {"kubectl.kubernetes.io/default-container": "other"}
 SCHEMA: Final[Json] = json.loads((CHART / "values.schema.json").read_text())
-LARGE: Final = ("resources", "affinity", "podLabels")
+LARGE: Final = ("resources", "affinity", "podAnnotations", "podLabels", "labels")
 """Values that are Kubernetes' own, and handed on as a whole."""
 
 
@@ -251,6 +246,48 @@ async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
     assert sign in await made_of({**beside, path: value})
 
 
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        pytest.param({}, 70_000, id="by default"),
+        pytest.param({"metricsSetLimit": 50_000}, 310_000, id="more"),
+        pytest.param({"metricsSetLimit": 0}, 10_000, id="none"),
+    ],
+)
+async def test_prometheus_may_read_as_many_samples_as_the_program_may_show(
+    values: dict[str, object], limit: int
+) -> None:
+    """Six of each set, and some of the process; a scrape with more than its limit is refused as a whole."""
+    objects = await render(*settings({**values, "monitoring.enabled": True}))
+    (monitor,) = (each for each in objects if each["kind"] == "PodMonitor")
+    assert monitor["spec"]["sampleLimit"] == limit
+
+
+async def test_who_may_read_the_metrics_is_what_a_value_says_and_nobody_else() -> None:
+    """With the shipped label beside the value's, a namespace would need both."""
+    for objects, expected in (
+        (await render(), {"vcpuset.dev/metrics": "allowed"}),
+        (
+            await render(*settings({"networkPolicy.metricsNamespaceLabels": {"team": "metrics"}})),
+            {"team": "metrics"},
+        ),
+    ):
+        selectors = [
+            source["namespaceSelector"]
+            for each in objects
+            if each["kind"] == "NetworkPolicy"
+            for rule in each["spec"]["ingress"]
+            for source in rule["from"]
+        ]
+        assert selectors == [{"matchLabels": expected}] * 2
+
+
+async def test_secrets_are_for_a_controller_that_is_there() -> None:
+    made = await made_of({"credentials.namespaces": ["shop"], "controller.enabled": False})
+    assert "kind: RoleBinding\nmetadata:\n  name: vcpuset-monitor-credentials" not in made
+    assert "namespace: shop" not in made
+
+
 @pytest.mark.parametrize(("path", "sign"), DISAPPEARS, ids=[path for path, _ in DISAPPEARS])
 async def test_a_switch_is_obeyed(path: str, sign: str) -> None:
     assert sign in await made_of({})
@@ -319,10 +356,22 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("agent.maxUnavailable", 0, "at '/agent/maxUnavailable': minimum: got 0, want 1"),
         ("agent.namespace.name", "Agents", "at '/agent/namespace/name': 'Agents' does not match pattern"),
         ("agent.podLabels", {"app.kubernetes.io/name": "x"}, "at '/agent/podLabels/app.kubernetes.io~1name'"),
+        (
+            "agent.podAnnotations",
+            DEFAULT_CONTAINER,
+            "at '/agent/podAnnotations/kubectl.kubernetes.io~1default-container'",
+        ),
+        ("controller.podAnnotations", DEFAULT_CONTAINER, "at '/controller/podAnnotations/kubectl.kubernetes.io~1"),
+        ("monitoring.labels", {"app.kubernetes.io/part-of": "x"}, "at '/monitoring/labels/app.kubernetes.io~1part-of'"),
+        ("monitoring.labels", {"helm.sh/chart": "x"}, "at '/monitoring/labels/helm.sh~1chart'"),
         ("controller.allowTCP", ["10.0.0.1"], "at '/controller/allowTCP/0': '10.0.0.1' does not match pattern"),
         ("controller.allowTCP", ["10.0.0.0/33"], "at '/controller/allowTCP/0': '10.0.0.0/33' does not match pattern"),
         ("controller.allowTCP", ["256.0.0.0/8"], "at '/controller/allowTCP/0': '256.0.0.0/8' does not match pattern"),
         ("controller.allowTCP", ["2001:db8::/129"], "at '/controller/allowTCP/0'"),
+        ("controller.allowTCP", ["1:2/64"], "at '/controller/allowTCP/0'"),
+        ("controller.allowTCP", ["12:34:/64"], "at '/controller/allowTCP/0'"),
+        ("controller.allowTCP", ["1::2::3/64"], "at '/controller/allowTCP/0'"),
+        ("controller.allowTCP", ["1:2:3:4:5:6:7:8:9/64"], "at '/controller/allowTCP/0'"),
         ("controller.allowTCP", "10.0.0.0/8", "at '/controller/allowTCP': got string, want array"),
         ("controller.leaderElection.leaseName", "a_b", "at '/controller/leaderElection/leaseName'"),
         ("controller.resources", {"cpu": "1"}, "at '/controller/resources': additional properties 'cpu' not allowed"),
@@ -341,96 +390,28 @@ async def test_a_bad_value_is_refused_by_its_name(path: str, value: object, name
     assert named in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        "::/0",
+        "2001:db8::/32",
+        "fd00:10:20:30::/64",
+        "64:ff9b::/96",
+        "1:2:3:4:5:6:7:8/128",
+        "1::8/128",
+        "1:2:3:4:5:6:7::/112",
+        "::2:3:4:5:6:7:8/128",
+        "FE80::/10",
+        "0.0.0.0/0",
+        "10.20.0.0/16",
+    ],
+)
+async def test_a_network_that_the_schema_takes_the_program_takes_too(network: str) -> None:
+    await made_of({"controller.allowTCP": [network]})
+    networks.network(network)
+
+
 async def test_an_older_kubernetes_is_refused_and_a_vendors_version_is_not() -> None:
     refused = await run_helm("template", "vcpuset", CHART, "--kube-version=v1.31.9", check=False)
     assert "chart requires kubeVersion: >=1.32.0-0" in refused.stderr
     await render("--kube-version=v1.32.1-gke.100")
-
-
-# --- a release's life ---------------------------------------------------------------------------------------------
-
-
-@pytest_asyncio.fixture
-async def cluster() -> AsyncIterator[ControlPlane]:
-    """An API server on which nothing is installed."""
-    async with ControlPlane() as running:
-        yield running
-
-
-VCPUSET: Final = """\
-apiVersion: vcpuset.dev/v1alpha1
-kind: VCPUSet
-metadata: {name: web, namespace: default}
-spec: {vcpus: 2, nodeName: node-1, monitor: {unix: {path: web/qmp.sock}}}
-"""
-
-
-async def test_a_release_is_installed_upgraded_and_uninstalled_and_the_sets_stay(cluster: ControlPlane) -> None:
-    async def release(*arguments: str | Path) -> str:
-        return (await run_helm(*arguments, kubeconfig=cluster.kubeconfig)).stdout
-
-    async def arguments() -> list[str]:
-        got = await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system", "-o", "json")
-        return list(json.loads(got.stdout)["spec"]["template"]["spec"]["containers"][0]["args"])
-
-    async def columns() -> str:
-        path = "jsonpath={.spec.versions[0].additionalPrinterColumns[*].name}"
-        return (await cluster.kubectl("get", "crd/vcpusets.vcpuset.dev", "-o", path)).stdout
-
-    async def ours() -> set[str]:
-        kinds = (
-            "crd,ds,deploy,sa,clusterroles,clusterrolebindings,roles,rolebindings,pdb,networkpolicies,priorityclasses,"
-        )
-        kinds += "validatingadmissionpolicies,validatingadmissionpolicybindings"
-        selector = "--selector=app.kubernetes.io/part-of=vcpuset"
-        found = await cluster.kubectl("get", kinds, "--all-namespaces", selector, "-o=name")
-        return set(found.stdout.split())
-
-    # What the API server would do with it. A namespace that is not there yet takes nothing, so they are made before.
-    for kind in ("agent", "controller"):
-        await cluster.kubectl("apply", "--server-side", "-f", DEPLOY / "parts" / kind / "namespace.yaml")
-    there = settings({"agent.namespace.create": False, "controller.namespace.create": False})
-    await release("install", "vcpuset", CHART, "--dry-run=server", *there)
-    assert await ours() == set()
-
-    await release("install", "vcpuset", CHART, *there)
-    await cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
-    await cluster.kubectl("create", "-f", "-", input=VCPUSET)
-    assert not any(word.startswith("--allow-tcp") for word in await arguments())
-    installed = await ours()
-
-    # As if an older version had been installed.
-    complete = await columns()
-    older = [{"op": "remove", "path": "/spec/versions/0/additionalPrinterColumns/0"}]
-    await cluster.kubectl("patch", "crd/vcpusets.vcpuset.dev", "--type=json", "-p", json.dumps(older))
-    assert await columns() != complete
-    values = settings({"controller.allowTCP": ["192.0.2.0/24"], "credentials.namespaces": ["default"]})
-    await release("upgrade", "vcpuset", CHART, *there, *values, "--force-conflicts")
-    assert "--allow-tcp=192.0.2.0/24" in await arguments()
-    assert await columns() == complete, "the definition is upgraded with the release"
-    assert await ours() == installed | {"rolebinding.rbac.authorization.k8s.io/vcpuset-monitor-credentials"}
-
-    await release("uninstall", "vcpuset")
-    assert await ours() == {"customresourcedefinition.apiextensions.k8s.io/vcpusets.vcpuset.dev"}
-    sets = await cluster.kubectl("get", "vcs", "--all-namespaces", "-o=name")
-    assert sets.stdout.split() == ["vcpuset.vcpuset.dev/web"]
-
-    await release("install", "vcpuset", CHART, *there)
-    assert await ours() == installed, "what was kept does not stand in the way of another installation"
-
-
-async def test_a_release_is_installed_into_a_namespace_that_helm_makes(cluster: ControlPlane) -> None:
-    into = ("--namespace=vcpuset-system", "--create-namespace")
-    said = await run_helm("install", "vcpuset", CHART, *into, kubeconfig=cluster.kubeconfig)
-    # Helm gives it no labels.
-    label = "pod-security.kubernetes.io/enforce=restricted"
-    assert f"kubectl label namespace vcpuset-system {label}\n" in said.stdout
-    await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system")
-
-
-async def test_a_release_makes_its_namespaces_with_the_labels_of_pod_security(cluster: ControlPlane) -> None:
-    await run_helm("install", "vcpuset", CHART, kubeconfig=cluster.kubeconfig)
-    label = "pod-security.kubernetes.io/enforce"
-    got = await cluster.kubectl("get", "namespaces", f"--label-columns={label}", "--no-headers")
-    enforced = {line.split()[0]: line.split()[-1] for line in got.stdout.splitlines()}
-    assert (enforced["vcpuset-agent"], enforced["vcpuset-system"]) == ("privileged", "restricted")

@@ -1,7 +1,9 @@
 """Helm, as a user would run it; its caches and settings are the test's own, not those of whoever runs the tests."""
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from harness.binaries import helm
 from harness.cache import REPOSITORY
 from harness.processes import Completed, run
 
-__all__ = ["CHART", "render", "run_helm"]
+__all__ = ["CHART", "render", "run_helm", "settings"]
 
 CHART = REPOSITORY / "deploy" / "helm" / "vcpuset"
 
@@ -37,3 +39,8 @@ async def render(*arguments: str | Path, chart: Path = CHART) -> list[dict[str, 
     """The objects that `helm template` makes."""
     text = (await run_helm("template", "vcpuset", chart, *arguments)).stdout
     return [each for each in yaml.safe_load_all(text) if each]
+
+
+def settings(values: Mapping[str, object]) -> list[str]:
+    """Values, by their paths, as options of helm."""
+    return [f"--set-json={path}={json.dumps(value)}" for path, value in values.items()]

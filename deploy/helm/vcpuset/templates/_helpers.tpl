@@ -124,7 +124,7 @@ ingress:
 - from:
   - namespaceSelector:
       matchLabels:
-        {{- toYaml .Values.networkPolicy.metricsNamespaceLabels | nindent 8 }}
+        {{- toYaml (.Values.networkPolicy.metricsNamespaceLabels | default (dict "vcpuset.dev/metrics" "allowed")) | nindent 8 }}
   ports:
   - {protocol: TCP, port: http}
 egress:
