@@ -62,6 +62,13 @@ async def test_every_module_is_there_and_none_is_of_the_work_tree(image: Image) 
     assert tree(image.root) == before, "nothing is written into the image"
 
 
+async def test_bytecode_of_all_that_is_loaded_is_in_the_image_that_of_the_standard_library_too(image: Image) -> None:
+    said = (await image.run("python", "-v", "-c", IMPORT_ALL)).stderr
+    loaded = [Path(path) for path in re.findall(r"^# code object from '?(.+?)'?$", said, re.MULTILINE)]
+    assert len(loaded) > 100, "it is told where each module comes from: a source file that is compiled, or bytecode"
+    assert not [path for path in loaded if path.suffix != ".pyc" or not path.is_relative_to(image.root)]
+
+
 async def test_it_holds_the_pinned_versions_and_nothing_that_only_tests_or_builds_need(image: Image) -> None:
     def plain(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
@@ -139,14 +146,14 @@ async def test_the_manifests_run_what_the_image_is_made_for(image: Image) -> Non
 def test_both_stages_have_one_pinned_base_that_can_be_replaced() -> None:
     found = instructions()
     base = next(value for instruction, value in found if instruction == "ARG" and value.startswith("BASE="))
-    assert re.fullmatch(r"BASE=python:3\.\d+-slim-[a-z]+", base)
+    assert re.fullmatch(r"BASE=python:3\.\d+\.\d+-slim-[a-z]+", base)
     assert [value.partition(" AS ")[0] for instruction, value in found if instruction == "FROM"] == ["${BASE}"] * 2
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 async def test_all_dependencies_are_ready_made_for_the_images_python(tmp_path: Path, machine: str) -> None:
     base = next(value for instruction, value in instructions() if value.startswith("BASE="))
-    version = re.search(r"python:(3\.\d+)-", base)
+    version = re.search(r"python:(3\.\d+\.\d+)-", base)
     assert version is not None
     platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 28)] + [
         f"--platform=manylinux2014_{machine}"
