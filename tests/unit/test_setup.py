@@ -200,22 +200,18 @@ def test_a_source_that_was_added_is_removed_when_a_later_step_fails(tmp_path: Pa
     assert not added.exists()
 
 
-GO: Final = """\
+CAN_BUILD: Final = """\
 #!/bin/sh
 case "$1" in
-    version) {version};;
-    list) test -f go.mod && {list};;
+    version) echo go version go1.99.1 linux/amd64;;
+    list) test -f go.mod && echo example.com/module;;
 esac
 """
 
-VERSION: Final = "echo go version go1.99.1 linux/amd64"
-TOO_OLD: Final = "{ echo go: errors parsing go.mod: invalid go version >&2; exit 1; }"
-"""What go.mod asks for is too new for it. `go version` says the version all the same, unless it may fetch another Go."""
-
-CAN_BUILD: Final = GO.format(version=VERSION, list="echo example.com/module")
 CANNOT_BUILD: Final = {
-    "too-old": GO.format(version=VERSION, list=TOO_OLD),
-    "too-old-and-its-successor-cannot-be-had": GO.format(version="exit 1", list=TOO_OLD),
+    # `go version` says the version all the same.
+    "too-old": CAN_BUILD.replace("echo example.com/module", "{ echo go: errors parsing go.mod >&2; exit 1; }"),
+    "too-old-and-cannot-fetch-what-go-mod-asks-for": "#!/bin/sh\nexit 1\n",
     "does-not-run": "#!/nowhere/sh\n",
 }
 
