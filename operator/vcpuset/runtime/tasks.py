@@ -31,8 +31,7 @@ class TaskOwner:
         async with TaskOwner(close_seconds=10) as owner:
             owner.spawn(serve(), "server")
             owner.spawn(run_workers(queue, ...), "workers")
-            owner.spawn(announce(), "announcement", may_end=True)
-            await owner.wait()              # raises TaskEndedError if one fails or ends that should not
+            await owner.wait()              # raises TaskEndedError if one fails or returns
             ...
             queue.shut_down()
             await owner.finish("workers")   # ends in good order; the rest is cancelled after the block
@@ -44,15 +43,15 @@ class TaskOwner:
         """`close_seconds`: how long `aclose()` waits for cancelled tasks."""
         self._close_seconds = close_seconds
         self._running: dict[str, asyncio.Task[object]] = {}
-        # Names of tasks whose return is no error.
-        self._may_end: set[str] = set()
+        # Names of tasks that were told to end.
+        self._finishing: set[str] = set()
         self._closing = False
         # An event and the error rather than a future with it: a future warns if nobody asks for it.
         self._ended = asyncio.Event()
         self._error: TaskEndedError | None = None
 
-    def spawn(self, work: Coroutine[Any, Any, object], name: str, *, may_end: bool = False) -> None:
-        """Run `work` as a task; unless it `may_end`, its return is as much an error as an exception.
+    def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
+        """Run `work` as a task; its return is as much an error as an exception.
 
         Raises `RuntimeError` once the owner is closing, `ValueError` if a task of that name is running.
         """
@@ -61,8 +60,6 @@ class TaskOwner:
             if self._closing:
                 raise RuntimeError(f"background task {name!r} cannot start: its owner is closing")
             raise ValueError(f"background task {name!r} cannot start: one of that name is running")
-        if may_end:
-            self._may_end.add(name)
         task = asyncio.create_task(work, name=name)
         self._running[name] = task
         task.add_done_callback(self._see_end)
@@ -80,7 +77,7 @@ class TaskOwner:
         """
         task = self._running.get(name)
         if task is not None:
-            self._may_end.add(name)
+            self._finishing.add(name)
             await asyncio.wait([task])
 
     async def aclose(self) -> None:
@@ -120,8 +117,8 @@ class TaskOwner:
     def _see_end(self, task: asyncio.Task[object]) -> None:
         name = task.get_name()
         del self._running[name]
-        may_end = name in self._may_end or self._closing
-        self._may_end.discard(name)
+        may_end = name in self._finishing or self._closing
+        self._finishing.discard(name)
         cause = None if task.cancelled() else task.exception()
         if cause is not None:
             error = TaskEndedError(f"background task {name!r} failed: {cause!r}")

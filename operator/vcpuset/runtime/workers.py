@@ -128,8 +128,7 @@ async def _serve(
         label = _settle(queue, key, outcome)
     except asyncio.CancelledError:
         logger.warning("%s: pass cut off after %.1f s", key, loop.time() - started_at)
-        # The work is not done. Ignored when the queue is shut down, and, other than add(), after a drop().
-        queue.add_after(key, 0)
+        queue.add(key)  # The work is not done. Ignored when the queue is shut down.
         raise
     finally:
         queue.done(key)

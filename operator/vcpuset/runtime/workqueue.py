@@ -8,15 +8,14 @@ piece of work:
     queue.add_after(key, 60)      # look at it again, at the latest in 60 s
     queue.add_rate_limited(key)   # it failed: look again after the back-off
     queue.forget(key)             # it succeeded: the back-off starts anew
-    queue.drop(key)               # the object is gone
 
     key = await queue.get()       # a worker takes a key ...
     queue.touch(key)              # ... may say that it gets on ...
     queue.done(key)               # ... and gives it back, whatever came of it
 
-Three things differ from client-go. A pass supersedes the timers set before it: its own result says
-when to look next, so a key has at most one timer, and none while it is due anyway. A deleted object's
-key can be dropped. And giving back a key that was not handed out is an error.
+Two things differ from client-go. A pass supersedes the timers set before it: its own result says when
+to look next, so a key has at most one timer, and none while it is due anyway. And giving back a key
+that was not handed out is an error.
 """
 
 from __future__ import annotations
@@ -91,8 +90,8 @@ class WorkQueue(Generic[K]):
         self._backoff = backoff
         self._observer = observer
 
-        # Due, in order of work, with the loop time of the add. Ordered dictionaries rather than a deque
-        # and a set: drop() takes a key out of the middle at no cost.
+        # Due, in order of work, with the loop time of the add. Not a plain dictionary: that one slows down
+        # when its first key is taken out again and again.
         self._ready: OrderedDict[K, float] = OrderedDict()
         # Handed out and not yet given back, with the loop time of the hand-out. None is in _ready.
         self._processing: dict[K, float] = {}
@@ -100,8 +99,6 @@ class WorkQueue(Generic[K]):
         self._touched: dict[K, float] = {}
         # Added while in _processing, with the time of the add; done() moves them to _ready.
         self._again: dict[K, float] = {}
-        # Dropped while in _processing: what the rest of that pass says of the old object does not count.
-        self._dropped: set[K] = set()
         # One timer for a key, none for a key that is due (in _ready or _again). A loop handle for each,
         # because asyncio already keeps its handles in one heap, and clears cancelled ones out of it; a
         # heap of our own would do the same once more. It costs about 0.3 kB a key.
@@ -137,7 +134,7 @@ class WorkQueue(Generic[K]):
         Of several deadlines the earliest wins. The next hand-out of the key ends them all: the pass that
         then starts decides anew. A deadline set during a pass outlives `done()`.
         """
-        if self.shutting_down or self._is_due(key) or key in self._dropped:
+        if self.shutting_down or self._is_due(key):
             return
         if delay <= 0:
             self.add(key)
@@ -154,7 +151,7 @@ class WorkQueue(Generic[K]):
 
         A key that was added in the meantime does not wait: there is something new to look at.
         """
-        if self.shutting_down or key in self._dropped:
+        if self.shutting_down:
             return
         self._retries_total += 1
         self._failures[key] = self.failures(key) + 1
@@ -201,7 +198,6 @@ class WorkQueue(Generic[K]):
             raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
         started_at = self._processing.pop(key)
         self._touched.pop(key, None)
-        self._dropped.discard(key)
         if key in self._again:
             self._ready[key] = self._again.pop(key)
             self._wake_getter()
@@ -216,19 +212,6 @@ class WorkQueue(Generic[K]):
     def forget(self, key: K) -> None:
         """End the key's back-off, after a success. It does not replace `done()`."""
         self._failures.pop(key, None)
-
-    def drop(self, key: K) -> None:
-        """The key's object is gone: forget everything about it.
-
-        A pass that is under way just ends: what it still adds with a delay is ignored. Only `add()`
-        brings the key back, for a new object of the same name.
-        """
-        self._cancel_timer(key)
-        self._ready.pop(key, None)
-        self._again.pop(key, None)
-        self._failures.pop(key, None)
-        if key in self._processing:
-            self._dropped.add(key)
 
     # Ending.
 

@@ -77,15 +77,6 @@ async def test_of_several_ends_the_first_is_raised_and_all_are_logged(
     assert "'second'" in caplog.text
 
 
-async def test_a_task_that_may_end_can_return_without_ado(caplog: pytest.LogCaptureFixture) -> None:
-    async with TaskOwner(close_seconds=10) as owner:
-        owner.spawn(returns_after(1), "announcement", may_end=True)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(100):
-                await owner.wait()
-    assert not caplog.records
-
-
 async def test_a_task_that_is_told_to_end_can_be_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     stop = asyncio.Event()
 
@@ -114,19 +105,12 @@ async def test_a_task_that_fails_when_told_to_end_is_reported() -> None:
 
 async def test_a_name_can_be_used_again_once_its_task_is_over() -> None:
     async with TaskOwner(close_seconds=10) as owner:
-        owner.spawn(returns_after(1), "watch", may_end=True)
+        owner.spawn(returns_after(1), "watch")
         with pytest.raises(ValueError, match="'watch' cannot start"):
             owner.spawn(returns_after(1), "watch")
         await owner.finish("watch")
         owner.spawn(returns_after(1), "watch")
         with pytest.raises(TaskEndedError, match="'watch' returned"):
-            await owner.wait()
-
-
-async def test_a_task_that_may_end_must_not_fail() -> None:
-    async with TaskOwner(close_seconds=10) as owner:
-        owner.spawn(fails_after(1), "announcement", may_end=True)
-        with pytest.raises(TaskEndedError, match="'announcement' failed"):
             await owner.wait()
 
 

@@ -184,26 +184,6 @@ async def test_one_key_that_always_crashes_leaves_the_others_served() -> None:
     assert served == ["a", "b"]
 
 
-async def test_an_object_deleted_during_its_pass_is_not_looked_at_again() -> None:
-    queue = make_queue()
-    calls = 0
-
-    async def handler(key: str) -> Result:
-        nonlocal calls
-        calls += 1
-        await asyncio.sleep(1)
-        queue.drop(key)
-        return Done(requeue_after=60) if calls == 1 else Retry(OSError("away"))
-
-    async with working(queue, handler):
-        queue.add("a")
-        await asyncio.sleep(1000)
-        assert calls == 1
-        queue.add("a")
-        await asyncio.sleep(1000)
-        assert calls == 2
-
-
 # Concurrency.
 
 
@@ -334,23 +314,6 @@ async def test_cancelled_workers_leave_their_key_to_their_successors() -> None:
     async with working(queue, handler):
         await asyncio.sleep(1)
     assert [key for key, _ in handler.calls] == ["a"]
-
-
-async def test_a_key_dropped_before_its_pass_is_cancelled_does_not_come_back() -> None:
-    queue = make_queue()
-
-    async def forever(_: str) -> Result:
-        await asyncio.sleep(10_000)
-        return Done()
-
-    workers = asyncio.create_task(run_workers(queue, forever, count=1, grace_seconds=10))
-    queue.add("a")
-    await asyncio.sleep(1)
-    queue.drop("a")
-    workers.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await workers
-    assert len(queue) == 0
 
 
 async def test_a_worker_that_dies_of_a_defect_of_its_own_is_heard_of() -> None:

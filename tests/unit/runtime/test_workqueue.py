@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from dataclasses import replace
 
 import pytest
 
@@ -361,85 +360,6 @@ async def test_an_event_during_a_failing_pass_brings_the_key_at_once() -> None:
     assert queue.failures("a") == 1
 
 
-# Dropped keys.
-
-
-async def test_a_dropped_key_is_not_handed_out_and_leaves_the_others_in_order() -> None:
-    queue = make_queue()
-    for key in "abc":
-        queue.add(key)
-    queue.drop("b")
-    assert [await queue.get(), await queue.get()] == ["a", "c"]
-    assert await nothing_comes(queue, 100)
-
-
-async def test_dropping_forgets_deadline_and_failures() -> None:
-    queue = make_queue()
-    queue.add_rate_limited("a")
-    queue.drop("a")
-    assert queue.failures("a") == 0
-    assert queue.statistics() == replace(IDLE, retries_total=1)
-    assert await nothing_comes(queue, 1000)
-
-
-async def test_the_pass_of_a_dropped_key_ends_without_consequences() -> None:
-    queue = make_queue()
-    queue.add("a")
-    key = await queue.get()
-    queue.add(key)
-    queue.drop(key)
-    queue.add_after(key, 10)
-    queue.add_rate_limited(key)
-    queue.done(key)
-    assert queue.failures("a") == 0
-    assert queue.statistics().delayed == 0
-    assert await nothing_comes(queue, 1000)
-
-
-async def test_a_new_object_of_the_same_name_is_handed_out_after_the_old_ones_pass() -> None:
-    queue = make_queue()
-    queue.add("a")
-    key = await queue.get()
-    queue.drop(key)
-    queue.add(key)
-    assert await nothing_comes(queue, 10)
-    queue.done(key)
-    key = await queue.get()
-    queue.add_after(key, 5)
-    queue.done(key)
-    since = now()
-    await queue.get()
-    assert now() - since == pytest.approx(5)
-
-
-async def test_a_failure_of_the_old_object_is_not_counted_against_the_new_one() -> None:
-    queue = make_queue()
-    queue.add("a")
-    key = await queue.get()
-    queue.drop(key)
-    queue.add(key)
-    queue.add_rate_limited(key)
-    queue.done(key)
-    assert queue.failures("a") == 0
-    assert await queue.get() == "a"
-
-
-async def test_a_key_dropped_in_its_last_pass_can_be_delayed_again_later() -> None:
-    queue = make_queue()
-    queue.add("a")
-    key = await queue.get()
-    queue.drop(key)
-    queue.done(key)
-    queue.add_after(key, 5)
-    assert await queue.get() == "a"
-
-
-async def test_dropping_an_unknown_key_changes_nothing() -> None:
-    queue = make_queue()
-    queue.drop("a")
-    assert queue.statistics() == IDLE
-
-
 # Shutting down.
 
 
@@ -585,6 +505,8 @@ async def test_a_key_that_came_and_went_leaves_nothing_behind() -> None:
         key = await queue.get()
         queue.add_rate_limited(key)
         queue.done(key)
-        queue.drop(key)
+        assert await queue.get() == key
+        queue.forget(key)
+        queue.done(key)
     statistics = queue.statistics()
     assert (statistics.depth, statistics.processing, statistics.delayed, statistics.failing) == (0, 0, 0, 0)

@@ -38,11 +38,6 @@ class Fail:
 
 
 @dataclass(frozen=True)
-class Drop:
-    key: str
-
-
-@dataclass(frozen=True)
 class StartGet:
     pass
 
@@ -67,7 +62,7 @@ class Wait:
     seconds: float
 
 
-Step = Add | AddAfter | Fail | Drop | StartGet | CancelGet | GiveBack | LetRun | Wait
+Step = Add | AddAfter | Fail | StartGet | CancelGet | GiveBack | LetRun | Wait
 
 keys = st.sampled_from("ab")  # few, so that steps meet each other
 delays = st.sampled_from([0.0, 1.0, 2.5, 10.0, LONGEST_DELAY])
@@ -76,7 +71,6 @@ steps = st.lists(
         st.builds(Add, keys),
         st.builds(AddAfter, keys, delays),
         st.builds(Fail, keys),
-        st.builds(Drop, keys),
         st.builds(StartGet),
         st.builds(CancelGet, st.integers(0, 3)),
         st.builds(GiveBack, st.integers(0, 3)),
@@ -97,8 +91,6 @@ class Scenario:
         self.in_work: list[str] = []
         # Keys that must be handed out sooner or later, because they were added since the last time.
         self.owed: set[str] = set()
-        # Keys dropped in the middle of a pass: what is then added with a delay does not count.
-        self.dropped: set[str] = set()
 
     async def take(self) -> None:
         key = await self.queue.get()
@@ -108,9 +100,7 @@ class Scenario:
         self.in_work.append(key)
 
     def give_back(self, which: int) -> None:
-        key = self.in_work.pop(which)
-        self.dropped.discard(key)
-        self.queue.done(key)
+        self.queue.done(self.in_work.pop(which))
 
     async def do(self, step: Step) -> None:
         match step:
@@ -119,17 +109,10 @@ class Scenario:
                 self.owed.add(key)
             case AddAfter(key, delay):
                 self.queue.add_after(key, delay)
-                if key not in self.dropped:
-                    self.owed.add(key)
+                self.owed.add(key)
             case Fail(key):
                 self.queue.add_rate_limited(key)
-                if key not in self.dropped:
-                    self.owed.add(key)
-            case Drop(key):
-                self.queue.drop(key)
-                self.owed.discard(key)
-                if key in self.in_work:
-                    self.dropped.add(key)
+                self.owed.add(key)
             case StartGet():
                 self.getters.append(asyncio.create_task(self.take()))
             case CancelGet(which):
