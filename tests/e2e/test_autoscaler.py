@@ -6,7 +6,6 @@ subresource, the autoscaler, the operator, QEMU, and where a guest's part matter
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -42,21 +41,11 @@ QUIET_SYNCS: Final = 3
 Manifest = dict[str, Any]
 
 
-def examples() -> list[Manifest]:
-    """The YAML examples of the page, in its order."""
-    return [block.document() for block in PAGE.blocks("yaml")]
-
-
-def example(kind: str, name: str) -> Manifest:
-    """A manifest of the page."""
-    (found,) = [each for each in examples() if (each.get("kind"), each.get("metadata", {}).get("name")) == (kind, name)]
-    return copy.deepcopy(found)
-
-
 def fragment(field: str) -> Manifest:
     """The page's excerpt of an autoscaler that sets this field of `behavior.scaleDown`."""
+    examples: list[Manifest] = [block.document() for block in PAGE.blocks("yaml")]
     (found,) = [
-        each for each in examples() if "kind" not in each and field in each["spec"]["behavior"].get("scaleDown", {})
+        each for each in examples if "kind" not in each and field in each["spec"]["behavior"].get("scaleDown", {})
     ]
     return found
 
@@ -79,7 +68,7 @@ async def metrics(control_plane: ControlPlane) -> AsyncIterator[MetricsServer]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
     """The agent of the node that the page's set names."""
-    node = example("VCPUSet", "web")["spec"]["nodeName"]
+    node = PAGE.manifest("VCPUSet", "web")["spec"]["nodeName"]
     async with OperatorProcess(control_plane, f"--node-name={node}", socket_root=socket_root) as running:
         yield running
 
@@ -109,7 +98,7 @@ class Scaled:
 
     async def create(self, **spec: Any) -> Seen:
         """Apply the page's set, changed by `spec`, and wait until it is Ready."""
-        manifest = example("VCPUSet", "web")
+        manifest = PAGE.manifest("VCPUSet", "web")
         manifest["metadata"]["name"] = self.name
         manifest["spec"].update(spec, monitor={"unix": {"path": f"{self.name}/qmp.sock"}})
         await self.apply(manifest)
@@ -183,7 +172,7 @@ async def test_an_object_metric_drives_a_guest_up_and_down_with_one_write_for_ea
         web.control = guest.control
         await web.create()
         metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
         await web.says("web-by-load", "ScalingActive", "True", "ValidMetricFound")
         await web.settles(2)
         assert web.changes() == 0
@@ -207,7 +196,7 @@ async def test_external_metrics_are_added_up_and_drive_a_guest_up_and_down(
         web.control = guest.control
         await web.create()
         waiting("15", "5")
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-queue"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-queue"))
         await web.says("web-by-queue", "ScalingActive", "True", "ValidMetricFound")
         for messages, vcpus in ((("20", "17"), 4), (("30", "37"), 7), (("0", "25"), 3)):
             waiting(*messages)
@@ -225,7 +214,7 @@ async def test_the_status_stays_truthful_and_the_tolerance_is_about_it_while_a_g
         await web.create(vcpus=4)
         await guest.hold_cpus(1, 2, 3)
         metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
         await web.declared(2)
         refused = await user.wait_reason("web", "UnplugRefused")
         assert refused.vcpus == 4
@@ -251,7 +240,7 @@ async def test_an_autoscaler_whose_bounds_exceed_the_sets_is_refused_with_the_ru
         web.control = machine.control
         await web.create(maxVCPUs=3)
         metrics.set_object(user.namespace, "web", "guest_busy_cpus", "5.6")
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
         message = await web.says("web-by-load", "AbleToScale", "False", "FailedUpdateScale")
         assert "vcpus must be at most maxVCPUs" in message
         await web.settles(2)
@@ -269,7 +258,7 @@ async def test_without_a_metric_the_count_stays_but_for_the_autoscalers_own_boun
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
         await web.create()
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-load"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
         await web.says("web-by-load", "ScalingActive", "False", "FailedGetObjectMetric")
         await web.settles(2)
         assert web.changes() == 0
@@ -284,11 +273,11 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
     web = Scaled(user, folder)
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
-        manifest = example("VCPUSet", "web")
+        manifest = PAGE.manifest("VCPUSet", "web")
         await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
         await user.wait_ready("web")
         metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
-        autoscaler = example("HorizontalPodAutoscaler", "web-by-load")
+        autoscaler = PAGE.manifest("HorizontalPodAutoscaler", "web-by-load")
         autoscaler["spec"] |= fragment("stabilizationWindowSeconds")["spec"]
         await web.apply(autoscaler)
         await web.settles(4)
@@ -310,10 +299,10 @@ async def test_a_count_that_a_client_side_apply_overwrites_is_put_back_by_the_au
         web.control = machine.control
         await web.create()
         metrics.set_external(user.namespace, "queue_messages_ready", Series("31", {"queue": "web"}))
-        await web.apply(example("HorizontalPodAutoscaler", "web-by-queue"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-queue"))
         await web.settles(4)
         assert web.changes() == 1
-        await web.apply(example("VCPUSet", "web"))
+        await web.apply(PAGE.manifest("VCPUSet", "web"))
         await web.settles(4)
         assert web.changes() == 2
 
@@ -325,7 +314,7 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
     web, db = Scaled(user, folder), Scaled(user, folder, "db")
 
     def autoscaler(scaled: Scaled, name: str) -> Manifest:
-        manifest = example("HorizontalPodAutoscaler", "web-by-load")
+        manifest = PAGE.manifest("HorizontalPodAutoscaler", "web-by-load")
         manifest["metadata"]["name"] = name
         spec = manifest["spec"]
         for reference in (spec["scaleTargetRef"], spec["metrics"][0]["object"]["describedObject"]):
@@ -369,37 +358,6 @@ async def test_the_autoscaler_that_keda_makes_follows_the_metric_that_keda_serve
         await web.create()
         label = "scaledobject.keda.sh/name"
         metrics.set_external(user.namespace, "s0-prometheus", Series("50", {label: "web"}), Series("9k", {label: "db"}))
-        await web.apply(example("HorizontalPodAutoscaler", "keda-hpa-web"))
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "keda-hpa-web"))
         await web.settles(5)
         await web.says("keda-hpa-web", "ScalingActive", "True", "ValidMetricFound")
-
-
-async def test_the_pages_scaled_object_is_about_the_pages_set_and_keda_makes_the_pages_autoscaler_of_it() -> None:
-    """As KEDA's controllers/keda/hpa.go does; KEDA itself does not run here."""
-    scaled = example("ScaledObject", "web")
-    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
-    spec = scaled["spec"]
-    vcpuset = example("VCPUSet", "web")
-    kind = {key: vcpuset[key] for key in ("apiVersion", "kind")}
-    assert spec["scaleTargetRef"] == {**kind, "name": vcpuset["metadata"]["name"]}
-    assert vcpuset["spec"]["minVCPUs"] <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
-    assert spec["maxReplicaCount"] <= vcpuset["spec"]["maxVCPUs"]
-    (trigger,) = spec["triggers"]
-    name = scaled["metadata"]["name"]
-    assert example("HorizontalPodAutoscaler", f"keda-hpa-{name}")["spec"] == {
-        "scaleTargetRef": spec["scaleTargetRef"],
-        "minReplicas": spec["minReplicaCount"],
-        "maxReplicas": spec["maxReplicaCount"],
-        "metrics": [
-            {
-                "type": "External",
-                "external": {
-                    "metric": {
-                        "name": f"s0-{trigger['type']}",
-                        "selector": {"matchLabels": {"scaledobject.keda.sh/name": name}},
-                    },
-                    "target": {"type": trigger["metricType"], "averageValue": trigger["metadata"]["threshold"]},
-                },
-            }
-        ],
-    }

@@ -99,6 +99,15 @@ class Page:
             raise LookupError(f"{self.path}: one block {' '.join([language, *marks])} was expected; there is {places}")
         return found[0]
 
+    def manifest(self, kind: str, name: str) -> dict[str, Any]:
+        """The only example of an object of this kind and name. LookupError: there is none, or more than one."""
+        examples = [block.document() for block in self.blocks("yaml")]
+        found = [each for each in examples if (each.get("kind"), each.get("metadata", {}).get("name")) == (kind, name)]
+        if len(found) != 1:
+            raise LookupError(f"{self.path}: one {kind} {name} was expected; there are {len(found)}")
+        example: dict[str, Any] = found[0]
+        return example
+
     def _block(self, found: re.Match[str]) -> Block:
         language, *marks = found["info"].split()
         before = self.text[: found.start()]
