@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -121,7 +125,7 @@ async def test_a_name_goes_to_its_allowed_addresses_only(guest: Guest, resolver:
 async def test_a_name_of_foreign_addresses_is_refused_with_what_it_means(resolver: Resolver) -> None:
     resolver.answers = [[f"198.51.100.{number}" for number in range(1, 200)]]
     words = await refusal("vm.example", 4444, LOOPBACK)
-    assert "vm.example:4444, that is 198.51.100.1, 198.51.100.2, 198.51.100.3, 198.51.100.4 and 195 more," in words
+    assert "vm.example:4444 (198.51.100.1, 198.51.100.2, 198.51.100.3, 198.51.100.4 and 195 more) is not in" in words
 
 
 async def test_a_name_that_means_another_address_a_moment_later_leads_nowhere_else(
@@ -166,6 +170,70 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
 async def test_a_name_that_no_resolver_takes_is_unreachable() -> None:
     with pytest.raises(MonitorUnreachable, match="leads to no address"):
         await vcpus_at(f"{'a' * 64}.example", 4444, LOOPBACK)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "a firewall, a network policy or a route forbids it"),
+        (errno.EPERM, "a firewall, a network policy or a route forbids it"),
+        (errno.EINVAL, "Invalid argument"),  # what IPv6 says to fe80::1, which needs a zone
+        (errno.ENETUNREACH, "Network is unreachable"),
+    ],
+)
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", ""), ("vm.example", " (127.0.0.2, 127.0.0.1)")])
+async def test_what_the_network_forbids_is_no_matter_of_a_socket_s_rights_and_no_busy_monitor(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch, number: int, words: str, host: str, shown: str
+) -> None:
+    class Fenced(socket.socket):
+        def connect(self, address: object, /) -> None:
+            raise OSError(number, os.strerror(number))
+
+    resolver.answers = [["127.0.0.2", "127.0.0.1"]]
+    monkeypatch.setattr(socket, "socket", Fenced)
+    with pytest.raises(MonitorUnreachable) as caught:
+        await vcpus_at(host, 4444, LOOPBACK)
+    assert str(caught.value) == f"{host}:4444{shown} cannot be reached: {words}"
+
+
+async def test_a_name_whose_addresses_all_refuse_is_told_once_with_the_addresses(resolver: Resolver) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        resolver.answers = [["127.0.0.1", "127.0.0.2"]]
+        with pytest.raises(MonitorUnreachable) as caught:
+            await vcpus_at("vm.example", port, LOOPBACK)
+    assert str(caught.value) == f"nobody listens at vm.example:{port} (127.0.0.1, 127.0.0.2): is QEMU running?"
+
+
+async def test_a_name_whose_addresses_fail_each_in_its_way_is_told_with_all_of_them(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fenced(socket.socket):
+        def connect(self, address: Any, /) -> None:  # noqa: ANN401 - as the socket's own
+            if address[0] == "127.0.0.2":
+                raise OSError(errno.EACCES, "Permission denied")
+            super().connect(address)
+
+    monkeypatch.setattr(socket, "socket", Fenced)
+    resolver.answers = [["127.0.0.1", "127.0.0.2"]]
+    with pytest.raises(MonitorUnreachable) as caught:
+        await vcpus_at("vm.example", 1, LOOPBACK)
+    assert "vm.example:1 (127.0.0.1, 127.0.0.2) cannot be reached: [Errno 111]" in str(caught.value)
+    assert "Permission denied" in str(caught.value)
+
+
+def test_a_process_does_not_outlive_its_end_for_a_name_that_nobody_answers_for() -> None:
+    # The look-up of the child never ends; only the child can.
+    program = """
+import socket, threading
+from vcpuset.cli.main import main
+socket.getaddrinfo = lambda *_, **__: threading.Event().wait()
+main(["inspect", "vm.example:4444", "--timeout", "0.3"])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "(the look-up of its name included)" in ended.stderr
 
 
 async def test_monitors_serve_tcp_only_as_they_were_told_to(guest: Guest) -> None:

@@ -6,11 +6,10 @@ name that means another address a moment later leads nowhere else.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
 from vcpuset.domain.networks import Networks
+from vcpuset.qmp.daemons import DaemonThreads
 from vcpuset.qmp.tls import Access
 
 __all__ = ["TCPEndpoint"]
@@ -25,14 +25,16 @@ __all__ = ["TCPEndpoint"]
 _HEAD_START = 0.25
 """Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
 
-_LOOK_UPS = ThreadPoolExecutor(256, "look-up")
+_LOOK_UPS = DaemonThreads(256, "look-up")
 """The threads in which names are looked up. Their own, as a resolver takes its time where no DNS server answers, and
 whoever writes sets can name such names: the rest of the process shall not wait behind them for a thread. So many that
-all workers can be at names like that (64 workers, one in 3 s each, 10 s or so until the resolver gives up). A thread is
-made when it is needed."""
+all workers can be at names like that (64 workers, one in 3 s each, 10 s or so until the resolver gives up)."""
 
 _SHOWN = 4
 """As many addresses of a host are named."""
+
+_LONGEST = 200
+"""Characters that are shown of what is said of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,15 @@ class TCPEndpoint:
     async def connect(self) -> socket.socket:
         """A non-blocking socket connected to an allowed address of the host. No deadline.
 
-        Raises InvalidMonitor if no address is allowed, MonitorUnreachable if the name has none, OSError if none of the
-        allowed ones takes the connection.
+        Raises InvalidMonitor if no address is allowed, MonitorUnreachable if the name has none, or none of the allowed
+        ones takes the connection.
         """
         self.require_served()
-        connection = await start_connection(
-            self._allowed(await self._look_up()), happy_eyeballs_delay=_HEAD_START, interleave=1
-        )
+        allowed = self._allowed(await self._look_up())
+        try:
+            connection = await start_connection(allowed, happy_eyeballs_delay=_HEAD_START, interleave=1)
+        except OSError as error:
+            raise self._unreachable(allowed, error) from error
         _keep_alive(connection)
         return connection
 
@@ -103,7 +107,7 @@ class TCPEndpoint:
             # Asks nobody, so it need not wait for a thread behind the names that are looked up in vain.
             return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         try:
-            return await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, self._ask_resolver)
+            return await _LOOK_UPS.run(self._ask_resolver)
         except (socket.gaierror, UnicodeError) as error:
             words = error.strerror if isinstance(error, socket.gaierror) else str(error)
             raise MonitorUnreachable(
@@ -118,14 +122,31 @@ class TCPEndpoint:
             return found
         allowed = [each for each in found if self.networks.allow(each[4][0])]
         if not allowed:
-            addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
-            more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""
-            named = f", that is {', '.join(addresses[:_SHOWN])}{more}," if addresses != [self.host] else ""
             raise InvalidMonitor(
-                f"spec.monitor.tcp: {self}{named} is not in a network that this operator may connect to; name a "
-                "monitor that is, or have the operator's administrator add its network with --allow-tcp"
+                f"spec.monitor.tcp: {self}{self._meaning(found)} is not in a network that this operator may connect "
+                "to; name a monitor that is, or have the operator's administrator add its network with --allow-tcp"
             )
         return allowed
+
+    def _unreachable(self, tried: Sequence[AddrInfoType], error: OSError) -> MonitorUnreachable:
+        where = f"{self}{self._meaning(tried)}"
+        if isinstance(error, ConnectionRefusedError):
+            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running?")
+        if isinstance(error, PermissionError):
+            words = "a firewall, a network policy or a route forbids it"
+        elif error.errno is not None:
+            words = os.strerror(error.errno)
+        else:  # Not all addresses have failed in the same way: the words name each.
+            words = str(error).removeprefix("Multiple exceptions: ")[:_LONGEST]
+        return MonitorUnreachable(f"{where} cannot be reached: {words}")
+
+    def _meaning(self, found: Sequence[AddrInfoType]) -> str:
+        """The addresses behind a name, to be put after it."""
+        addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+        if addresses == [self.host]:
+            return ""
+        more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""
+        return f" ({', '.join(addresses[:_SHOWN])}{more})"
 
 
 def _keep_alive(connection: socket.socket) -> None:

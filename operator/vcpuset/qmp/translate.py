@@ -7,7 +7,6 @@ below are hints, taken from QEMU's source and checked by run where said. A text 
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 
@@ -101,10 +100,6 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
 # 'query-hotpluggable-cpus' is not enabled".
 _NO_HOTPLUG = re.compile(r"does not support hot-?plugging|feature 'query-hotpluggable-cpus' is not enabled")
 
-_NOBODY = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
-_QUEUED = frozenset({errno.EAGAIN, errno.EINVAL})
-"""The listener's queue is full: others wait for the monitor already. asyncio makes EINVAL of the kernel's EAGAIN."""
-
 _LONGEST = 200
 """Characters of a foreign message that are shown; `qemu.qmp` puts whole replies into its own."""
 
@@ -144,11 +139,11 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
     """What kept a session from being opened; `error` is what the operating system or `qemu.qmp` raised."""
     found = cause(error)
     match found:
-        case OSError(errno=number) if number in _QUEUED:
+        case BlockingIOError():  # the listener's queue is full: others wait for the monitor already
             return busy(where)
         case ConnectionResetError() | BrokenPipeError() | EOFError():
             return MonitorUnreachable(f"{where} closed the connection before the session began: is QEMU ending?")
-        case OSError(errno=number) if number in _NOBODY:
+        case ConnectionRefusedError() | FileNotFoundError():
             return MonitorUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(found)})")
         case PermissionError():
             return MonitorUnreachable(
@@ -194,14 +189,14 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
     cause  what broke the connection, if that is known
     """
     match cause or (error.exc if isinstance(error, ConnectError) else error):
-        case OSError(errno=number) if number in _QUEUED:
+        case BlockingIOError():
             return AgentTimeout(
                 f"{where} takes no more connections: other clients hold the socket and wait for it already;"
                 " let the operator alone use it"
             )
         case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
             return AgentUnreachable(f"the connection to {where} was closed before {command} was answered")
-        case OSError(errno=number) as failure if number in _NOBODY:
+        case ConnectionRefusedError() | FileNotFoundError() as failure:
             return AgentUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(failure)})")
         case PermissionError():
             return AgentUnreachable(

@@ -1,0 +1,51 @@
+"""Threads for calls that may hang, such as the look-up of a name: the process ends without waiting for them.
+
+The threads of `ThreadPoolExecutor`, which asyncio uses too, are waited for when the interpreter ends, whatever they are
+at. A resolver that no DNS server answers takes 10 s and more for one name, most of a pod's grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+__all__ = ["DaemonThreads"]
+
+_T = TypeVar("_T")
+
+
+class DaemonThreads:
+    """Up to `most` threads. One is made when it is needed, and kept; who comes when all are at work waits for one."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._made = 0
+        self._idle = threading.Semaphore(0)
+        self._todo: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+
+    async def run(self, function: Callable[[], _T]) -> _T:
+        """What the function returns or raises. Cancelled, it is not begun, or goes on for nobody."""
+        answer: Future[_T] = Future()
+        self._todo.put((answer, function))
+        if not self._idle.acquire(blocking=False) and self._made < self._most:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._made += 1
+        return await asyncio.wrap_future(answer)
+
+    def _work(self) -> None:
+        """One thread."""
+        while True:
+            answer, function = self._todo.get()
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(function())
+                except BaseException as error:  # noqa: BLE001 - raised again where the answer is awaited
+                    answer.set_exception(error)
+            # What a look-up was for is not kept until the next one.
+            del answer, function
+            self._idle.release()
