@@ -39,6 +39,7 @@ pytestmark = [
 
 PAGE: Final = Page(REPOSITORY / "docs" / "install.md")
 NODE: Final = "node-1"
+UPGRADED: Final = "registry.example.com/vcpuset:0.10"
 
 SHIPPED: Final = ("crds", "deploy")
 """What the page's commands need of this repository; its links lead from one folder to another."""
@@ -57,7 +58,7 @@ class Followed:
         self.control = reader.folder / "control"
         self._console = reader.folder / "console"
         reader.variables |= {
-            "IMAGE": "registry.example.com/vcpuset:0.1.0",
+            "IMAGE": "registry.example.com/vcpuset:2",  # a tag that YAML takes for a number, as does the upgrade's
             "NETWORK": "127.0.0.0/8",
             "VM": (
                 "-machine q35 -accel tcg -cpu qemu64 -m 192 -nodefaults -no-user-config -display none"
@@ -138,7 +139,9 @@ async def test_who_follows_the_page_gets_a_resized_machine_and_is_rid_of_all_but
             page = Followed(way, reader, control_plane, nodes)
             for block in page.blocks():
                 if "upgrade" in block.marks:
-                    reader.variables["IMAGE"] = "registry.example.com/vcpuset:0.2.0"
+                    reader.variables["IMAGE"] = UPGRADED
+                if block.marks == ("uninstall", "bindings"):
+                    await control_plane.kubectl("apply", "-f", REPOSITORY / "deploy/examples/monitor-credentials.yaml")
                 try:
                     done = await page.do(block)
                 except CommandFailed as failed:
@@ -162,12 +165,15 @@ async def check(page: Followed, marks: set[str], said: str) -> None:
         found = await page.control_plane.kubectl(
             "get", "pods", "-A", "-o", "jsonpath={.items[*].spec.containers[*].image}"
         )
-        assert set(found.stdout.split()) == {"registry.example.com/vcpuset:0.2.0"}
+        assert set(found.stdout.split()) == {UPGRADED}
         await page.has(2)
     elif marks == {"uninstall", page.way}:
         await until(lambda: not page.nodes.pods, 60, "the pods to end")
         assert (await page.user.get("web")).body["spec"]["vcpus"] == 2
         await page.has(2)
+    elif marks == {"uninstall", "bindings"}:
+        found = await page.control_plane.kubectl("get", "rolebindings", "--all-namespaces", "--output=name")
+        assert "vcpuset" not in found.stdout
     elif "everything" in marks:
         answer = await page.control_plane.request("GET", "/apis/vcpuset.dev/v1alpha1/vcpusets")
         assert answer.status == 404
@@ -192,17 +198,20 @@ async def troubles(page: Followed) -> None:
     await user.create("missing", monitor="missing/qmp.sock", nodeName=NODE)
     await user.create("elsewhere", monitor=("192.0.2.1", 4444))
     await user.create("nodeless", monitor="web/qmp.sock")
-    with closed_socket(folder / "closed.sock"):
+    (folder / "locked").mkdir(mode=0o700)
+    with closed_socket(folder / "closed.sock"), closed_socket(folder / "locked" / "qmp.sock"):
         await user.create("closed", monitor="closed.sock", nodeName=NODE)
+        await user.create("locked", monitor="locked/qmp.sock", nodeName=NODE)
         for name, reason, words in (
             ("missing", "MonitorUnreachable", "below the socket root (yet)"),
             ("closed", "MonitorUnreachable", "may not be connected to"),
+            ("locked", "MonitorUnreachable", "may not be opened"),
             ("elsewhere", "InvalidMonitor", "--allow-tcp"),
             ("nodeless", "InvalidMonitor", ""),
         ):
             seen = await user.wait_reason(name, reason)
             assert words in seen.message, seen.message
-    for name in ("missing", "elsewhere", "nodeless", "closed"):
+    for name in ("missing", "elsewhere", "nodeless", "closed", "locked"):
         await user.delete(name)
 
 
