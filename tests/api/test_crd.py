@@ -403,6 +403,21 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
         pytest.param({"unplugStartedAt": "yesterday"}, "status.unplugStartedAt: Invalid value", id="time in words"),
         pytest.param({"unplugStartedAt": 1767323045}, "status.unplugStartedAt: Invalid value", id="time as a number"),
         pytest.param(
+            {"unplugStartedAt": "0001-01-01T00:00:00Z"},
+            'status.unplugStartedAt: Invalid value: "0001-01-01T00:00:00Z"',
+            id="time before any computer",
+        ),
+        pytest.param(
+            {"pendingUnplugs": [request(requestedAt="9999-12-31T23:59:59.9999999Z")]},
+            'status.pendingUnplugs[0].requestedAt: Invalid value: "9999-12-31T23:59:59.9999999Z"',
+            id="time after the last year",
+        ),
+        pytest.param(
+            {"conditions": [condition("Ready", lastTransitionTime="2026-01-02T03:04:05+99:99")]},
+            'status.conditions[0].lastTransitionTime: Invalid value: "2026-01-02T03:04:05+99:99"',
+            id="time of a zone that is none",
+        ),
+        pytest.param(
             {"pendingUnplugs": [{"slot": 3}]},
             "status.pendingUnplugs[0].threadID: Required value",
             id="request that names no vCPU",

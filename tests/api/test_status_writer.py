@@ -1,10 +1,11 @@
 """Lists and status writes: what the API server stores, and what each refusal becomes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from vcpuset.domain.errors import APIError, Conflict, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import UID, Condition, Request, Status, VCPUSet
 from vcpuset.kube import cluster as cluster_module
+from vcpuset.kube import codec
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope, Throttled
 from vcpuset.kube.freshness import Freshness
@@ -204,6 +206,11 @@ async def serve(control_plane: ControlPlane, tmp_path: Path, answer: bytes | Non
     return server, kubeconfig
 
 
+def ok(body: bytes) -> bytes:
+    """A good answer, with any body."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
 async def test_an_overloaded_server_says_when_to_come_back(control_plane: ControlPlane, tmp_path: Path) -> None:
     body = b'{"kind": "Status", "message": "storage is (re)initializing"}'
     head = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -219,7 +226,21 @@ async def test_an_overloaded_server_says_when_to_come_back(control_plane: Contro
     [
         pytest.param(None, r"no answer from http://127\.0\.0\.1:\d+ within 0\.5 s", id="silence"),
         pytest.param(b"", "GET /apis/vcpuset.dev", id="a closed connection"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "the answer is not JSON", id="no JSON"),
+        pytest.param(ok(b"hello"), "the answer is no JSON object: JSON is malformed", id="no JSON"),
+        pytest.param(ok(b"[]"), "no JSON object: Expected `object`, got `array`", id="no object"),
+        pytest.param(ok(b'{"a": "\xff"}'), "no JSON object: 'utf-8' codec can't decode", id="no text"),
+        pytest.param(ok(b'{"a":' * 5000), "no JSON object: maximum recursion depth exceeded", id="too deep"),
+        pytest.param(ok(b"{}"), "not what was asked for: .*missing required field `items`", id="nothing"),
+        pytest.param(
+            ok(b'{"kind": "Status", "metadata": {}, "status": "Success"}'),
+            "not what was asked for: .*missing required field `items`",
+            id="no list",
+        ),
+        pytest.param(
+            ok(b'{"items": null, "metadata": {}}'), "Expected `array`, got `null`.*items", id="a list of nothing"
+        ),
+        pytest.param(ok(b'{"items": [3], "metadata": {}}'), "Expected `object`, got `int`", id="a list of numbers"),
+        pytest.param(ok(b'{"items": []}'), "missing required field `metadata`", id="a list that may go on"),
         pytest.param(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\noops", "HTTP 502: oops", id="a proxy's"),
     ],
 )
@@ -236,6 +257,53 @@ async def test_an_answer_that_is_none_is_an_error(
     async with server, await Cluster.connect(kubeconfig) as cluster:
         with pytest.raises(APIError, match=words):
             await cluster.list(Scope())
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"metadata": 3}', b'{"metadata": {}, "spec": []}'], ids=bytes.decode)
+async def test_a_status_write_that_is_answered_with_something_else_has_failed(
+    control_plane: ControlPlane, cluster: Cluster, sets: User, tmp_path: Path, body: bytes
+) -> None:
+    await sets.create("web")
+    vcpuset = await only(cluster, sets.namespace)
+    server, kubeconfig = await serve(control_plane, tmp_path, ok(body))
+    async with server, await Cluster.connect(kubeconfig) as other:
+        with pytest.raises(APIError, match=r"PATCH .*/web/status: VCPUSet .* cannot be understood"):
+            await other.write_status(vcpuset, FULL)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"metadata": {}, "data": {"ca.crt": "*"}}'], ids=bytes.decode)
+async def test_a_secret_that_is_none_is_an_error(control_plane: ControlPlane, tmp_path: Path, body: bytes) -> None:
+    server, kubeconfig = await serve(control_plane, tmp_path, ok(body))
+    async with server, await Cluster.connect(kubeconfig) as cluster:
+        with pytest.raises(APIError, match=r"GET .*/secrets/tls: the answer is not what was asked for"):
+            await cluster.read_secret("default", "tls")
+
+
+async def test_what_is_wrong_with_an_object_is_told_once_until_it_has_been_mended(
+    cluster: Cluster, sets: User, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schema admits no such object, so it is made unreadable on its way in."""
+
+    def decode(body: Mapping[str, Any]) -> VCPUSet:
+        return codec.decode({**body, "spec": {}} if body["spec"]["vcpus"] == 13 else body)
+
+    async def listed() -> tuple[set[str], int]:
+        names = {each.name for each in await cluster.list(Scope(namespaces=(sets.namespace,)))}
+        return names, caplog.text.count(f"VCPUSet {sets.namespace}/odd cannot be understood")
+
+    monkeypatch.setattr(cluster_module, "decode", decode)
+    await sets.create("even", vcpus=12)
+    await sets.create("odd", vcpus=13)
+    assert await listed() == await listed() == ({"even"}, 1)
+    await sets.touch("odd")
+    assert await listed() == ({"even"}, 1), "the same is wrong with the new version"
+    await sets.change("odd", vcpus=12)
+    assert await listed() == ({"even", "odd"}, 1)
+    await sets.change("odd", vcpus=13)
+    assert await listed() == ({"even"}, 2)
+    await sets.delete("odd")
+    assert await listed() == ({"even"}, 2)
+    assert not cluster._reported
 
 
 async def test_a_sweep_fills_an_empty_cache_and_then_tells_only_what_differs(cluster: Cluster, sets: User) -> None:

@@ -8,7 +8,6 @@ whether the request still makes sense later.
 from __future__ import annotations
 
 import asyncio
-import base64
 import builtins
 import contextlib
 import logging
@@ -18,14 +17,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
 from vcpuset.domain.errors import APIError, Conflict, ObjectGone, Rejected
-from vcpuset.domain.resource import UID, Status, VCPUSet
+from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
@@ -49,7 +48,26 @@ NO_ANSWER: Final = "<error>"
 _MERGE_PATCH: Final = "application/merge-patch+json"
 _LEASES: Final = "coordination.k8s.io/v1"
 
+_NO_JSON: Final = (ValueError, RecursionError)
+"""What msgspec raises for bytes that are no JSON: its own errors, those of UTF-8, and too many brackets."""
+
 _log = logging.getLogger(__name__)
+
+_Wire = TypeVar("_Wire")
+
+
+class _ListMetadata(msgspec.Struct):
+    token: str = msgspec.field(default="", name="continue")
+
+
+class _Page(msgspec.Struct):
+    items: list[dict[str, Any]]
+    metadata: _ListMetadata
+
+
+class _Secret(msgspec.Struct):
+    metadata: dict[str, Any]
+    data: dict[str, bytes] | None = None
 
 
 class Throttled(APIError):
@@ -100,8 +118,8 @@ class Cluster:
         """Held while a list is asked for and read: whoever else lists the same objects takes it too."""
         self._permit: Callable[[], None] | None = None
         self._requested: Callable[[str, str], None] = unheard
-        self._reported: dict[UID, str] = {}
-        """resourceVersions of the objects that were reported as invalid: each is reported once, not at each list."""
+        self._reported: set[str] = set()
+        """What was wrong with objects of the last list: it is told once, not at each list."""
 
     @classmethod
     async def connect(cls, kubeconfig: Path | None) -> Self:
@@ -141,7 +159,17 @@ class Cluster:
         bodies: builtins.list[Mapping[str, Any]] = []
         for namespace in scope.namespaces or (None,):
             bodies += await self._list(namespace, scope)
-        return [vcpuset for vcpuset in map(self._decode, bodies) if vcpuset is not None]
+        understood: builtins.list[VCPUSet] = []
+        wrong: set[str] = set()
+        for body in bodies:
+            try:
+                understood.append(decode(body))
+            except InvalidObject as error:
+                wrong.add(str(error))
+        for words in sorted(wrong - self._reported):
+            _log.error("%s", words)
+        self._reported = wrong
+        return understood
 
     async def write_status(self, vcpuset: VCPUSet, status: Status) -> VCPUSet:
         """Make `status` the status of `vcpuset`, if that is still the latest version; return the new version.
@@ -160,7 +188,11 @@ class Cluster:
         body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
         path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
         self._ask_leave()
-        return decode(await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH))
+        answer = await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH)
+        try:
+            return decode(answer)
+        except InvalidObject as error:
+            raise APIError(f"PATCH {path}: {error}") from error
 
     async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an `events.k8s.io/v1` Event.
@@ -190,8 +222,8 @@ class Cluster:
             Rejected: this process may not read it.
             APIError: anything else.
         """
-        secret = await self._request("GET", f"/api/v1/namespaces/{namespace}/secrets/{name}")
-        return {entry: base64.b64decode(value) for entry, value in (secret.get("data") or {}).items()}
+        path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
+        return _understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
 
     def _ask_leave(self) -> None:
         if self._permit is not None:
@@ -218,7 +250,9 @@ class Cluster:
         body = {"apiVersion": _LEASES, "kind": "Lease", "metadata": {"name": name}, "spec": spec}
         return await self._request("POST", _path(_LEASES, "leases", namespace), body=body)
 
-    async def replace_lease(self, lease: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    async def replace_lease(
+        self, namespace: str, name: str, lease: Mapping[str, Any], spec: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Give `lease` another `spec`, if that is still its latest version; return the new version.
 
         Raises:
@@ -226,8 +260,7 @@ class Cluster:
             ObjectGone: it does not exist any more.
             APIError: anything else; it may have been written all the same.
         """
-        metadata = lease["metadata"]
-        path = f"{_path(_LEASES, 'leases', metadata['namespace'])}/{metadata['name']}"
+        path = f"{_path(_LEASES, 'leases', namespace)}/{name}"
         return await self._request("PUT", path, body={**lease, "spec": spec})
 
     # --- lists ----------------------------------------------------------------------------------------------------
@@ -251,26 +284,16 @@ class Cluster:
         if scope.label_selector:
             query.append(("labelSelector", scope.label_selector))
         bodies: builtins.list[Mapping[str, Any]] = []
+        path = _path(API_VERSION, PLURAL, namespace)
         token = ""
         while True:
-            page = [*query, ("continue", token)] if token else query
+            asked = [*query, ("continue", token)] if token else query
             async with self.lists:
-                answer = await self._request("GET", _path(API_VERSION, PLURAL, namespace), query=page)
-            bodies += answer["items"]
-            token = answer["metadata"].get("continue", "")
+                page = _understood(f"GET {path}", await self._request("GET", path, query=asked), _Page)
+            bodies += page.items
+            token = page.metadata.token
             if not token:
                 return bodies
-
-    def _decode(self, body: Mapping[str, Any]) -> VCPUSet | None:
-        try:
-            return decode(body)
-        except InvalidObject as error:
-            metadata = body.get("metadata", {})
-            uid, version = UID(metadata.get("uid", "")), metadata.get("resourceVersion", "")
-            if self._reported.get(uid) != version:
-                self._reported[uid] = version
-                _log.error("%s", error)
-            return None
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -298,8 +321,6 @@ class Cluster:
             raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             raise APIError(f"{what}: {error or repr(error)}") from error
-        except msgspec.DecodeError as error:
-            raise APIError(f"{what}: the answer is not JSON: {error}") from error
 
     async def _try(
         self,
@@ -310,17 +331,19 @@ class Cluster:
         body: Mapping[str, Any] | None,
         content_type: str,
     ) -> dict[str, Any]:
-        """One request and what came of it."""
-        code = NO_ANSWER
+        """One request and what came of it: an object, as every answer of an API server to what is asked here."""
+        what, code = f"{method} {path}", NO_ANSWER
         try:
             status, headers, raw = await _send(client, method, path, query, body, content_type)
             code = str(status)
         finally:
             self._requested(method, code)
-        if 200 <= status < 300:
-            decoded: dict[str, Any] = msgspec.json.decode(raw)
-            return decoded
-        raise refusal(f"{method} {path}", status, headers, raw)
+        if not 200 <= status < 300:
+            raise refusal(what, status, headers, raw)
+        try:
+            return msgspec.json.decode(raw, type=dict[str, Any])
+        except _NO_JSON as error:
+            raise APIError(f"{what}: the answer is no JSON object: {error}") from error
 
     async def _log_in_again(self, refused: ApiClient) -> None:
         """Put a client with credentials read anew in place of one whose credentials were refused."""
@@ -391,11 +414,19 @@ async def _send(
     return response.status, response.headers, await response.read()
 
 
+def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wire:
+    """What is needed of an answer. APIError: it is not there; a proxy may answer for the API server, with anything."""
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise APIError(f"{what}: the answer is not what was asked for: {error}") from error
+
+
 def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
     """The API server's refusal as one of our errors: the only place that reads HTTP status codes."""
     try:
         reason = str(msgspec.json.decode(raw)["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*_NO_JSON, KeyError, TypeError):
         reason = raw[:500].decode(errors="replace").strip()
     message = f"{what}: HTTP {code}: {reason}"
     match code:

@@ -145,7 +145,7 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
     """The object as a value.
 
     Raises:
-        InvalidObject: a field is missing, of another type, or holds a choice that this version does not know.
+        InvalidObject: a field is missing, of another type, or holds what this version does not know or cannot express.
     """
     try:
         wire = msgspec.convert(dict(body), _Object)
@@ -155,11 +155,11 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
             name=wire.metadata.name,
             generation=wire.metadata.generation,
             resource_version=wire.metadata.resource_version,
-            created_at=wire.metadata.creation_timestamp.astimezone(UTC),
+            created_at=_utc(wire.metadata.creation_timestamp, "metadata.creationTimestamp"),
             spec=_spec(wire.spec),
             status=_status(wire.status),
         )
-    except (msgspec.ValidationError, ValueError) as error:
+    except ValueError as error:  # a `msgspec.ValidationError` is one
         # msgspec says where: "… - at `$.spec.monitor.tcp.port`".
         raise InvalidObject(
             f"VCPUSet {describe(body)} cannot be understood by this version of the operator, "
@@ -190,6 +190,14 @@ def encode_status(status: Status) -> dict[str, Any]:
         "pendingUnplugs": [_encode_request(request) for request in status.pending_unplugs] or None,
         "conditions": [_encode_condition(condition) for condition in status.conditions] or None,
     }
+
+
+def _utc(time: datetime, field: str) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError as error:
+        # The API server's calendar goes on where this one ends: it stores 0001-01-01T00:00:00+23:00.
+        raise ValueError(f"{time.isoformat()} is not within the years 1 to 9999 in UTC - at `$.{field}`") from error
 
 
 def _spec(wire: _Spec) -> Spec:
@@ -225,6 +233,7 @@ def _monitor(wire: _Monitor) -> Monitor:
 
 
 def _status(wire: _Status) -> Status:
+    started = wire.unplug_started_at
     return Status(
         observed_generation=wire.observed_generation,
         vcpus=wire.vcpus,
@@ -233,13 +242,13 @@ def _status(wire: _Status) -> Status:
         max_vcpus=wire.max_vcpus,
         selector=wire.selector,
         machine_uuid=wire.machine_uuid,
-        unplug_started_at=None if wire.unplug_started_at is None else wire.unplug_started_at.astimezone(UTC),
+        unplug_started_at=None if started is None else _utc(started, "status.unplugStartedAt"),
         pending_unplugs=tuple(
             Request(
                 slot=request.slot,
                 path=request.path,
                 thread_id=request.thread_id,
-                requested_at=request.requested_at.astimezone(UTC),
+                requested_at=_utc(request.requested_at, "status.pendingUnplugs.requestedAt"),
                 attempts=request.attempts,
                 answer=request.answer,
             )
@@ -251,7 +260,7 @@ def _status(wire: _Status) -> Status:
                 status=condition.status,
                 reason=condition.reason,
                 message=condition.message,
-                last_transition_time=condition.last_transition_time.astimezone(UTC),
+                last_transition_time=_utc(condition.last_transition_time, "status.conditions.lastTransitionTime"),
                 observed_generation=condition.observed_generation,
             )
             for condition in wire.conditions

@@ -70,6 +70,8 @@ class Freshness:
         self._monotonic = monotonic
         self._last: float | None = None
         """When the last list succeeded, by `monotonic`; None: it did not."""
+        self._brought: dict[UID, str] = {}
+        """The last version of each set that the watch has brought, of those in the last list."""
         self.missing: dict[UID, Missing] = {}
         self.events = self.lists = self.failures = 0
         self.listed_at = 0.0
@@ -77,6 +79,10 @@ class Freshness:
     def brought(self, uid: UID, version: str | None) -> None:
         """The watch has brought a set in this version; None: it is gone."""
         self.events += 1
+        if version is None:
+            self._brought.pop(uid, None)
+        else:
+            self._brought[uid] = version
         owed = self.missing.get(uid)
         if owed is not None and (version is None or not is_newer(owed.version, version)):
             del self.missing[uid]
@@ -96,7 +102,12 @@ class Freshness:
                     owed.silent += elapsed
             else:
                 del self.missing[uid]  # gone meanwhile: a watch that began anew since then never says so
+        self._brought = {uid: version for uid, version in self._brought.items() if uid in present}
         for uid, version in news.items():
+            # A version that the watch has brought can be news all the same: while the definition is being upgraded, the
+            # watch tells it without the fields that are new. It is not going to tell it again.
+            if (brought := self._brought.get(uid)) is not None and not is_newer(version, brought):
+                continue
             # What it owed before, it owes for as long.
             owed = self.missing.setdefault(uid, Missing(version))
             owed.version = version

@@ -174,7 +174,7 @@ class Leadership:
                     return
                 now = _now()
                 free = {"holderIdentity": "", "leaseDurationSeconds": 1, "acquireTime": now, "renewTime": now}
-                await self._cluster.replace_lease(lease, {**lease["spec"], **free})
+                await self._cluster.replace_lease(self._namespace, self._name, lease, {**lease["spec"], **free})
         except (APIError, TimeoutError) as error:
             _log.warning("%s could not be given back, so a standby waits for its end: %s", self, error or "no answer")
         else:
@@ -200,7 +200,8 @@ class Leadership:
                 return True
             if not self._is_for_us(known.get("spec") or {}, keeping=keeping):
                 return False
-        self._lease = await self._cluster.replace_lease(known, self._spec(known.get("spec") or {}))
+        spec = self._spec(known.get("spec") or {})
+        self._lease = await self._cluster.replace_lease(self._namespace, self._name, known, spec)
         self._until = began + self._renew_seconds
         return True
 

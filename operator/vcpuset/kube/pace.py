@@ -78,6 +78,10 @@ class Pace:
         self.failed()
         return True
 
+    def succeeded(self) -> None:
+        """A try that shows all there is to it, where nothing has to last, has gone well."""
+        self._failures = 0
+
     def failed(self, error: APIError | None = None) -> float:
         """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
         self._failures += 1
@@ -163,6 +167,8 @@ class Gate:
                 self._listed(path)
         else:
             response = await self._send(request, handler, pace)
+            if response.ok:
+                pace.succeeded()
         return response
 
     async def _send(

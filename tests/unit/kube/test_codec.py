@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -79,6 +81,86 @@ STATUSES = st.builds(
         max_size=3,
     ).map(tuple),
 )
+
+
+WHOLE: dict[str, Any] = {
+    **BODY,
+    "metadata": {**BODY["metadata"], "annotations": {"note": "x"}},
+    "spec": {
+        "vcpus": 4,
+        "nodeName": "n1",
+        "monitor": {"tcp": {"host": "h", "port": 1, "tls": {"secretName": "s", "serverName": "h"}}},
+        "guestAgent": {"unix": {"path": "ga.sock"}, "bringOnline": True},
+        "unplug": {"policy": "Enabled", "bootVCPUs": "Keep", "timeoutSeconds": 60, "retrySeconds": 300},
+        "suspend": False,
+    },
+    "status": {
+        "observedGeneration": 3,
+        "vcpus": 4,
+        "unplugStartedAt": "2026-01-02T03:04:05.678901Z",
+        "pendingUnplugs": [
+            {
+                "slot": 3,
+                "path": "/machine/peripheral/vcpu3",
+                "threadID": 77,
+                "requestedAt": "2026-01-02T03:04:05Z",
+                "attempts": 2,
+                "answer": "Busy",
+            }
+        ],
+        "conditions": [
+            {
+                "type": "Ready",
+                "status": "True",
+                "reason": "Converged",
+                "message": "",
+                "lastTransitionTime": "2026-01-02T03:04:05Z",
+                "observedGeneration": 3,
+            }
+        ],
+    },
+}
+"""An object with about every field."""
+
+ZONES = st.timedeltas(timedelta(hours=-23, minutes=-59), timedelta(hours=23, minutes=59)).map(
+    lambda offset: timezone(timedelta(minutes=offset // timedelta(minutes=1)))
+)
+ANY_TIME = st.builds(
+    lambda time, zone: time.replace(tzinfo=zone).isoformat(),
+    st.datetimes() | st.sampled_from([datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]),
+    ZONES,
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | ANY_TIME,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: object, way: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The way to everything within a value."""
+    if way:
+        yield way
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*way, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from places(inner, (*way, number))
+
+
+def with_another(way: tuple[str | int, ...], value: object) -> dict[str, Any]:
+    """WHOLE with something else in one place."""
+    changed = copy.deepcopy(WHOLE)
+    holder: Any = changed
+    for step in way[:-1]:
+        holder = holder[step]
+    holder[way[-1]] = value
+    return changed
+
+
+PLACES = list(places(WHOLE))
+TIME_PLACES = [way for way in PLACES if str(way[-1]).endswith(("At", "Time", "Timestamp"))]
 
 
 def body(**spec: Any) -> dict[str, Any]:
@@ -177,6 +259,37 @@ def test_an_object_that_cannot_be_understood_is_refused_with_its_name_and_the_fi
 def test_what_is_no_object_at_all_is_refused_too(nonsense: dict[str, Any]) -> None:
     with pytest.raises(InvalidObject):
         decode(nonsense)
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-10:00"])
+@pytest.mark.parametrize("way", TIME_PLACES, ids=lambda way: str(way[-1]))
+def test_a_time_that_the_api_server_stores_and_this_calendar_does_not_have_is_refused(
+    way: tuple[str | int, ...], time: str
+) -> None:
+    field = ".".join(step for step in way if isinstance(step, str))
+    with pytest.raises(InvalidObject, match=f"{re.escape(time)} is not within the years .* at `{field}`"):
+        decode(with_another(way, time))
+
+
+@given(
+    another=st.tuples(st.sampled_from(PLACES), ANYTHING) | st.tuples(st.sampled_from(TIME_PLACES), ANY_TIME),
+)
+def test_whatever_the_api_server_tells_is_a_set_whose_status_can_be_written_or_an_invalid_object(
+    another: tuple[tuple[str | int, ...], object],
+) -> None:
+    told = with_another(*another)
+    try:
+        status = decode(told).status
+    except InvalidObject:
+        return
+    written = encode_status(status)
+    assert encode_status(decode({**told, "status": merged({}, written)}).status) == written
+
+
+@given(body=st.dictionaries(st.sampled_from(["metadata", "spec", "status", "kind"]), ANYTHING))
+def test_whatever_else_it_tells_is_an_invalid_object(body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidObject):
+        decode(body)
 
 
 @given(stored=STATUSES, status=STATUSES)

@@ -131,6 +131,27 @@ def test_news_after_news_is_owed_since_the_first(story: Story) -> None:
     assert story.behind == 0
 
 
+def test_a_version_that_the_watch_has_brought_is_not_owed_though_a_list_tells_it_otherwise(story: Story) -> None:
+    """While the definition is upgraded: the watch tells a set without a new field, the list with it."""
+    story.freshness.brought(WEB, "7")
+    story.freshness.brought(DB, "9")
+    story.lists(ENOUGH, web="7", db="8")
+    assert story.behind == 0
+    assert not story.freshness.missing
+    story.lists(ENOUGH, web="8")
+    assert story.behind > BEHIND_SECONDS
+
+
+def test_what_the_watch_brought_of_sets_that_are_gone_is_not_kept(story: Story) -> None:
+    for number in range(100):
+        story.present = {UID(f"missed-{number}"): "front", UID(f"told-{number}"): "front"}
+        for uid in story.present:
+            story.freshness.brought(uid, "7")
+        story.freshness.brought(UID(f"told-{number}"), None)
+        story.lists(1)
+    assert list(story.freshness._brought) == ["missed-99"]
+
+
 def test_what_was_brought_and_listed_is_counted(story: Story) -> None:
     story.lists(3)
     story.freshness.failed()
