@@ -18,7 +18,7 @@ PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)/tests
 
 # All parts but what only the tests need.
-to-run := system venv controlplane guest
+to-run := system venv guest controlplane
 
 # $(call set-up,part …): all parts, or only the ones named.
 define set-up

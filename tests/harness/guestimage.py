@@ -34,6 +34,7 @@ MANIFEST = "MANIFEST"
 
 RECIPE = Path(__file__).parent / "build" / "guest"
 SCRIPTS = ("set-online", "hold-cpus", "release-cpus")
+DEBIAN = "bookworm"
 KERNEL_PACKAGE = r"linux-image-6\.1\.0-(\d+)-cloud-amd64"
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_console")
 LOADER = "ld-linux-x86-64.so.2"
@@ -128,8 +129,8 @@ def _download(work: Path, report: Callable[[str], None]) -> dict[str, Path]:
     try:
         return _download_from(apt)
     except PackageError:  # if it is no matter of the lists, the second try says so
-        report("the machine's package lists are missing or out of date")
-    apt.use_fresh_lists()
+        report("the machine's package lists are missing, out of date or not of Debian 12")
+    apt.use_fresh_lists(DEBIAN)
     return _download_from(apt)
 
 
@@ -137,9 +138,8 @@ def _download_from(apt: Apt) -> dict[str, Path]:
     kernel = apt.newest(KERNEL_PACKAGE)
     if kernel is None:
         raise PackageError(
-            "no package linux-image-6.1.0-*-cloud-amd64: the guest needs Debian 12's kernel. On another Debian, or "
-            'on a machine that is not amd64, add an apt source with "Suites: bookworm bookworm-updates" (and '
-            '"Architectures: amd64"), or build the guest on Debian 12 and copy the folder "guest" of the cache'
+            "no package linux-image-6.1.0-*-cloud-amd64: the guest is made of Debian 12's packages for amd64. Have it "
+            f"built by `make setup` on such a Debian 12 or 13, and copy it to the same place here: {_folder()}"
         )
     return apt.download(
         [kernel, "busybox-static", "util-linux", "qemu-guest-agent", *apt.libraries_of("qemu-guest-agent")]

@@ -1,16 +1,24 @@
 """Set-up's decisions: which apt source is followed, which lines result, which Go builds, what the pins cover."""
 
+import hashlib
 import os
+import platform
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from harness import guestimage
+from harness.build.guest import packages
+from harness.build.guest.packages import Apt
 from harness.cache import REPOSITORY
+from harness.setup import __main__ as setup
 from harness.setup import system
-from harness.setup.backports import Target, backports_source, has_backports
+from harness.setup.aptsources import Target, backports_source, has_suite
 from harness.setup.console import NotPossible, SetupFailed
 from harness.setup.golang import find_go
 
@@ -135,7 +143,7 @@ def test_before_the_first_update_the_path_tells_debians_source(tmp_path: Path) -
     ],
 )
 def test_backports_already_in_use_are_noticed(tmp_path: Path, release: str, component: str, expected: bool) -> None:
-    assert has_backports([target(tmp_path, release, component=component)], "bookworm") is expected
+    assert has_suite([target(tmp_path, release, component=component)], "bookworm-backports") is expected
 
 
 def lines(names: set[str], sources: list[Target]) -> list[str]:
@@ -180,6 +188,107 @@ def test_each_emulator_that_a_test_starts_is_asked_for_and_noticed(
     written(tmp_path, program, "#!/bin/sh\necho QEMU emulator version 10.0.2\n").chmod(0o755)
     assert requirement.is_met()
     assert requirement.newer, "Debian 12's own release of it is too old, or it has none in a package of that name"
+
+
+DEBIAN_13: Final = {"ID": "debian", "VERSION_ID": "13", "VERSION_CODENAME": "trixie"}
+UBUNTU_24: Final = {"ID": "ubuntu", "VERSION_ID": "24.04", "VERSION_CODENAME": "noble", "UBUNTU_CODENAME": "noble"}
+MADE_OF_UBUNTU_24: Final = {"ID": "linuxmint", "VERSION_CODENAME": "wilma", "UBUNTU_CODENAME": "noble"}
+UBUNTU_22: Final = {"ID": "ubuntu", "VERSION_ID": "22.04", "VERSION_CODENAME": "jammy", "UBUNTU_CODENAME": "jammy"}
+DEBIAN_14: Final = {"ID": "debian", "VERSION_ID": "14", "VERSION_CODENAME": "forky"}
+FEDORA: Final = {"ID": "fedora", "VERSION_ID": "44"}
+NO_GUEST: Final = "The test guest cannot be built here"
+
+
+def advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: dict[str, str], program: str = "apt-get"
+) -> tuple[str, list[str]]:
+    """What set-up says, and the lines that it says to run, on a system without QEMU."""
+    written(tmp_path, program, f"#!/bin/sh\necho called > {tmp_path}/called\n").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: release)
+    with pytest.raises(NotPossible) as caught:
+        system.install_missing()
+    assert not (tmp_path / "called").exists(), "nothing is installed unasked"
+    said = str(caught.value)
+    return said, re.findall(r"^    (.+)$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("release", "riscv"),
+    [
+        pytest.param(DEBIAN_13, "qemu-system-riscv", id="debian-13"),
+        pytest.param(UBUNTU_24, "qemu-system-misc", id="ubuntu-24.04"),
+        pytest.param(MADE_OF_UBUNTU_24, "qemu-system-misc", id="made-of-ubuntu-24.04"),
+    ],
+)
+def test_the_line_to_run_has_the_names_of_the_systems_own_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: dict[str, str], riscv: str
+) -> None:
+    said, (update, install) = advice(tmp_path, monkeypatch, release)
+    names = install.split()
+    assert update == "apt-get update"
+    assert {"qemu-system-x86", "qemu-system-s390x", riscv} <= set(names)
+    assert ("qemu-system-misc" in names) != ("qemu-system-riscv" in names)
+    assert "may have others" not in said
+    assert (NO_GUEST in said) == (release["ID"] != "debian")
+
+
+def test_names_that_are_not_known_are_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, (_, install) = advice(tmp_path, monkeypatch, DEBIAN_14)
+    assert "qemu-system-riscv" in install
+    assert "another system may have others" in said
+
+
+def test_nothing_is_advised_that_brings_a_qemu_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, lines = advice(tmp_path, monkeypatch, UBUNTU_22)
+    assert "(jammy) is too old" in said
+    assert not lines
+
+
+def test_fedora_has_names_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, (line,) = advice(tmp_path, monkeypatch, FEDORA, program="dnf")
+    assert "qemu-system-x86-core" in line
+    assert NO_GUEST in said
+
+
+def test_what_a_system_may_lack_comes_before_what_takes_long_to_build() -> None:
+    assert set(list(setup.PARTS)[-len(setup.BUILDS) :]) == setup.BUILDS
+
+
+def mirror(folder: Path, release: str, package: str) -> str:
+    """A mirror of Debian in a folder, on which one release has one package. Returns its address."""
+    control = folder / "package" / "DEBIAN"
+    control.mkdir(parents=True)
+    fields = f"Package: {package}\nVersion: 6.1\nArchitecture: all\nMaintainer: Nobody <nobody@example.com>\n"
+    written(control, "control", f"{fields}Description: nothing\n")
+    file = f"{package}_6.1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", folder / "package", folder / file], check=True, capture_output=True)
+    machine = subprocess.run(
+        ["dpkg", "--print-architecture"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    lists = folder / "dists" / release / "main" / f"binary-{machine}"
+    lists.mkdir(parents=True)
+    contents = (folder / file).read_bytes()
+    place = f"Filename: {file}\nSize: {len(contents)}\nSHA256: {hashlib.sha256(contents).hexdigest()}\n"
+    written(lists, "Packages", f"{fields}{place}Description: nothing\n")
+    return f"file:{folder}"
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="without apt, the guest's packages cannot be fetched")
+def test_another_debian_fetches_the_guest_of_debian_12_from_its_own_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = mirror(tmp_path / "debian", "bookworm", "linux-image-6.1.0-77-cloud-amd64")
+    entry = written(tmp_path, "its.sources", f"Types: deb\nURIs: {uri}\nSuites: trixie\nTrusted: yes\n")
+    monkeypatch.setattr(packages, "targets", lambda: [target(entry, "trixie", uri)])
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: DEBIAN_13)
+    work = tmp_path / "work"
+    work.mkdir()
+    apt = Apt(work, lambda step: None)
+    apt.use_fresh_lists(guestimage.DEBIAN)
+    kernel = apt.newest(guestimage.KERNEL_PACKAGE)
+    assert kernel == "linux-image-6.1.0-77-cloud-amd64"
+    assert apt.download([kernel])[kernel].read_bytes() == (tmp_path / "debian" / f"{kernel}_6.1_all.deb").read_bytes()
 
 
 def test_apt_asks_nothing_and_waits_for_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ done already, so that a repeated set-up takes a fraction of a second:
 
     system             Debian packages (QEMU, openssl, …), installed as root or through sudo, else named
     venv               the virtual environment `.venv` with the pinned Python packages
-    controlplane       etcd, kube-apiserver and kubectl, built from pinned Go modules into the cache folder
     guest              kernel and initramfs of the test guest, in the cache folder
-    controllermanager  kube-controller-manager, built like the control plane; only tests need it
     promtool           the tester of alerting rules, out of Debian's package of Prometheus; only tests need it
+    controlplane       etcd, kube-apiserver and kubectl, built from pinned Go modules into the cache folder
+    controllermanager  kube-controller-manager, built like the control plane; only tests need it
     helm               the same of helm
 """
 

@@ -48,13 +48,13 @@ def ensure_promtool() -> None:
 PARTS: Final[dict[str, Callable[[], None]]] = {
     "system": install_missing,
     "venv": ensure_venv,
-    "controlplane": ensure_control_plane,
     "guest": ensure_guest,
-    "controllermanager": ensure_controller_manager,
     "promtool": ensure_promtool,
+    "controlplane": ensure_control_plane,
+    "controllermanager": ensure_controller_manager,
     "helm": ensure_helm,
 }
-"""In the order in which they need each other."""
+"""In the order in which they need each other; what a system may lack comes before what takes long to build."""
 
 BUILDS: Final = {"controlplane", "controllermanager", "helm"}
 """The parts that share what is downloaded and compiled for them."""

@@ -1,7 +1,7 @@
 """What must be installed on the machine itself, and installing it where that can be done unasked.
 
 On Debian 12, as root or with sudo, the missing packages are installed. Anywhere else, and for users without sudo, the
-same command lines are printed for whoever may run them, and set-up ends with status 2.
+command lines are printed for whoever may run them, and set-up ends with status 2.
 """
 
 import os
@@ -12,13 +12,13 @@ import shutil
 import ssl
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from harness import steppedclock
-from harness.setup import backports
+from harness.setup import aptsources
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
 __all__ = ["QEMU", "Requirement", "Step", "install_missing", "missing", "qemu_version", "run_steps", "steps"]
@@ -27,6 +27,15 @@ QEMU: Final = "qemu-system-x86_64"
 
 QEMU_MINIMUM: Final = (8, 2)
 """Older ones corrupt their memory after a CPU was removed under TCG (seen with 7.2), which is all that the tests do."""
+
+KNOWN: Final = {"trixie", "noble"}
+"""Releases, by their code names, on which the packages that are advised were seen to bring what is missing."""
+
+TOO_OLD: Final = {"bullseye", "focal", "jammy"}
+"""Releases whose own QEMU is older than `QEMU_MINIMUM`."""
+
+OTHER_NAMES: Final = {"noble": {"qemu-system-riscv": "qemu-system-misc"}}
+"""Packages that have another name in a release, by its code name."""
 
 BACKPORTS_FILE: Final = Path("/etc/apt/sources.list.d/vcpuset-backports.sources")
 
@@ -166,13 +175,14 @@ def install_missing() -> None:
     version = qemu_version()
     if version and any(requirement.newer for requirement in needed):
         say(f"    (installed is {version[0]}.{version[1]}, which the installation replaces)")
-    if not _is_debian_12():
-        raise NotPossible(_advice(needed))
+    release = _os_release()
+    if (release.get("ID"), release.get("VERSION_ID")) != ("debian", "12"):
+        raise NotPossible(_advice(needed, release))
     if sys.base_prefix != "/usr" and any(requirement.debian == "python3-venv" for requirement in needed):
         raise NotPossible(
             f"{sys.executable} is not Debian's Python and lacks ensurepip: run make with PYTHON=/usr/bin/python3"
         )
-    todo = steps(needed, backports.targets())
+    todo = steps(needed, aptsources.targets())
     become_root = _become_root()
     if become_root is None:
         lines = "\n".join(f"    {step.line}" for step in todo)
@@ -185,14 +195,14 @@ def install_missing() -> None:
         raise SetupFailed(f"installed, but still missing: {'; '.join(requirement.what for requirement in still)}")
 
 
-def steps(needed: Sequence[Requirement], sources: Sequence[backports.Target]) -> list[Step]:
+def steps(needed: Sequence[Requirement], sources: Sequence[aptsources.Target]) -> list[Step]:
     """The command lines that install `needed` on Debian 12."""
     plain = sorted({requirement.debian for requirement in needed if not requirement.newer})
     newer = sorted({requirement.debian for requirement in needed if requirement.newer})
     todo: list[Step] = []
     update = Step("apt-get update", seconds=900, tries=UPDATE_TRIES)
-    if newer and not backports.has_backports(sources, "bookworm"):
-        text = backports.backports_source(sources, "bookworm")
+    if newer and not aptsources.has_suite(sources, "bookworm-backports"):
+        text = aptsources.backports_source(sources, "bookworm")
         quoted = " ".join(shlex.quote(line) for line in text.splitlines())
         todo.append(Step(f"printf '%s\\n' {quoted} > {BACKPORTS_FILE}", undo=f"rm {BACKPORTS_FILE}"))
     todo.append(update)
@@ -248,27 +258,35 @@ def _become_root() -> list[str] | None:
     return ["sudo"] if sys.stdin.isatty() else None
 
 
-def _is_debian_12() -> bool:
+def _os_release() -> Mapping[str, str]:
     try:
-        release = platform.freedesktop_os_release()
+        return platform.freedesktop_os_release()
     except OSError:
-        return False
-    return release.get("ID") == "debian" and release.get("VERSION_ID") == "12"
+        return {}
 
 
-def _advice(needed: Sequence[Requirement]) -> str:
+def _advice(needed: Sequence[Requirement], release: Mapping[str, str]) -> str:
     """How to get what is missing on a system where nothing is installed unasked."""
     head = "Only on Debian 12 is this installed by itself."
-    if shutil.which("apt-get"):
-        names = " ".join(sorted({requirement.debian for requirement in needed}))
-        line = f"apt-get install --yes --no-install-recommends {names}"
-        old = (
-            "Debian 13, Ubuntu 24.04 and later have a QEMU that is new enough; older ones do not. "
-            "In Ubuntu 24.04, qemu-system-misc has what qemu-system-riscv has elsewhere.\n"
+    # Those that are made of an Ubuntu have a code name of their own, but its packages.
+    codename = release.get("UBUNTU_CODENAME") or release.get("VERSION_CODENAME", "")
+    if codename in TOO_OLD and any(requirement.newer for requirement in needed):
+        return (
+            f"{head} The QEMU of this release ({codename}) is too old. Use Debian 12 or 13, or Ubuntu 24.04, or put a "
+            "later QEMU into PATH, with the emulators named above."
         )
+    notes = ""
+    if release.get("ID") != "debian":
+        notes += "The test guest cannot be built here, only on Debian 12 and 13: have it built there and copy it.\n"
+    if shutil.which("apt-get"):
+        others = OTHER_NAMES.get(codename, {})
+        names = sorted({others.get(requirement.debian, requirement.debian) for requirement in needed})
+        lines = ["apt-get update", f"apt-get install --yes --no-install-recommends {' '.join(names)}"]
+        if codename not in KNOWN:
+            notes += "These are the names of Debian 13; another system may have others, or an older QEMU.\n"
     elif shutil.which("dnf"):
-        line = f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"
-        old = ""
+        lines = [f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"]
     else:
         return f"{head} Install the above with your system's package manager, then try again."
-    return f"{head} As root, run:\n\n    {line}\n\n{old}Then try again."
+    shown = "\n".join(f"    {line}" for line in lines)
+    return f"{head} As root, run:\n\n{shown}\n\n{notes}Then try again."

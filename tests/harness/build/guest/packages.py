@@ -7,12 +7,15 @@ ones whose files have left the mirror, fresh lists are fetched into a private fo
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from harness.setup.aptsources import own_source, source_text, targets
 
 __all__ = ["Apt", "PackageError", "files", "version"]
 
@@ -43,18 +46,36 @@ class Apt:
         self._report = report
         self._options = ["-o", "APT::Sandbox::User=root"]  # no helper user needs access to `folder`
 
-    def use_fresh_lists(self) -> None:
+    def use_fresh_lists(self, release: str | None = None) -> None:
         """Fetch the package lists of the machine's sources into the private folder and use those from now on.
 
         A source that does not answer is reported only: it may be one that the guest does not need.
+
+        release   the code name of a Debian release. Another Debian uses that one instead of its own, from the same
+                  mirror; a machine that has no source of Debian keeps to what it has
         """
         shutil.rmtree(self._folder / "deb", ignore_errors=True)  # what the old lists still gave
         lists = self._folder / "lists"
         (lists / "partial").mkdir(parents=True)
         (self._folder / "cache" / "archives" / "partial").mkdir(parents=True)
         self._options += ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={self._folder / 'cache'}"]
+        if release is not None:
+            self._follow(release)
         self._report("fetching the package lists")
         self._run(["apt-get", "update", "-qq"], UPDATE_SECONDS)
+
+    def _follow(self, release: str) -> None:
+        sources, installed = targets(), platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+        base = own_source(sources, release) or own_source(sources, installed)
+        if base is None or installed == release:
+            return
+        parts, nothing = self._folder / "sources", self._folder / "nothing"
+        parts.mkdir()
+        (parts / "debian.sources").write_text(source_text(base, release))
+        nothing.touch()
+        # What is installed is newer, and would be preferred, but cannot be downloaded from there.
+        files = {"Etc::SourceList": nothing, "Etc::SourceParts": parts, "State::Status": nothing}
+        self._options += [word for name, path in files.items() for word in ("-o", f"Dir::{name}={path}")]
 
     def newest(self, pattern: str) -> str | None:
         """The package whose whole name matches `pattern`; of several the one with the greatest number in group 1."""

@@ -1,4 +1,4 @@
-"""The apt source for Debian's backports, derived from the sources that the machine already uses.
+"""An apt source for another suite of Debian (backports, a release), derived from those that the machine already uses.
 
 So mirrors, proxies by path and signing keys chosen by the machine's owner stay in use, and no host is named here. apt
 itself is asked which sources there are (`apt-get indextargets`); only the options of the one entry that is followed are
@@ -13,7 +13,7 @@ from typing import Final
 
 from harness.setup.console import NotPossible, probe
 
-__all__ = ["Target", "backports_source", "entry_options", "has_backports", "targets"]
+__all__ = ["Target", "backports_source", "entry_options", "has_suite", "own_source", "source_text", "targets"]
 
 FIELDS: Final = ("RELEASE", "COMPONENT", "REPO_URI", "ORIGIN", "SOURCESENTRY")
 
@@ -48,36 +48,46 @@ def targets() -> list[Target]:
     return found
 
 
-def has_backports(sources: Sequence[Target], codename: str) -> bool:
-    """Whether the machine already uses the backports of this Debian version."""
-    return any(target.release == f"{codename}-backports" and target.component == "main" for target in sources)
+def has_suite(sources: Sequence[Target], suite: str) -> bool:
+    """Whether the machine already uses this suite."""
+    return any(target.release == suite and target.component == "main" for target in sources)
 
 
-def backports_source(sources: Sequence[Target], codename: str) -> str:
-    """The text of a deb822 file that adds the backports from the same mirror, and with the same options, as Debian.
-
-    Raises:
-        NotPossible: no source of Debian's own packages is configured.
-    """
+def own_source(sources: Sequence[Target], codename: str) -> Target | None:
+    """Where the machine has this release of Debian from, if from anywhere."""
     own = [target for target in sources if target.release == codename and target.component == "main"]
     own = [target for target in own if not target.uri.startswith("cdrom:")]
     # Other publishers call their suites by Debian's names, too. Before the first update the path has to tell.
     debian = [target for target in own if target.origin == "Debian"]
     debian = debian or [target for target in own if not target.origin and target.uri.rstrip("/").endswith("/debian")]
-    if not debian:
+    return debian[0] if debian else None
+
+
+def source_text(base: Target, suite: str) -> str:
+    """The text of a deb822 file that adds a suite from the same mirror, and with the same options, as `base`."""
+    fields: dict[str, str] = {
+        "Types": "deb",
+        "URIs": base.uri,
+        "Suites": suite,
+        "Components": "main",
+        **entry_options(base.file.read_text(), base.file.suffix == ".sources", base.uri, base.release),
+    }
+    return "".join(f"{name}: {value}\n" for name, value in fields.items())
+
+
+def backports_source(sources: Sequence[Target], codename: str) -> str:
+    """The text of a deb822 file that adds the backports from where the machine has Debian itself.
+
+    Raises:
+        NotPossible: no source of Debian's own packages is configured.
+    """
+    base = own_source(sources, codename)
+    if base is None:
         raise NotPossible(
             f"no apt source of Debian's suite {codename} found (apt-get indextargets): its backports, which have the "
             "QEMU that is needed, cannot be added. Configure apt (see sources.list(5)) and try again"
         )
-    base = debian[0]
-    fields: dict[str, str] = {
-        "Types": "deb",
-        "URIs": base.uri,
-        "Suites": f"{codename}-backports",
-        "Components": "main",
-        **entry_options(base.file.read_text(), base.file.suffix == ".sources", base.uri, codename),
-    }
-    return "".join(f"{name}: {value}\n" for name, value in fields.items())
+    return source_text(base, f"{codename}-backports")
 
 
 def entry_options(text: str, is_deb822: bool, uri: str, release: str) -> Mapping[str, str]:
