@@ -23,7 +23,7 @@ from harness.docpage import Page
 from harness.expect import RECONCILING, STALLED, history
 from harness.faultproxy import FaultProxy
 from harness.operator import OperatorProcess
-from harness.pki import Authority
+from harness.pki import Authority, certificate_for_rsa
 from harness.qmp import count
 from harness.wait import until
 from harness.world import User
@@ -160,13 +160,20 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
         lambda web: web.put(web.client.with_key_of(web.ours.client())),
         "is not the key of its tls.crt",
     ),
+    "long-key": (lambda web: web.put(tls_crt=certificate_for_rsa(8192)), "is for a key of more than 4096 bits"),
+    "p-521-only": (
+        lambda web: web.serve(priority="NORMAL:-GROUP-ALL:+GROUP-SECP521R1"),
+        "closed the connection during the TLS handshake",
+    ),
     "not-allowed-to-read": (lambda web: web.forbid(), "may not be read by this operator"),
 }
 """What goes wrong, and what the message says of it: the words in which docs/monitors.md has it too."""
 
 WAITS_FOR_TLS: Final = "does not greet"
 
-OTHER_REASONS: Final = {"plain-text": "InvalidMonitor", "tls-1.1": "MonitorUnreachable"}
+OTHER_REASONS: Final = {
+    "plain-text": "InvalidMonitor", "tls-1.1": "MonitorUnreachable", "p-521-only": "MonitorUnreachable",
+}  # fmt: skip
 """Nothing is wrong with the credentials, or nothing can be told."""
 
 

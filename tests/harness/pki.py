@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-__all__ = ["Authority", "Credentials"]
+__all__ = ["Authority", "Credentials", "certificate_for_rsa"]
 
 ORGANIZATION: Final = "VCPUSet tests"
 UNIT: Final = "machines"
@@ -123,3 +126,20 @@ class Authority:
         chain = "".join(part.bytes().decode() for part in made.cert_chain_pems)
         name = f"O={ORGANIZATION},OU={UNIT},CN={common_name}"
         return Credentials(self.certificate, chain, made.private_key_pem.bytes().decode(), name)
+
+
+def certificate_for_rsa(bits: int) -> bytes:
+    """A certificate for an RSA key of this length, as PEM. Nobody has the key: a long one takes minutes to make."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "vcpuset")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(rsa.RSAPublicNumbers(65537, (1 << bits) - 1).public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=300))
+        .sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.PEM)

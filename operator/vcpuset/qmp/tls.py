@@ -40,14 +40,24 @@ _UNTRUSTED: Final = frozenset({2, 18, 19, 20, 21})
 """OpenSSL's X509_V_ERR_… for a chain that does not end in a trusted certificate."""
 _NOT_YET, _EXPIRED, _NAME_MISMATCH, _ADDRESS_MISMATCH = 9, 10, 62, 64
 
+# A handshake is computed in the event loop: as long as it takes, nothing is done for any other set. So neither whoever
+# writes the Secret nor whoever answers at the port shall choose how long.
+
 _CIPHERS: Final = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
-"""For TLS 1.2: Python's own but DHE, where the server chooses the group. With one of 10,000 bits each handshake would
-hold up the loop, and with it all other sets, for more than a second."""
+"""For TLS 1.2: Python's own but DHE, where the server chooses the group (10,000 bits: more than a second)."""
+
+_GROUP: Final = "prime256v1"
+"""The one group that is offered, in TLS 1.3 too, where OpenSSL's own list goes up to ffdhe8192: that takes 0.2 s."""
+
+_KEY_BITS: Final = 4096
+"""The longest key (RSA) that signs for the operator: that takes 5 ms; with 8192 bits 50 ms, with 16384 0.35 s."""
 
 _NO_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"})
 """What OpenSSL makes of plain text."""
 _SERVER_NAME: Final = re.compile(r"[A-Za-z0-9:._-]+")
-_TOO_OLD: Final = re.compile(r"UNSUPPORTED_PROTOCOL|ALERT_PROTOCOL_VERSION")
+_NOTHING_IN_COMMON: Final = re.compile(
+    r"UNSUPPORTED_PROTOCOL|ALERT_(PROTOCOL_VERSION|HANDSHAKE_FAILURE|INSUFFICIENT_SECURITY)"
+)
 _REFUSED: Final = re.compile(r"ALERT_(.*CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|DECRYPT_ERROR)")
 
 _GNUTLS_NAMES: Final = {
@@ -115,10 +125,18 @@ class Keys:
         with self._told(CERTIFICATE):
             self._valid = (own.not_valid_before_utc, own.not_valid_after_utc)
             self._subject = ",".join(part.rfc4514_string(_spelling()) for part in own.subject.rdns)
+            bits = getattr(own.public_key(), "key_size", 0)
+        if bits > _KEY_BITS:
+            raise CredentialsUnavailable(
+                f"{CERTIFICATE} of {self._source} is for a key of more than {_KEY_BITS} bits, with which each "
+                f"connection would hold up other sets: take an EC key, or RSA of up to {_KEY_BITS} bits"
+            )
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.set_ciphers(_CIPHERS)
+        # Python's manual has this for servers only, but since OpenSSL 1.1.1 it is the list of a client's groups too.
+        self.context.set_ecdh_curve(_GROUP)
         self.context.sslobject_class = _Connection
         try:
             self._load(authorities, credentials)
@@ -208,7 +226,7 @@ class Keys:
                 f"{where} does not speak TLS: give QEMU's chardev tls-creds (see docs/monitors.md), or, to do without "
                 "encryption and authentication, the set spec.monitor.tcp.insecure in place of tls"
             )
-        if _TOO_OLD.search(reason):
+        if _NOTHING_IN_COMMON.search(reason):
             # Whether QEMU's words come through before it resets the connection is a matter of luck.
             return _cut_short(where)
         if _REFUSED.search(reason):
@@ -261,7 +279,7 @@ class Keys:
                     f"{KEY} of {self._source} is encrypted: store it without a passphrase"
                 ) from error
             except ssl.SSLError as error:
-                if error.reason == "KEY_VALUES_MISMATCH":
+                if error.reason in {"KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
                     words = (
                         f"{KEY} of {self._source} is not the key of its {CERTIFICATE}: store two that belong together"
                     )
@@ -285,7 +303,7 @@ def keys_of(credentials: Credentials) -> Keys:
 def _cut_short(where: str) -> MonitorUnreachable:
     return MonitorUnreachable(
         f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version of TLS from "
-        "1.2 on (see priority= of its tls-creds-x509)"
+        "1.2 on, or not with P-256 (see priority= of its tls-creds-x509)"
     )
 
 
