@@ -93,6 +93,12 @@ class Followed:
             return await self.reader.run(block, timeout=400)
         return None
 
+    async def has_upgraded(self) -> bool:
+        """Whether all pods are of the new image. One of the old that still ends does not hold up the roll-out."""
+        images_of_pods = "jsonpath={.items[*].spec.containers[*].image}"
+        found = await self.control_plane.kubectl("get", "pods", "-A", "-o", images_of_pods)
+        return set(found.stdout.split()) == {UPGRADED}
+
     def guest_runs(self) -> bool:
         """Whether the guest has booted."""
         assert self.machine is not None
@@ -162,10 +168,7 @@ async def check(page: Followed, marks: set[str], said: str) -> None:
         assert "vcpuset-controller" in said
         await troubles(page)
     elif marks == {"upgrade"}:
-        found = await page.control_plane.kubectl(
-            "get", "pods", "-A", "-o", "jsonpath={.items[*].spec.containers[*].image}"
-        )
-        assert set(found.stdout.split()) == {UPGRADED}
+        await until(page.has_upgraded, 60, "the last pod of the old image to be gone")
         await page.has(2)
     elif marks == {"uninstall", page.way}:
         await until(lambda: not page.nodes.pods, 60, "the pods to end")
