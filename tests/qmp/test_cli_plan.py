@@ -87,6 +87,40 @@ async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_pat
         assert f"Error: {folder} has no tls.key" in failed.stderr
 
 
+@pytest.mark.parametrize("declared", ["", ", serverName: vm.example"], ids=["host", "serverName"])
+async def test_another_monitor_on_tls_is_taken_for_the_set_s_machine_unless_told_otherwise(
+    tmp_path: Path, declared: str
+) -> None:
+    authority = Authority()
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    for name, text in authority.client().data().items():
+        (folder / name).write_bytes(text)
+    made = MonitorTLS(authority.server("vm.example").write(tmp_path / "qemu"), authority.client().name)
+    async with Guest(None, smp="2,maxcpus=8", memory=64, tls=made) as guest:
+        host, port = guest.tcp_address
+        options = ("--tls-credentials", folder, "--monitor", f"{host}:{port}")
+        its_host = "other.example" if declared else "vm.example."
+        of_set = f"tcp: {{host: {its_host}, port: 4444, tls: {{secretName: monitor{declared}}}}}"
+        found = await planned(tmp_path, manifest(3).replace("unix: {path: qmp0}", of_set), *options)
+        assert found["plug"] == [{"slot": 2, "id": "vcpu2"}]
+
+        of_another = "tcp: {host: vm.test, port: 4444, tls: {secretName: monitor}}"
+        another = manifest(3).replace("unix: {path: qmp0}", of_another)
+        found = await planned(tmp_path, another, *options, status=1)
+        assert in_the_way(found) == ["CredentialsUnavailable"]
+        assert "is not for vm.test but for vm.example" in found["obstacles"][0]["message"]
+        assert "(--tls-server-name)" in found["obstacles"][0]["message"]
+        found = await planned(tmp_path, another, *options, "--tls-server-name", "vm.example")
+        assert found["plug"] == [{"slot": 2, "id": "vcpu2"}]
+
+
+@pytest.mark.parametrize("left", [("--monitor", "host:1"), ("--tls-credentials", "."), ()])
+async def test_a_server_name_without_the_monitor_that_it_is_for_is_refused(left: tuple[str, ...]) -> None:
+    result = await vcpuset("plan", "-f", "-", "--tls-server-name", "vm", *left, text=manifest(3), status=2)
+    assert "--tls-server-name takes --monitor and --tls-credentials" in result.stderr
+
+
 async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, control: Raw) -> None:
     root = q35.monitors[0].parent.parent
     acpi = Acpi(control)

@@ -152,6 +152,11 @@ def inspect(
     help="Look through this monitor of the machine (see vcpuset inspect) in place of the one that the set names.",
 )
 @_tls_credentials
+@click.option(
+    "--tls-server-name",
+    metavar="NAME",
+    help="What the certificate of the monitor given with --monitor is for, if not what the set's is for.",
+)
 @_output
 @_timeout
 def plan(
@@ -160,6 +165,7 @@ def plan(
     socket_root: Path | None,
     monitor: Path | TCPEndpoint | None,
     tls_credentials: Path | None,
+    tls_server_name: str | None,
     output: Output,
     timeout: float,
 ) -> None:
@@ -174,6 +180,8 @@ def plan(
     from vcpuset.cli import plan as planning  # noqa: PLC0415 - needs rich: 4 MB that `run` would keep
     from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich as well
 
+    if tls_server_name is not None and (monitor is None or tls_credentials is None):
+        raise click.UsageError("--tls-server-name takes --monitor and --tls-credentials.")
     manifests = _manifests(filename, namespace)
     if monitor is not None and len(manifests) != 1:
         raise click.ClickException(f"--monitor is one machine's, and -f has {len(manifests)} VCPUSets: give one.")
@@ -181,7 +189,7 @@ def plan(
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
     except VCPUSetError as error:
         raise click.ClickException(sentence(str(error))) from error
-    sources = planning.Sources(socket_root, monitor, timeout, credentials)
+    sources = planning.Sources(socket_root, monitor, timeout, credentials, tls_server_name)
     studies = asyncio.run(planning.study(manifests, sources))
     show(output, planning.document(studies), planning.page(studies))
     if failed := [each for each in studies if each.failed]:

@@ -62,12 +62,14 @@ class Sources:
     monitor      looked through in place of the one that the set names
     seconds      how long each answer may take
     credentials  for monitors on TLS, in place of the sets' Secrets; None: not given
+    server_name  what the certificate of `monitor` is for; None: what that of the set's is for, or its own host
     """
 
     socket_root: Path | None
     monitor: Path | TCPEndpoint | None
     seconds: float
     credentials: Credentials | None = None
+    server_name: str | None = None
 
     @property
     def monitors(self) -> Monitors:
@@ -164,11 +166,12 @@ async def _study(manifest: Manifest, sources: Sources) -> Study:
 
 def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
     if sources.monitor is not None:
+        server_name = sources.server_name
         match vcpuset.spec.monitor:
-            case TCPMonitor(tls=TLS(server_name=str(server_name))):
-                return open_monitor(sources.monitor, sources.credentials, server_name)
-            case _:
-                return open_monitor(sources.monitor, sources.credentials)
+            case TCPMonitor(tls=TLS()) as monitor if server_name is None:
+                # Where it is looked at from, a host can have another address than from where the operator is.
+                server_name = monitor.server_name
+        return open_monitor(sources.monitor, sources.credentials, server_name)
     # `take_look` closes it.
     return sources.monitors.resolve(vcpuset).__enter__()
 

@@ -79,6 +79,12 @@ class TCPMonitor:
     port: int
     tls: TLS | None = None
 
+    @property
+    def server_name(self) -> str:
+        """What QEMU's certificate is for, if it has one."""
+        given = None if self.tls is None else self.tls.server_name
+        return given or self.host.rstrip(".")
+
 
 Monitor = UnixMonitor | TCPMonitor
 

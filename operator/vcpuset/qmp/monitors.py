@@ -106,9 +106,9 @@ class Monitors:
 
     def _access(self, vcpuset: VCPUSet) -> Access | None:
         match vcpuset.spec.monitor:
-            case TCPMonitor(host, tls=TLS(secret, server_name)):
+            case TCPMonitor(tls=TLS(secret)) as monitor:
                 fetch = partial(self._credentials.fetch, vcpuset.uid, vcpuset.namespace, secret)
-                return Access(vcpuset.namespace, secret, server_name or host.rstrip("."), fetch)
+                return Access(vcpuset.namespace, secret, monitor.server_name, fetch)
             case _:
                 self._credentials.forget(vcpuset.uid)
                 return None

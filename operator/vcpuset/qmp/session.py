@@ -338,5 +338,7 @@ def _silence(endpoint: Endpoint, stage: Stage) -> str:
     if stage is Stage.SECURING:
         return "does not answer the TLS handshake"
     if isinstance(endpoint, TCPEndpoint) and endpoint.tls is None:
-        return "does not greet (as it does if it waits for TLS, which spec.monitor.tcp.tls is for)"
+        return (
+            "does not greet (as it does if it waits for TLS, which spec.monitor.tcp.tls and --tls-credentials are for)"
+        )
     return "does not greet"
