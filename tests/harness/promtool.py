@@ -16,7 +16,8 @@ from harness.cache import cache_dir
 
 __all__ = ["PromtoolMissing", "fetch", "promtool"]
 
-_PACKAGE: Final = "prometheus"
+_PACKAGES: Final = ("promtool", "prometheus")
+"""Those that have it: Debian 13's own for it, and the server's of Debian 12 and Ubuntu 24.04."""
 
 
 class PromtoolMissing(Exception):
@@ -46,10 +47,10 @@ def fetch(report: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="vcpuset-promtool-") as work:
         apt = Apt(Path(work), report)
         try:
-            package = apt.download([_PACKAGE])[_PACKAGE]
+            package = _download(apt)
         except PackageError:  # if it is no matter of the lists, the second try says so
             apt.use_fresh_lists()
-            package = apt.download([_PACKAGE])[_PACKAGE]
+            package = _download(apt)
         found = [
             text for _, text in files(package, lambda path: path == "/usr/bin/promtool") if isinstance(text, bytes)
         ]
@@ -63,6 +64,14 @@ def fetch(report: Callable[[str], None]) -> None:
     partial.write_bytes(found[0])
     partial.chmod(0o755)
     partial.rename(target)
+
+
+def _download(apt: Apt) -> Path:
+    own, servers = _PACKAGES
+    try:
+        return apt.download([own])[own]
+    except PackageError:  # if the reason is another than the name, it holds for the server's as well
+        return apt.download([servers])[servers]
 
 
 def _kept() -> Path:

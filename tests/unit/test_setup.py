@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from harness import guestimage
+from harness import guestimage, promtool
 from harness.build.guest import packages
 from harness.build.guest.packages import Apt
 from harness.cache import REPOSITORY
@@ -256,9 +257,11 @@ def test_what_a_system_may_lack_comes_before_what_takes_long_to_build() -> None:
 
 
 def mirror(folder: Path, release: str, package: str) -> str:
-    """A mirror of Debian in a folder, on which one release has one package. Returns its address."""
-    control = folder / "package" / "DEBIAN"
+    """A mirror of Debian in a folder, on which one release has one package, with promtool. Returns its address."""
+    control, programs = folder / "package" / "DEBIAN", folder / "package" / "usr" / "bin"
     control.mkdir(parents=True)
+    programs.mkdir(parents=True)
+    written(programs, "promtool", f"#!/bin/sh\necho promtool of {package}\n")
     fields = f"Package: {package}\nVersion: 6.1\nArchitecture: all\nMaintainer: Nobody <nobody@example.com>\n"
     written(control, "control", f"{fields}Description: nothing\n")
     file = f"{package}_6.1_all.deb"
@@ -289,6 +292,28 @@ def test_another_debian_fetches_the_guest_of_debian_12_from_its_own_mirror(
     kernel = apt.newest(guestimage.KERNEL_PACKAGE)
     assert kernel == "linux-image-6.1.0-77-cloud-amd64"
     assert apt.download([kernel])[kernel].read_bytes() == (tmp_path / "debian" / f"{kernel}_6.1_all.deb").read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="without apt, the package cannot be fetched")
+@pytest.mark.parametrize("package", ["promtool", "prometheus"])
+def test_promtool_comes_out_of_the_package_that_has_it_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    entry = f"Types: deb\nURIs: {mirror(tmp_path / 'debian', 'stable', package)}\nSuites: stable\nComponents: main\n"
+    (tmp_path / "sources").mkdir()
+    written(tmp_path / "sources", "debian.sources", f"{entry}Trusted: yes\n")
+
+    class OfThisMirror(Apt):
+        def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+            super().__init__(folder, report)
+            self._options += ["-o", "Dir::Etc::SourceList=/dev/null", "-o", f"Dir::Etc::SourceParts={tmp_path}/sources"]
+
+    monkeypatch.setattr(promtool, "Apt", OfThisMirror)
+    monkeypatch.setenv("VCPUSET_CACHE", str(tmp_path / "cache"))
+    promtool.fetch(lambda step: None)
+    kept = tmp_path / "cache" / "promtool" / "promtool"
+    assert kept.read_text().endswith(f"echo promtool of {package}\n")
+    assert os.access(kept, os.X_OK)
 
 
 def test_apt_asks_nothing_and_waits_for_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
