@@ -1,9 +1,9 @@
 """What a conversation with a monitor comes to, read plainly from what the monitor sent.
 
 The fuzz test's measure of right and wrong, written from the protocol's definition and apart from the code under test:
-lines are JSON objects; the first greets; a reply carries the id of its command; events may stand anywhere. It knows no
-connection and no waiting, only a transcript and its times. Where two outcomes are right, since it depends on who is
-faster, it allows both.
+lines are JSON objects; the first greets; a reply carries the id of its command; events may stand anywhere; a line that
+the end of the connection cuts off is none. It knows no connection and no waiting, only a transcript and its times.
+Where two outcomes are right, since it depends on who is faster, it allows both.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ NEEDED = {
     "query-status", "query-migrate", "query-acpi-ospm-status", "query-cpus-fast", "query-hotpluggable-cpus",
     "query-uuid",
 }  # fmt: skip
+FIRST_ID = "__qmp#00007"
+"""That of the negotiation, where ids are the same each time. Whoever guesses it may answer before being asked."""
 BOTH_LISTS = {"query-cpus-fast", "query-hotpluggable-cpus"}
 
 
@@ -78,7 +80,7 @@ class Senseless(Exception):
 
 def parsed(line: Line) -> dict[str, Json] | None:
     """The message in a line; None: there is none, or it cannot be read."""
-    if line.text is None or len(line.text) > READ_LIMIT:
+    if line.text is None or len(line.text) > READ_LIMIT or not line.text.endswith(b"\n"):
         return None
     try:
         value = json.loads(line.text)
@@ -113,9 +115,12 @@ class Reading:
                 pass
             case _:
                 return [LOST]
-        reply = self._take(self._started + OPEN_SECONDS)
-        if isinstance(reply, Failure):
-            return [reply]
+        while True:
+            reply = self._take(self._started + OPEN_SECONDS)
+            if isinstance(reply, Failure):
+                return [reply]
+            if reply.get("id") == FIRST_ID or ("error" in reply and "id" not in reply):
+                break
         if "return" not in reply or "error" in reply:
             return [LOST]
         return [None, LOST] if self._trouble_by(1) else [None]
@@ -381,7 +386,7 @@ def _slots(value: Json) -> Json:
 def _ost(entry: dict[str, Json]) -> tuple[int, int, int] | None:
     if _an(str, entry.get("slot-type")) != "CPU":
         return None
-    if not re.fullmatch("[0-9]{1,5}", _an(str, entry.get("slot"))):
+    if not re.fullmatch("[0-9]{1,5}", _an(str, entry.get("slot"))) or int(entry["slot"]) > 4095:
         raise Senseless
     return int(entry["slot"]), _an(int, entry.get("source")), _an(int, entry.get("status"))
 

@@ -25,6 +25,7 @@ from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
+from vcpuset.qmp import allowance
 from vcpuset.qmp import guests as guests_module
 from vcpuset.qmp.agent import AGENT_SECONDS
 from vcpuset.qmp.allowance import WAKES_AT_ONCE, WAKES_PER_SECOND
@@ -100,6 +101,16 @@ class Holds(Fault):
         self.most = max(self.most, self.waiting)
         await link.left()
         self.waiting -= 1
+
+
+class SecondFails(Fault):
+    """The second answer is an error."""
+
+    @override
+    async def deliver(self, link: Link, answer: Answer) -> None:
+        if self.struck == 2:
+            answer = {"error": {"class": "GenericError", "desc": "no"}, "id": answer["id"]}
+        await link.send(answer)
 
 
 @pytest.fixture
@@ -492,6 +503,26 @@ async def test_a_guest_that_says_something_else_each_time_may_not_wake_without_e
         await asyncio.sleep(60)
         woken.then = lambda: None
         assert WAKES_AT_ONCE / 2 < len(woken.uids) <= WAKES_AT_ONCE + 60 * WAKES_PER_SECOND + 2
+
+
+async def test_an_agent_whose_failure_is_told_later_is_asked_again_all_the_same(
+    guests: Guests, woken: Woken, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowance, "WAKES_AT_ONCE", 1)
+    monkeypatch.setattr(allowance, "WAKES_PER_SECOND", 0.5)
+    woken.then = lambda: guests.ask(a_set(), TWO)
+    async with FaultyAgent(path, faults={GET: SecondFails()}):
+        await answer(guests, woken, a_set(), TWO)
+        await idle()
+        guests.ask(a_set(), TWO)
+        await woken.wait(2)
+        failed = guests.ask(a_set(), TWO)
+        assert failed is not None
+        assert failed.error is not None
+        assert woken.times[1] - woken.times[0] < RETRY_SECONDS[0], "virtual time: what is told later is the failure"
+        await woken.wait(3)
+        await idle()
+        assert online(guests.ask(a_set(), TWO)) == 1
 
 
 # Many guests.

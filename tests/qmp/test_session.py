@@ -10,11 +10,13 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import QMPError
 
 from harness.faults import Link
 from harness.faulty import (
@@ -36,7 +38,7 @@ from harness.faulty import (
     WrongId,
 )
 from harness.guest import Guest
-from harness.qmp import raw
+from harness.qmp import Raw, raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
@@ -91,6 +93,15 @@ class Followed(Fault):
             await link.send(answer)
             await self.later.wait()
             await link.send_bytes(self.chunk)
+
+
+@dataclass
+class AnsweredAndClosed(Fault):
+    """The whole answer, and the end of the connection."""
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        await link.send(answer)
+        link.close()
 
 
 @dataclass
@@ -225,7 +236,9 @@ async def test_what_does_not_greet_in_qmp_is_unreachable(
     namespace_folder: Path, connect: Connect, fault: Fault, wakes: Wakes
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={GREETING: fault}) as monitor:
-        with pytest.raises(MonitorUnreachable, match=r"does not speak QMP|closed the connection") as raised:
+        cut = isinstance(fault, Close)
+        words = "closed the connection before the session began" if cut else "does not speak QMP"
+        with pytest.raises(MonitorUnreachable, match=words) as raised:
             await connect(monitor.path, wakes)
         assert len(str(raised.value)) < 300
         assert str(raised.value).isprintable()
@@ -247,6 +260,51 @@ async def test_a_refused_negotiation_is_unreachable(namespace_folder: Path, conn
     async with FaultyMonitor(namespace_folder / "qmp", faults={"qmp_capabilities": refused}) as monitor:
         with pytest.raises(MonitorUnreachable, match="did not accept qmp_capabilities"):
             await connect(monitor.path)
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [b'{"id": "another", "error": {"class": "GenericError", "desc": "no"}}', b'{"id": "another", "return": {}}',
+     b'{"return": {}}', b'{"event": "RESUME"}'],
+    ids=["error", "return", "return without id", "event"],
+)  # fmt: skip
+async def test_what_comes_before_the_reply_to_the_negotiation_is_not_taken_for_it(
+    namespace_folder: Path, connect: Connect, stray: bytes
+) -> None:
+    faults: dict[str, Fault] = {"qmp_capabilities": Preceded(stray + b"\r\n")}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
+        assert (await (await connect(monitor.path)).observe()).vcpus == 2
+
+
+async def silent(monitor: Raw) -> bool:
+    try:
+        await monitor.call("query-status", timeout=2)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_qemu_that_answers_a_client_that_has_left_is_understood(q35: Guest, namespace_folder: Path) -> None:
+    """It greets while a command of the former client is carried out, and sends that one's reply to the new one."""
+    fifo = namespace_folder.parent / "fifo"
+    os.mkfifo(fifo)
+    async with raw(q35.control) as witness:
+        async with raw(q35.monitors[0]) as former:
+            saving = {"val": 0, "size": 1 << 25, "filename": str(fifo)}
+            slow = asyncio.create_task(former.call("pmemsave", saving))  # until somebody reads there
+            await until(partial(silent, witness), 60, "QEMU to be busy with it")
+        with pytest.raises(QMPError):
+            await slow
+        greeted = asyncio.Event()
+        with open_socket(namespace_folder.parent, namespace_folder.name, q35.monitors[0].name) as endpoint:
+            opening = asyncio.create_task(
+                Session.open(endpoint, lambda: None, permit=greeted.set, open_seconds=60, command_seconds=60)
+            )
+            await until(greeted.is_set, 60, "the greeting")
+            await asyncio.to_thread(lambda: os.close(os.open(fifo, os.O_RDONLY)))
+            session = await opening
+            assert (await session.observe()).vcpus == 2
+            await session.close()
 
 
 async def test_a_connection_that_is_closed_right_after_the_negotiation_is_unreachable(
@@ -286,8 +344,8 @@ async def test_request_ids_differ_from_session_to_session(namespace_folder: Path
             await session.observe()
             await session.close()
         idents = [command.ident for command in monitor.commands if command.ident is not None]
-        assert len(idents) == 12  # six queries each: the first look of a session asks for the machine's UUID
-        assert len(set(idents)) == 12
+        assert len(idents) == 14  # the negotiation and six queries each: the first look asks for the machine's UUID
+        assert len(set(idents)) == 14
 
 
 async def test_a_command_without_a_reply_times_out_and_the_next_one_works(
@@ -336,6 +394,28 @@ async def test_a_connection_that_breaks_during_a_command_is_unreachable_and_wake
             await session.observe()
         await session.close()
         assert wakes.count == 1
+
+
+async def test_a_reply_that_is_cut_off_by_the_end_of_the_connection_is_a_loss(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": Close(after_bytes=10)}) as monitor:
+        session = await connect(monitor.path)
+        words = r"the connection to team-a/qmp broke before query-status was answered: the other end closed it"
+        with pytest.raises(MonitorUnreachable, match=words):
+            await session.observe()
+
+
+async def test_a_command_after_a_reply_with_which_the_connection_ended_is_told_in_words_for_users(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": AnsweredAndClosed()}) as monitor:
+        session = await connect(monitor.path)
+        broken = (
+            r"^the connection to team-a/qmp broke before query-migrate was (sent|answered: the other end closed it)$"
+        )
+        with pytest.raises(MonitorUnreachable, match=broken):
+            await session.observe()
 
 
 async def test_an_error_reply_without_class_and_text_is_unreachable(namespace_folder: Path, connect: Connect) -> None:

@@ -38,6 +38,9 @@ from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Access, Keys, keys_of
 
 SOURCE = "Secret team-a/monitor"
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": []}}\r\n'
+)
 
 
 def given(made: Made) -> Credentials:
@@ -406,6 +409,27 @@ async def test_a_connection_that_ends_in_the_handshake_is_unreachable(authority:
     async with server:
         words = await failure(MonitorUnreachable, server.sockets[0].getsockname(), authority.client())
         assert "closed the connection during the TLS handshake: QEMU is ending" in words
+
+
+@pytest.mark.parametrize("said", [GREETING, GREETING[:20]], ids=["the greeting", "half of it"])
+async def test_a_qemu_that_ends_after_it_has_greeted_has_refused_nobody(
+    authority: Authority, tmp_path: Path, said: bytes
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    folder = authority.server().write(tmp_path / "ending")
+    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    store = Store(authority.client())
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        if said.endswith(b"\n"):
+            await reader.read(1)  # the negotiation
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0, ssl=context) as server:
+        words = await failure(MonitorUnreachable, server.sockets[0].getsockname(), store)
+        assert "closed the connection before the session began: is QEMU ending?" in words
+        assert store.doubts == 0
 
 
 @pytest.mark.parametrize("comes_back", [False, True], ids=["and stays away", "and is started anew"])

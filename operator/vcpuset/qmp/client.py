@@ -10,6 +10,9 @@ of which is in this module because it reaches into the library; the version is p
 - `disconnect()` first waits until the peer has read everything, which a hanging peer never does, and on TLS never
   returns at all. Every command that matters has been awaited by then: nothing is worth flushing.
 - A loss of the connection wakes nobody but pending commands.
+- It takes the first message after `qmp_capabilities` for the reply. QEMU, busy with a command of a client that has
+  left, answers that one to whoever comes next; so here the negotiation has an id like every command.
+- It takes what stands before the end of a connection for a message, though the rest of that may be missing.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from qemu.qmp import Message, QMPClient, Runstate
+from qemu.qmp.qmp_client import NegotiationError
 
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -54,6 +58,9 @@ class Stage(enum.Enum):
     CONNECTING = enum.auto()
     SECURING = enum.auto()
     GREETING = enum.auto()
+    """Connected, on TLS too; nothing has come yet."""
+    NEGOTIATING = enum.auto()
+    """Something has come: whoever speaks has let this client in."""
 
 
 class Client(QMPClient):
@@ -146,6 +153,20 @@ class Client(QMPClient):
         self._reader, self._writer = await asyncio.open_connection(sock=address, limit=self.readbuflen, **self._tls)
         self.stage = Stage.GREETING
 
+    async def _negotiate(self) -> None:
+        assert self._greeting is not None
+        offered = "oob" in self._greeting.QMP.capabilities
+        request = self.make_execute_msg("qmp_capabilities", {"enable": ["oob"]} if offered else {})
+        request["id"] = ident = self._get_exec_id()
+        await self._send(request)
+        while True:
+            reply = await self._recv()
+            # QEMU tells without an id that it could not read what it was sent.
+            if reply.get("id") == ident or ("error" in reply and "id" not in reply):
+                break
+        if "return" not in reply or "error" in reply:
+            raise NegotiationError("Negotiation failed", ValueError(reply.get("error")))
+
     async def _establish_session(self) -> None:
         await super()._establish_session()
         assert self._bh_tasks is not None
@@ -182,6 +203,13 @@ class Client(QMPClient):
         if self._received % _BURST == 0:
             await asyncio.sleep(0)
         return await super()._do_recv()
+
+    async def _readline(self) -> bytes:
+        line = await super()._readline()
+        self.stage = Stage.NEGOTIATING
+        if not line.endswith(b"\n"):
+            raise EOFError("closed in the middle of a message")
+        return line
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg

@@ -52,6 +52,7 @@ class _Guest:
     question  which agent is asked, and whether to bring CPUs online
     awaited   whether a pass was told that there is no answer yet
     again     wakes when an agent that failed is to be asked again
+    news      wakes later than at once, since its answers have woken so often
     wakes     how often its answers may wake
     """
 
@@ -63,6 +64,7 @@ class _Guest:
     question: _Question | None = None
     awaited: bool = False
     again: asyncio.TimerHandle | None = None
+    news: asyncio.TimerHandle | None = None
     wakes: Allowance = field(default_factory=Allowance)
 
 
@@ -127,8 +129,9 @@ class Guests:
             await self.forget(uid)
 
     def _stop_asking(self, guest: _Guest) -> None:
-        if guest.again is not None:
-            guest.again.cancel()
+        for timer in (guest.again, guest.news):
+            if timer is not None:
+                timer.cancel()
         if guest.asking is not None:
             guest.asking.cancel()
             self._ending.add(guest.asking)
@@ -159,9 +162,9 @@ class Guests:
         if not wake:
             return
         if delay := guest.wakes.delay():
-            if guest.again is not None:
-                guest.again.cancel()
-            guest.again = loop.call_later(delay, self._wake, vcpuset.uid)
+            if guest.news is not None:
+                guest.news.cancel()
+            guest.news = loop.call_later(delay, self._wake, vcpuset.uid)
         else:
             self._wake(vcpuset.uid)
 

@@ -45,6 +45,9 @@ with QEMU's releases; one that is not known is taken for a migration, since a ch
 _MOST_THREADS = 1024
 """vCPUs of one slot. A slot holds one, or a POWER core's threads, of which QEMU allows 8."""
 
+_MOST_CPUS = 4096
+"""More than any machine of QEMU has (10.0: 4096 on x86)."""
+
 _LARGEST = (1 << 63) - 1
 """The largest number that the Kubernetes API takes."""
 
@@ -167,10 +170,6 @@ def migrating(reply: object) -> bool:
     return "status" in entry and _name(entry, "status") not in _NOT_MIGRATING
 
 
-_MOST_CPUS = 4096
-"""More than any machine of QEMU has (10.0: 4096 on x86)."""
-
-
 def guest_cpus(reply: object) -> GuestCPUs:
     """`guest-get-vcpus`, by ascending logical id; the agent lists them in any order."""
     found: dict[int, GuestCPU] = {}
@@ -223,7 +222,7 @@ def _place(props: Mapping[str, int | str]) -> tuple[int, ...]:
 def _slot(entry: Mapping[str, object]) -> int:
     """QEMU sends the number of a slot as a string. What is kept by slot cannot grow without end."""
     text = _member(entry, "slot", str)
-    if not (text.isascii() and text.isdecimal() and len(text) < 6):
+    if not (text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < _MOST_CPUS):
         raise Malformed(f"'slot' is {reprlib.repr(text)}")
     return int(text)
 

@@ -160,7 +160,8 @@ class Session:
             raise
         except Exception as error:
             await self.close()
-            connected = client.stage is not Stage.CONNECTING
+            let_in = client.stage is Stage.NEGOTIATING
+            connected = client.stage is not Stage.CONNECTING and not let_in
             if connected and keys is not None and isinstance(endpoint, TCPEndpoint) and endpoint.tls is not None:
                 agreed = client.stage is Stage.GREETING
                 cause = translate.cause(error)

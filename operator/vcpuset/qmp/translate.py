@@ -163,6 +163,8 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
     error  what `execute` raised
     cause  what broke the connection, if that is known
     """
+    if cause is None and isinstance(error, StateError):  # The library's words tell a programmer what to call.
+        return MonitorUnreachable(f"the connection to {where} broke before {command} was sent")
     if cause is None and isinstance(error, QMPError):
         return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
     why = "the other end closed it" if isinstance(cause, EOFError) else _brief(cause or error)
