@@ -25,7 +25,7 @@ from vcpuset.app.settings import Settings
 from vcpuset.app.vitals import illness
 from vcpuset.domain.backoff import ExponentialBackoff, jittered
 from vcpuset.domain.errors import APIError, NotLeading
-from vcpuset.domain.resource import UID
+from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.credentials import Secrets
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
 """How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
+
+SLOW_SHARE = 3 / 4
+"""The part of the workers that sets may occupy whose monitors hang. The others are for those that answer."""
 
 GRACE_SECONDS = 10.0
 """How long passes may go on after the end was asked for; more than one slow QMP command takes."""
@@ -112,10 +115,18 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
     metrics = Metrics(workers=settings.workers)
     cluster.count(metrics.requested)
-    queue: WorkQueue[UID] = WorkQueue(BACKOFF, metrics)
+    queue: WorkQueue[UID] = WorkQueue(BACKOFF, metrics, slow_at_once=max(1, int(settings.workers * SLOW_SHARE)))
     metrics.watch_queue(queue.statistics)
     history = History(metrics.registry)
-    cache = Cache(history.moved)
+
+    def moved(before: VCPUSet | None, after: VCPUSet | None) -> None:
+        history.moved(before, after)
+        if before is not None and (after is None or after.generation != before.generation):
+            # Another spec, or none: its author may have mended what failed, and need not wait behind all that hangs.
+            # Whoever writes anything else does not get past the others by it: a status, an annotation, an event.
+            queue.forget(before.uid)
+
+    cache = Cache(moved)
     census = Census(lambda: cache, history.waits, settings.metrics_set_limit)
     freshness = Freshness(lambda namespace: source.is_failing(namespace))
     metrics.watch_freshness(freshness)

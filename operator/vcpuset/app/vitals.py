@@ -23,10 +23,13 @@ def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str |
     """Why the process should be started anew; None: it is well."""
     if queue.longest_still_seconds > STUCK_SECONDS:
         return f"a pass has not moved for {queue.longest_still_seconds:.0f} s"
-    # All workers busy is a matter of load (each of them moves, or the above says so); an idle one takes what is ready.
-    if queue.longest_waiting_seconds > STUCK_SECONDS and queue.processing < workers:
+    # All workers busy is a matter of load (each of them moves, or the above says so); an idle one takes what it may.
+    if queue.untaken_seconds > STUCK_SECONDS and queue.processing < workers:
         idle = workers - queue.processing
-        return f"a set has waited {queue.longest_waiting_seconds:.0f} s although {idle} of {workers} workers are idle"
+        return (
+            f"no set was taken up for {queue.untaken_seconds:.0f} s although one waits and {idle} of {workers} workers "
+            "are idle"
+        )
     if freshness.silent_seconds > BEHIND_SECONDS:
         return (
             f"the watch is behind: for {freshness.silent_seconds:.0f} s lists have shown news of "

@@ -153,7 +153,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_WORKERS",
     show_envvar=True,
-    help="How many sets are worked on at once.",
+    help="How many sets are worked on at once. Three quarters of them at most wait for monitors that hung before.",
 )
 @click.option(
     "--resync-seconds",

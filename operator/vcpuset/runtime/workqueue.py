@@ -7,31 +7,48 @@ piece of work:
     queue.add(key)                # something happened: look at it
     queue.add_after(key, 60)      # look at it again, at the latest in 60 s
     queue.add_rate_limited(key)   # it failed: look again after the back-off
-    queue.forget(key)             # it succeeded: the back-off starts anew
+    queue.forget(key)             # it succeeded, or is another task now: the back-off starts anew
 
     key = await queue.get()       # a worker takes a key ...
     queue.touch(key)              # ... may say that it gets on ...
     queue.done(key)               # ... and gives it back, whatever came of it
 
-Two things differ from client-go. A pass supersedes the timers set before it: its own result says when
-to look next, so a key has at most one timer, and none while it is due anyway. And giving back a key
-that was not handed out is an error.
+Four things differ from client-go. A pass supersedes the timers set before it: its own result says when
+to look next, so a key has at most one timer, and none while it is due anyway. Giving back a key that was
+not handed out is an error. Slow keys wait in a line of their own. And `forget()` is also for whoever sees
+that a key stands for another task than the one that has failed.
+
+A slow key is one whose last pass has failed and held up its worker until then, as a peer that hangs does.
+So that a thousand of them do not hold up the others,
+
+* only so many of them are in work at once: the rest of the workers is soon free for the others;
+* the others are taken first; but of four keys one is a slow one, if one may be taken, so that none starves.
+
+A key that fails at once costs its worker nothing and stays with the others: it may be no more than a
+conflict. News of a slow key, `add()`, leave it slow, since there can be news all the time of what hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from vcpuset.domain.backoff import ExponentialBackoff
 
-__all__ = ["QueueObserver", "QueueShutDown", "QueueStatistics", "WorkQueue"]
+__all__ = ["SLOW_SECONDS", "QueueObserver", "QueueShutDown", "QueueStatistics", "WorkQueue"]
 
 K = TypeVar("K", bound=Hashable)
+
+SLOW_SECONDS: Final = 1.0
+"""A key is slow if its last pass failed after so long: mostly passes fail within milliseconds, or at a deadline."""
+
+_PASSED_OVER: Final = 3
+"""So many others are taken before a slow key that may be taken too."""
 
 
 class QueueShutDown(Exception):  # the name that asyncio's own queue gives this from Python 3.13 on
@@ -70,8 +87,9 @@ class QueueStatistics:
     """The same, summed over all keys in work."""
     longest_still_seconds: float = 0.0
     """How long nothing has been heard (`touch()`) of the key in work of which nothing was heard the longest."""
-    longest_waiting_seconds: float = 0.0
-    """How long the oldest of the ready keys has waited for a worker."""
+    untaken_seconds: float = 0.0
+    """How long there has been a key that may be taken, and none was. Time during which keys are taken one after the
+    other does not count, nor do slow keys while as many of them are in work as may be."""
 
 
 class WorkQueue(Generic[K]):
@@ -83,29 +101,46 @@ class WorkQueue(Generic[K]):
     need not be there yet when keys are added. Nothing here waits but `get()` and `wait_shut_down()`.
 
     The sets are unbounded: they hold each key once, so they are bounded by the number of objects.
+
+    slow_at_once  how many slow keys may be in work at once; fewer than there are workers, if there are several
     """
 
-    def __init__(self, backoff: ExponentialBackoff, observer: QueueObserver | None = None) -> None:
+    def __init__(
+        self, backoff: ExponentialBackoff, observer: QueueObserver | None = None, *, slow_at_once: int
+    ) -> None:
+        if slow_at_once < 1:
+            raise ValueError(f"slow_at_once {slow_at_once}: they would never be worked on")
         self._loop = asyncio.get_running_loop()
         self._backoff = backoff
         self._observer = observer
+        self._slow_at_once = slow_at_once
 
         # Due, in order of work, with the loop time of the add. Not a plain dictionary: that one slows down
         # when its first key is taken out again and again.
         self._ready: OrderedDict[K, float] = OrderedDict()
-        # Handed out and not yet given back, with the loop time of the hand-out. None is in _ready.
+        # The same for slow keys.
+        self._slow_ready: OrderedDict[K, float] = OrderedDict()
+        # How many others were taken since a slow key could have been.
+        self._passed_over = 0
+        self._taken_at = -math.inf
+        # Handed out and not yet given back, with the loop time of the hand-out. None is ready.
         self._processing: dict[K, float] = {}
         # When each of those last moved on, in loop time, if it has since its hand-out.
         self._touched: dict[K, float] = {}
-        # Added while in _processing, with the time of the add; done() moves them to _ready.
+        # Added while in _processing, with the time of the add; done() makes them ready.
         self._again: dict[K, float] = {}
-        # One timer for a key, none for a key that is due (in _ready or _again). A loop handle for each,
+        # One timer for a key, none for a key that is due (ready or in _again). A loop handle for each,
         # because asyncio already keeps its handles in one heap, and clears cancelled ones out of it; a
         # heap of our own would do the same once more. It costs about 0.3 kB a key.
         self._timers: dict[K, asyncio.TimerHandle] = {}
         # Shared by all timers: a handle would otherwise keep a copy of its caller's context alive.
         self._timer_context = contextvars.Context()
         self._failures: dict[K, int] = {}
+        # Those that are slow, and those of them that were taken as such.
+        self._slow: set[K] = set()
+        self._slow_processing: set[K] = set()
+        # Forgotten while in _processing: how long that pass has taken says nothing of the task that there is now.
+        self._forgotten: set[K] = set()
 
         self._getters: deque[asyncio.Future[None]] = deque()
         self._shut_down = asyncio.Event()
@@ -125,8 +160,7 @@ class WorkQueue(Generic[K]):
         if key in self._processing:
             self._again[key] = self._loop.time()
         else:
-            self._ready[key] = self._loop.time()
-            self._wake_getter()
+            self._line_up(key, self._loop.time())
 
     def add_after(self, key: K, delay: float) -> None:
         """Add the key in `delay` seconds, unless it is due earlier anyway; ignored once shut down.
@@ -155,6 +189,11 @@ class WorkQueue(Generic[K]):
             return
         self._retries_total += 1
         self._failures[key] = self.failures(key) + 1
+        if (started_at := self._processing.get(key)) is not None and key not in self._forgotten:
+            if self._loop.time() - started_at >= SLOW_SECONDS:
+                self._slow.add(key)
+            else:
+                self._slow.discard(key)
         self.add_after(key, self._backoff.delay(self._failures[key]))
 
     # Taking and giving back.
@@ -165,9 +204,9 @@ class WorkQueue(Generic[K]):
         A cancelled `get()` has taken nothing. Await it directly: in a task of its own it may have taken
         a key by the time that the task is cancelled.
 
-        Raises `QueueShutDown` when the queue is shut down and no key is ready.
+        Raises `QueueShutDown` when the queue is shut down and no key may be taken.
         """
-        while not self._ready:
+        while not self._is_takeable():
             if self.shutting_down:
                 raise QueueShutDown
             getter = self._loop.create_future()
@@ -177,13 +216,14 @@ class WorkQueue(Generic[K]):
             except asyncio.CancelledError:
                 if not getter.cancelled():
                     # Woken for a key and cancelled before it could take it: someone else has to.
-                    if self._ready:
+                    if self._is_takeable():
                         self._wake_getter()
                 elif getter in self._getters:  # an add in the meantime may have passed it over
                     self._getters.remove(getter)
                 raise
-        key, added_at = self._ready.popitem(last=False)
+        key, added_at = self._take()
         now = self._loop.time()
+        self._taken_at = now
         self._processing[key] = now
         if self._observer is not None:
             self._observer.waited(now - added_at)
@@ -198,9 +238,13 @@ class WorkQueue(Generic[K]):
             raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
         started_at = self._processing.pop(key)
         self._touched.pop(key, None)
+        self._forgotten.discard(key)
+        if key in self._slow_processing:
+            self._slow_processing.remove(key)
+            if self._is_slow_takeable():
+                self._wake_getter()
         if key in self._again:
-            self._ready[key] = self._again.pop(key)
-            self._wake_getter()
+            self._line_up(key, self._again.pop(key))
         if self._observer is not None:
             self._observer.worked(self._loop.time() - started_at)
 
@@ -210,8 +254,16 @@ class WorkQueue(Generic[K]):
             self._touched[key] = self._loop.time()
 
     def forget(self, key: K) -> None:
-        """End the key's back-off, after a success. It does not replace `done()`."""
+        """End the key's back-off, after a success or because it stands for another task now; it is not slow any more.
+
+        It replaces neither `done()` nor `add()`.
+        """
         self._failures.pop(key, None)
+        self._slow.discard(key)
+        if key in self._processing:
+            self._forgotten.add(key)
+        if key in self._slow_ready:
+            self._line_up(key, self._slow_ready.pop(key))
 
     # Ending.
 
@@ -241,15 +293,18 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """The number of keys that are ready."""
-        return len(self._ready)
+        return len(self._ready) + len(self._slow_ready)
 
     def statistics(self) -> QueueStatistics:
         """What the queue holds now, and its totals so far."""
         now = self._loop.time()
+        takeable = [next(iter(self._ready.values()))] if self._ready else []
+        if self._is_slow_takeable():
+            takeable.append(next(iter(self._slow_ready.values())))
         running = [now - started_at for started_at in self._processing.values()]
         still = [now - self._touched.get(key, started_at) for key, started_at in self._processing.items()]
         return QueueStatistics(
-            depth=len(self._ready),
+            depth=len(self),
             processing=len(self._processing),
             delayed=len(self._timers),
             failing=len(self._failures),
@@ -258,15 +313,40 @@ class WorkQueue(Generic[K]):
             longest_running_seconds=max(running, default=0.0),
             unfinished_seconds=sum(running),
             longest_still_seconds=max(still, default=0.0),
-            # The first is the oldest, as keys are appended when they become due; one that was added again during its
-            # pass has become due a little earlier than its neighbours.
-            longest_waiting_seconds=now - next(iter(self._ready.values())) if self._ready else 0.0,
+            untaken_seconds=max((now - max(since, self._taken_at) for since in takeable), default=0.0),
         )
 
     # Own use.
 
     def _is_due(self, key: K) -> bool:
-        return key in self._ready or key in self._again
+        return key in self._ready or key in self._slow_ready or key in self._again
+
+    def _line_up(self, key: K, since: float) -> None:
+        """Put a key that is due since then at the end of its line."""
+        if key not in self._slow:
+            self._ready[key] = since
+            self._wake_getter()
+        else:
+            self._slow_ready[key] = since
+            if self._is_slow_takeable():  # else done() wakes somebody
+                self._wake_getter()
+
+    def _is_takeable(self) -> bool:
+        return bool(self._ready) or self._is_slow_takeable()
+
+    def _is_slow_takeable(self) -> bool:
+        return bool(self._slow_ready) and len(self._slow_processing) < self._slow_at_once
+
+    def _take(self) -> tuple[K, float]:
+        """Take the key whose turn it is; one must be takeable."""
+        slow = self._is_slow_takeable()
+        if slow and (not self._ready or self._passed_over >= _PASSED_OVER):
+            self._passed_over = 0
+            key, since = self._slow_ready.popitem(last=False)
+            self._slow_processing.add(key)
+            return key, since
+        self._passed_over = self._passed_over + 1 if slow else 0
+        return self._ready.popitem(last=False)
 
     def _cancel_timer(self, key: K) -> None:
         timer = self._timers.pop(key, None)

@@ -38,7 +38,7 @@ def test_passes_and_queue_have_controller_runtimes_names() -> None:
         unfinished_seconds=1.5,
         longest_running_seconds=1.25,
         longest_still_seconds=1.0,
-        longest_waiting_seconds=0.5,
+        untaken_seconds=0.5,
     )
     metrics.watch_queue(lambda: numbers)
     metrics.watch_leadership("vcpuset-controller", lambda: True)

@@ -28,7 +28,7 @@ LONG = STUCK_SECONDS + 1
             id="a pass that moves on, however long",
         ),
         pytest.param(
-            replace(IDLE, depth=5000, processing=4, longest_waiting_seconds=10 * LONG),
+            replace(IDLE, depth=5000, processing=4, untaken_seconds=10 * LONG),
             id="too much for all workers",
         ),
     ],
@@ -44,13 +44,13 @@ def test_a_pass_that_does_not_move_is_an_illness() -> None:
 
 
 def test_all_workers_occupied_by_passes_that_do_not_move_is_an_illness() -> None:
-    stuck = replace(IDLE, depth=9, processing=4, longest_still_seconds=LONG, longest_waiting_seconds=LONG)
+    stuck = replace(IDLE, depth=9, processing=4, longest_still_seconds=LONG, untaken_seconds=LONG)
     assert illness(stuck, 4, Freshness()) is not None
 
 
 def test_a_set_that_waits_beside_an_idle_worker_is_an_illness() -> None:
-    assert illness(replace(IDLE, depth=1, processing=3, longest_waiting_seconds=LONG), 4, Freshness()) == (
-        "a set has waited 181 s although 1 of 4 workers are idle"
+    assert illness(replace(IDLE, depth=1, processing=3, untaken_seconds=LONG), 4, Freshness()) == (
+        "no set was taken up for 181 s although one waits and 1 of 4 workers are idle"
     )
 
 

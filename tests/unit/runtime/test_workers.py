@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -62,7 +63,7 @@ def now() -> float:
 
 def make_queue() -> WorkQueue[str]:
     """A queue whose failures are retried after 1, 2, 4, ... 30 s."""
-    return WorkQueue(ExponentialBackoff(base_seconds=1, cap_seconds=30, jitter=0))
+    return WorkQueue(ExponentialBackoff(base_seconds=1, cap_seconds=30, jitter=0), slow_at_once=1)
 
 
 @asynccontextmanager
@@ -245,6 +246,57 @@ async def test_the_observer_learns_label_and_duration_of_each_pass() -> None:
         await asyncio.sleep(100)
     assert [label for label, _ in observer.passes] == ["retry", "crash", "requeued", "done"]
     assert [seconds for _, seconds in observer.passes] == pytest.approx([2, 2, 2, 2])
+
+
+async def test_a_thousand_keys_that_hang_hold_up_neither_a_sound_one_nor_a_mended_one_and_are_tried_in_turn() -> None:
+    queue = WorkQueue[str](ExponentialBackoff(base_seconds=0.25, cap_seconds=30), slow_at_once=48)
+    hung = {f"hung-{number}" for number in range(1000)}
+    taken: list[str] = []
+    tries: dict[str, list[float]] = {}
+    served = asyncio.Event()
+
+    async def handler(key: str) -> Result:
+        taken.append(key)
+        tries.setdefault(key, []).append(now())
+        if key in hung:
+            await asyncio.sleep(10)
+            return Retry(OSError("no answer"))
+        served.set()
+        return Done()
+
+    async def picks_before(key: str) -> int:
+        queue.add(key)
+        position = len(taken)
+        served.clear()
+        await served.wait()
+        return taken.index(key, position) - position
+
+    async with working(queue, handler, count=64):
+        for key in hung:
+            queue.add(key)
+        await asyncio.sleep(250)  # 64 at once for 10 s each: by now it is known of each that it hangs
+        assert tries.keys() == hung
+        for _ in range(100):
+            queue.add("hung-0")  # it has news all the time
+            since = now()
+            assert await picks_before("sound") <= 4
+            assert now() == since
+            await asyncio.sleep(7)
+        for number in range(1, 20):
+            key = f"hung-{number}"
+            hung.remove(key)
+            queue.forget(key)
+            since = now()
+            assert await picks_before(key) <= 4
+            # Unless it is just being tried, when the news wait for the end of that.
+            assert now() - since <= 10
+            await asyncio.sleep(7)
+
+    # 48 at once for 10 s each: a round takes 210 s, and no pause of the back-off is longer than 30 s.
+    for key in hung:
+        times = tries[key]
+        assert max(after - before for before, after in itertools.pairwise(times)) < 250
+    assert len(tries["hung-0"]) <= max(len(tries[key]) for key in hung - {"hung-0"}) + 1
 
 
 # Ending.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 
 import pytest
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.runtime.workqueue import QueueShutDown, QueueStatistics, WorkQueue
+from vcpuset.runtime.workqueue import SLOW_SECONDS, QueueShutDown, QueueStatistics, WorkQueue
 
 __all__: list[str] = []
 
@@ -31,10 +32,10 @@ class Recorded:
         self.works.append(seconds)
 
 
-def make_queue(observer: Recorded | None = None) -> WorkQueue[str]:
+def make_queue(observer: Recorded | None = None, *, slow_at_once: int = 2) -> WorkQueue[str]:
     """A queue whose failures are retried after 1, 2, 4, ... 30 s."""
     backoff = ExponentialBackoff(base_seconds=1, cap_seconds=30, jitter=0)
-    return WorkQueue(backoff, observer)
+    return WorkQueue(backoff, observer, slow_at_once=slow_at_once)
 
 
 def now() -> float:
@@ -360,6 +361,157 @@ async def test_an_event_during_a_failing_pass_brings_the_key_at_once() -> None:
     assert queue.failures("a") == 1
 
 
+# Slow keys.
+
+
+async def slow_keys(queue: WorkQueue[str], keys: str) -> None:
+    """Have each of these keys fail slowly once."""
+    for key in keys:
+        queue.add(key)
+        assert await queue.get() == key
+    await asyncio.sleep(SLOW_SECONDS)
+    for key in keys:
+        queue.add_rate_limited(key)
+        queue.done(key)
+
+
+async def test_keys_that_failed_slowly_let_three_others_pass_and_then_one_of_them_is_taken() -> None:
+    queue = make_queue(slow_at_once=9)
+    await slow_keys(queue, "ABC")
+    for key in "ABCabcdefg":
+        queue.add(key)
+    assert [await queue.get() for _ in range(10)] == list("abcAdefBgC")
+
+
+async def test_only_so_many_slow_keys_are_in_work_at_once_and_the_next_one_comes_when_one_is_given_back() -> None:
+    queue = make_queue(slow_at_once=2)
+    await slow_keys(queue, "ABC")
+    for key in "ABC":
+        queue.add(key)
+    assert [await queue.get(), await queue.get()] == ["A", "B"]
+    getter = asyncio.create_task(queue.get())
+    await everything_runs()
+    assert not getter.done()
+    assert len(queue) == 1
+    queue.done("A")
+    async with asyncio.timeout(100):
+        assert await getter == "C"
+
+
+async def test_a_slow_key_added_several_times_before_its_turn_comes_once_and_gets_no_deadline() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    before = queue.statistics().adds_total
+    queue.add("A")
+    queue.add("A")
+    queue.add_after("A", 100)
+    assert queue.statistics().adds_total == before + 1
+    assert queue.statistics().delayed == 0
+    queue.done(await queue.get())
+    assert await nothing_comes(queue, 1000)
+
+
+async def test_a_get_cancelled_after_it_was_woken_passes_a_slow_key_on() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    first = asyncio.create_task(queue.get())
+    second = asyncio.create_task(queue.get())
+    await everything_runs()
+    queue.add("A")  # wakes the first, which has not run yet
+    first.cancel()
+    async with asyncio.timeout(0.5):  # before its back-off would bring it once more
+        assert await second == "A"
+
+
+async def test_other_keys_come_while_slow_ones_have_to_wait() -> None:
+    queue = make_queue(slow_at_once=1)
+    await slow_keys(queue, "AB")
+    for key in "AB":
+        queue.add(key)
+    assert await queue.get() == "A"
+    getter = asyncio.create_task(queue.get())
+    await everything_runs()
+    queue.add("a")
+    async with asyncio.timeout(100):
+        assert await getter == "a"
+
+
+async def test_news_of_a_slow_key_do_not_make_it_fast() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    for key in "Aab":
+        queue.add(key)
+    queue.add("A")
+    assert [await queue.get() for _ in range(3)] == ["a", "b", "A"]
+    queue.add("A")  # while it is in work
+    queue.done("A")
+    queue.add("c")
+    assert [await queue.get(), await queue.get()] == ["c", "A"]
+
+
+async def test_a_key_that_failed_at_once_waits_with_the_others() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    queue.add("A")
+    assert await queue.get() == "A"
+    queue.add_rate_limited("A")  # now its peer refuses
+    queue.done("A")
+    for key in "Aab":
+        queue.add(key)
+    assert await queue.get() == "A"
+    assert queue.failures("A") == 2
+
+
+async def test_a_key_that_is_forgotten_joins_the_others_at_the_end_of_their_line() -> None:
+    queue = make_queue(slow_at_once=1)
+    await slow_keys(queue, "ABC")
+    for key in "ABCa":
+        queue.add(key)
+    queue.forget("C")
+    queue.add("b")
+    assert [await queue.get() for _ in range(4)] == ["a", "C", "b", "A"]
+    assert queue.failures("C") == 0
+
+
+async def test_a_slow_key_that_is_forgotten_wakes_a_get_that_could_not_take_it() -> None:
+    queue = make_queue(slow_at_once=1)
+    await slow_keys(queue, "AB")
+    for key in "AB":
+        queue.add(key)
+    await queue.get()
+    getter = asyncio.create_task(queue.get())
+    await everything_runs()
+    queue.forget("B")
+    async with asyncio.timeout(100):
+        assert await getter == "B"
+
+
+async def test_a_slow_failure_of_what_was_forgotten_during_its_pass_leaves_the_key_with_the_others() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    queue.add("A")
+    assert await queue.get() == "A"
+    await asyncio.sleep(SLOW_SECONDS)
+    queue.forget("A")  # its author has mended it
+    queue.add("A")
+    queue.add_rate_limited("A")
+    queue.done("A")
+    queue.add("a")
+    assert [await queue.get(), await queue.get()] == ["A", "a"]
+    # The next failure is one of the new task.
+    await asyncio.sleep(SLOW_SECONDS)
+    queue.add_rate_limited("A")
+    queue.done("A")
+    for key in "Ab":
+        queue.add(key)
+    assert [await queue.get(), await queue.get()] == ["b", "A"]
+
+
+async def test_a_queue_without_room_for_slow_keys_is_refused() -> None:
+    with pytest.raises(ValueError, match="slow_at_once 0"):
+        make_queue(slow_at_once=0)
+
+
 # Shutting down.
 
 
@@ -439,8 +591,42 @@ async def test_statistics_tell_what_the_queue_holds() -> None:
         longest_running_seconds=0.75,
         unfinished_seconds=1.25,
         longest_still_seconds=0.75,
-        longest_waiting_seconds=0.75,
+        untaken_seconds=0.5,
     )
+
+
+async def test_keys_that_are_taken_one_after_the_other_are_not_untaken_however_long_the_last_of_them_waits() -> None:
+    queue = make_queue()
+    for number in range(10):
+        queue.add(f"key-{number}")
+    for _ in range(9):
+        await asyncio.sleep(100)
+        assert queue.statistics().untaken_seconds == 100
+        queue.done(await queue.get())
+        assert queue.statistics().untaken_seconds == 0
+    queue.done(await queue.get())
+    await asyncio.sleep(100)
+    assert queue.statistics().untaken_seconds == 0
+    queue.add("a")
+    await asyncio.sleep(1)
+    assert queue.statistics().untaken_seconds == 1
+
+
+async def test_slow_keys_are_untaken_only_while_one_may_be_taken() -> None:
+    queue = make_queue(slow_at_once=1)
+    await slow_keys(queue, "AB")
+    queue.add("A")
+    queue.add("B")
+    assert queue.statistics() == replace(IDLE, depth=2, failing=2, adds_total=4, retries_total=2, untaken_seconds=0)
+    await asyncio.sleep(10)
+    assert queue.statistics().untaken_seconds == 10
+    await queue.get()
+    await asyncio.sleep(1000)
+    assert queue.statistics().depth == 1
+    assert queue.statistics().untaken_seconds == 0
+    queue.done("A")
+    await asyncio.sleep(10)
+    assert queue.statistics().untaken_seconds == 1010
 
 
 async def test_work_that_moves_on_is_long_but_not_still() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.runtime.workqueue import WorkQueue
+from vcpuset.runtime.workqueue import SLOW_SECONDS, WorkQueue
 
 __all__: list[str] = []
 
@@ -34,6 +34,11 @@ class AddAfter:
 class Fail:
     """add_rate_limited, by whomever: also while someone else has the key in work."""
 
+    key: str
+
+
+@dataclass(frozen=True)
+class Forget:
     key: str
 
 
@@ -62,15 +67,16 @@ class Wait:
     seconds: float
 
 
-Step = Add | AddAfter | Fail | StartGet | CancelGet | GiveBack | LetRun | Wait
+Step = Add | AddAfter | Fail | Forget | StartGet | CancelGet | GiveBack | LetRun | Wait
 
-keys = st.sampled_from("ab")  # few, so that steps meet each other
+keys = st.sampled_from("abc")  # few, so that steps meet each other
 delays = st.sampled_from([0.0, 1.0, 2.5, 10.0, LONGEST_DELAY])
 steps = st.lists(
     st.one_of(
         st.builds(Add, keys),
         st.builds(AddAfter, keys, delays),
         st.builds(Fail, keys),
+        st.builds(Forget, keys),
         st.builds(StartGet),
         st.builds(CancelGet, st.integers(0, 3)),
         st.builds(GiveBack, st.integers(0, 3)),
@@ -86,11 +92,16 @@ class Scenario:
     """Does the steps and checks each hand-out against what it knows to be owed."""
 
     def __init__(self) -> None:
-        self.queue: WorkQueue[str] = WorkQueue(ExponentialBackoff(1, LONGEST_DELAY, jitter=0))
+        self.queue: WorkQueue[str] = WorkQueue(ExponentialBackoff(1, LONGEST_DELAY, jitter=0), slow_at_once=1)
         self.getters: list[asyncio.Task[None]] = []
         self.in_work: list[str] = []
         # Keys that must be handed out sooner or later, because they were added since the last time.
         self.owed: set[str] = set()
+        # When each key in work was taken; keys whose failures count, those that are slow, those taken as slow ones.
+        self.taken_at: dict[str, float] = {}
+        self.counts: set[str] = set()
+        self.slow: set[str] = set()
+        self.slow_in_work: set[str] = set()
 
     async def take(self) -> None:
         key = await self.queue.get()
@@ -98,9 +109,30 @@ class Scenario:
         assert key in self.owed, f"{key} was handed out, but nobody had added it"
         self.owed.discard(key)
         self.in_work.append(key)
+        self.taken_at[key] = asyncio.get_running_loop().time()
+        self.counts.add(key)
+        if key in self.slow:
+            self.slow_in_work.add(key)
+            assert self.slow_in_work == {key}, "two slow keys are in work"
 
     def give_back(self, which: int) -> None:
-        self.queue.done(self.in_work.pop(which))
+        key = self.in_work.pop(which)
+        self.slow_in_work.discard(key)
+        self.queue.done(key)
+
+    def fail(self, key: str) -> None:
+        self.queue.add_rate_limited(key)
+        self.owed.add(key)
+        if key in self.in_work and key in self.counts:
+            if asyncio.get_running_loop().time() - self.taken_at[key] >= SLOW_SECONDS:
+                self.slow.add(key)
+            else:
+                self.slow.discard(key)
+
+    def forget(self, key: str) -> None:
+        self.queue.forget(key)
+        self.slow.discard(key)
+        self.counts.discard(key)
 
     async def do(self, step: Step) -> None:
         match step:
@@ -111,8 +143,9 @@ class Scenario:
                 self.queue.add_after(key, delay)
                 self.owed.add(key)
             case Fail(key):
-                self.queue.add_rate_limited(key)
-                self.owed.add(key)
+                self.fail(key)
+            case Forget(key):
+                self.forget(key)
             case StartGet():
                 self.getters.append(asyncio.create_task(self.take()))
             case CancelGet(which):
@@ -159,7 +192,7 @@ async def test_no_key_is_lost_or_handed_out_twice_at_once_or_without_reason(step
 
 @settings(deadline=None, max_examples=100)
 @given(steps=steps)
-async def test_no_one_waits_while_a_key_is_ready(steps: list[Step]) -> None:
+async def test_no_one_waits_while_a_key_may_be_taken(steps: list[Step]) -> None:
     scenario = Scenario()
     for step in [*steps, Wait(1)]:
         await scenario.do(step)
@@ -168,5 +201,98 @@ async def test_no_one_waits_while_a_key_is_ready(steps: list[Step]) -> None:
             # at an odd millisecond, so none fires at the end of this.
             await asyncio.sleep(0.001)
             waiting = [getter for getter in scenario.getters if not getter.done()]
-            assert not (waiting and len(scenario.queue)), "a get() sleeps beside a ready key"
+            if waiting and len(scenario.queue):
+                assert scenario.slow_in_work, "a get() sleeps beside a ready key"
+                held = scenario.slow - set(scenario.in_work)
+                assert len(scenario.queue) <= len(held), "a get() sleeps beside a ready key that is not slow"
     await scenario.run_dry()
+
+
+class Lines:
+    """The queue beside two plain lists that show what each line has to be."""
+
+    LIMIT = 3
+
+    def __init__(self) -> None:
+        self.queue: WorkQueue[int] = WorkQueue(ExponentialBackoff(1, 30, jitter=0), slow_at_once=self.LIMIT)
+        self.fast: list[int] = []
+        self.slow: list[int] = []
+        self.in_work: dict[int, bool] = {}
+        """Whether each was taken as a slow one."""
+        self.since_slow: list[bool] = []
+        """For each key taken since the last slow one, whether a slow one might have been."""
+
+    def add(self, key: int) -> None:
+        self.queue.add(key)
+        if key not in self.in_work and key not in self.fast and key not in self.slow:
+            self.fast.append(key)
+
+    def forget(self, key: int) -> None:
+        self.queue.forget(key)
+        if key in self.slow:
+            self.slow.remove(key)
+            self.fast.append(key)
+
+    async def take(self) -> None:
+        slow_may = bool(self.slow) and sum(self.in_work.values()) < self.LIMIT
+        if not (self.fast or slow_may):
+            return
+        key = await self.queue.get()
+        if key in self.slow:
+            assert slow_may, "more slow keys are in work than may be"
+            assert self.slow.pop(0) == key, "a slow key was overtaken by another slow one"
+            assert not self.fast or self.since_slow[-3:] == [True] * 3, "a slow key came before its turn"
+            self.since_slow.clear()
+            self.in_work[key] = True
+        else:
+            assert self.fast.pop(0) == key, "a key was overtaken by one of its own line"
+            self.since_slow.append(slow_may)
+            assert self.since_slow[-4:] != [True] * 4, "a slow key was passed over a fourth time"
+            self.in_work[key] = False
+
+    async def give_back(self, which: int, *, fails: bool) -> None:
+        """With news that came during the pass, so that the key is due at once and no timer plays a part."""
+        if which >= len(self.in_work):
+            return
+        key = list(self.in_work)[which]
+        self.queue.add(key)
+        if fails:
+            await asyncio.sleep(SLOW_SECONDS)
+            self.queue.add_rate_limited(key)
+            self.slow.append(key)
+        else:
+            self.queue.forget(key)
+            self.fast.append(key)
+        self.queue.done(key)
+        del self.in_work[key]
+
+
+moves = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 15)),
+    st.tuples(st.just("forget"), st.integers(0, 15)),
+    st.tuples(st.just("take"), st.none()),
+    st.tuples(st.just("take"), st.none()),
+    st.tuples(st.just("fail"), st.integers(0, 3)),
+    st.tuples(st.just("fail"), st.integers(0, 3)),
+    st.tuples(st.just("succeed"), st.integers(0, 3)),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(script=st.lists(moves, min_size=30, max_size=150))
+async def test_each_line_keeps_its_order_and_neither_is_passed_over_for_long(
+    script: list[tuple[str, int | None]],
+) -> None:
+    lines = Lines()
+    for key in range(8):
+        lines.add(key)
+    for move, number in script:
+        if number is None:
+            await lines.take()
+        elif move == "add":
+            lines.add(number)
+        elif move == "forget" and number not in lines.in_work:
+            lines.forget(number)
+        elif move in {"fail", "succeed"}:
+            await lines.give_back(number, fails=move == "fail")
+        assert len(lines.queue) == len(lines.fast) + len(lines.slow)
