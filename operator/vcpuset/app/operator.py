@@ -197,7 +197,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     async def work() -> None:
         # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
         # is the older.
-        if not await _first_list(list_sets, stop):
+        if not await _unless_stopped(stop, _insist(list_sets, "first list"), "first list"):
             return
         history.go_live()
         ready.set()
@@ -250,16 +250,9 @@ async def _lead(
     Raises NotLeading when the lease is lost meanwhile; all work has ended by then. A standby is `ready`, since it could
     take over, and a rollout waits for that.
     """
-    standing_by = asyncio.create_task(leadership.acquire(ready), name="standby")
-    stopping = asyncio.create_task(stop.wait(), name="standby: stop flag")
-    await asyncio.wait({standing_by, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if stop.is_set():
-        standing_by.cancel()
-        await asyncio.wait({standing_by})
+    if not await _unless_stopped(stop, leadership.acquire(ready), "standby"):
         await leadership.release()  # it may have come at the last moment
         return
-    await standing_by
     ready.clear()
     working = asyncio.create_task(work(), name="work")
     keeping = asyncio.create_task(leadership.keep(), name="leadership")
@@ -276,19 +269,19 @@ async def _lead(
     await working
 
 
-async def _first_list(list_sets: Callable[[], Awaitable[None]], stop: asyncio.Event) -> bool:
-    """Fill the cache, however long the API server is away; False: `stop` was set before that."""
-    listing = asyncio.create_task(_insist(list_sets, "first list"), name="first list")
-    stopping = asyncio.create_task(stop.wait(), name="first list: stop flag")
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[None, None, None], name: str) -> bool:
+    """Do `work`, and raise what it raises; False: `stop` was set before it was done, and it is cancelled."""
+    working = asyncio.create_task(work, name=name)
+    stopping = asyncio.create_task(stop.wait(), name=f"{name}: stop flag")
     try:
-        await asyncio.wait({listing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if listing.done():
-            await listing
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
         return not stop.is_set()
     finally:
-        listing.cancel()
+        working.cancel()
         stopping.cancel()
-        await asyncio.wait({listing, stopping})
+        await asyncio.wait({working, stopping})
 
 
 async def _sweep_for_ever(
