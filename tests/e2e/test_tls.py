@@ -253,6 +253,8 @@ async def test_a_connection_that_is_kept_goes_on_when_what_it_was_made_with_is_n
     await web.take_away()
     await user.change("web", vcpus=3)
     await web.ready(3)
+    await user.change("web", monitor={"connection": "OnDemand"})
+    await web.says("CredentialsUnavailable", "There is no Secret")
 
 
 async def test_a_machine_keeps_its_count_while_the_api_server_is_away_and_the_secret_cannot_be_read(

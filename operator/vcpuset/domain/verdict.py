@@ -298,19 +298,22 @@ def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
 
 def failure(error: VCPUSetError) -> Verdict:
     """What is reported when the machine could not be looked at."""
-    text = sentence(str(error))
+    # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew.
+    return _verdict(_failed(error), sentence(str(error)), Pace.RETRY)
+
+
+def _failed(error: VCPUSetError) -> Reason:
     match error:
         case InvalidMonitor():
-            return _verdict(Reason.INVALID_MONITOR, text, Pace.STEADY)
+            return Reason.INVALID_MONITOR
         case CredentialsUnavailable():
-            # Secrets are not watched, so that one that was mended shows only when it is tried.
-            return _verdict(Reason.CREDENTIALS_UNAVAILABLE, text, Pace.RETRY)
+            return Reason.CREDENTIALS_UNAVAILABLE
         case MonitorBusy():
-            return _verdict(Reason.MONITOR_BUSY, text, Pace.RETRY)
+            return Reason.MONITOR_BUSY
         case MonitorTimeout():
-            return _verdict(Reason.MONITOR_TIMEOUT, text, Pace.RETRY)
+            return Reason.MONITOR_TIMEOUT
         case _:
-            return _verdict(Reason.MONITOR_UNREACHABLE, text, Pace.RETRY)
+            return Reason.MONITOR_UNREACHABLE
 
 
 def conflict(holder: str) -> Verdict:

@@ -5,8 +5,8 @@ administrator gave it that. A change is found when a session is opened and the c
 at once when a connection with the copy has failed. However many sets share a Secret, it is read once for all of them.
 
 While the API server cannot be reached the last copy goes on being used, and only now and then somebody waits for it,
-two seconds at most, so that machines stay at their target. A Secret that is gone, or may not be read any more, is used
-no longer.
+two seconds at most, so that machines stay at their target. For a Secret that is gone, or may not be read any more, no
+session is opened any longer; one that is open goes on, as it needs no credentials.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Secrets:
         async with copy.lock:
             in_doubt = doubted is not None and copy.content == doubted
             if copy.content is None or self._now() >= copy.read_at + (DOUBTED_SECONDS if in_doubt else FRESH_SECONDS):
-                enough = isinstance(copy.content, Credentials) and not in_doubt
-                await self._read(copy, namespace, name, PATIENT_SECONDS if enough else None)
+                held = isinstance(copy.content, Credentials)
+                await self._read(copy, namespace, name, PATIENT_SECONDS if held else None)
         if isinstance(copy.content, Credentials):
             return copy.content
         raise CredentialsUnavailable(copy.content)

@@ -386,7 +386,7 @@ CASES = {
     ),
     "a bad path": (
         failure(InvalidMonitor("a.sock is a folder")),
-        Said(Reason.INVALID_MONITOR, State.STALLED, Pace.STEADY, "a.sock is a folder", "Warning"),
+        Said(Reason.INVALID_MONITOR, State.STALLED, Pace.RETRY, "a.sock is a folder", "Warning"),
     ),
     "no Secret, which nobody would tell of when it comes": (
         failure(CredentialsUnavailable("there is no Secret team-a/monitor")),
