@@ -380,6 +380,14 @@ async def test_the_watch_and_the_sweep_survive_a_restart_of_the_api_server() -> 
             assert watch.changes == [gone.uid]
 
             await own.kubectl("delete", "crd", "vcpusets.vcpuset.dev")
-            with pytest.raises(APIError, match=r"does not know vcpusets\.vcpuset\.dev: apply the folder crds/"):
-                await cluster.list(Scope())
+
+            async def refusal() -> str:
+                try:
+                    await cluster.list(Scope())
+                except APIError as error:
+                    return str(error)
+                return ""  # served for a moment longer than it is there
+
+            refused = await until(refusal, WAIT, "the list to be refused")
+            assert "does not know vcpusets.vcpuset.dev: apply the folder crds/" in refused
             assert watch.names == {"stays", "comes"}

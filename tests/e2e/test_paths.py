@@ -202,12 +202,9 @@ async def test_links_that_change_while_they_are_followed_lead_nowhere_else(
         (folder / "mine").rename(folder / "run")
         await user.create("vm", 2, "run/vm.sock")
         await user.wait_reason("vm", "Converged")
-        refused = 0
         with _exchanging(folder) as exchanged:
             for _ in range(60):
                 await user.touch("vm")
-                seen = await user.get("vm")
-                refused += seen.reason == "InvalidMonitor"
             looks = own.connections
             await until(lambda: exchanged() > 1000, 60, "a thousand exchanges")
         await user.touch("vm")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -268,7 +269,10 @@ def test_swapping_folder_and_link_all_the_time_never_leads_to_the_other_namespac
         swapper = threading.Thread(target=swap)
         swapper.start()
         try:
-            for _ in range(3000):
+            # Chance decides how many of so many attempts find the folder: six or eight hundred.
+            deadline = time.monotonic() + 60
+            while sum(outcomes.values()) < 3000 or not (outcomes["mine"] and outcomes["link"]):
+                assert time.monotonic() < deadline, outcomes
                 try:
                     with open_socket(root, "team-a", "vms/qmp.sock") as endpoint:
                         assert endpoint.identity[1] == mine
@@ -280,7 +284,6 @@ def test_swapping_folder_and_link_all_the_time_never_leads_to_the_other_namespac
         finally:
             stop.set()
             swapper.join()
-    assert sum(outcomes.values()) == 3000
 
 
 def test_a_path_longer_than_a_socket_address_can_be_connected_to(root: Path) -> None:

@@ -79,7 +79,7 @@ async def test_a_block_ends_at_the_first_command_that_fails(tmp_path: Path, text
 
 async def test_a_block_without_an_end_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     with Reader(tmp_path / "place") as reader, pytest.raises(TimeoutError, match="begun"):
-        await reader.run("echo begun; sleep 600 | cat", timeout=1)
+        await reader.run("echo begun; sleep 600 | cat", timeout=5)
 
 
 async def test_what_was_started_runs_beside_what_follows_and_ends_with_the_reader(tmp_path: Path) -> None:
