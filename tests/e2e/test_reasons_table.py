@@ -191,6 +191,7 @@ class _Stage:
             await create(name, 1, unplug=unplug)
             await self._asked(name, acpi)
             await acpi.refuse(1)
+            await self._user.touch(name)  # so that an answer that came after its second is looked at, too
         acpi = await self._booted("giving")
         await create("giving", 1, unplug=FOR_EVER)
         await self._asked("giving", acpi)

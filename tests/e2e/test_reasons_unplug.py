@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from harness.acpi import Acpi, Status
 from harness.controlplane import ControlPlane
-from harness.expect import READY, RECONCILING, STALLED, history, reasons, shows
+from harness.expect import READY, RECONCILING, STALLED, check_form, history, reasons, shows
 from harness.faults import Error
 from harness.faulty import FaultyMonitor
 from harness.guest import Guest
@@ -71,9 +71,13 @@ async def test_unplugging_is_reported_with_its_requests_and_then_that_no_answer_
 ) -> None:
     async with played(folder, "4,maxcpus=64") as machine:
         created = await user.create("vm", 2, "vm.sock")
-        seen = await shows(
-            user, "vm", "Unplugging", RECONCILING, "4 vCPUs present, 2 declared", "give back slots 2-3", vcpus=4
-        )
+        pending = await shows(user, "vm", "UnplugPending", RECONCILING, "slots 2-3", "not answered yet", vcpus=4)
+        # That stays, and what came before it was soon over.
+        seen = next(each for each in await history(user, created) if each.status.get("conditions"))
+        check_form(seen)
+        assert (seen.reason, seen.states, seen.vcpus) == ("Unplugging", RECONCILING, 4)
+        assert "4 vCPUs present, 2 declared" in seen.message
+        assert "give back slots 2-3" in seen.message
         assert [each["slot"] for each in seen.pending] == [2, 3]
         cpus = {cpu["cpu-index"]: cpu for cpu in await machine.client.call("query-cpus-fast")}
         for each in seen.pending:
@@ -81,8 +85,6 @@ async def test_unplugging_is_reported_with_its_requests_and_then_that_no_answer_
             assert (each["path"], each["threadID"]) == (cpu["qom-path"], cpu["thread-id"])
             assert each["attempts"] == 1
             assert "answer" not in each
-
-        pending = await shows(user, "vm", "UnplugPending", RECONCILING, "slots 2-3", "not answered yet", vcpus=4)
         assert pending.pending == seen.pending
         for slot in (3, 2):
             await machine.asked(slot)
@@ -188,16 +190,16 @@ async def test_a_refusal_stalls_after_the_timeout_is_asked_again_and_ends_when_t
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with played(folder, "2,maxcpus=64") as machine:
-        created = await user.create("vm", 1, "vm.sock", unplug={"timeoutSeconds": 5, "retrySeconds": 2})
+        created = await user.create("vm", 1, "vm.sock", unplug={"timeoutSeconds": 10, "retrySeconds": 3})
         await machine.asked(1)
         await machine.acpi.refuse(1)
         await shows(user, "vm", "UnplugRefused", RECONCILING, vcpus=2)
-        for _ in range(2):
+        for _ in range(3):
             await machine.asked(1)
             await machine.acpi.refuse(1)
         await machine.asked(1)
         await machine.acpi.refuse(1)
-        stalled = await shows(user, "vm", "UnplugRefused", STALLED, "every 2 s", vcpus=2)
+        stalled = await shows(user, "vm", "UnplugRefused", STALLED, "every 3 s", vcpus=2)
         assert stalled.condition("Stalled")["lastTransitionTime"] >= stalled.status["unplugStartedAt"][:19]
 
         await machine.asked(1)
@@ -205,7 +207,8 @@ async def test_a_refusal_stalls_after_the_timeout_is_asked_again_and_ends_when_t
         await shows(user, "vm", "Converged", READY, vcpus=1)
 
         versions = await history(user, created)
-        told = reasons(versions)
+        # On a busy host the first answer may be heard only after it was missed.
+        told = reasons([each for each in versions if each.reason != "UnplugPending"])
         assert told == [
             ("Unplugging", RECONCILING),
             ("UnplugRefused", RECONCILING),
@@ -214,8 +217,8 @@ async def test_a_refusal_stalls_after_the_timeout_is_asked_again_and_ends_when_t
         ]
         requested = [_time(each["requestedAt"]) for seen in versions for each in seen.pending]
         made = sorted(set(requested))
-        assert len(made) >= 4
-        assert all(later - earlier >= timedelta(seconds=2) for earlier, later in itertools.pairwise(made))
+        assert len(made) >= 5
+        assert all(later - earlier >= timedelta(seconds=3) for earlier, later in itertools.pairwise(made))
 
 
 async def test_a_linux_guest_that_holds_its_cpus_gives_them_back_when_the_cause_has_gone(
@@ -268,7 +271,9 @@ async def test_a_silent_guest_is_asked_again_every_retry_seconds(
             # Taken notice of and not answered: the request is lost, and only a new one sets the flag again.
             await machine.asked(1)
             await machine.acpi.forget_removal(1)
-        seen = await user.wait("vm", lambda seen: [each["attempts"] for each in seen.pending] == [3], "a third request")
+        seen = await user.wait(
+            "vm", lambda seen: any(each["attempts"] >= 3 for each in seen.pending), "a third request"
+        )
         assert seen.states[2] == "True", "it stays stalled through the retries"
         assert seen.reason == "UnplugTimedOut"
         await machine.asked(1)

@@ -76,6 +76,8 @@ async def test_a_cpu_that_someone_else_plugs_or_unplugs_is_undone_at_the_next_to
             "",
             "",
         ]
+        # Until its report the operator watches the machine, and would undo the next change before it is seen here.
+        await user.wait("vm", lambda seen: seen.ready and seen.vcpus == 3 and not seen.pending, "the report")
 
         await device_del(guest.control, 2)
         await until(lambda: _has(guest.control, 2), 60, "the CPU to be gone")

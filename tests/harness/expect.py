@@ -104,15 +104,25 @@ async def shows(
 async def history(user: User, since: Seen) -> list[Seen]:
     """All versions of a set from `since` on, as a watch shows them; none is left out."""
     metadata = since.body["metadata"]
-    # A watch from an old version begins with all that has happened since, and ends by itself after a second.
-    answer = await user.control_plane.kubectl(
-        "get",
-        "--raw",
-        f"/apis/vcpuset.dev/v1alpha1/namespaces/{user.namespace}/vcpusets?watch=1&timeoutSeconds=1"
-        f"&fieldSelector=metadata.name%3D{metadata['name']}&resourceVersion={metadata['resourceVersion']}",
-    )
-    changes = [json.loads(line) for line in answer.stdout.splitlines()]
-    return [since, *(Seen(change["object"]) for change in changes if change["type"] in {"ADDED", "MODIFIED"})]
+    newest = _version(await user.get(metadata["name"]))
+    # A watch from an old version begins with all that has happened since. It ends by itself after the time it is given,
+    # which on a busy host may be before it has come to now.
+    for seconds in (1, 5, 30):
+        answer = await user.control_plane.kubectl(
+            "get",
+            "--raw",
+            f"/apis/vcpuset.dev/v1alpha1/namespaces/{user.namespace}/vcpusets?watch=1&timeoutSeconds={seconds}"
+            f"&fieldSelector=metadata.name%3D{metadata['name']}&resourceVersion={metadata['resourceVersion']}",
+        )
+        changes = [json.loads(line) for line in answer.stdout.splitlines()]
+        seen = [since, *(Seen(change["object"]) for change in changes if change["type"] in {"ADDED", "MODIFIED"})]
+        if newest in map(_version, seen):
+            return seen
+    raise AssertionError(f"no watch has come to version {newest}; the last one brought: {answer.stdout[-1000:]}")
+
+
+def _version(seen: Seen) -> str:
+    return str(seen.body["metadata"]["resourceVersion"])
 
 
 def reasons(versions: Sequence[Seen]) -> list[tuple[str, States]]:
