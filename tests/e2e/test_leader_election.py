@@ -1,7 +1,8 @@
 """Two replicas with leader election: one works, and the other takes over, whatever becomes of the first.
 
 Each replica acts as a service account of its own, so that the audit log of the API server tells who wrote what. Where a
-lease must not run out by itself it is longer than any test; where a test waits for that, a few seconds.
+lease must not run out by itself it is longer than any test; where a test waits for that, as short as a busy host can
+renew it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from harness.world import User
 __all__: list[str] = []
 
 WAIT = 120.0
+END = "nothing is changed any more"
+"""What a leader logs when it leads no more."""
 FOR_EVER = ("600s", "300s", "1s")
-SHORT = ("6s", "4s", "1s")
+SHORT = ("15s", "10s", "1s")
 
 
 class Replica:
@@ -52,9 +55,13 @@ class Replica:
         except OSError:
             return False
 
-    async def logs(self, words: str) -> None:
-        """Wait until it has said this."""
-        await until(lambda: words in self.process.text(), WAIT, lambda: f"{words!r}; its log:\n{self.process.tail()}\n")
+    def said(self, words: str) -> int:
+        """How often it has said this."""
+        return self.process.text().count(words)
+
+    async def logs(self, words: str, times: int = 1) -> None:
+        """Wait until it has said this so many times."""
+        await until(lambda: self.said(words) >= times, WAIT, lambda: f"{words!r}; its log:\n{self.process.tail()}\n")
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -161,6 +168,12 @@ def first_write(replica: Replica, requests: list[AuditEvent]) -> int:
     return number
 
 
+async def lists_before_the_watch(proxy: FaultProxy, since: int) -> int:
+    """How many lists there were from this request on; work may begin before the watch does."""
+    await until(lambda: any(each.watch for each in proxy.requests[since:]), WAIT, "the watch")
+    return sum(each.list for each in proxy.requests[since:])
+
+
 async def test_one_of_two_replicas_works_and_the_other_asks_for_nothing_but_the_lease(
     replicas: Replicas, user: User, machine: FaultyMonitor
 ) -> None:
@@ -255,7 +268,7 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
 ) -> None:
     """Between its own deadline and the end of the lease nobody works."""
     async with FaultProxy(control_plane, tmp_path) as proxy:
-        times = ("30s", "4s", "1s")
+        times = ("40s", "10s", "1s")
         first = await replicas.start("first", times, proxy.kubeconfig)
         second = await replicas.start("second", times)
         pid = first.process.pid
@@ -263,12 +276,12 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
         await user.wait_ready("vm")
 
         proxy.block()
-        await first.logs("could not be renewed within 4 s: the API server did not answer; nothing is changed any more")
+        await first.logs(f"could not be renewed within 10 s: the API server did not answer; {END}")
 
         assert await replicas.is_held_by(first)
         before = len(machine.commands)
         machine.cpus.eject(3)
-        await first.logs("no answer within 2 s; tried again")
+        await first.logs("no answer within 5 s; tried again")
         assert first.is_ready() is False, "it could not take over"
         assert len(machine.commands) == before, "nobody leads, so nobody touches the machine"
         await replicas.led_by(second)
@@ -297,19 +310,15 @@ async def test_while_the_api_server_is_away_a_single_replica_stands_by_in_peace_
         pid = only.process.pid
         await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
-        for outage, vcpus in ((1, 6), (2, 3)):
+        for vcpus in (6, 3):
+            ends = only.said(END)
             await proxy.shut()
-            await until(
-                lambda outage=outage: only.process.text().count("nothing is changed any more") == outage,  # type: ignore[misc]
-                WAIT,
-                "the end of its leadership",
-            )
+            await only.logs(END, ends + 1)
             await user.change("vm", vcpus=vcpus)
             asked = len(proxy.requests)
             await proxy.reopen()
             assert (await user.wait_ready("vm")).vcpus == vcpus
-            lists = [each for each in proxy.requests[asked:] if each.list]
-            assert len(lists) == 2, "its own and that of the watch"
+            assert await lists_before_the_watch(proxy, asked) == 2, "its own and that of the watch"
         only.process.require_running()
         assert only.process.pid == pid
         assert "Traceback" not in only.process.text()
@@ -336,7 +345,8 @@ async def test_a_leader_that_was_stopped_longer_than_its_lease_sends_no_command_
     finally:
         first.signal(signal.SIGCONT)
 
-    await first.logs("could not be renewed within 4 s: the process was stopped")
+    # That it was stopped, or, if it was just waiting for one, that no answer came.
+    await first.logs("could not be renewed within 10 s: ")
     assert [each for each in machine.commands if each.connection == last.connection][-1] == last
     assert (await user.wait_ready("vm")).vcpus == 6
     requests = await replicas.requests()
@@ -357,7 +367,7 @@ async def test_a_leader_whose_lease_is_taken_by_force_stands_by_again(
         "-p",
         '{"spec": {"holderIdentity": "thief"}}',
     )
-    await first.logs("was taken by thief; nothing is changed any more")
+    await first.logs(f"was taken by thief; {END}")
     await first.logs("is held by thief")
     await user.create("vm", 4, "vm.sock")
     await until(first.is_ready, WAIT, "the standby to be ready")
