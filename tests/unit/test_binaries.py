@@ -80,7 +80,7 @@ def test_the_demo_does_not_wait_for_what_only_tests_need() -> None:
         assert found is not None, lines
         return found[1]
 
-    assert parts("demo").split() == ["system", "venv", "controlplane", "guest"]
+    assert set(parts("demo").split()) == {"system", "venv", "controlplane", "guest"}
     assert parts("test") == "", "all parts"
 
 
