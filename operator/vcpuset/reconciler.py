@@ -56,19 +56,19 @@ __all__ = ["Reconciler"]
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often a machine is looked at while its guest works on requests, should no event come."""
+"""How often a machine is looked at while its guest works on requests, or its CPUs move, should no event come."""
 
 NEXT_TURN_SECONDS = 0.02
 """How soon a session is followed by the next one where a monitor is wanted for long. Others who wait are first."""
 
-UNSETTLED_SECONDS = 0.02
-"""How soon a machine is looked at again whose CPUs came or went while they were counted.
+UNSETTLED_SECONDS = 5.0
+"""For how long CPUs may come or go at each look before it is reported as a monitor that cannot be used.
 
-QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`.
+QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`; then comes its event.
 """
 
-UNSETTLED_LOOKS = 50
-"""After so many such looks in a row it is no moment any more, and is reported as a monitor that cannot be used."""
+ROUNDS = 4
+"""How often one pass asks for CPUs: others in place of those that QEMU rejects, and what came meanwhile."""
 
 ANNOUNCE_SECONDS = 0.5
 """A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
@@ -89,7 +89,7 @@ class _Track:
     heard       what the guest has answered; the status need not say so yet, and another session has not heard it
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
-    unsettled   how many looks in a row could not count the CPUs
+    unsettled   loop time of the first look in a row that could not count the CPUs
     vcpus       the last count
     moved_at    loop time when a CPU was last seen to leave
     plugged_at  loop time when this process last plugged one, or the guest then took one up
@@ -103,7 +103,7 @@ class _Track:
     heard: dict[CPU, Answer] = field(default_factory=dict)
     written_at: float = 0.0
     progress: int = 0
-    unsettled: int = 0
+    unsettled: float | None = None
     vcpus: int = 0
     moved_at: float | None = None
     plugged_at: float | None = None
@@ -172,8 +172,9 @@ class Reconciler:
         try:
             verdict = await self._converge(vcpuset)
         except MachineUnsettled:
-            # A CPU is just leaving. What this pass has done is done; the next one sees what came of it.
-            return Done(requeue_after=UNSETTLED_SECONDS)
+            # A CPU is just leaving, and its event is to come. What this pass has done is done; the next one sees what
+            # came of it.
+            return Done(requeue_after=LOOK_SECONDS)
         except ObjectGone:
             # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
             await self._monitors.release(uid)
@@ -230,8 +231,10 @@ class Reconciler:
 
     def _may_settle(self, vcpuset: VCPUSet) -> bool:
         track = self._tracks.setdefault(vcpuset.uid, _Track())
-        track.unsettled += 1
-        return track.unsettled <= UNSETTLED_LOOKS
+        now = asyncio.get_running_loop().time()
+        if track.unsettled is None:
+            track.unsettled = now
+        return now < track.unsettled + UNSETTLED_SECONDS
 
     async def _take_monitor(self, vcpuset: VCPUSet) -> Session | Verdict:
         """The session with the set's machine, or why this set may not have one."""
@@ -271,8 +274,9 @@ class Reconciler:
         if step.plug:
             vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal)
             requests = still_open(requests, machine, self._clock())
-        # Each round asks for CPUs that were not asked for before, or not lately, so the rounds end.
-        while step.ask and blocked is None:
+        for _ in range(ROUNDS):
+            if not step.ask or blocked is not None:
+                break
             vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
             machine = await self._observe(track, session)
             requests = still_open(requests, machine, self._clock())
@@ -280,6 +284,10 @@ class Reconciler:
 
         requests = _still_wanted(vcpuset, machine, requests)
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
+        if step.ask and blocked is None:
+            # QEMU rejects one after the other, or its CPUs are others at each look. The next pass goes on, in its turn;
+            # until all have been asked for, what this one has written says it best.
+            return replace(verdict, due=self._clock() + timedelta(seconds=LOOK_SECONDS))
         guest: GuestReport | None = None
         if vcpuset.spec.guest_agent is None:
             await self._guests.forget(vcpuset.uid)
@@ -296,7 +304,7 @@ class Reconciler:
 
     async def _observe(self, track: _Track, session: Session) -> Machine:
         machine = await session.observe()
-        track.unsettled = 0
+        track.unsettled = None
         if machine.vcpus < track.vcpus:
             track.moved_at = asyncio.get_running_loop().time()
         track.vcpus = machine.vcpus
@@ -529,7 +537,7 @@ class Reconciler:
                 return vcpuset
         written = await self._cluster.write_status(vcpuset, status)
         if self._cache.get(vcpuset.uid) is not None:
-            # Else it has gone meanwhile, and the watch need not have shown this version first: it batches its news.
+            # Else it has gone meanwhile: the watch can tell that before this answer comes.
             self._cache.put(written)
         track.written_at, track.since = loop_time, since
         track.progress = track.progress + 1 if progress else 0

@@ -248,7 +248,7 @@ def _unplug_unfinished(
     refused = [request for request in requests if not request.in_flight]
     # What is due already and was not asked for is not wanted now: nothing to come back for.
     dues = [at for request in requests if (at := due_at(request, spec.unplug, inherited)) > now]
-    due = min(dues, default=None)
+    due = min(dues if overdue else [*dues, deadline], default=None)
     expected = pace is not Pace.STEADY
     again = f"Asked again every {spec.unplug.retry_seconds} s"
 
@@ -271,8 +271,8 @@ def _unplug_unfinished(
         if refused:
             text += f", after it had refused {_refusals(refused)}"
         if all(request.answer is None and now - request.requested_at >= PENDING_AFTER for request in in_flight):
-            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.", pace)
-        return _verdict(Reason.UNPLUGGING, f"{text}.", pace)
+            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.", pace, due)
+        return _verdict(Reason.UNPLUGGING, f"{text}.", pace, due)
 
     if still_refused:
         what = f"refused to give back {_refusals(refused)}" if refused else "refused"
@@ -281,8 +281,7 @@ def _unplug_unfinished(
             f"{counts}; the guest {what}, and there is no other candidate. Find out what holds the CPUs (pinned or "
             f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}."
         )
-        until = due if overdue else min([*dues, deadline])
-        return _verdict(Reason.UNPLUG_REFUSED, text, pace, until, stalled=overdue)
+        return _verdict(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
 
     text = (
         f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may "

@@ -197,23 +197,30 @@ CASES = {
             State.RECONCILING,
             Pace.HELD,
             "4 vCPUs present, 2 declared; the guest was asked to give back slots 2-3 at 2026-01-02T12:00:00Z.",
+            due=60,
         ),
     ),
     "asked, and in progress for a while": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(30), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slot 3"),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slot 3", due=30),
     ),
     "asked, one refused, another asked instead": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(2), answer=NO), a_request(2)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.HELD, "after it had refused slot 3: device in use (_OST 0x81)"),
+        Said(
+            Reason.UNPLUGGING,
+            State.RECONCILING,
+            Pace.HELD,
+            "after it had refused slot 3: device in use (_OST 0x81)",
+            due=58,
+        ),
     ),
     "asked, no answer for three seconds": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(3))]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet"),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet", due=57),
     ),
     "asked, no answer for a while, and only an event could tell": (
         verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30))]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet"),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet", due=30),
     ),
     "asked long ago, and one has left just now": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(1)),
@@ -225,7 +232,15 @@ CASES = {
     ),
     "asked, no answer from one, progress of another": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slots 2-3"),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.WATCHED, "slots 2-3", due=55),
+    ),
+    "asked long ago for an earlier declaration": (
+        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(240)), a_request(3, at=ago(200))], started=ago(10)),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.STEADY, "slots 2-3", due=50),
+    ),
+    "asked long ago for an earlier declaration, and it falls due": (
+        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(270)), a_request(3, at=ago(200))], started=ago(10)),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.STEADY, "slots 2-3", due=30),
     ),
     "the guest is not up": (
         verdict_on(a_spec(1), a_machine(ost={})),
@@ -304,9 +319,7 @@ CASES = {
     ),
     "QEMU refuses every one": (
         verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(5), answer=Answer.REJECTED)]),
-        Said(
-            Reason.UNPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, "QEMU refused to unplug slot 1", "Warning", due=295
-        ),
+        Said(Reason.UNPLUG_UNSUPPORTED, State.STALLED, Pace.STEADY, "QEMU refused to unplug slot 1", "Warning", due=55),
     ),
     "migrating": (
         verdict_on(a_spec(6), a_machine(migrating=True)),

@@ -13,11 +13,13 @@ Checked at the moment of the deed, against the model, not against what the opera
   them used when it spoke; GuestCPUsOffline only if it spoke of fewer. `status.vcpus` is always a count that was seen,
   `status.onlineVCPUs` one that the guest gave, `status.machineUUID` that of a machine that was seen.
 * The conditions stand in their order, and Reconciling and Stalled are never both True.
+* A pass ends: it looks and writes a few times only, whatever the monitor shows.
 
 And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
 
 * A set that shows Ready=True for its generation has the declared count, unless somebody changed it since the last look.
-* What the guest said last is what the status shows, and no pass is far off while something is said to go on.
+* What the guest said last is what the status shows, and no pass is far off while something is said to go on, nor comes
+  after the moment at which a time-out has to be reported or a request made again.
 * While too many CPUs are there, all have been asked for that may be, as far as that does not ask for too many.
 * While a session is open, all that its events told of has been looked at.
 * An OnDemand set holds the monitor only while its guest was at work within the last seconds, and never for long in one
@@ -42,13 +44,19 @@ from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
-from vcpuset.reconciler import LOOK_SECONDS, PROGRESS_SECONDS, UNSETTLED_SECONDS
+from vcpuset.reconciler import LOOK_SECONDS, NEXT_TURN_SECONDS, PROGRESS_SECONDS
 from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]
 
-AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + LOOK_SECONDS + 2 * UNSETTLED_SECONDS
+AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + LOOK_SECONDS + 2 * NEXT_TURN_SECONDS
 """How long an OnDemand set may hold the monitor after the last sign of work."""
+
+MOST_LOOKS = 6
+"""So often one pass may look at the machine, and once more for each slot that turned out to be taken."""
+
+MOST_WRITES = 6
+"""So often one pass may write the status."""
 
 
 @dataclass
@@ -91,6 +99,7 @@ class LawfulWorld(World):
         self._working_on: VCPUSet | None = None
         self._disturbed = False
         self._looked_in_pass = False
+        self._looks_before = self._writes_before = 0
         self._process = qemu.process
         self._changes = self._news = 0
         self._about: frozenset[CPU] = frozenset()
@@ -98,7 +107,7 @@ class LawfulWorld(World):
         self._used = 0
         self._calm = False
         self._at_work = 0.0
-        self._set_back = False
+        self._set_back = self._clock_is_set = False
         self._cut_at = float("-inf")
         self._records: dict[tuple[CPU, datetime], int] = {}
         super().__init__()
@@ -117,6 +126,7 @@ class LawfulWorld(World):
         # Requests of the future count as made now, until a report of progress fixes their time.
         self._at_work = self.loop.now + (PROGRESS_SECONDS[-1] if seconds < 0 else 0)
         self._set_back |= seconds < 0
+        self._clock_is_set = True
         for ask in self._asks.values():
             ask.at = min(ask.at, self.wall)
 
@@ -124,8 +134,9 @@ class LawfulWorld(World):
     def on_pass(self, uid: UID) -> None:
         """From here on the operator goes by what its cache holds."""
         self._working_on = self.cache.get(uid)
-        self._disturbed = False
+        self._disturbed = self._clock_is_set = False
         self._looked_in_pass = False
+        self._looks_before, self._writes_before = self.qemu.looks, len(self.api.writes)
 
     @override
     def on_result(self, uid: UID, result: Result | None) -> None:
@@ -136,14 +147,15 @@ class LawfulWorld(World):
                 # The guest goes on to take up what was plugged.
                 self._at_work = max(self._at_work, self.loop.now)
             self._used = self._told.online
-        if isinstance(result, Done) and result.requeue_after == UNSETTLED_SECONDS:
-            # CPUs moved: there is another look at once. (Or the next turn at the monitor begins.)
+        if isinstance(result, Done) and not self.qemu.settled:
             self._calm = False
             self._at_work = max(self._at_work, self.loop.now)
 
     @override
     def on_observe(self, qemu: Qemu, machine: Machine) -> None:
         """From here on the operator knows how many there are."""
+        looks = self.qemu.looks - self._looks_before
+        assert looks <= MOST_LOOKS + self.qemu.slots, "a pass looks and looks"
         if qemu.process != self._process:
             self._process, self._asks = qemu.process, {}
         if self._seen is not None and machine.vcpus < self._seen:
@@ -240,6 +252,7 @@ class LawfulWorld(World):
     @override
     def on_write(self, before: VCPUSet, after: VCPUSet) -> None:
         """The status tells the truth and obeys the rules of kstatus."""
+        assert len(self.api.writes) - self._writes_before < MOST_WRITES, "a pass writes and writes"
         status = after.status
         kinds = ["Ready", "Reconciling", "Stalled"]
         if self._spec().spec.guest_agent is not None:
@@ -330,7 +343,7 @@ class LawfulWorld(World):
         if self._calm and not self._changed_since:
             self._judge_progress(vcpuset)
         on_demand = vcpuset.spec.connection is Connection.ON_DEMAND
-        looks_again = self.next_pass <= self.loop.now + UNSETTLED_SECONDS
+        looks_again = self.next_pass <= self.loop.now + (NEXT_TURN_SECONDS if qemu.settled else LOOK_SECONDS)
         for session in self.sessions:
             assert self._news == qemu.news or session.gathering or looks_again, "an event was not looked at"
             if on_demand:
@@ -357,7 +370,7 @@ class LawfulWorld(World):
         """Whatever can be done has been done, and what is waited for will wake somebody."""
         machine, ready = self.qemu.machine(), vcpuset.status.ready
         target = goal(vcpuset.spec, machine).count
-        soon = self.loop.now + LOOK_SECONDS + UNSETTLED_SECONDS
+        soon = self.loop.now + LOOK_SECONDS + NEXT_TURN_SECONDS
         if ready is not None and ready.reason in {"Plugging", "Unplugging"}:
             waits = self.next_pass <= soon or self.guests_being_asked
             assert waits or machine.vcpus > target, f"{ready.reason}, and nobody looks"
@@ -367,10 +380,23 @@ class LawfulWorld(World):
         book = {cpu_of(each): each for each in vcpuset.status.pending_unplugs}
         with_guest = {cpu for cpu, each in book.items() if each.in_flight and cpu not in self.qemu.refusals}
         wanted = machine.vcpus - target - len(with_guest) * self.qemu.threads
+        if ready is not None and ready.reason in {"Unplugging", "UnplugPending", "UnplugTimedOut"}:
+            assert self.next_pass <= self.loop.now + self._seconds_left(vcpuset), (
+                "a time-out, or a repetition, is missed"
+            )
         keep = vcpuset.spec.unplug.boot_vcpus is BootVCPUs.KEEP
         for slot in machine.unpluggable:
             fresh = cpu_of(slot) not in book and not (keep and slot.boot)
             assert not fresh or wanted < slot.vcpus, f"slot {slot.index} could be asked for, and nobody does"
+
+    def _seconds_left(self, vcpuset: VCPUSet) -> float:
+        """Until a time-out is to be reported or a request made again, unless the clock was set since the last look."""
+        unplug, status = vcpuset.spec.unplug, vcpuset.status
+        falls_due = [each.requested_at + timedelta(seconds=unplug.retry_seconds) for each in status.pending_unplugs]
+        if status.unplug_started_at is not None:
+            falls_due.append(status.unplug_started_at + timedelta(seconds=unplug.timeout_seconds))
+        left = [(at - self.wall).total_seconds() for at in falls_due if at > self.wall]
+        return float("inf") if self._clock_is_set else min(left, default=float("inf")) + NEXT_TURN_SECONDS
 
     def _counts_on(self, qemu: Qemu, cpu: CPU) -> bool:
         """Whether the operator must take it that this CPU, which the guest was asked for, will leave.

@@ -125,6 +125,16 @@ class Qemu:
         """How many events were sent after which a look is due."""
         self.refusals: set[CPU] = set()
         """Who has refused since the last request, as somebody has heard."""
+        self.looks = 0
+        """How often somebody has begun to look."""
+        self.settles_each = 1
+        """Each so-manieth look finds two lists of CPUs that agree; 0: none does."""
+        self.moving = False
+        """CPUs come or go while they are counted next."""
+        self.settled = True
+        """Whether the lists of the last look agree."""
+        self.restless = False
+        """Each look finds other CPUs in the slots, which no QEMU does, but who writes a monitor of his own can."""
         self.power_on()
 
     # --- the process ----------------------------------------------------------------------------------------------
@@ -198,6 +208,15 @@ class Qemu:
         )
 
     # --- the monitor ----------------------------------------------------------------------------------------------
+
+    def looked_at(self) -> None:
+        """Somebody begins to look."""
+        self.looks += 1
+        self.settled = not self.moving and self.settles_each > 0 and self.looks % self.settles_each == 0
+        self.moving = False
+        if self.restless:
+            self._slots = None
+            self.cpus = {index: (path, next(self._threads)) for index, (path, _) in self.cpus.items()}
 
     def disconnect(self) -> None:
         """Cut every connection of the operator's."""

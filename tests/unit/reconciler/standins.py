@@ -162,6 +162,7 @@ class ModelSession(Session):
     @override
     async def observe(self) -> Machine:
         await self._point()
+        self._qemu.looked_at()
         machine = await super().observe()
         self._world.on_observe(self._qemu, machine)
         await self._point()
@@ -186,7 +187,7 @@ class ModelSession(Session):
             case "query-cpus-fast":
                 return CPUs(machine.arch, machine.vcpus, {})
             case "query-hotpluggable-cpus":
-                return machine.slots
+                return machine.slots if self._qemu.settled else None
             case "query-uuid":
                 return machine.uuid
             case unknown:

@@ -179,7 +179,7 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
             qemu.booted()
         qemu.guest = Guest.PROMPT
         qemu.refused_slots, qemu.rejected_slots, qemu.never_online = set(), set(), set()
-        qemu.loses_requests = qemu.leaves_offline = qemu.migrating = False
+        qemu.loses_requests = qemu.leaves_offline = qemu.migrating = qemu.moving = False
         qemu.agent = AgentMode.WORKS
         qemu.run_state, qemu.reachable = "running", True
         qemu.other_client_goes()
@@ -300,7 +300,10 @@ class _AnythingMayHappen(_AsTheGuestPleases):
 
     @step(after=st.integers(0, 14))
     def cpus_move_while_they_are_counted(self, after: int) -> None:
-        self.world.interrupt(after, "unsettled")
+        def move() -> None:
+            self.qemu.moving = True
+
+        self.world.interrupt(after, move)
         self.world.wake()
         self.world.run_due()
 

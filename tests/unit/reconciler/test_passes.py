@@ -164,6 +164,25 @@ def test_a_silent_guest_times_out_and_a_late_answer_is_taken(world: LawfulWorld,
     assert world.true_conditions() == ["Ready"]
 
 
+def test_a_change_of_the_declaration_late_in_a_wait_delays_neither_time_out_nor_repetition(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """The wait for the new one begins anew, and both fall due long before the next regular look."""
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1)
+    world.advance(240)
+    assert world.reason() == "UnplugTimedOut"
+
+    world.apply("web", unplug={"timeoutSeconds": 40})
+    world.advance(1)
+    assert world.reason() == "UnplugPending"
+    world.advance(40)
+
+    assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
+    world.advance(20)
+    assert world.status().pending_unplugs[0].attempts == 2
+
+
 def test_each_request_to_a_silent_guest_is_made_again_after_retry_seconds(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from unit.reconciler.model import START, Qemu
 from unit.reconciler.standins import ApiServer, FakeRecorder, ModelGuests, ModelMonitors, ModelSession
 from unit.reconciler.timeless import TimelessLoop
-from vcpuset.domain.errors import MachineUnsettled, MonitorTimeout
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, Status, VCPUSet
@@ -32,8 +31,8 @@ BACKOFF_SECONDS = (0.25, 30.0)
 PASSES_AT_ONE_MOMENT = 40
 """More passes without any time between them are an operator that spins."""
 
-Fault = Literal["fails", "dies", "unsettled"] | Callable[[], None]
-"""What happens at a point: the call fails, the operator dies, CPUs move while they are counted, or anything else."""
+Fault = Literal["fails", "dies"] | Callable[[], None]
+"""What happens at a point: the call fails, the operator dies, or anything else."""
 
 
 class OperatorDied(BaseException):
@@ -177,9 +176,6 @@ class World:
             raise OperatorDied
         if fault == "fails":
             raise failure
-        if fault == "unsettled":
-            # Only an observation can raise it; a call of another kind fails in its own way.
-            raise MachineUnsettled("CPUs move") if isinstance(failure, MonitorTimeout) else failure
         fault()
 
     def restart_operator(self) -> None:

@@ -1,0 +1,120 @@
+"""A monitor that does what no QEMU does costs the operator and the API server little, and others no turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from unit.reconciler.laws import LawfulWorld
+from unit.reconciler.model import Guest, Qemu
+
+__all__: list[str] = []
+
+MANY = 40
+"""Slots of a machine that is larger than what one pass asks for, if it has to ask for one after the other."""
+
+
+@pytest.fixture
+def large() -> Qemu:
+    """A machine that boots with all its CPUs."""
+    return Qemu(boot=MANY, slots=MANY)
+
+
+@pytest.fixture
+def large_world(large: Qemu) -> Iterator[LawfulWorld]:
+    """The set "web" declares all CPUs of `large` and is Ready."""
+    world = LawfulWorld(large, vcpus=MANY)
+    world.run_due()
+    yield world
+    world.close()
+
+
+def test_a_monitor_that_shows_other_cpus_at_each_look_is_left_alone_more_and_more(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """The laws of `world` hold a pass to a few looks and writes; here it is an hour."""
+    qemu.guest, qemu.restless = Guest.ASLEEP, True
+    world.apply("web", vcpus=1)
+    world.advance(60)
+    looks, writes = qemu.looks, len(world.api.writes)
+
+    world.advance(3600)
+
+    assert qemu.looks - looks <= 3600 / 15 * 6
+    assert len(world.api.writes) - writes <= 3600 / 15 * 6
+
+    qemu.guest, qemu.restless = Guest.PROMPT, False
+    world.advance(67)
+    assert (sorted(qemu.cpus), world.true_conditions()) == ([0], ["Ready"])
+
+
+def test_cpus_that_qemu_rejects_one_after_the_other_are_asked_for_in_several_passes(
+    large_world: LawfulWorld, large: Qemu
+) -> None:
+    large.rejected_slots = set(range(1, MANY))
+    large_world.apply("web", vcpus=MANY - 1)
+    large_world.run_due()
+    assert large_world.reason() == "Unplugging"
+    reported = len(large_world.recorder.events)
+
+    large_world.advance(30)
+
+    assert (large_world.reason(), large_world.true_conditions()) == ("UnplugUnsupported", ["Stalled"])
+    assert [each.slot for each in large_world.status().pending_unplugs] == list(range(1, MANY))
+    assert [reason for _, reason in large_world.recorder.events[reported:]] == ["UnplugUnsupported"]
+
+
+def test_the_last_cpu_that_qemu_does_not_reject_is_found(large_world: LawfulWorld, large: Qemu) -> None:
+    large.rejected_slots = set(range(2, MANY))
+    large_world.apply("web", vcpus=MANY - 1)
+    large_world.advance(30)
+
+    assert 1 not in large.cpus
+    assert large_world.true_conditions() == ["Ready"]
+
+
+def test_a_monitor_whose_cpus_can_hardly_ever_be_counted_is_looked_at_once_a_second(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """Besides at its events. That some looks succeed does not have it looked at more often."""
+    world.apply("web", monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"})
+    world.run_due()
+    qemu.settles_each = 4
+    looks = qemu.looks
+
+    for _ in range(30):
+        qemu.forget()
+        world.advance(1)
+
+    assert qemu.looks - looks <= 2 * 30 + 2
+
+
+def test_a_monitor_whose_cpus_can_never_be_counted_is_reported(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.settles_each = 0
+    world.wake()
+    world.advance(3)
+    assert world.reason() == "Converged"
+
+    world.advance(4)
+    ready = world.status().ready
+    assert ready is not None
+    assert (ready.reason, world.sessions_held) == ("MonitorUnreachable", 0)
+    assert "CPUs came or went while they were counted" in ready.message
+
+    qemu.settles_each = 1
+    world.advance(31)
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_a_cpu_that_is_just_leaving_is_waited_for_without_a_word(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=4)
+    world.run_due()
+    writes = len(world.api.writes)
+    qemu.settles_each = 2
+    qemu.looks = 0
+
+    world.wake()
+    world.advance(2)
+
+    assert (len(world.api.writes), world.reason(), world.sessions_held) == (writes, "Converged", 0)
