@@ -188,7 +188,7 @@ class Reconciler:
             # The same; but the API server can be away for long, and others may want the monitor.
             logger.warning("%s; tried again", error)
             await self._lend(vcpuset)
-            return Retry(error)
+            return Retry(error, at_least=error.retry_after)
         if verdict.pace is not Pace.HELD:
             await self._lend(vcpuset)
         elif vcpuset.spec.connection is Connection.ON_DEMAND and await self._monitors.end_turn(uid):

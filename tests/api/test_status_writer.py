@@ -18,7 +18,7 @@ from vcpuset.domain.resource import UID, Condition, Request, Status, VCPUSet
 from vcpuset.kube import cluster as cluster_module
 from vcpuset.kube import codec
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Cluster, Scope, Throttled
+from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.sweep import sweep
 
@@ -216,7 +216,7 @@ async def test_an_overloaded_server_says_when_to_come_back(control_plane: Contro
     head = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: %d\r\n\r\n" % len(body)
     server, kubeconfig = await serve(control_plane, tmp_path, head + body)
     async with server, await Cluster.connect(kubeconfig) as cluster:
-        with pytest.raises(Throttled, match=r"HTTP 429: storage is \(re\)initializing") as caught:
+        with pytest.raises(APIError, match=r"HTTP 429: storage is \(re\)initializing") as caught:
             await cluster.list(Scope())
         assert caught.value.retry_after == 3
 

@@ -168,7 +168,14 @@ class AgentRefused(AgentError):
 
 
 class APIError(VCPUSetError):
-    """The Kubernetes API server refused a request, failed, or could not be reached in time."""
+    """The Kubernetes API server refused a request, failed, or could not be reached in time.
+
+    retry_after  how many seconds it asks to be left alone for; 0: it does not say
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Conflict(APIError):

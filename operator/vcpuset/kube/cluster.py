@@ -28,7 +28,7 @@ from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "Throttled", "refusal", "unheard"]
+__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "refusal", "unheard"]
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the answer."""
@@ -38,6 +38,10 @@ PAGE: Final = 500
 
 LIST_ATTEMPTS: Final = 5
 """How often a list begins anew because the API server has forgotten where it was (HTTP 410, after some minutes)."""
+
+LONGEST_RETRY_AFTER: Final = 30.0
+"""For so many seconds an API server that is overloaded, or still starting, may ask to be left alone. It is tried again
+then, though it ask for more: no other pause is longer."""
 
 USER_AGENT: Final = "vcpuset"
 """Who asks, in the API server's audit log."""
@@ -68,14 +72,6 @@ class _Page(msgspec.Struct):
 class _Secret(msgspec.Struct):
     metadata: dict[str, Any]
     data: dict[str, bytes] | None = None
-
-
-class Throttled(APIError):
-    """The API server is overloaded or still starting (HTTP 429, 503) and says when to come back, in seconds."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class _Expired(APIError):
@@ -180,7 +176,7 @@ class Cluster:
         Raises:
             Conflict: the object has changed since.
             ObjectGone: it does not exist (any more).
-            APIError: anything else; `Throttled` says when to come back.
+            APIError: anything else.
         """
         patch = encode_status(status)
         if patch == encode_status(vcpuset.status):
@@ -441,6 +437,6 @@ def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> API
         case 410:
             return _Expired(message)
         case 429 | 503 if headers.get("Retry-After", "").isdecimal():
-            return Throttled(message, float(headers["Retry-After"]))
+            return APIError(message, retry_after=min(float(headers["Retry-After"]), LONGEST_RETRY_AFTER))
         case _:
             return APIError(message)

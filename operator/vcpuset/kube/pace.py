@@ -20,7 +20,7 @@ import kopf
 
 from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.errors import APIError, Rejected
-from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, Throttled, refusal
+from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal
 from vcpuset.kube.codec import PLURAL
 
 __all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "Gate", "Pace", "remedy"]
@@ -85,8 +85,7 @@ class Pace:
     def failed(self, error: APIError | None = None) -> float:
         """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
         self._failures += 1
-        asked_for = min(error.retry_after, LONGEST_SECONDS) if isinstance(error, Throttled) else 0.0
-        pause = max(BACKOFF.delay(self._failures), asked_for)
+        pause = max(BACKOFF.delay(self._failures), 0.0 if error is None else error.retry_after)
         self._failed_at = asyncio.get_running_loop().time()
         self._due = self._failed_at + pause
         return pause

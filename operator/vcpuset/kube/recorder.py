@@ -23,9 +23,8 @@ from secrets import token_hex
 from typing import Any, Final, Literal, Protocol
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.domain.errors import Conflict, ObjectGone, Rejected, VCPUSetError
+from vcpuset.domain.errors import APIError, Conflict, ObjectGone, Rejected
 from vcpuset.domain.resource import UID, VCPUSet
-from vcpuset.kube.cluster import Throttled
 from vcpuset.kube.codec import API_VERSION, KIND
 from vcpuset.kube.series import EventKey, Occurrence, Series, SeriesBook
 from vcpuset.kube.tokenbucket import TokenBuckets
@@ -216,7 +215,7 @@ class Recorder:
             self._book.forget(series)
             if series.first is not None:
                 self._lose(series, error)
-        except VCPUSetError as error:
+        except APIError as error:
             return self._fail(series, error)
         self._failures = 0
         if self._away_told:
@@ -238,7 +237,7 @@ class Recorder:
         await self._cluster.patch_event(series.namespace, series.event_name, {"series": _series(count, series.last)})
         self._book.written(series, count, asyncio.get_running_loop().time())
 
-    def _fail(self, series: Series, error: VCPUSetError) -> float:
+    def _fail(self, series: Series, error: APIError) -> float:
         now = asyncio.get_running_loop().time()
         if series.first is None:
             self._book.put_off(series, now)
@@ -254,10 +253,9 @@ class Recorder:
             self._away_told = True
             _log.warning("Events cannot be posted at the moment, and are tried again: %s", error)
         self._failures += 1
-        asked_for = min(error.retry_after, BACKOFF.cap_seconds) if isinstance(error, Throttled) else 0.0
-        return max(BACKOFF.delay(self._failures), asked_for)
+        return max(BACKOFF.delay(self._failures), error.retry_after)
 
-    def _lose(self, series: Series, error: VCPUSetError) -> None:
+    def _lose(self, series: Series, error: APIError) -> None:
         self.dropped += series.count
         if self._losses.begins(asyncio.get_running_loop().time()):
             _log.warning("an Event could not be posted: %s", error)

@@ -6,6 +6,7 @@ log line and a metric label, so the rules of retrying stand in one place:
     Done()                    nothing to do until the next event
     Done(requeue_after=60)    as above, and look again in 60 s
     Retry(error)              an expected failure: look again after the back-off
+    Retry(error, at_least=5)  the same, but not within 5 s
     (an exception)            a defect: logged with its traceback, then as Retry
 """
 
@@ -40,6 +41,8 @@ class Retry:
 
     error: Exception
     """Why; its text is logged, without a traceback."""
+    at_least: float = 0.0
+    """For so many seconds trying again cannot help. The back-off may be longer; an event is looked at all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +163,8 @@ def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
                 return "done"
             queue.add_after(key, delay)
             return "requeued"
-        case Retry(error):
-            queue.add_rate_limited(key)
+        case Retry(error, at_least=seconds):
+            queue.add_rate_limited(key, at_least=seconds)
             # For debugging only: the handler has told whoever should know, and with many keys this would be a flood.
             logger.debug("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
             return "retry"

@@ -180,8 +180,8 @@ class WorkQueue(Generic[K]):
         self._cancel_timer(key)
         self._timers[key] = self._loop.call_at(deadline, self.add, key, context=self._timer_context)
 
-    def add_rate_limited(self, key: K) -> None:
-        """Count a failure of the key and add it after the back-off; ignored once shut down.
+    def add_rate_limited(self, key: K, *, at_least: float = 0.0) -> None:
+        """Count a failure of the key and add it after the back-off, or `at_least` seconds; ignored once shut down.
 
         A key that was added in the meantime does not wait: there is something new to look at.
         """
@@ -194,7 +194,7 @@ class WorkQueue(Generic[K]):
                 self._slow.add(key)
             else:
                 self._slow.discard(key)
-        self.add_after(key, self._backoff.delay(self._failures[key]))
+        self.add_after(key, max(self._backoff.delay(self._failures[key]), at_least))
 
     # Taking and giving back.
 

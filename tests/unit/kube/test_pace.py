@@ -8,7 +8,7 @@ import kopf
 import pytest
 
 from vcpuset.domain.errors import APIError
-from vcpuset.kube.cluster import Throttled
+from vcpuset.kube.cluster import LONGEST_RETRY_AFTER, refusal
 from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Gate, Pace
 
 __all__: list[str] = []
@@ -46,11 +46,16 @@ async def test_a_pause_that_is_over_is_not_waited_for_again() -> None:
 
 
 async def test_the_server_may_ask_for_a_longer_pause_up_to_the_longest() -> None:
+    def asks_for(seconds: str) -> APIError:
+        return refusal("GET /", 429, {"Retry-After": seconds}, b"")
+
     pace = Pace()
-    pace.failed(Throttled("HTTP 429", retry_after=12))
+    pace.failed(asks_for("12"))
     assert pace.wait_seconds() == 12
-    pace.failed(Throttled("HTTP 429", retry_after=3600))
-    assert pace.wait_seconds() == LONGEST_SECONDS
+    pace.failed(asks_for("3600"))
+    assert pace.wait_seconds() == LONGEST_RETRY_AFTER <= LONGEST_SECONDS
+    pace.failed(asks_for("9" * 400))
+    assert pace.wait_seconds() == LONGEST_RETRY_AFTER
     assert Pace().failed(APIError("HTTP 500")) <= 1
 
 

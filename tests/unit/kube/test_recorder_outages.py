@@ -12,7 +12,6 @@ import pytest
 
 from unit.kube.events import Fault, Server, a_set, now, record, running
 from vcpuset.domain.errors import APIError, ObjectGone, Rejected
-from vcpuset.kube.cluster import Throttled
 from vcpuset.kube.recorder import GIVE_UP_SECONDS
 from vcpuset.kube.series import SERIES_SECONDS
 
@@ -131,7 +130,7 @@ async def test_a_count_that_could_not_be_written_is_written_later() -> None:
 
 async def test_an_overloaded_api_server_is_given_the_time_it_asks_for() -> None:
     server = Server()
-    server.fault = lambda _: Throttled("HTTP 429", retry_after=12) if now() < 1 else None
+    server.fault = lambda _: APIError("HTTP 429", retry_after=12) if now() < 1 else None
     async with running(server) as recorder:
         record(recorder, a_set())
         await asyncio.sleep(60)

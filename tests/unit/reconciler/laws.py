@@ -380,7 +380,8 @@ class LawfulWorld(World):
         book = {cpu_of(each): each for each in vcpuset.status.pending_unplugs}
         with_guest = {cpu for cpu, each in book.items() if each.in_flight and cpu not in self.qemu.refusals}
         wanted = machine.vcpus - target - len(with_guest) * self.qemu.threads
-        if ready is not None and ready.reason in {"Unplugging", "UnplugPending", "UnplugTimedOut"}:
+        unplugging = {"Unplugging", "UnplugPending", "UnplugTimedOut"}
+        if machine.vcpus > target and ready is not None and ready.reason in unplugging:
             assert self.next_pass <= self.loop.now + self._seconds_left(vcpuset), (
                 "a time-out, or a repetition, is missed"
             )
@@ -392,7 +393,9 @@ class LawfulWorld(World):
     def _seconds_left(self, vcpuset: VCPUSet) -> float:
         """Until a time-out is to be reported or a request made again, unless the clock was set since the last look."""
         unplug, status = vcpuset.spec.unplug, vcpuset.status
-        falls_due = [each.requested_at + timedelta(seconds=unplug.retry_seconds) for each in status.pending_unplugs]
+        # Which of the two it is depends on what the operator can know of the request.
+        wait = timedelta(seconds=max(unplug.retry_seconds, unplug.timeout_seconds))
+        falls_due = [each.requested_at + wait for each in status.pending_unplugs]
         if status.unplug_started_at is not None:
             falls_due.append(status.unplug_started_at + timedelta(seconds=unplug.timeout_seconds))
         left = [(at - self.wall).total_seconds() for at in falls_due if at > self.wall]

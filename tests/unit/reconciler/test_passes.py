@@ -8,7 +8,7 @@ import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
-from vcpuset.domain.errors import ObjectGone
+from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
 
 __all__: list[str] = []
@@ -443,6 +443,27 @@ def test_without_the_api_server_nobody_is_asked(world: LawfulWorld, qemu: Qemu) 
 
     world.advance(1)
     assert qemu.latched == {1}
+
+
+def test_an_overloaded_api_server_and_the_machine_are_left_alone_for_as_long_as_it_asks(
+    world: LawfulWorld, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = world.api._request
+
+    async def request(*_: object, **__: object) -> Any:  # noqa: ANN401 - as the one that it stands for
+        raise APIError("HTTP 429: too many requests", retry_after=12)
+
+    monkeypatch.setattr(world.api, "_request", request)
+    world.apply("web", vcpus=1)
+    world.run_due()
+    monkeypatch.setattr(world.api, "_request", working)
+    looks = qemu.looks
+    world.advance(11)
+    assert (qemu.looks, world.sessions_held) == (looks, 0)
+
+    world.advance(2)
+    assert world.true_conditions() == ["Ready"]
+    assert qemu.vcpus == 1
 
 
 def test_suspend_reports_and_changes_nothing(world: LawfulWorld, qemu: Qemu) -> None:

@@ -117,6 +117,17 @@ async def test_a_key_that_failed_is_retried_with_a_backoff_that_a_success_ends()
     assert queue.failures("a") == 0
 
 
+async def test_a_key_whose_retry_cannot_help_before_a_time_waits_for_it_or_for_the_backoff_or_for_news() -> None:
+    fail = Retry(OSError("API server overloaded"), at_least=3)
+    queue, handler = make_queue(), Script(fail, fail, fail, fail, Done())
+    async with working(queue, handler):
+        queue.add("a")
+        await asyncio.sleep(11)
+        queue.add("a")
+        await asyncio.sleep(1000)
+    assert handler.times == [0, 3, 6, 10, 11]
+
+
 async def test_a_retry_logs_the_key_and_the_error_without_a_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
