@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from harness.controlplane import ControlPlane
 from harness.world import User
@@ -16,11 +17,13 @@ __all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
 
 
 def pytest_configure() -> None:
-    """Have no event loop but the tests' own: looptime would otherwise make one before a first test that needs none.
+    """Have no event loop but the tests' own, and let no busy host fail a property.
 
-    That loop would never be closed, which is an error here.
+    looptime would otherwise make a loop before a first test that needs none. It would never be closed: an error here.
     """
     asyncio.set_event_loop(None)
+    settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy host")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

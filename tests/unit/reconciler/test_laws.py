@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -372,8 +372,6 @@ SETTINGS = settings(
     stateful_step_count=50,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 _AsTheGuestPleases.TestCase.settings = settings(SETTINGS, max_examples=EXAMPLES or 200)
