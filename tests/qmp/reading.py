@@ -64,7 +64,9 @@ class Failure:
         if self.kind is not CommandError:
             return type(error) is self.kind
         return (
-            isinstance(error, CommandError) and error.command == self.command and error.error_class == self.error_class
+            isinstance(error, CommandError)
+            and error.command == self.command
+            and error.error_class == self.error_class[:1000]
         )
 
 

@@ -11,9 +11,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from typing_extensions import override
 
 from harness import qmp
-from harness.faults import GARBAGE, NOT_AN_OBJECT, NOT_UTF8, Bytes, Close, Delay, Error, Fault, Hang, NoId, Twice
+from harness.faults import (
+    GARBAGE,
+    NOT_AN_OBJECT,
+    NOT_UTF8,
+    Answer,
+    Bytes,
+    Close,
+    Delay,
+    Error,
+    Fault,
+    Hang,
+    Link,
+    NoId,
+    Twice,
+)
 from harness.faultyagent import SYNC, FaultyAgent, Returns
 from harness.guest import Guest
 from harness.saved import saved_guest
@@ -495,3 +510,17 @@ async def test_a_path_without_a_listener_is_unreachable(path: Path, open_agent: 
         bound.bind(str(path))
     with pytest.raises(AgentUnreachable, match="nobody listens"):
         await open_agent(path)
+
+
+class AfterTheRest(Fault):
+    """The answer, behind the rest of a long one that an earlier client has not fetched."""
+
+    @override
+    async def deliver(self, link: Link, answer: Answer) -> None:
+        await link.send_bytes(b"x" * 100_000 + b"\n")
+        await link.send(answer)
+
+
+async def test_the_rest_of_a_long_answer_to_an_earlier_client_is_passed_over(path: Path, open_agent: Open) -> None:
+    async with FaultyAgent(path, faults={SYNC: AfterTheRest()}):
+        assert (await (await open_agent(path)).cpus()).online == 1

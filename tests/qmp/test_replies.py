@@ -123,6 +123,18 @@ def test_a_run_state_is_one_short_word(status: str) -> None:
         replies.run_state({"status": status})
 
 
+def test_more_cpus_than_any_machine_has_are_no_machine() -> None:
+    cpu = {"target": "x86_64", "thread-id": 1}
+    many = [{**cpu, "qom-path": f"/machine/unattached/device[{number}]"} for number in range(4097)]
+    assert replies.cpus(many[:4096]).count == 4096
+    with pytest.raises(replies.Malformed, match="more than 4096"):
+        replies.cpus(many)
+    slots = [{"type": "cpu", "vcpus-count": 1, "props": {"core-id": number}} for number in range(4097)]
+    assert len(replies.slots(slots[:4096], {}) or ()) == 4096
+    with pytest.raises(replies.Malformed, match="more than 4096"):
+        replies.slots(slots, {})
+
+
 def test_reports_about_slots_beyond_any_machine_are_not_kept() -> None:
     report = {"slot-type": "CPU", "source": 3, "status": 1}
     assert replies.ost_of_event({"info": {**report, "slot": "4095"}}) is not None

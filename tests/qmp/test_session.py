@@ -14,9 +14,10 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
-from qemu.qmp import QMPError
+from qemu.qmp import ExecuteError, QMPError
 
 from harness.faults import Link
 from harness.faulty import (
@@ -41,8 +42,8 @@ from harness.guest import Guest
 from harness.qmp import Raw, raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
-from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
-from vcpuset.qmp import allowance
+from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorTimeout, MonitorUnreachable
+from vcpuset.qmp import allowance, client
 from vcpuset.qmp.client import READ_LIMIT
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
@@ -93,6 +94,19 @@ class Followed(Fault):
             await link.send(answer)
             await self.later.wait()
             await link.send_bytes(self.chunk)
+
+
+@dataclass
+class Returns(Fault):
+    """This in place of what the command returns; together with others, where that is given."""
+
+    value: object
+    together: asyncio.Barrier | None = None
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        if self.together is not None:
+            await self.together.wait()
+        await link.send({"id": answer["id"], "return": self.value})
 
 
 @dataclass
@@ -506,6 +520,77 @@ async def test_a_storm_of_events_neither_blocks_the_loop_nor_leaves_anything_beh
         gc.collect()
         kept = sum(type(thing).__name__ == "Message" for thing in gc.get_objects())
         assert kept < 10
+
+
+async def test_a_reply_of_more_values_than_any_machine_has_is_not_made_objects_of(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    faults: dict[str, Fault] = {"query-status": Returns([[]] * 200_000)}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
+        session = await connect(monitor.path)
+        with pytest.raises(
+            MonitorUnreachable, match=r"broke before query-status was answered: a message of \d+ values"
+        ):
+            await session.observe()
+
+
+class Kept(list[object]):
+    """A list whose life can be followed."""
+
+
+async def test_long_replies_that_come_at_once_are_made_objects_of_one_after_the_other_and_errors_keep_none(
+    namespace_folder: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: WeakSet[Kept] = WeakSet()
+    most = 0
+
+    def followed(line: bytes) -> tuple[dict[str, object] | None, str]:
+        nonlocal most
+        found, why = parsed(line)
+        if found is not None and isinstance(reply := found.get("return"), list):
+            found["return"] = kept = Kept(reply)
+            alive.add(kept)
+            most = max(most, len(alive))
+        return found, why
+
+    parsed = client._parsed
+    monkeypatch.setattr(client, "_parsed", followed)
+    monkeypatch.setattr(Kept, "__hash__", object.__hash__)
+    together = asyncio.Barrier(8)
+    faults: dict[str, Fault] = {"query-status": Returns([[9]] * 20_000, together)}
+    async with contextlib.AsyncExitStack() as monitors:
+        sessions = []
+        for number in range(together.parties):
+            monitor = await monitors.enter_async_context(
+                FaultyMonitor(namespace_folder / f"qmp{number}", faults=faults)
+            )
+            sessions.append(await connect(monitor.path))
+        errors = await asyncio.gather(*(session.observe() for session in sessions), return_exceptions=True)
+        assert {type(error) for error in errors} == {MonitorUnreachable}
+        gc.collect()
+        assert (most, len(alive)) == (1, 0)
+
+
+async def test_a_refusal_keeps_no_more_of_a_reply_than_its_beginning(namespace_folder: Path, connect: Connect) -> None:
+    faults: dict[str, Fault] = {"query-status": Error("C" * 100_000, "x" * 1_000_000)}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
+        session = await connect(monitor.path)
+        with pytest.raises(CommandError) as raised:
+            await session.observe()
+        cause = raised.value.__cause__
+        assert isinstance(cause, ExecuteError)
+        assert len(str(raised.value)) + len(str(cause.error)) + len(str(cause.args)) < 20_000
+
+
+async def test_a_reply_that_has_not_ended_at_the_deadline_is_read_no_further(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    faults: dict[str, Fault] = {"query-status": Bytes(b'{"return": "' + b"x" * 100_000)}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
+        session = await connect(monitor.path, command_seconds=1.0)
+        with pytest.raises(MonitorTimeout):
+            await session.observe()
+        await until(lambda: not session.alive, 60, "the session to be cut")
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["behind the answer", "later"])

@@ -43,6 +43,9 @@ FIRST_BATCH: Final = 4
 BRING_ONLINE_SECONDS: Final = 10.0
 """How long one call of `bring_online` goes on to ask for more CPUs."""
 
+LONGEST: Final = 512 * 1024
+"""The longest reply that is read, in bytes. That about 4096 CPUs has half of it."""
+
 _SYNC: Final = "guest-sync-delimited"
 _DELIMITER: Final = b"\xff"
 
@@ -150,6 +153,7 @@ class Agent:
             raise translate.agent_silent(self._where, command, self._seconds) from error
         except Exception as error:
             await self.close()
+            translate.strip(error)
             raise translate.agent_failure(self._where, command, error, self._client.cause) from error
 
 
@@ -165,7 +169,7 @@ class _AgentClient(Client):
 
     def __init__(self, permit: Callable[[], None] | None) -> None:
         # An agent sends no events, and a loss shows at the next command.
-        super().__init__(lambda _: None, lambda: None, permit)
+        super().__init__(lambda _: None, lambda: None, permit, LONGEST)
         self.await_greeting = self.negotiate = False
         self.strange: Exception | None = None
         self._synced = False

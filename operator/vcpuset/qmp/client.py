@@ -13,6 +13,8 @@ of which is in this module because it reaches into the library; the version is p
 - It takes the first message after `qmp_capabilities` for the reply. QEMU, busy with a command of a client that has
   left, answers that one to whoever comes next; so here the negotiation has an id like every command.
 - It takes what stands before the end of a connection for a message, though the rest of that may be missing.
+- Its limit for a reply is one for all that a peer may send, unasked too; and replies of many peers that come in one go
+  are all parsed, to many times their size, before the first is taken. Here one long message at a time is.
 """
 
 from __future__ import annotations
@@ -20,28 +22,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import json
 import logging
 import secrets
 import socket
 import ssl as tls
 from collections.abc import Callable, Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
-from qemu.qmp import Message, QMPClient, Runstate
-from qemu.qmp.qmp_client import NegotiationError
+from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp.models import ErrorResponse
+from qemu.qmp.qmp_client import BadReplyError, NegotiationError
 
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Keys
 
-__all__ = ["READ_LIMIT", "UNASKED_LIMIT", "Client", "Stage"]
+__all__ = ["READ_LIMIT", "UNASKED_LIMIT", "VALUES_LIMIT", "Client", "Stage"]
 
-READ_LIMIT = 2 * 1024 * 1024
+READ_LIMIT = 1280 * 1024
 """The longest reply that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
 
-UNASKED_LIMIT = 64 * 1024
-"""The same for what comes while no reply is awaited: events have some hundred bytes. Sessions are kept by the thousand,
-and whoever listens at one could have the process hold a reply's length for each."""
+VALUES_LIMIT = 1 << 17
+"""How many values may be in a message that is longer than `UNASKED_LIMIT`, roughly: a short one makes an object of 70
+bytes out of two. QEMU's replies have 13 for each CPU at most."""
+
+UNASKED_LIMIT = 16 * 1024
+"""How much may come while no reply is awaited: greetings and events have some hundred bytes. Sessions are kept by the
+thousand, and whoever listens at one could have the process hold a reply's length for each."""
+
+_KEPT = 1000
+"""Characters of an error's text; it may be remembered for each CPU of a machine."""
 
 _BURST = 64
 """How many messages are taken from the buffer before others get their turn."""
@@ -63,18 +75,27 @@ class Stage(enum.Enum):
     """Something has come: whoever speaks has let this client in."""
 
 
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+"""Held from the parsing of a long message until whoever waits for it has taken it."""
+
+
 class Client(QMPClient):
     """One connection to a monitor, from `connect` to `end`; not to be used again after that.
 
+    longest    the longest reply that is read, in bytes
     permit     called right before a message is sent; what it raises breaks the connection in place of that
     stage      how far `open` has come
     cause      why the connection was lost; None: it is not, or not known
     """
 
     def __init__(
-        self, on_event: Callable[[Message], None], on_loss: Callable[[], None], permit: Callable[[], None] | None = None
+        self,
+        on_event: Callable[[Message], None],
+        on_loss: Callable[[], None],
+        permit: Callable[[], None] | None = None,
+        longest: int = READ_LIMIT,
     ) -> None:
-        super().__init__(readbuflen=READ_LIMIT)
+        super().__init__(readbuflen=UNASKED_LIMIT)
         self.logger = _SILENT
         self.stage = Stage.CONNECTING
         self.cause: BaseException | None = None
@@ -83,6 +104,8 @@ class Client(QMPClient):
         self._permit = permit or _nothing
         self._tls: dict[str, Any] = {}
         self._received = 0
+        self._longest = longest
+        self._turn: asyncio.Lock | None = None
         self._execute_id = secrets.randbelow(1 << 40)
 
     async def open(self, endpoint: Endpoint, keys: Keys | None = None) -> None:
@@ -112,7 +135,6 @@ class Client(QMPClient):
             await self.connect(connection)
         if self.runstate is not Runstate.RUNNING:
             raise EOFError("closed right after the negotiation")
-        self._read_at_most(UNASKED_LIMIT)
 
     async def end(self, seconds: float) -> None:
         """Close the connection, within `seconds`, whatever its state; never raises (but CancelledError)."""
@@ -127,20 +149,23 @@ class Client(QMPClient):
             self.cause = self.cause or error
 
     async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
-        """As the library has it; one at a time."""
-        self._read_at_most(READ_LIMIT)
+        """As the library has it, but no error holds more of a reply than its beginning."""
         try:
             return await super().execute(cmd, arguments, oob)
+        except ExecuteError as error:
+            said = {"class": error.error_class[:_KEPT], "desc": str(error)[:_KEPT]}
+            failure: QMPError = ExecuteError(ErrorResponse({"error": said}), Message(), Message())
+        except BadReplyError as error:
+            failure = QMPError(error.error_message)
         finally:
-            self._read_at_most(UNASKED_LIMIT)
+            reader: Any = self._reader
+            if reader is not None and reader._limit > UNASKED_LIMIT and not self._awaits_reply():
+                self._abort()  # in the middle of a long message that nobody waits for any more
+        raise failure
 
-    def _read_at_most(self, limit: int) -> None:
-        reader: Any = self._reader
-        if reader is None:
-            return
-        reader._limit = limit
-        if len(reader._buffer) > limit and b"\n" not in reader._buffer:
-            self._abort()  # the reader, which waits for the rest already, would look at the limit only when more comes
+    def _awaits_reply(self) -> bool:
+        negotiating = self.runstate is Runstate.CONNECTING and self._greeting is not None
+        return negotiating or any(not reply.full() for reply in self._pending.values())
 
     # What follows overrides the library's own hooks.
 
@@ -160,12 +185,17 @@ class Client(QMPClient):
         request["id"] = ident = self._get_exec_id()
         await self._send(request)
         while True:
-            reply = await self._recv()
+            try:
+                reply = await self._recv()
+            finally:
+                self._end_turn()
             # QEMU tells without an id that it could not read what it was sent.
             if reply.get("id") == ident or ("error" in reply and "id" not in reply):
                 break
-        if "return" not in reply or "error" in reply:
-            raise NegotiationError("Negotiation failed", ValueError(reply.get("error")))
+        accepted = "return" in reply and "error" not in reply
+        del reply  # as in `_do_recv`
+        if not accepted:
+            raise NegotiationError("Negotiation failed", ValueError("not accepted"))
 
     async def _establish_session(self) -> None:
         await super()._establish_session()
@@ -202,14 +232,51 @@ class Client(QMPClient):
         self._received += 1
         if self._received % _BURST == 0:
             await asyncio.sleep(0)
-        return await super()._do_recv()
+        line = await self._readline()
+        if len(line) > UNASKED_LIMIT:
+            turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+            await turn.acquire()
+            self._turn = turn
+        found, why = _parsed(line)
+        del line  # An error keeps what was known where it was raised; it lives longer, and lines can be long.
+        if found is None:
+            self._end_turn()
+            raise ValueError(why)
+        return Message(found, eager=False)
 
     async def _readline(self) -> bytes:
-        line = await super()._readline()
-        self.stage = Stage.NEGOTIATING
-        if not line.endswith(b"\n"):
-            raise EOFError("closed in the middle of a message")
-        return line
+        reader: Any = self._reader
+        try:
+            while True:
+                try:
+                    line: bytes = await reader.readuntil(b"\n")
+                except asyncio.LimitOverrunError:
+                    limit = self._longest if self._awaits_reply() else UNASKED_LIMIT
+                    if reader._limit >= limit:
+                        raise ValueError(f"a message of more than {limit} bytes") from None
+                    reader._limit = limit
+                else:
+                    self.stage = Stage.NEGOTIATING
+                    return line
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                self.stage = Stage.NEGOTIATING
+            raise EOFError("closed in the middle of a message" if error.partial else "closed") from None
+        finally:
+            reader._limit = UNASKED_LIMIT
+
+    async def _bh_recv_message(self) -> None:
+        try:
+            await super()._bh_recv_message()
+            if self._turn is not None:
+                await asyncio.sleep(0)  # whoever waits for the reply takes it now, and makes less of it
+        finally:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.release()
+            self._turn = None
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
@@ -227,6 +294,21 @@ class Client(QMPClient):
     def _abort(self) -> None:
         if self._writer is not None:
             self._writer.transport.abort()
+
+
+def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
+    """The message in a line, or why there is none."""
+    if len(line) > UNASKED_LIMIT:
+        values = sum(map(line.count, (b",", b"[", b"{")))
+        if values > VALUES_LIMIT:
+            return None, f"a message of {values} values"
+    try:
+        found = json.loads(line)
+    except RecursionError:
+        return None, "a message of too many levels"
+    except ValueError as error:
+        return None, f"a message that is no JSON: {getattr(error, 'msg', type(error).__name__)}"
+    return (found, "") if isinstance(found, dict) else (None, "a message that is no JSON object")
 
 
 def _nothing() -> None:

@@ -103,6 +103,8 @@ def cpus(reply: object) -> CPUs:
     count = 0
     threads: dict[str, list[int]] = {}
     for entry in _objects(reply):
+        if count == _MOST_CPUS:
+            raise Malformed(f"more than {_MOST_CPUS} CPUs")
         archs.add(_name(entry, "target"))
         count += 1
         threads.setdefault(_device(_name(entry, "qom-path")), []).append(_number(entry, "thread-id", 0, _LARGEST))
@@ -118,15 +120,21 @@ def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ..
 
     None: the two replies do not speak of the same CPUs; one came or went between them.
     """
+    if isinstance(reply, list) and len(reply) > _MOST_CPUS:
+        raise Malformed(f"{len(reply)} CPU slots, more than {_MOST_CPUS}")
     entries = [(_place(props), props, entry) for entry in _objects(reply) for props in (_props(entry),)]
     entries.sort(key=lambda each: each[0])
     if any(one[0] == other[0] for one, other in pairwise(entries)):
         raise Malformed("two slots with the same ids")
     found = []
     held: dict[str, int] = {}
+    # Of machines with thousands of slots many may be seen at once: the same words are kept once.
+    known = {path: path for path in threads}
     for index, (_, props, entry) in enumerate(entries):
         driver = _name(entry, "type")
+        driver = known.setdefault(driver, driver)
         path = _name(entry, "qom-path") if "qom-path" in entry else None
+        path = path and known.get(path, path)
         vcpus = _number(entry, "vcpus-count", 1, _MOST_THREADS)
         if path is not None:
             if path in held:

@@ -218,6 +218,8 @@ class Session:
         try:
             return read(reply)
         except replies.Malformed as error:
+            del reply
+            translate.strip(error)
             raise MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU") from error
 
     async def plug(self, slot: Slot) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "loss",
     "refusal",
     "says_no_hotplug",
+    "strip",
 ]
 
 _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
@@ -133,6 +134,14 @@ def busy(where: str, what: str = "does not greet") -> MonitorBusy:
 def cause(error: BaseException) -> BaseException:
     """What is behind an error of `qemu.qmp`'s `connect`."""
     return error.exc if isinstance(error, ConnectError) else error
+
+
+def strip(error: BaseException) -> None:
+    """Take from an error what was known where it was raised: replies can be long, and errors are kept."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
 
 
 def connect_failure(where: str, error: BaseException) -> MonitorError:
