@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from typing_extensions import override
 
 from harness import qmp
 from harness.faults import (
     GARBAGE,
     NOT_AN_OBJECT,
     NOT_UTF8,
-    Answer,
     Bytes,
     Close,
     Delay,
     Error,
     Fault,
     Hang,
-    Link,
     NoId,
     Twice,
 )
@@ -33,6 +30,7 @@ from harness.faultyagent import SYNC, FaultyAgent, Returns
 from harness.guest import Guest
 from harness.saved import saved_guest
 from harness.wait import until
+from qmp.peer import Asked, Step, connected
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.qmp import agent as agent_module
@@ -512,15 +510,14 @@ async def test_a_path_without_a_listener_is_unreachable(path: Path, open_agent: 
         await open_agent(path)
 
 
-class AfterTheRest(Fault):
-    """The answer, behind the rest of a long one that an earlier client has not fetched."""
+async def test_the_rest_of_a_long_answer_to_an_earlier_client_is_passed_over() -> None:
+    def answer(asked: Asked | None) -> list[Step]:
+        if asked is None:
+            return [b"x" * 100_000 + b"\n"]
+        return [b"\xff" + json.dumps({"return": asked.arguments["id"], "id": asked.ident}).encode() + b"\n"]
 
-    @override
-    async def deliver(self, link: Link, answer: Answer) -> None:
-        await link.send_bytes(b"x" * 100_000 + b"\n")
-        await link.send(answer)
-
-
-async def test_the_rest_of_a_long_answer_to_an_earlier_client_is_passed_over(path: Path, open_agent: Open) -> None:
-    async with FaultyAgent(path, faults={SYNC: AfterTheRest()}):
-        assert (await (await open_agent(path)).cpus()).online == 1
+    peer, endpoint = await connected(answer)
+    try:
+        await (await Agent.open(endpoint, seconds=LONG)).close()
+    finally:
+        peer.end()

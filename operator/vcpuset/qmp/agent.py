@@ -187,6 +187,10 @@ class _AgentClient(Client):
 
     # What follows overrides the library's own hooks.
 
+    def _awaits_reply(self) -> bool:
+        # What an earlier client has asked for may be on the line before we ask.
+        return not self._synced or super()._awaits_reply()
+
     async def _readline(self) -> bytes:
         # Of what stands before a 0xFF nothing is for us, and no JSON text contains one.
         return (await super()._readline()).rpartition(_DELIMITER)[2]
