@@ -170,6 +170,8 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
 """What goes wrong, and what the message says of it: the words in which docs/monitors.md has it too."""
 
 WAITS_FOR_TLS: Final = "does not greet"
+QUEUE_IS_FULL: Final = "did not take the connection"
+"""Caused in tests/qmp."""
 
 OTHER_REASONS: Final = {
     "plain-text": "InvalidMonitor", "tls-1.1": "MonitorUnreachable", "p-521-only": "MonitorUnreachable",
@@ -215,7 +217,7 @@ async def _fails_and_recovers(user: User, folder: Path, name: str) -> None:
 def test_the_page_tells_what_to_do_about_each_failure() -> None:
     table = PAGE.text.partition("| the message says |")[2].partition("\n\n")[0]
     told = set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
-    assert told == {words for _, words in FAULTS.values()} | {WAITS_FOR_TLS}
+    assert told == {words for _, words in FAULTS.values()} | {WAITS_FOR_TLS, QUEUE_IS_FULL}
 
 
 async def test_a_set_that_is_insecure_waits_in_front_of_tls_until_it_names_credentials(

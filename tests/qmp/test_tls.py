@@ -311,6 +311,23 @@ async def test_a_monitor_that_another_client_holds_is_busy_and_served_again_afte
     await until(served, 60, "the monitor to be free")
 
 
+async def test_a_monitor_that_others_wait_for_already_may_not_even_take_the_connection(
+    guest: Guest, authority: Authority
+) -> None:
+    holder = await opened(guest.tcp_address, authority.client())
+
+    async def turned_away() -> str:
+        try:
+            return await failure(MonitorUnreachable, guest.tcp_address, authority.client(), seconds=0.3)
+        except MonitorBusy:  # it was let into the queue, and stays there
+            return ""
+
+    words = await until(turned_away, 60, "the queue to be full")
+    assert "did not take the connection within 0.3 s" in words
+    assert "another client holds the monitor and others wait for it already" in words
+    await holder.close()
+
+
 async def test_a_server_of_tls_1_1_is_not_talked_to_and_told_from_a_refusal(
     authority: Authority, tmp_path: Path
 ) -> None:

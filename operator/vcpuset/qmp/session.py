@@ -150,7 +150,9 @@ class Session:
             await self.close()
             if client.stage is Stage.CONNECTING:
                 raise MonitorUnreachable(
-                    f"{self._where} did not take the connection within {seconds:g} s (the look-up of its name included)"
+                    f"{self._where} did not take the connection within {seconds:g} s (the look-up of its name "
+                    "included): its host is away, a firewall drops what goes there, or another client holds the "
+                    "monitor and others wait for it already"
                 ) from error
             if client.greeting is None:
                 raise translate.busy(self._where, _silence(endpoint, client.stage)) from error
