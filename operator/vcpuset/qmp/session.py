@@ -162,12 +162,11 @@ class Session:
             raise
         except Exception as error:
             await self.close()
-            let_in = client.stage is Stage.NEGOTIATING
-            connected = client.stage is not Stage.CONNECTING and not let_in
-            if connected and keys is not None and isinstance(endpoint, TCPEndpoint) and endpoint.tls is not None:
+            access = endpoint.tls if isinstance(endpoint, TCPEndpoint) else None
+            if keys is not None and access is not None and client.stage in {Stage.SECURING, Stage.GREETING}:
                 agreed = client.stage is Stage.GREETING
                 cause = translate.cause(error)
-                failure = keys.failure(self._where, endpoint.tls.server_name, cause, agreed=agreed)
+                failure = keys.failure(self._where, access.server_name, cause, agreed=agreed)
                 if failure is not None:
                     raise failure from error
             raise translate.connect_failure(self._where, error) from error
