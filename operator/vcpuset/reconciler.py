@@ -67,8 +67,8 @@ UNSETTLED_SECONDS = 5.0
 QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`; then comes its event.
 """
 
-ROUNDS = 4
-"""How often one pass asks for CPUs: others in place of those that QEMU rejects, and what came meanwhile."""
+ROUNDS = 32
+"""How often one pass asks for CPUs, if QEMU rejects them: for others in their place."""
 
 ANNOUNCE_SECONDS = 0.5
 """A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
@@ -212,7 +212,7 @@ class Reconciler:
             finally:
                 self._remember_answers(vcpuset.uid, session)
         except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
-            if isinstance(error, MachineUnsettled) and self._may_settle(vcpuset):
+            if self._may_settle(vcpuset, error):
                 raise
             # The last command may or may not have run: close, and look before anything is repeated.
             await self._monitors.release(vcpuset.uid)
@@ -229,8 +229,11 @@ class Reconciler:
             if (told := session.answer(request.slot)) is not None:
                 track.heard[cpu_of(request)] = told
 
-    def _may_settle(self, vcpuset: VCPUSet) -> bool:
+    def _may_settle(self, vcpuset: VCPUSet, error: VCPUSetError) -> bool:
         track = self._tracks.setdefault(vcpuset.uid, _Track())
+        if not isinstance(error, MachineUnsettled):
+            track.unsettled = None
+            return False
         now = asyncio.get_running_loop().time()
         if track.unsettled is None:
             track.unsettled = now
@@ -274,10 +277,12 @@ class Reconciler:
         if step.plug:
             vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal)
             requests = still_open(requests, machine, self._clock())
-        for _ in range(ROUNDS):
-            if not step.ask or blocked is not None:
-                break
+        rounds = ROUNDS
+        while rounds and step.ask and blocked is None:
+            now_asked = {cpu_of(slot) for slot in step.ask}
             vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
+            # Whatever else there is to ask for has come meanwhile, and can wait for the next pass.
+            rounds = rounds - 1 if now_asked & track.rejected.keys() else 0
             machine = await self._observe(track, session)
             requests = still_open(requests, machine, self._clock())
             step = self._plan(vcpuset, track, machine, requests)
@@ -285,7 +290,7 @@ class Reconciler:
         requests = _still_wanted(vcpuset, machine, requests)
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
         if step.ask and blocked is None:
-            # QEMU rejects one after the other, or its CPUs are others at each look. The next pass goes on, in its turn;
+            # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on, in its turn;
             # until all have been asked for, what this one has written says it best.
             return replace(verdict, due=self._clock() + timedelta(seconds=LOOK_SECONDS))
         guest: GuestReport | None = None

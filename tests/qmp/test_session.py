@@ -44,7 +44,7 @@ from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorTimeout, MonitorUnreachable
 from vcpuset.qmp import allowance, client
-from vcpuset.qmp.client import READ_LIMIT
+from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -591,6 +591,27 @@ async def test_a_reply_that_has_not_ended_at_the_deadline_is_read_no_further(
         with pytest.raises(MonitorTimeout):
             await session.observe()
         await until(lambda: not session.alive, 60, "the session to be cut")
+
+
+async def test_a_greeting_of_whatever_length_holds_up_no_other_monitor(
+    namespace_folder: Path, connect: Connect, wakes: Wakes
+) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head, end = b'{"x":"', b'"}\n'
+        writer.write(head + b"x" * (lengths.pop() - len(head + end)) + end)
+        await reader.read()
+        writer.close()
+
+    lengths = list(range(UNASKED_LIMIT - 2, UNASKED_LIMIT + 4))
+    path = namespace_folder / "odd"
+    odd = await asyncio.start_unix_server(greet, path)
+    async with odd, FaultyMonitor(namespace_folder / "qmp", slots=200) as monitor:
+        while lengths:
+            with pytest.raises(MonitorUnreachable):
+                await connect(path, wakes)
+            session = await connect(monitor.path, wakes)
+            assert (await session.observe()).slots
+            await session.close()
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["behind the answer", "later"])

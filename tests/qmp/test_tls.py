@@ -335,7 +335,7 @@ async def test_a_server_of_tls_1_1_is_not_talked_to_and_told_from_a_refusal(
     async with machine(tmp_path, authority.server(), None, priority=old) as guest:
         words = await failure(MonitorUnreachable, guest.tcp_address, authority.client())
         assert "during the TLS handshake" in words
-        assert "from 1.2 on, or not with P-256 (see priority= of its tls-creds-x509)" in words
+        assert "from 1.2 on, or not with P-256 (see priority= of its tls-creds-x509, and the key" in words
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])

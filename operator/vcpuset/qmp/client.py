@@ -126,6 +126,7 @@ class Client(QMPClient):
         try:
             await self._greet(connection)
         except BaseException:
+            self._end_turn()
             connection.close()
             raise
 
@@ -233,7 +234,7 @@ class Client(QMPClient):
         if self._received % _BURST == 0:
             await asyncio.sleep(0)
         line = await self._readline()
-        if len(line) > UNASKED_LIMIT:
+        if len(line) > UNASKED_LIMIT + 1:  # the reader's limit does not count the end of the line
             turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
             await turn.acquire()
             self._turn = turn

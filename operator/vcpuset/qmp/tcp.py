@@ -142,7 +142,7 @@ class TCPEndpoint:
 
     def _meaning(self, found: Sequence[AddrInfoType]) -> str:
         """The addresses behind a name, to be put after it."""
-        addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+        addresses = sorted({str(each[4][0]) for each in found})  # DNS may give them in another order each time
         if addresses == [self.host]:
             return ""
         more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""

@@ -304,7 +304,7 @@ def keys_of(credentials: Credentials) -> Keys:
 def _cut_short(where: str) -> MonitorUnreachable:
     return MonitorUnreachable(
         f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version of TLS from "
-        "1.2 on, or not with P-256 (see priority= of its tls-creds-x509)"
+        "1.2 on, or not with P-256 (see priority= of its tls-creds-x509, and the key of its certificate)"
     )
 
 

@@ -44,7 +44,7 @@ from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
-from vcpuset.reconciler import LOOK_SECONDS, NEXT_TURN_SECONDS, PROGRESS_SECONDS
+from vcpuset.reconciler import LOOK_SECONDS, NEXT_TURN_SECONDS, PROGRESS_SECONDS, ROUNDS
 from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]
@@ -52,10 +52,10 @@ __all__ = ["LawfulWorld"]
 AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + LOOK_SECONDS + 2 * NEXT_TURN_SECONDS
 """How long an OnDemand set may hold the monitor after the last sign of work."""
 
-MOST_LOOKS = 6
+MOST_LOOKS = ROUNDS + 2
 """So often one pass may look at the machine, and once more for each slot that turned out to be taken."""
 
-MOST_WRITES = 6
+MOST_WRITES = ROUNDS + 2
 """So often one pass may write the status."""
 
 

@@ -65,6 +65,16 @@ def test_cpus_that_qemu_rejects_one_after_the_other_are_asked_for_in_several_pas
     assert [reason for _, reason in large_world.recorder.events[reported:]] == ["UnplugUnsupported"]
 
 
+def test_many_cpus_that_qemu_rejects_are_told_as_that_before_the_first_ones_turn_comes_again(
+    large_world: LawfulWorld, large: Qemu
+) -> None:
+    large.rejected_slots = set(range(1, MANY))
+    large_world.apply("web", vcpus=MANY - 1, unplug={"retrySeconds": 5})
+    large_world.advance(4)
+
+    assert (large_world.reason(), large_world.true_conditions()) == ("UnplugUnsupported", ["Stalled"])
+
+
 def test_the_last_cpu_that_qemu_does_not_reject_is_found(large_world: LawfulWorld, large: Qemu) -> None:
     large.rejected_slots = set(range(2, MANY))
     large_world.apply("web", vcpus=MANY - 1)
@@ -105,6 +115,23 @@ def test_a_monitor_whose_cpus_can_never_be_counted_is_reported(world: LawfulWorl
     qemu.settles_each = 1
     world.advance(31)
     assert world.true_conditions() == ["Ready"]
+
+
+def test_a_monitor_that_was_away_has_its_time_to_settle_again(world: LawfulWorld, qemu: Qemu) -> None:
+    qemu.settles_each = 0
+    world.wake()
+    world.run_due()
+    qemu.reachable = False
+    qemu.disconnect()
+    world.advance(600)
+    assert world.reason() == "MonitorUnreachable"
+    qemu.reachable, qemu.settles_each, qemu.looks = True, 2, 0
+    writes = len(world.api.writes)
+    world.advance(40)
+
+    assert world.true_conditions() == ["Ready"]
+    told = [each.status.ready.message for each in world.api.writes[writes:] if each.status.ready is not None]
+    assert not [words for words in told if "came or went" in words]
 
 
 def test_a_cpu_that_is_just_leaving_is_waited_for_without_a_word(world: LawfulWorld, qemu: Qemu) -> None:
