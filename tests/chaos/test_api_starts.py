@@ -79,7 +79,7 @@ async def test_an_operator_that_cannot_list_waits_unready_and_works_as_soon_as_i
             assert operator.pid == pid
             operator.require_running()
         finally:
-            await operator.stop()
+            await operator.close()
 
 
 async def test_an_operator_without_rights_says_what_helps_and_works_as_soon_as_it_has_them(
@@ -104,7 +104,7 @@ async def test_an_operator_without_rights_says_what_helps_and_works_as_soon_as_i
             assert operator.pid == pid
             operator.require_running()
         finally:
-            await operator.stop()
+            await operator.close()
 
 
 async def test_a_token_that_is_replaced_in_its_file_and_then_revoked_is_read_anew(

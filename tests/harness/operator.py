@@ -127,15 +127,16 @@ class OperatorProcess:
         try:
             return await self.start()
         except BaseException:
-            await self._end()
+            await self.close()
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._end()
+        await self.close()
 
-    async def _end(self) -> None:
+    async def close(self) -> None:
+        """Ask it to end, and remove its folder. For who cannot wait in a context until it is ready."""
         if self._child is not None:
             await self._child.stop(timeout=30)
         shutil.rmtree(self.directory, ignore_errors=True)
