@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -327,8 +328,12 @@ class Guest:
         await self.shell("release-cpus")
 
     def freeze(self) -> None:
-        """SIGSTOP: QEMU hangs, its sockets accept connections and nobody answers."""
+        """SIGSTOP: QEMU hangs, its sockets accept connections and nobody answers. Returns when the last thread stands.
+
+        The signal stops the thread that takes it up, and that one the others: on a busy host they go on meanwhile.
+        """
         self._started().signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         """SIGCONT: go on after `freeze`."""
