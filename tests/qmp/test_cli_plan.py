@@ -62,13 +62,19 @@ async def test_a_plug_is_told_with_slots_and_ids_and_is_not_done(q35: Guest, con
     assert await control.slots() == before
 
 
-async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) -> None:
+def credentials(folder: Path) -> tuple[Path, MonitorTLS]:
+    """A folder with the client's, and the monitor of a server `vm.example` that lets that client in."""
     authority = Authority()
-    folder = tmp_path / "credentials"
-    folder.mkdir()
-    for name, text in authority.client().data().items():
-        (folder / name).write_bytes(text)
-    made = MonitorTLS(authority.server("vm.example").write(tmp_path / "qemu"), authority.client().name)
+    client = authority.client()
+    own = folder / "credentials"
+    own.mkdir()
+    for name, text in client.data().items():
+        (own / name).write_bytes(text)
+    return own, MonitorTLS(authority.server("vm.example").write(folder / "qemu"), client.name)
+
+
+async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) -> None:
+    folder, made = credentials(tmp_path)
     async with Guest(None, smp="2,maxcpus=8", memory=64, tls=made) as guest:
         host, port = guest.tcp_address
         declared = manifest(3).replace(
@@ -91,12 +97,7 @@ async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_pat
 async def test_another_monitor_on_tls_is_taken_for_the_set_s_machine_unless_told_otherwise(
     tmp_path: Path, declared: str
 ) -> None:
-    authority = Authority()
-    folder = tmp_path / "credentials"
-    folder.mkdir()
-    for name, text in authority.client().data().items():
-        (folder / name).write_bytes(text)
-    made = MonitorTLS(authority.server("vm.example").write(tmp_path / "qemu"), authority.client().name)
+    folder, made = credentials(tmp_path)
     async with Guest(None, smp="2,maxcpus=8", memory=64, tls=made) as guest:
         host, port = guest.tcp_address
         options = ("--tls-credentials", folder, "--monitor", f"{host}:{port}")

@@ -82,6 +82,14 @@ def machine(folder: Path, server: Made, allow: str | None, **tls: object) -> Gue
     return Guest(None, memory=64, tls=made)
 
 
+def server_context(authority: Authority, folder: Path) -> ssl.SSLContext:
+    """For what plays a server where a real QEMU cannot be made to."""
+    made = authority.server().write(folder / "server")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made / "server-cert.pem", made / "server-key.pem")
+    return context
+
+
 async def opened(
     address: tuple[str, int], store: Store | Made, server_name: str = "127.0.0.1", seconds: float = 60
 ) -> Session:
@@ -432,9 +440,7 @@ async def test_a_connection_that_ends_in_the_handshake_is_unreachable(authority:
 async def test_a_qemu_that_ends_after_it_has_greeted_has_refused_nobody(
     authority: Authority, tmp_path: Path, said: bytes
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    folder = authority.server().write(tmp_path / "ending")
-    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    context = server_context(authority, tmp_path)
     store = Store(authority.client())
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -453,9 +459,7 @@ async def test_a_qemu_that_ends_after_it_has_greeted_has_refused_nobody(
 async def test_a_qemu_that_ends_right_after_the_handshake_is_not_said_to_refuse_anybody(
     authority: Authority, guest: Guest, tmp_path: Path, comes_back: bool
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    folder = authority.server().write(tmp_path / "ending")
-    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    context = server_context(authority, tmp_path)
     store = Store(authority.client())
 
     async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -493,9 +497,7 @@ async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
 
 async def test_an_alert_about_our_certificate_is_a_refusal(authority: Authority, tmp_path: Path) -> None:
     # Proxies in front of QEMU say why, as QEMU does not.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    folder = authority.server().write(tmp_path / "proxy")
-    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    context = server_context(authority, tmp_path)
     context.load_verify_locations(cadata=Authority().certificate)
     context.verify_mode = ssl.CERT_REQUIRED
 

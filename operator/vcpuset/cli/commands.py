@@ -108,8 +108,8 @@ def inspect(
 
     The exit status is 0 if the machine was looked at, also if its guest could not be asked; 1 if not.
     """
-    from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - needs rich: 4 MB that `run` would keep
-    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich as well
+    from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
+    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
 
     if tls_credentials is not None and isinstance(monitor, Path):
         raise click.UsageError(f"--tls-credentials: TLS is for HOST:PORT, and {monitor} is a unix socket.")
@@ -177,8 +177,8 @@ def plan(
     The exit status is 0 if each machine was looked at, whatever stands in the way; 1 if one could not be, or the file
     cannot be used.
     """
-    from vcpuset.cli import plan as planning  # noqa: PLC0415 - needs rich: 4 MB that `run` would keep
-    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich as well
+    from vcpuset.cli import plan as planning  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
+    from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
 
     if tls_server_name is not None and (monitor is None or tls_credentials is None):
         raise click.UsageError("--tls-server-name takes --monitor and --tls-credentials.")
@@ -197,7 +197,7 @@ def plan(
 
 
 def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:
-    from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - needs PyYAML, `inspect` without -f does not
+    from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - needs PyYAML, which only commands with -f use
 
     name = str(getattr(file, "name", "<stdin>"))
     try:

@@ -64,7 +64,7 @@ def make_handler(log_format: Literal["text", "json"], stream: TextIO) -> logging
 class _Handler(logging.StreamHandler[TextIO]):
     """A handler that also writes what cannot be formatted; logging itself would print a traceback in its place."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - overrides logging.Handler.handleError
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging.Handler, whose method this overrides
         """Write the record once more, with its parts as they are."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)) and self.stream.closed:
@@ -75,7 +75,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         try:
             self.stream.write(self.format(plain) + self.terminator)
             self.flush()
-        except Exception:  # noqa: BLE001 - whoever logs must not fail because the log cannot be written
+        except Exception:  # noqa: BLE001 - there is nowhere left to tell it: this is what logs, and who logs must not fail by that
             return
 
 

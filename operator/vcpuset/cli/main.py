@@ -317,7 +317,7 @@ def run(
         leader_election=election,
         kubeconfig=kubeconfig,
     )
-    from vcpuset.app import operator  # noqa: PLC0415 - imports kopf: 0.8 s that other commands need not wait
+    from vcpuset.app import operator  # noqa: PLC0415 - imports kopf, which takes 0.8 s and which no other command uses
 
     try:
         asyncio.run(operator.run(settings))

@@ -120,7 +120,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
 class _Loader(yaml.SafeLoader):
     """YAML as the API server takes it: times remain text, and no key comes twice."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's stubs have it without ClassVar
+    yaml_implicit_resolvers = {  # noqa: RUF012 - a ClassVar, as this rule asks for, cannot override what types-PyYAML declares without
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -329,7 +329,7 @@ def _look(root: str, folders: list[str], sockets: list[str]) -> _Sight:
         if folder != root and _parent(folder) not in entered:
             continue
         try:
-            status = os.stat(root) if folder == root else os.lstat(folder)  # noqa: PTH116 - not worth an object each
+            status = os.stat(root) if folder == root else os.lstat(folder)  # noqa: PTH116 - pathlib makes an object of each of thousands of paths, at each look
             if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
         except OSError as error:

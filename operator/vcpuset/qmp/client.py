@@ -146,7 +146,7 @@ class Client(QMPClient):
         try:
             async with asyncio.timeout(seconds):
                 await self.disconnect()
-        except Exception as error:  # noqa: BLE001 - it raises again what broke the connection, of whatever type
+        except Exception as error:  # noqa: BLE001 - disconnect() raises again what broke the connection; closing is no place to fail for it, and `cause` keeps it
             self.cause = self.cause or error
 
     async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:

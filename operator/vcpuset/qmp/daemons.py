@@ -44,7 +44,7 @@ class DaemonThreads:
             if answer.set_running_or_notify_cancel():
                 try:
                     answer.set_result(function())
-                except BaseException as error:  # noqa: BLE001 - raised again where the answer is awaited
+                except BaseException as error:  # noqa: BLE001 - raised again where it is awaited, as by concurrent.futures; else that would hang
                     answer.set_exception(error)
             # What a look-up was for is not kept until the next one.
             del answer, function

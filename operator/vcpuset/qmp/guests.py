@@ -145,7 +145,7 @@ class Guests:
                 report = await self._look(vcpuset.namespace, agent, vcpus if bring_online else 0)
         except AgentError as error:
             report = GuestReport(None, error)
-        except Exception as error:  # noqa: BLE001 - logged and told; the set must not wait for an answer for ever
+        except Exception as error:  # noqa: BLE001 - a defect: logged with its traceback, and told in the status; a set waits for this answer
             _log.exception("asking the guest of %s failed unexpectedly", vcpuset)
             report = GuestReport(None, AgentUnreachable(f"asking the guest agent failed: {error!r}"))
         loop = asyncio.get_running_loop()

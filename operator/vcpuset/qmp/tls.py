@@ -96,10 +96,11 @@ class _Connection(ssl.SSLObject):
         try:
             super().do_handshake()
         except ssl.SSLCertVerificationError as error:
-            # Public from Python 3.13 on. Without it the message is poorer by the names.
+            refused: Any = error
+            # Without it the message is poorer by the names.
             with contextlib.suppress(Exception):
-                chain: Any = self._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
-                error.certificate = chain[0].public_bytes(_DER)  # type: ignore[attr-defined]
+                chain: Any = self._sslobj.get_unverified_chain()  # type: ignore[attr-defined] # public from Python 3.13 on
+                refused.certificate = chain[0].public_bytes(_DER)
             raise
 
 
@@ -247,7 +248,7 @@ class Keys:
         )
 
     def _certificates(self, pem: bytes, name: str) -> Sequence[x509.Certificate]:
-        from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415 - see the head of this file
+        from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
 
         with self._told(name):
             return load_pem_x509_certificates(pem)
@@ -263,7 +264,7 @@ class Keys:
             ) from error
 
     def _load(self, authorities: Sequence[x509.Certificate], credentials: Credentials) -> None:
-        from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 - see the head of this file
+        from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
 
         trusted = b"".join(each.public_bytes(Encoding.DER) for each in authorities)
         try:
@@ -315,7 +316,7 @@ def _not_a_name(server_name: str) -> InvalidMonitor:
 
 
 def _spelling() -> dict[x509.ObjectIdentifier, str]:
-    from cryptography.x509 import ObjectIdentifier  # noqa: PLC0415 - see the head of this file
+    from cryptography.x509 import ObjectIdentifier  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
 
     return {ObjectIdentifier(oid): name for oid, name in _GNUTLS_NAMES.items()}
 
@@ -328,7 +329,7 @@ def _names(certificate: bytes | None) -> str:
     """Whom an unverified certificate is for, in words."""
     if certificate is None:
         return ""
-    from cryptography import x509  # noqa: PLC0415 - see the head of this file
+    from cryptography import x509  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
 
     try:
         names = x509.load_der_x509_certificate(certificate).extensions
