@@ -51,7 +51,7 @@ def condition(kind: str, status: str = "True", reason: str = "Converged", **chan
 
 
 def request(slot: int = 3, **changes: object) -> Json:
-    """A complete entry of status.pendingUnplugs, but for the optional answer; None leaves a field out."""
+    """A complete entry of status.unplug.requests, but for the optional answer; None leaves a field out."""
     entry = {
         "slot": slot,
         "path": f"/machine/peripheral/vcpu{slot}",
@@ -67,12 +67,9 @@ FULL_STATUS: Final[Json] = {
     "observedGeneration": 1,
     "vcpus": 5,
     "onlineVCPUs": 3,
-    "minVCPUs": 1,
-    "maxVCPUs": 64,
+    "machine": {"minVCPUs": 1, "maxVCPUs": 64, "uuid": "6b1a7e0c-7c0e-4a53-9f0e-0d1c2b3a4f5e"},
     "selector": "vcpuset.dev/name=vm",
-    "machineUUID": "6b1a7e0c-7c0e-4a53-9f0e-0d1c2b3a4f5e",
-    "unplugStartedAt": TIME,
-    "pendingUnplugs": [request(4), request(3, answer="InUse", attempts=2)],
+    "unplug": {"startedAt": TIME, "requests": [request(4), request(3, answer="InUse", attempts=2)]},
     "conditions": [
         condition("Ready", "False", "UnplugPending"),
         condition("Reconciling", reason="UnplugPending"),
@@ -397,19 +394,23 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
         pytest.param({"observedGeneration": -2}, "status.observedGeneration: Invalid value: -2", id="generation"),
         pytest.param({"vcpus": -1}, "status.vcpus: Invalid value: -1", id="negative count"),
         pytest.param({"onlineVCPUs": -1}, "status.onlineVCPUs: Invalid value: -1", id="fewer than none online"),
-        pytest.param({"machineUUID": "x" * 37}, "status.machineUUID: Too long", id="UUID too long"),
+        pytest.param({"machine": {"uuid": "x" * 37}}, "status.machine.uuid: Too long", id="UUID too long"),
         pytest.param({"vcpus": "4"}, "status.vcpus: Invalid value", id="count as a string"),
         pytest.param({"selector": ""}, "status.selector: Invalid value", id="empty selector, which autoscalers refuse"),
-        pytest.param({"unplugStartedAt": "yesterday"}, "status.unplugStartedAt: Invalid value", id="time in words"),
-        pytest.param({"unplugStartedAt": 1767323045}, "status.unplugStartedAt: Invalid value", id="time as a number"),
         pytest.param(
-            {"unplugStartedAt": "0001-01-01T00:00:00Z"},
-            'status.unplugStartedAt: Invalid value: "0001-01-01T00:00:00Z"',
+            {"unplug": {"startedAt": "yesterday"}}, "status.unplug.startedAt: Invalid value", id="time in words"
+        ),
+        pytest.param(
+            {"unplug": {"startedAt": 1767323045}}, "status.unplug.startedAt: Invalid value", id="time as a number"
+        ),
+        pytest.param(
+            {"unplug": {"startedAt": "0001-01-01T00:00:00Z"}},
+            'status.unplug.startedAt: Invalid value: "0001-01-01T00:00:00Z"',
             id="time before any computer",
         ),
         pytest.param(
-            {"pendingUnplugs": [request(requestedAt="9999-12-31T23:59:59.9999999Z")]},
-            'status.pendingUnplugs[0].requestedAt: Invalid value: "9999-12-31T23:59:59.9999999Z"',
+            {"unplug": {"requests": [request(requestedAt="9999-12-31T23:59:59.9999999Z")]}},
+            'status.unplug.requests[0].requestedAt: Invalid value: "9999-12-31T23:59:59.9999999Z"',
             id="time after the last year",
         ),
         pytest.param(
@@ -418,28 +419,28 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
             id="time of a zone that is none",
         ),
         pytest.param(
-            {"pendingUnplugs": [{"slot": 3}]},
-            "status.pendingUnplugs[0].threadID: Required value",
+            {"unplug": {"requests": [{"slot": 3}]}},
+            "status.unplug.requests[0].threadID: Required value",
             id="request that names no vCPU",
         ),
         pytest.param(
-            {"pendingUnplugs": [request(answer="No")]},
-            'status.pendingUnplugs[0].answer: Unsupported value: "No"',
+            {"unplug": {"requests": [request(answer="No")]}},
+            'status.unplug.requests[0].answer: Unsupported value: "No"',
             id="answer unknown",
         ),
         pytest.param(
-            {"pendingUnplugs": [request(attempts=0)]},
-            "status.pendingUnplugs[0].attempts: Invalid value: 0",
+            {"unplug": {"requests": [request(attempts=0)]}},
+            "status.unplug.requests[0].attempts: Invalid value: 0",
             id="request never made",
         ),
         pytest.param(
-            {"pendingUnplugs": [request(3), request(3)]},
-            'status.pendingUnplugs[1]: Duplicate value: {"slot":3}',
+            {"unplug": {"requests": [request(3), request(3)]}},
+            'status.unplug.requests[1]: Duplicate value: {"slot":3}',
             id="one slot twice",
         ),
         pytest.param(
-            {"pendingUnplugs": [request(slot) for slot in range(4097)]},
-            "status.pendingUnplugs: Too many: 4097: must have at most 4096 items",
+            {"unplug": {"requests": [request(slot) for slot in range(4097)]}},
+            "status.unplug.requests: Too many: 4097: must have at most 4096 items",
             id="too many requests",
         ),
         pytest.param(
@@ -481,6 +482,6 @@ async def test_a_status_of_the_wrong_shape_is_refused(sets: Sets, tmp_path: Path
 async def test_a_status_with_as_many_requests_as_there_can_be_is_stored(sets: Sets, tmp_path: Path) -> None:
     await sets.create(vcpuset())
     patch = tmp_path / "patch.json"
-    patch.write_text(json.dumps({"status": {"pendingUnplugs": [request(slot) for slot in range(4096)]}}))
+    patch.write_text(json.dumps({"status": {"unplug": {"requests": [request(slot) for slot in range(4096)]}}}))
     await sets.kubectl("patch", "vcs", "vm", "--subresource=status", "--type=merge", f"--patch-file={patch}")
-    assert len((await sets.get())["status"]["pendingUnplugs"]) == 4096
+    assert len((await sets.get())["status"]["unplug"]["requests"]) == 4096

@@ -74,7 +74,7 @@ async def test_a_written_status_is_what_is_read_back(cluster: Cluster, sets: Use
     assert written.status == FULL
     assert await only(cluster, sets.namespace) == written
     assert (written.spec, written.generation) == (before.spec, before.generation)
-    assert (await sets.get("web")).status["pendingUnplugs"][1] == {
+    assert (await sets.get("web")).status["unplug"]["requests"][1] == {
         "slot": 2,
         "path": "/machine/peripheral/vcpu2",
         "threadID": 1233,

@@ -64,7 +64,7 @@ async def test_plugs_refusals_unplugs_and_their_times_are_in_the_metrics(
         await shown.until("a plugged machine", lambda: shown.of_set("vcpuset_current_vcpus") == 4)
         assert shown.of_set("vcpuset_desired_vcpus") == 4
         assert shown.of_set("vcpuset_online_vcpus") is None
-        assert shown.of_set("vcpuset_unmatched_seconds") == 0
+        assert shown.of_set("vcpuset_not_ready_seconds") == 0
         assert shown.of_set("vcpuset_state", state="Ready", reason="Converged") == 1
         assert shown.value("vcpuset_sets", state="Ready", reason="Converged") == 1
         assert shown.value("vcpuset_plugs_total", result="done") == 2
@@ -90,7 +90,7 @@ async def test_plugs_refusals_unplugs_and_their_times_are_in_the_metrics(
             return (await acpi.flags(2)).removing
 
         await until(removing_next, WAIT, "a request for slot 2")
-        assert (shown.of_set("vcpuset_unmatched_seconds") or 0) >= 0
+        assert (shown.of_set("vcpuset_not_ready_seconds") or 0) >= 0
         await acpi.eject(2)
         await user.wait_ready("vm")
         await shown.until("an unplugged machine", lambda: shown.of_set("vcpuset_current_vcpus") == 3)

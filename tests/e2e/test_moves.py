@@ -208,7 +208,7 @@ async def test_an_owner_whose_clock_was_an_hour_off_costs_neither_an_hour_nor_a_
     off = datetime.fromisoformat(seen.pending[0]["requestedAt"]) + timedelta(hours=hours)
     path = f"/apis/vcpuset.dev/v1alpha1/namespaces/{user.namespace}/vcpusets/vm/status"
     requests = [{**seen.pending[0], "requestedAt": f"{off:%Y-%m-%dT%H:%M:%SZ}"}]
-    answer = await user.control_plane.request("PATCH", path, {"status": {"pendingUnplugs": requests}})
+    answer = await user.control_plane.request("PATCH", path, {"status": {"unplug": {"requests": requests}}})
     assert answer.status == 200, answer
 
     await user.change("vm", nodeName="n2")

@@ -41,7 +41,7 @@ async def test_a_machine_that_is_not_there_yet_is_served_as_soon_as_it_is(
         "is QEMU running?",
         vcpus=None,
     )
-    assert "minVCPUs" not in seen.status
+    assert "machine" not in seen.status
     async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]):
         await shows(user, "vm", "Converged", READY, vcpus=3)
 
@@ -101,7 +101,7 @@ async def test_the_last_observation_stands_while_a_killed_machine_is_away_and_it
         await shows(user, "vm", "Converged", READY, vcpus=4)
         guest.kill()
         seen = await shows(user, "vm", "MonitorUnreachable", RECONCILING, "is QEMU running?", vcpus=4)
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (1, 64)
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (1, 64)
 
         await guest.start()
         await shows(user, "vm", "Converged", READY, vcpus=4)

@@ -49,14 +49,16 @@ async def test_a_machine_type_without_cpu_hotplug_is_ready_at_its_own_count_and_
         await user.wait_ready("vm")
         seen = await _kubectl_get(user, "vm")
         assert (seen.reason, seen.states, seen.vcpus) == ("Converged", READY, 2)
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (2, 2), "slots that cannot be filled do not count"
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (2, 2), (
+            "slots that cannot be filled do not count"
+        )
 
         for declared in (4, 1):
             await user.change("vm", vcpus=declared)
             await shows(user, "vm", "HotplugUnsupported", STALLED, f"{declared} declared", vcpus=2)
             seen = await _kubectl_get(user, "vm")
             assert (seen.reason, seen.states, seen.vcpus) == ("HotplugUnsupported", STALLED, 2)
-            assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (2, 2)
+            assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (2, 2)
             assert seen.pending == []
             for words in (
                 f"2 vCPUs present, {declared} declared",

@@ -34,7 +34,7 @@ async def test_s390x_takes_cpus_and_never_gives_them_back(folder: Path, operator
     async with machine as guest:
         await user.create("vm", 3, "vm.sock")
         seen = await shows(user, "vm", "Converged", READY, vcpus=3)
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (3, 4)
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (3, 4)
 
         await user.change("vm", vcpus=2)
         seen = await shows(
@@ -69,14 +69,14 @@ async def test_ppc64_comes_and_goes_in_whole_cores(folder: Path, operator: Opera
         seen = await shows(
             user,
             "vm",
-            "Granularity",
+            "UnsupportedVCPUCount",
             STALLED,
             "4 vCPUs present, 5 declared",
             "cores of 2 vCPUs",
             "declare 4 or 6",
             vcpus=4,
         )
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (2, 8)
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (2, 8)
         assert await count(guest.control) == 4
 
         await user.change("vm", vcpus=6)
@@ -85,7 +85,9 @@ async def test_ppc64_comes_and_goes_in_whole_cores(folder: Path, operator: Opera
 
         # A core that no guest has claimed leaves at once.
         await user.change("vm", vcpus=3)
-        await shows(user, "vm", "Granularity", STALLED, "2 vCPUs present, 3 declared", "declare 2 or 4", vcpus=2)
+        await shows(
+            user, "vm", "UnsupportedVCPUCount", STALLED, "2 vCPUs present, 3 declared", "declare 2 or 4", vcpus=2
+        )
         await user.change("vm", vcpus=1)
         seen = await shows(
             user, "vm", "UnplugUnsupported", STALLED, "slot 0 cannot be unplugged", "below 2 vCPUs", vcpus=2

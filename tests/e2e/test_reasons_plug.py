@@ -30,7 +30,7 @@ async def test_a_machine_that_has_its_count_is_converged(folder: Path, operator:
     async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]):
         await user.create("vm", 2, "vm.sock")
         seen = await shows(user, "vm", "Converged", READY, "QEMU has 2 vCPUs, as declared.", vcpus=2)
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (1, 8)
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (1, 8)
         assert seen.pending == []
 
 
@@ -97,7 +97,7 @@ async def test_a_machine_with_too_few_slots_runs_at_its_ceiling(
         seen = await shows(
             user, "vm", "InsufficientSlots", STALLED, "6 declared", "no more than 4 vCPU slots", "-smp maxcpus", vcpus=4
         )
-        assert seen.status["maxVCPUs"] == 4
+        assert seen.status["machine"]["maxVCPUs"] == 4
         assert await count(guest.control) == 4
         assert ("InsufficientSlots", "Warning") in await _events(user, "vm", 1)
 
@@ -111,7 +111,7 @@ async def test_a_machine_type_without_cpu_hotplug_is_told_apart_in_both_directio
     async with Guest(None, machine="microvm", cpu=None, smp="2", monitor_paths=[folder / "vm.sock"]) as guest:
         await user.create("vm", 2, "vm.sock")
         seen = await shows(user, "vm", "Converged", READY, vcpus=2)
-        assert (seen.status["minVCPUs"], seen.status["maxVCPUs"]) == (2, 2)
+        assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (2, 2)
         for declared in (3, 1):
             await user.change("vm", vcpus=declared)
             await shows(

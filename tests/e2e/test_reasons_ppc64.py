@@ -64,14 +64,16 @@ async def test_a_pseries_guest_is_asked_for_whole_cores_and_its_refusal_is_told_
 
         # A count between two cores is met from below, so nobody has to leave, and who refused may be asked afresh.
         await user.change("vm", vcpus=5)
-        await shows(user, "vm", "Granularity", STALLED, "4 vCPUs present, 5 declared", "declare 4 or 6", vcpus=4)
+        await shows(
+            user, "vm", "UnsupportedVCPUCount", STALLED, "4 vCPUs present, 5 declared", "declare 4 or 6", vcpus=4
+        )
 
         await user.change("vm", vcpus=2)
         await user.wait("vm", lambda seen: _answers(seen) == {1: None}, "a new request")
         await guest.give_back(core=2)
         done = await shows(user, "vm", "Converged", READY, vcpus=2)
         assert done.pending == []
-        assert (done.status["minVCPUs"], done.status["maxVCPUs"]) == (2, 8)
+        assert (done.status["machine"]["minVCPUs"], done.status["machine"]["maxVCPUs"]) == (2, 8)
 
 
 async def test_a_reset_of_a_pseries_machine_carries_out_what_its_guest_had_not_answered(

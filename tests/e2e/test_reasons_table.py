@@ -43,7 +43,7 @@ ROWS: dict[str, tuple[str, States]] = {
     "s390x": ("UnplugUnsupported", STALLED),
     "grow-only": ("UnplugDisabled", STALLED),
     "boot-kept": ("BootVCPUsKept", STALLED),
-    "ppc64": ("Granularity", STALLED),
+    "ppc64": ("UnsupportedVCPUCount", STALLED),
     "riscv64": ("HotplugUnsupported", STALLED),
     "younger": ("MonitorConflict", STALLED),
     "link": ("InvalidMonitor", STALLED),

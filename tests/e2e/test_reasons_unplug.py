@@ -91,7 +91,7 @@ async def test_unplugging_is_reported_with_its_requests_and_then_that_no_answer_
             await machine.acpi.eject(slot)
         done = await shows(user, "vm", "Converged", READY, vcpus=2)
         assert done.pending == []
-        assert "unplugStartedAt" not in done.status
+        assert "unplug" not in done.status
         told = reasons(await history(user, created))
         # The first sign of an answer may be seen before the CPUs are gone: then Unplugging comes once more.
         assert told[:2] == [("Unplugging", RECONCILING), ("UnplugPending", RECONCILING)]
@@ -200,7 +200,7 @@ async def test_a_refusal_stalls_after_the_timeout_is_asked_again_and_ends_when_t
         await machine.asked(1)
         await machine.acpi.refuse(1)
         stalled = await shows(user, "vm", "UnplugRefused", STALLED, "every 3 s", vcpus=2)
-        assert stalled.condition("Stalled")["lastTransitionTime"] >= stalled.status["unplugStartedAt"][:19]
+        assert stalled.condition("Stalled")["lastTransitionTime"] >= stalled.status["unplug"]["startedAt"][:19]
 
         await machine.asked(1)
         await machine.acpi.eject(1)

@@ -56,11 +56,11 @@ async def test_a_new_machine_is_asked_at_once_for_its_whole_surplus(
     async with _machine(folder, "5,maxcpus=16", first) as (old, client):
         await user.create("vm", 3, "vm.sock", connection=connection, unplug=PATIENT)
         before = await _asked(user, client, 3, 4)
-        assert before.status.get("machineUUID") == first
+        assert before.status["machine"].get("uuid") == first
         old.kill()
         async with _machine(folder, "5,maxcpus=16", second) as (_, successor):
             after = await _asked(user, successor, 3, 4)
-            assert after.status.get("machineUUID") == second
+            assert after.status["machine"].get("uuid") == second
             assert [each["attempts"] for each in after.pending] == [1, 1]
             acpi = Acpi(successor)
             for slot in (4, 3):

@@ -54,8 +54,8 @@ async def test_the_status_only_ever_shows_counts_that_were_observed(
         await user.change("vm", vcpus=1)
         seen = await user.wait_reason("vm", "UnplugRefused")
         assert seen.vcpus == 4
-        assert seen.status["minVCPUs"] == 1
-        assert seen.status["maxVCPUs"] == 64
+        assert seen.status["machine"]["minVCPUs"] == 1
+        assert seen.status["machine"]["maxVCPUs"] == 64
 
 
 async def test_a_cpu_that_someone_else_plugs_or_unplugs_is_undone_at_the_next_touch_of_the_object(

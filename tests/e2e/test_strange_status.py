@@ -26,13 +26,15 @@ EARLY, LATE = "0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-10:00"
 """Times that the API server stores, and that are none in UTC."""
 
 STRANGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "one": ("unplugStartedAt", {"unplugStartedAt": LATE}),
+    "one": ("unplug.startedAt", {"unplug": {"startedAt": LATE}}),
     "two": (
-        "pendingUnplugs.requestedAt",
+        "unplug.requests.requestedAt",
         {
-            "pendingUnplugs": [
-                {"slot": 1, "path": "/machine/peripheral/vcpu1", "threadID": 1, "requestedAt": EARLY, "attempts": 1}
-            ]
+            "unplug": {
+                "requests": [
+                    {"slot": 1, "path": "/machine/peripheral/vcpu1", "threadID": 1, "requestedAt": EARLY, "attempts": 1}
+                ]
+            }
         },
     ),
     "three": (
@@ -100,7 +102,7 @@ async def test_sets_with_strange_times_are_reported_and_left_alone_and_the_other
             assert all(now > then for now, then in zip(reports(), already, strict=True))
 
             # Once the status is mended, the set is served again.
-            await write("two", {"pendingUnplugs": None})
+            await write("two", {"unplug": None})
             await user.wait_reason("two", "MonitorUnreachable")
             await until(lambda: operator.sets_served() == 2, 60, "the mended set to be served")
             assert "Traceback" not in operator.text()

@@ -122,8 +122,8 @@ def event(namespace: str, **other: Any) -> Json:
 async def test_an_agents_token_does_what_it_is_for(world: World) -> None:
     """Else each refusal below would prove nothing."""
     pod = world.nodes.pod("vcpuset-agent", "node-a")
-    status = await world.ask(pod.token, "PATCH", f"{SETS}/node-a/status", {"status": {"maxVCPUs": 7}})
-    assert (status.status, status.body["status"]["maxVCPUs"]) == (200, 7)
+    status = await world.ask(pod.token, "PATCH", f"{SETS}/node-a/status", {"status": {"onlineVCPUs": 7}})
+    assert (status.status, status.body["status"]["onlineVCPUs"]) == (200, 7)
     told = await world.ask(pod.token, "POST", EVENTS, event(world.namespace, reportingInstance=pod.name))
     assert told.status == 201, told.body
 
@@ -231,7 +231,7 @@ async def test_an_agent_changes_nothing_else_through_the_status(world: World) ->
     body = {
         "metadata": {"labels": {"a": "b"}, "finalizers": ["a.b/c"], "annotations": {"a": "b"}},
         "spec": {"vcpus": 9, "nodeName": "node-b"},
-        "status": {"minVCPUs": 1},
+        "status": {"vcpus": 1},
     }
     answer = await world.ask(world.agent(), "PATCH", f"{path}/status", body)
     assert answer.status == 200

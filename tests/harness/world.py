@@ -76,8 +76,8 @@ class Seen:
 
     @property
     def pending(self) -> list[Mapping[str, Any]]:
-        """`status.pendingUnplugs`."""
-        return list(self.status.get("pendingUnplugs") or [])
+        """`status.unplug.requests`."""
+        return list(self.status.get("unplug", {}).get("requests") or [])
 
     @property
     def current(self) -> bool:

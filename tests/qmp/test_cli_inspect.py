@@ -215,7 +215,8 @@ async def test_the_requests_of_a_set_are_shown_at_their_slots(worked_on: Guest) 
         {"slot": 9, "path": "/machine/peripheral/vcpu9", "threadID": 1},
     ]
     body = yaml.safe_load(manifest(3))
-    body["status"] = {"pendingUnplugs": [{**each, "requestedAt": requested_at, "attempts": 3} for each in requests]}
+    written = [{**each, "requestedAt": requested_at, "attempts": 3} for each in requests]
+    body["status"] = {"unplug": {"requests": written}}
 
     arguments = ("inspect", worked_on.monitors[0], "-f", "-")
     joined = json.loads((await vcpuset(*arguments, "-o", "json", text=json.dumps(body))).stdout)

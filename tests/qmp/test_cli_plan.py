@@ -178,7 +178,7 @@ async def test_requests_in_the_status_are_not_made_again_before_their_time(q35: 
         request = {"slot": 3, "path": path, "threadID": threads[path], "requestedAt": at, "attempts": 1}
         body = yaml.safe_load(manifest(3))
         body["spec"]["unplug"] = {"retrySeconds": 86400}
-        return json.dumps({**body, "status": {"pendingUnplugs": [{**request, **more}]}})
+        return json.dumps({**body, "status": {"unplug": {"requests": [{**request, **more}]}}})
 
     waiting = await planned(root, printed(0))
     assert waiting["ask"] == []
@@ -306,7 +306,7 @@ async def test_a_machine_that_hangs_does_not_hang_the_command(q35: Guest) -> Non
         pytest.param(
             {"qemu": "qemu-system-ppc64", "machine": "pseries", "smp": "4,threads=4,cores=4,maxcpus=16"},
             11,
-            ["Granularity"],
+            ["UnsupportedVCPUCount"],
             [1],
             id="whole-cores",
         ),

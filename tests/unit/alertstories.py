@@ -42,7 +42,7 @@ TROUBLE: Final = [
     Story(
         "VCPUSetNotReady",
         {
-            f"vcpuset_unmatched_seconds{{{WEB}}}": "0+60x60",
+            f"vcpuset_not_ready_seconds{{{WEB}}}": "0+60x60",
             f'vcpuset_state{{{WEB}, state="Reconciling", reason="MonitorUnreachable"}}': "1+0x10 _x50",
             f'vcpuset_state{{{WEB}, state="Reconciling", reason="MonitorBusy"}}': "_x10 1+0x50",
         },
@@ -156,9 +156,9 @@ TROUBLE: Final = [
         18,
     ),
     Story("VCPUSetQueueNotDrained", {f'workqueue_depth{{{POD}, name="vcpuset"}}': "0+0x5 7+0x55"}, 20, 27),
-    Story("VCPUSetDefects", {f"controller_runtime_reconcile_panics_total{{{POD}}}": "0+0x5 1+0.2x55"}, 9, 30),
+    Story("VCPUSetReconcilePanics", {f"controller_runtime_reconcile_panics_total{{{POD}}}": "0+0x5 1+0.2x55"}, 9, 30),
     Story(
-        "VCPUSetLoopLags",
+        "VCPUSetEventLoopLag",
         {
             f'vcpuset_event_loop_lag_seconds_bucket{{{POD}, le="1.0"}}': "0+50x60",
             f'vcpuset_event_loop_lag_seconds_bucket{{{POD}, le="2.0"}}': "0+60x60",
@@ -175,7 +175,7 @@ NO_TROUBLE: Final = [
     Story(
         "VCPUSetNotReady",
         {
-            f"vcpuset_unmatched_seconds{{{WEB}}}": "0+60x60",
+            f"vcpuset_not_ready_seconds{{{WEB}}}": "0+60x60",
             f'vcpuset_state{{{WEB}, state="Held", reason="Suspended"}}': stays(1),
         },
         60,
@@ -186,7 +186,7 @@ NO_TROUBLE: Final = [
         "VCPUSetNotReady",
         {
             # A set whose target moves all the time, and that is reached each time.
-            f"vcpuset_unmatched_seconds{{{WEB}}}": "0+60x10 0+60x10 0+60x10 0+60x10",
+            f"vcpuset_not_ready_seconds{{{WEB}}}": "0+60x10 0+60x10 0+60x10 0+60x10",
             f'vcpuset_state{{{WEB}, state="Reconciling", reason="Plugging"}}': stays(1),
         },
         40,
@@ -271,7 +271,13 @@ NO_TROUBLE: Final = [
         None,
         "a node that was taken away",
     ),
-    Story("VCPUSetDefects", {f"controller_runtime_reconcile_panics_total{{{POD}}}": "0+0x5 1+0x55"}, 60, None, "one"),
+    Story(
+        "VCPUSetReconcilePanics",
+        {f"controller_runtime_reconcile_panics_total{{{POD}}}": "0+0x5 1+0x55"},
+        60,
+        None,
+        "one",
+    ),
     Story(
         "VCPUSetQueueNotDrained",
         {f'workqueue_depth{{{POD}, name="vcpuset"}}': "900+0x10 0+0x1 900+0x10 0+0x1 900+0x10"},

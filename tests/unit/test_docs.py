@@ -58,7 +58,7 @@ def test_a_page_that_is_not_up_to_date_is_told_and_put_right_with_its_prose_as_i
 ) -> None:
     page = tmp_path / "page.md"
     good = CONDITIONS.read_text()
-    page.write_text(good.replace("| `Granularity` ", "| `Grain` ").replace("# Conditions\n", "# By hand\n"))
+    page.write_text(good.replace("| `UnsupportedVCPUCount` ", "| `Grain` ").replace("# Conditions\n", "# By hand\n"))
     assert main(["--check"], [page]) == 1
     assert "run `make docs`" in capsys.readouterr().err
     assert "`Grain`" in page.read_text(), "a check writes nothing"

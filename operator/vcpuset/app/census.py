@@ -45,7 +45,7 @@ class Snapshot:
     def collect(self) -> Iterator[Metric]:
         """The families, those of single sets last."""
         states = [_state(vcpuset) for vcpuset in self._sets]
-        unmatched = [self._unmatched_seconds(vcpuset) for vcpuset in self._sets]
+        unmatched = [self._not_ready_seconds(vcpuset) for vcpuset in self._sets]
         yield from _summed(states, unmatched)
         if not self._limit:
             return
@@ -68,7 +68,7 @@ class Snapshot:
                 if (number := value(vcpuset)) is not None:
                     family.add_metric([vcpuset.namespace, vcpuset.name], number)
             yield family
-        seconds = GaugeMetricFamily("vcpuset_unmatched_seconds", _UNMATCHED, labels=of_set)
+        seconds = GaugeMetricFamily("vcpuset_not_ready_seconds", _UNMATCHED, labels=of_set)
         state = GaugeMetricFamily(
             "vcpuset_state",
             "Always 1: the set's state and the reason of its conditions.",
@@ -80,7 +80,7 @@ class Snapshot:
         yield seconds
         yield state
 
-    def _unmatched_seconds(self, vcpuset: VCPUSet) -> float:
+    def _not_ready_seconds(self, vcpuset: VCPUSet) -> float:
         ready = vcpuset.status.ready
         if ready is None:
             return max(0.0, (self._now - vcpuset.created_at).total_seconds())
@@ -160,8 +160,8 @@ def _summed(states: list[tuple[State, str]], unmatched: list[float]) -> Iterator
         sets.add_metric([state.value, reason], count)
     yield sets
     oldest = GaugeMetricFamily(
-        "vcpuset_longest_unmatched_seconds",
-        "The greatest vcpuset_unmatched_seconds of all sets in this state; 0: there is none.",
+        "vcpuset_longest_not_ready_seconds",
+        "The greatest vcpuset_not_ready_seconds of all sets in this state; 0: there is none.",
         labels=["state"],
     )
     for state, seconds in longest.items():

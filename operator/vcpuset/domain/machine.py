@@ -34,7 +34,7 @@ class Activity(enum.Enum):
 
 
 class Answer(enum.Enum):
-    """What is known of a guest's reaction to an unplug request; the value is shown in `status.pendingUnplugs`."""
+    """What is known of a guest's reaction to an unplug request; the value is shown in `status.unplug.requests`."""
 
     IN_PROGRESS = "InProgress"
     FAILURE = "Failure"

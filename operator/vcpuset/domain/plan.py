@@ -95,7 +95,7 @@ def goal(spec: Spec, machine: Machine) -> Goal:
     if misfit := (declared - present) % step:
         return Goal(
             declared - misfit,
-            Reason.GRANULARITY,
+            Reason.UNSUPPORTED_VCPU_COUNT,
             f"CPUs come and go in cores of {step} vCPUs: declare {declared - misfit} or {declared - misfit + step}",
         )
     return Goal(declared)

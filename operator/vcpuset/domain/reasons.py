@@ -122,7 +122,7 @@ class Reason(enum.StrEnum):
         "InsufficientSlots",
         (State.STALLED,),
         "More vCPUs are declared than the machine has slots for; it runs at its ceiling.",
-        "Declare at most status.maxVCPUs, or restart the VM with a larger -smp maxcpus.",
+        "Declare at most status.machine.maxVCPUs, or restart the VM with a larger -smp maxcpus.",
     )
     UNPLUG_UNSUPPORTED = (
         "UnplugUnsupported",
@@ -142,8 +142,8 @@ class Reason(enum.StrEnum):
         "Fewer vCPUs are declared than the machine booted with, and unplug.bootVCPUs is Keep.",
         "Declare at least what the message names, or set unplug.bootVCPUs to Unplug.",
     )
-    GRANULARITY = (
-        "Granularity",
+    UNSUPPORTED_VCPU_COUNT = (
+        "UnsupportedVCPUCount",
         (State.STALLED,),
         "The machine plugs whole cores only, and the declared count does not fit; it runs at the next lower one.",
         "Declare one of the two counts that the message names.",

@@ -124,7 +124,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unplug request that the guest has not granted: an entry of `status.pendingUnplugs`.
+    """One unplug request that the guest has not granted: an entry of `status.unplug.requests`.
 
     requested_at  when it was last made, UTC; written before `device_del` is sent
     attempts      how often it was made

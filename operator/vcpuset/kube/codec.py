@@ -122,16 +122,24 @@ class _Condition(msgspec.Struct, rename="camel"):
     observed_generation: int = -1
 
 
+class _MachineStatus(msgspec.Struct):
+    min_vcpus: int | None = msgspec.field(default=None, name="minVCPUs")
+    max_vcpus: int | None = msgspec.field(default=None, name="maxVCPUs")
+    uuid: str | None = None
+
+
+class _UnplugStatus(msgspec.Struct, rename="camel"):
+    started_at: _Time | None = None
+    requests: tuple[_Request, ...] = ()
+
+
 class _Status(msgspec.Struct, rename="camel"):
     observed_generation: int = -1
     vcpus: int | None = None
     online_vcpus: int | None = msgspec.field(default=None, name="onlineVCPUs")
-    min_vcpus: int | None = msgspec.field(default=None, name="minVCPUs")
-    max_vcpus: int | None = msgspec.field(default=None, name="maxVCPUs")
+    machine: _MachineStatus = msgspec.field(default_factory=_MachineStatus)
     selector: str | None = None
-    machine_uuid: str | None = msgspec.field(default=None, name="machineUUID")
-    unplug_started_at: _Time | None = None
-    pending_unplugs: tuple[_Request, ...] = ()
+    unplug: _UnplugStatus = msgspec.field(default_factory=_UnplugStatus)
     conditions: tuple[_Condition, ...] = ()
 
 
@@ -181,13 +189,21 @@ def encode_status(status: Status) -> dict[str, Any]:
         "observedGeneration": status.observed_generation,
         "vcpus": status.vcpus,
         "onlineVCPUs": status.online_vcpus,
-        "minVCPUs": status.min_vcpus,
-        "maxVCPUs": status.max_vcpus,
+        "machine": _unless_empty(
+            {
+                "minVCPUs": status.min_vcpus,
+                "maxVCPUs": status.max_vcpus,
+                "uuid": status.machine_uuid,
+            }
+        ),
         "selector": status.selector,
-        "machineUUID": status.machine_uuid,
-        "unplugStartedAt": None if status.unplug_started_at is None else _microseconds(status.unplug_started_at),
-        # A merge patch replaces lists as a whole. Nulls inside of them would be stored, so there are none.
-        "pendingUnplugs": [_encode_request(request) for request in status.pending_unplugs] or None,
+        "unplug": _unless_empty(
+            {
+                "startedAt": None if status.unplug_started_at is None else _microseconds(status.unplug_started_at),
+                # A merge patch replaces lists as a whole. Nulls inside of them would be stored, so there are none.
+                "requests": [_encode_request(request) for request in status.pending_unplugs] or None,
+            }
+        ),
         "conditions": [_encode_condition(condition) for condition in status.conditions] or None,
     }
 
@@ -233,26 +249,26 @@ def _monitor(wire: _Monitor) -> Monitor:
 
 
 def _status(wire: _Status) -> Status:
-    started = wire.unplug_started_at
+    started = wire.unplug.started_at
     return Status(
         observed_generation=wire.observed_generation,
         vcpus=wire.vcpus,
         online_vcpus=wire.online_vcpus,
-        min_vcpus=wire.min_vcpus,
-        max_vcpus=wire.max_vcpus,
+        min_vcpus=wire.machine.min_vcpus,
+        max_vcpus=wire.machine.max_vcpus,
         selector=wire.selector,
-        machine_uuid=wire.machine_uuid,
-        unplug_started_at=None if started is None else _utc(started, "status.unplugStartedAt"),
+        machine_uuid=wire.machine.uuid,
+        unplug_started_at=None if started is None else _utc(started, "status.unplug.startedAt"),
         pending_unplugs=tuple(
             Request(
                 slot=request.slot,
                 path=request.path,
                 thread_id=request.thread_id,
-                requested_at=_utc(request.requested_at, "status.pendingUnplugs.requestedAt"),
+                requested_at=_utc(request.requested_at, "status.unplug.requests.requestedAt"),
                 attempts=request.attempts,
                 answer=request.answer,
             )
-            for request in wire.pending_unplugs
+            for request in wire.unplug.requests
         ),
         conditions=tuple(
             Condition(
@@ -266,6 +282,11 @@ def _status(wire: _Status) -> Status:
             for condition in wire.conditions
         ),
     )
+
+
+def _unless_empty(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a merge patch; None, which removes the object that holds them, if none has a value."""
+    return fields if any(value is not None for value in fields.values()) else None
 
 
 def _encode_request(request: Request) -> dict[str, Any]:

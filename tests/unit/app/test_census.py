@@ -70,7 +70,7 @@ def test_what_is_not_known_has_no_series() -> None:
     ],
 )
 def test_a_set_is_unmatched_since_it_was_last_as_declared(vcpuset: VCPUSet, seconds: float) -> None:
-    assert shown(vcpuset, waits={UID("web"): 70.0})["vcpuset_unmatched_seconds", "default", "web"] == seconds
+    assert shown(vcpuset, waits={UID("web"): 70.0})["vcpuset_not_ready_seconds", "default", "web"] == seconds
 
 
 def test_sums_name_every_reason_from_the_start() -> None:
@@ -81,7 +81,7 @@ def test_sums_name_every_reason_from_the_start() -> None:
     }
     assert set(seen.values()) == {0.0, 1.0}
     assert seen["vcpuset_set_series",] == 1
-    assert seen["vcpuset_longest_unmatched_seconds", "Stalled"] == 0
+    assert seen["vcpuset_longest_not_ready_seconds", "Stalled"] == 0
 
 
 def test_sums_count_the_sets_by_state_and_reason() -> None:
@@ -101,8 +101,8 @@ def test_sums_count_the_sets_by_state_and_reason() -> None:
     assert seen["vcpuset_sets", "Stalled", "UnplugRefused"] == 1
     assert seen["vcpuset_sets", "Held", "Suspended"] == 1
     assert sum(value for (name, *_), value in seen.items() if name == "vcpuset_sets") == 8
-    assert seen["vcpuset_longest_unmatched_seconds", "Stalled"] == 90
-    assert seen["vcpuset_longest_unmatched_seconds", "Held"] == 4000
+    assert seen["vcpuset_longest_not_ready_seconds", "Stalled"] == 90
+    assert seen["vcpuset_longest_not_ready_seconds", "Held"] == 4000
 
 
 def test_with_more_sets_than_the_limit_only_sums_are_shown() -> None:
@@ -113,7 +113,7 @@ def test_with_more_sets_than_the_limit_only_sums_are_shown() -> None:
     assert not any("vm-1" in key for key in beyond)
     assert (within["vcpuset_set_series",], beyond["vcpuset_set_series",]) == (1, 0)
     assert beyond["vcpuset_sets", "Stalled", "MonitorConflict"] == 3
-    assert beyond["vcpuset_longest_unmatched_seconds", "Stalled"] == 60
+    assert beyond["vcpuset_longest_not_ready_seconds", "Stalled"] == 60
 
 
 def test_who_wants_no_series_of_single_sets_is_not_told_that_they_are_left_out() -> None:

@@ -363,7 +363,7 @@ CASES = {
     ),
     "whole cores only": (
         verdict_on(a_spec(3), a_machine(boot=[0], threads=2)),
-        Said(Reason.GRANULARITY, State.STALLED, Pace.STEADY, "declare 2 or 4", "Warning"),
+        Said(Reason.UNSUPPORTED_VCPU_COUNT, State.STALLED, Pace.STEADY, "declare 2 or 4", "Warning"),
     ),
     "no hotplug": (
         verdict_on(a_spec(3), a_machine(slots=None)),

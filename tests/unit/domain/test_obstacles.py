@@ -60,7 +60,9 @@ def test_nothing_is_in_the_way_of_a_count_that_a_running_machine_can_reach(vcpus
             ["UnplugDisabled", "UnplugUnsupported"],
             id="floor-behind-the-policy",
         ),
-        pytest.param(a_spec(6), a_machine(arch="ppc64", boot=[0], threads=4, ost=None), ["Granularity"], id="cores"),
+        pytest.param(
+            a_spec(6), a_machine(arch="ppc64", boot=[0], threads=4, ost=None), ["UnsupportedVCPUCount"], id="cores"
+        ),
         pytest.param(a_spec(2, suspend=True), FOUR, ["Suspended"], id="suspended"),
         pytest.param(a_spec(4, suspend=True), FOUR, [], id="suspended-and-as-declared"),
         pytest.param(a_spec(5), a_machine(run_state="save-vm"), ["MachineBusy"], id="run-state"),

@@ -75,15 +75,15 @@ class Goals:
             id="boot CPUs kept, and there is but slot 0",
         ),
         pytest.param(
-            Goals(a_spec(7), a_machine(boot=[0], threads=2), 6, Reason.GRANULARITY, "declare 6 or 8"),
+            Goals(a_spec(7), a_machine(boot=[0], threads=2), 6, Reason.UNSUPPORTED_VCPU_COUNT, "declare 6 or 8"),
             id="cores of 2: up to an odd count",
         ),
         pytest.param(
-            Goals(a_spec(5), CORES_OF_2, 4, Reason.GRANULARITY, "declare 4 or 6"),
+            Goals(a_spec(5), CORES_OF_2, 4, Reason.UNSUPPORTED_VCPU_COUNT, "declare 4 or 6"),
             id="cores of 2: down to an odd count",
         ),
         pytest.param(
-            Goals(a_spec(11), a_machine(boot=[0], threads=4), 8, Reason.GRANULARITY, "declare 8 or 12"),
+            Goals(a_spec(11), a_machine(boot=[0], threads=4), 8, Reason.UNSUPPORTED_VCPU_COUNT, "declare 8 or 12"),
             id="cores of 4: up to no multiple",
         ),
         pytest.param(Goals(a_spec(12), a_machine(boot=[0], threads=4), 12), id="cores of 4: a multiple"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.mergepatch import merged
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import (
     TLS,
@@ -97,17 +98,19 @@ WHOLE: dict[str, Any] = {
     "status": {
         "observedGeneration": 3,
         "vcpus": 4,
-        "unplugStartedAt": "2026-01-02T03:04:05.678901Z",
-        "pendingUnplugs": [
-            {
-                "slot": 3,
-                "path": "/machine/peripheral/vcpu3",
-                "threadID": 77,
-                "requestedAt": "2026-01-02T03:04:05Z",
-                "attempts": 2,
-                "answer": "Busy",
-            }
-        ],
+        "unplug": {
+            "startedAt": "2026-01-02T03:04:05.678901Z",
+            "requests": [
+                {
+                    "slot": 3,
+                    "path": "/machine/peripheral/vcpu3",
+                    "threadID": 77,
+                    "requestedAt": "2026-01-02T03:04:05Z",
+                    "attempts": 2,
+                    "answer": "Busy",
+                }
+            ],
+        },
         "conditions": [
             {
                 "type": "Ready",
@@ -168,11 +171,6 @@ def body(**spec: Any) -> dict[str, Any]:
     changed = copy.deepcopy(BODY)
     changed["spec"].update(spec)
     return changed
-
-
-def merged(stored: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """What a JSON merge patch makes of `stored`, for a patch that replaces whole values."""
-    return {key: value for key, value in {**stored, **patch}.items() if value is not None}
 
 
 def test_an_object_is_read_with_defaults_for_what_it_leaves_out() -> None:
@@ -242,7 +240,7 @@ def test_fields_that_this_version_does_not_know_are_skipped() -> None:
         ),
         pytest.param({**BODY, "spec": {"vcpus": 4}}, "missing required field `monitor` - at `spec`", id="no field"),
         pytest.param(
-            {**BODY, "status": {"unplugStartedAt": "yesterday"}}, "at `status.unplugStartedAt`", id="not a time"
+            {**BODY, "status": {"unplug": {"startedAt": "yesterday"}}}, "at `status.unplug.startedAt`", id="not a time"
         ),
     ],
 )
@@ -318,28 +316,28 @@ def test_a_status_is_written_with_the_names_and_times_of_the_api() -> None:
         "observedGeneration": 3,
         "vcpus": 4,
         "onlineVCPUs": 3,
-        "minVCPUs": None,
-        "maxVCPUs": None,
+        "machine": {"minVCPUs": None, "maxVCPUs": None, "uuid": "a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c"},
         "selector": "vcpuset.dev/name=web",
-        "machineUUID": "a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c",
-        "unplugStartedAt": "2026-01-02T03:04:05.678901Z",
-        "pendingUnplugs": [
-            {
-                "slot": 3,
-                "path": "/machine/peripheral/vcpu3",
-                "threadID": 77,
-                "requestedAt": "2026-01-02T03:04:05.678901Z",
-                "attempts": 2,
-                "answer": "InUse",
-            },
-            {
-                "slot": 2,
-                "path": "/machine/peripheral/vcpu2",
-                "threadID": 76,
-                "requestedAt": "2026-01-02T03:04:05.678901Z",
-                "attempts": 1,
-            },
-        ],
+        "unplug": {
+            "startedAt": "2026-01-02T03:04:05.678901Z",
+            "requests": [
+                {
+                    "slot": 3,
+                    "path": "/machine/peripheral/vcpu3",
+                    "threadID": 77,
+                    "requestedAt": "2026-01-02T03:04:05.678901Z",
+                    "attempts": 2,
+                    "answer": "InUse",
+                },
+                {
+                    "slot": 2,
+                    "path": "/machine/peripheral/vcpu2",
+                    "threadID": 76,
+                    "requestedAt": "2026-01-02T03:04:05.678901Z",
+                    "attempts": 1,
+                },
+            ],
+        },
         "conditions": [
             {
                 "type": "Ready",
@@ -355,4 +353,4 @@ def test_a_status_is_written_with_the_names_and_times_of_the_api() -> None:
 
 def test_times_of_other_zones_are_written_in_utc() -> None:
     time = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=2)))
-    assert encode_status(Status(unplug_started_at=time))["unplugStartedAt"] == "2026-01-02T01:04:05.000000Z"
+    assert encode_status(Status(unplug_started_at=time))["unplug"]["startedAt"] == "2026-01-02T01:04:05.000000Z"

@@ -11,7 +11,7 @@ Checked at the moment of the deed, against the model, not against what the opera
   if the operator that asks cannot know that the first request was made.
 * Ready=True is written only with the declared count just seen and, if the guest has said how many it uses, with all of
   them used when it spoke; GuestCPUsOffline only if it spoke of fewer. `status.vcpus` is always a count that was seen,
-  `status.onlineVCPUs` one that the guest gave, `status.machineUUID` that of a machine that was seen.
+  `status.onlineVCPUs` one that the guest gave, `status.machine.uuid` that of a machine that was seen.
 * The conditions stand in their order, and Reconciling and Stalled are never both True.
 * A pass ends: it looks and writes a few times only, whatever the monitor shows.
 

@@ -16,6 +16,7 @@ from unittest import mock
 from qemu.qmp import Message
 from typing_extensions import override
 
+from harness.mergepatch import merged
 from unit.reconciler.model import AgentMode, Client, Qemu
 from vcpuset.domain.errors import (
     AgentRefused,
@@ -104,9 +105,8 @@ class ApiServer(Cluster):
             raise ObjectGone(path)
         if found["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict(path)
-        merged = {**found.get("status", {}), **body["status"]}
         before = self.sets[name]
-        after = self.store({**found, "status": {key: value for key, value in merged.items() if value is not None}})
+        after = self.store({**found, "status": merged(found.get("status", {}), body["status"])})
         assert before.status != after.status, "a write that changes nothing"
         self._world.on_write(before, after)
         self.writes.append(after)
