@@ -40,7 +40,7 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
 from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
 from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, VCPUSet
-from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, judge, plugging
+from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, judge, plugging, terminating
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.recorder import Recorder
@@ -156,12 +156,13 @@ class Reconciler:
 
     async def reconcile(self, uid: UID) -> Result:
         """One pass. Raises nothing that it expects; what it returns says when to come back."""
-        vcpuset = self._cache.get(uid)
-        if vcpuset is None:
+        vcpuset = self._cache.get(uid) or self._cache.terminating(uid)
+        if vcpuset is None or vcpuset.deleting:
             # Deleted, or another operator's now: the machine stays as it is.
-            self._tracks.pop(uid, None)
             await self._guests.forget(uid)
             await self._monitors.forget(uid)
+        if vcpuset is None:
+            self._tracks.pop(uid, None)
             return Done()
         fields = {"vcpuset": vcpuset.name, "node": self._node_name, "pass": token_hex(4)}
         with log_context(namespace=vcpuset.namespace, **fields):
@@ -202,6 +203,8 @@ class Reconciler:
             await self._monitors.release(vcpuset.uid)
 
     async def _converge(self, vcpuset: VCPUSet) -> Verdict:
+        if vcpuset.deleting:
+            return await self._report_unseen(vcpuset, terminating())
         try:
             session = await self._take_monitor(vcpuset)
             if isinstance(session, Verdict):

@@ -164,6 +164,35 @@ async def test_each_change_is_told_once_and_so_is_the_end(sets: User) -> None:
         assert watch.changes == [uid] * 3
 
 
+async def test_a_deleted_set_is_not_served_while_a_finalizer_keeps_its_object_and_its_status_can_be_written(
+    sets: User,
+) -> None:
+    kubeconfig, scope = sets.control_plane.kubeconfig, Scope(namespaces=(sets.namespace,))
+    uid = UID((await sets.create("web")).uid)
+    await sets.finalizers("web", "example.com/held")
+    async with await Cluster.connect(kubeconfig) as cluster, watching(kubeconfig, scope) as watch:
+        await watch.until_names("web")
+        watch.changes.clear()
+        await sets.delete("web")
+        await watch.until_names()
+        assert watch.changes == [uid]
+
+        found = Cache()
+        await sweep(cluster, scope, found, watch.changes.append, Freshness())
+        assert list(found) == []
+        deleted = watch.cache.terminating(uid)
+        assert deleted is not None
+        assert deleted == found.terminating(uid)
+        written = await cluster.write_status(deleted, replace(deleted.status, vcpus=1))
+        assert (await sets.get("web")).vcpus == 1
+        assert written.deleting
+
+        await sets.finalizers("web")
+        await until(lambda: watch.cache.terminating(uid) is None, WAIT, "the object to go")
+        await sweep(cluster, scope, found, watch.changes.append, Freshness())
+        assert found.versions() == {}
+
+
 async def test_what_the_cache_knows_from_a_list_is_no_news(sets: User) -> None:
     scope = Scope(namespaces=(sets.namespace,))
     await sets.create("known")

@@ -101,6 +101,22 @@ async def test_the_younger_one_takes_over_at_once_when_the_older_one_is_deleted(
         await shows(user, younger, "Converged", READY, vcpus=5)
 
 
+async def test_the_younger_one_takes_over_at_once_from_a_deleted_one_that_a_finalizer_keeps(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with FaultyMonitor(folder / "vm.sock", cpus=2):
+        older, younger = await _pair(user, "vm.sock", 2)
+        await user.wait_reason(older, "Converged")
+        await user.wait_reason(younger, "MonitorConflict")
+        await user.finalizers(older, "example.com/held")
+        try:
+            await user.delete(older)
+            await shows(user, younger, "Converged", READY, vcpus=2)
+            await shows(user, older, "Terminating", HELD, "has been deleted", vcpus=2)
+        finally:
+            await user.finalizers(older)
+
+
 async def test_the_younger_one_takes_over_at_once_when_the_older_one_names_another_monitor(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:

@@ -151,8 +151,12 @@ class User:
         body = {"metadata": {"annotations": {"touched-at": version}}}
         return Seen(await self._ok("PATCH", f"{self._path}/{name}", body))
 
+    async def finalizers(self, name: str, *finalizers: str) -> None:
+        """Give a set these finalizers and no others."""
+        await self._ok("PATCH", f"{self._path}/{name}", {"metadata": {"finalizers": finalizers}})
+
     async def delete(self, name: str) -> None:
-        """Delete a set; it is gone at once, for it has no finalizer."""
+        """Delete a set; it is gone at once, unless it was given a finalizer."""
         await self._ok("DELETE", f"{self._path}/{name}")
 
     async def wait(self, name: str, holds: Callable[[Seen], bool], what: str, timeout: float = WAIT_SECONDS) -> Seen:

@@ -276,6 +276,15 @@ async def test_of_two_sets_with_one_monitor_the_older_keeps_it(q35: Guest, tmp_p
     assert "node-7" in other_node["notes"][0]
 
 
+async def test_a_deleted_set_is_left_alone_and_its_monitor_is_the_next_one_s(q35: Guest) -> None:
+    root = q35.monitors[0].parent.parent
+    times = "creationTimestamp: 2026-01-01T00:00:00Z, deletionTimestamp: 2026-01-02T00:00:00Z"
+    deleted = manifest(3).replace("namespace: team-a", f"namespace: team-a, {times}")
+    first, second = await plans(root, f"{deleted}---\n{manifest(4, name='db')}")
+    assert (first["verdict"]["reason"], second["verdict"]["reason"]) == ("Terminating", "Plugging")
+    assert in_the_way(first) == ["Terminating"]
+
+
 async def test_a_file_that_cannot_be_used_ends_with_1_and_a_line_for_each_thing_wrong(tmp_path: Path) -> None:
     path = tmp_path / "web.yaml"
     path.write_text(manifest(0, spec="suspended: true"))

@@ -31,7 +31,7 @@ from vcpuset.domain.prospect import Prospect, prospect
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import conditions
 from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
-from vcpuset.domain.verdict import Verdict, conflict, failure
+from vcpuset.domain.verdict import Verdict, conflict, failure, terminating
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -82,7 +82,7 @@ class Sources:
 class Study:
     """What is to be said of one manifest.
 
-    look      None: the machine could not be looked at, or is another set's
+    look      None: the machine could not be looked at, is another set's, or the set has been deleted
     guest     what the guest's agent says; None: not asked
     prospect  None: as `look`
     failed    whether the monitor should have been looked at and could not
@@ -110,11 +110,14 @@ async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
     claims: Claims[UID] = Claims()
     by_uid = {each.vcpuset.uid: each for each in manifests}
     for manifest in manifests:
-        claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, _keys(manifest, sources))
+        if not manifest.vcpuset.deleting:
+            claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, _keys(manifest, sources))
     found = []
     for manifest in manifests:
         holder = claims.senior(manifest.vcpuset.uid)
-        if holder is None:
+        if manifest.vcpuset.deleting:
+            found.append(_left_alone(manifest, terminating()))
+        elif holder is None:
             found.append(await _study(manifest, sources))
         else:
             found.append(_yielding(manifest, by_uid[holder]))
@@ -143,6 +146,10 @@ def _yielding(manifest: Manifest, holder: Manifest) -> Study:
     notes = []
     if not (manifest.created and holder.created):
         notes.append("Not both say when they were created: those that do count as older, others by their order here.")
+    return _left_alone(manifest, verdict, notes)
+
+
+def _left_alone(manifest: Manifest, verdict: Verdict, notes: Sequence[str] = ()) -> Study:
     obstacle = obstacle_of(verdict)
     return Study(manifest, None, None, None, verdict, (obstacle,), failed=False, notes=tuple(notes), now=_clock())
 
@@ -278,7 +285,11 @@ def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
     yield "Monitor", _monitor(vcpuset)
     if work is None or found.look is None:
         yield "Declared", _count(vcpuset.spec.vcpus)
-        yield "Now", "nothing: its machine is another set's" if not found.failed else "nothing: no look at the machine"
+        if vcpuset.deleting:
+            yield "Now", "nothing: the set has been deleted"
+        else:
+            why = "no look at the machine" if found.failed else "its machine is another set's"
+            yield "Now", f"nothing: {why}"
     else:
         machine = found.look.machine
         yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"

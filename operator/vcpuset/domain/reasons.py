@@ -21,7 +21,7 @@ class State(enum.Enum):
     STALLED = "Stalled"
     """Stalled=True: it will not get there unless somebody acts (or the guest changes its mind)."""
     HELD = "Held"
-    """All three False: nothing is done, because the user asked for that."""
+    """All three False: nothing is done, because the user asked for that (also by deleting the set)."""
 
 
 class Reason(enum.StrEnum):
@@ -177,4 +177,10 @@ class Reason(enum.StrEnum):
         (State.HELD,),
         "spec.suspend is set and the count differs; nothing is changed.",
         "Set spec.suspend to false.",
+    )
+    TERMINATING = (
+        "Terminating",
+        (State.HELD,),
+        "The VCPUSet has been deleted and a finalizer keeps its object; its machine is left as it is.",
+        "Nothing, or see why the owner of the finalizer does not remove it.",
     )

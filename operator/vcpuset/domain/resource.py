@@ -188,7 +188,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class VCPUSet:
-    """One VCPUSet object."""
+    """One VCPUSet object.
+
+    deleting  it has been deleted, and a finalizer keeps the object
+    """
 
     uid: UID
     namespace: str
@@ -198,6 +201,7 @@ class VCPUSet:
     created_at: datetime
     spec: Spec
     status: Status = Status()
+    deleting: bool = False
 
     @property
     def seniority(self) -> tuple[datetime, str]:

@@ -41,6 +41,7 @@ __all__ = [
     "plugging",
     "sentence",
     "slot_list",
+    "terminating",
 ]
 
 PENDING_AFTER = timedelta(seconds=3)
@@ -321,6 +322,16 @@ def conflict(holder: str) -> Verdict:
         Reason.MONITOR_CONFLICT,
         f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or give this one another "
         "monitor. It takes over as soon as the older one lets go.",
+        Pace.STEADY,
+    )
+
+
+def terminating() -> Verdict:
+    """What is reported of a deleted set whose object is still there."""
+    return _verdict(
+        Reason.TERMINATING,
+        "This VCPUSet has been deleted: its machine is not changed any more, and its monitor is free. The object stays "
+        "until its finalizers (metadata.finalizers) are removed.",
         Pace.STEADY,
     )
 

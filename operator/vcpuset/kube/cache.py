@@ -3,6 +3,8 @@
 Three writers meet here: the watch, the periodic list, and the answers to our own status writes. They may report one
 change in any order and more than once, so an object only ever moves forward, by its resourceVersion, and a set that was
 dropped does not come back because an older report of it arrives late.
+
+A set that has been deleted is not served any more, however long somebody's finalizer keeps its object.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ _DROPPED_LIMIT: Final = 4096
 
 
 class Cache:
-    """VCPUSets by UID.
+    """VCPUSets by UID. Its iterator and length are about those that are served.
 
-    moved  told what was known of a set and what is now, whenever that changes (None: nothing); it must not raise
+    moved  told which set was served and which is now, whenever that changes (None: none); it must not raise
     """
 
     def __init__(self, moved: Callable[[VCPUSet | None, VCPUSet | None], None] | None = None) -> None:
@@ -34,7 +36,16 @@ class Cache:
 
     def get(self, uid: UID) -> VCPUSet | None:
         """The set, or None: not served by this operator (any more)."""
-        return self._sets.get(uid)
+        return _served(self._sets.get(uid))
+
+    def terminating(self, uid: UID) -> VCPUSet | None:
+        """The set, if it has been deleted and its object is still there."""
+        known = self._sets.get(uid)
+        return known if known is not None and known.deleting else None
+
+    def versions(self) -> dict[UID, str]:
+        """The resourceVersion of every object that is known, served or not."""
+        return {uid: vcpuset.resource_version for uid, vcpuset in self._sets.items()}
 
     def put(self, vcpuset: VCPUSet) -> bool:
         """Store it. False: nothing new, it is what is known already or older."""
@@ -48,8 +59,7 @@ class Cache:
                 return False
         self._dropped.pop(vcpuset.uid, None)
         self._sets[vcpuset.uid] = vcpuset
-        if self._moved is not None:
-            self._moved(known, vcpuset)
+        self._tell(known, vcpuset)
         return True
 
     def drop(self, uid: UID) -> VCPUSet | None:
@@ -59,15 +69,23 @@ class Cache:
             self._dropped[uid] = known.resource_version
             if len(self._dropped) > _DROPPED_LIMIT:
                 self._dropped.popitem(last=False)
-            if self._moved is not None:
-                self._moved(known, None)
+            self._tell(known, None)
         return known
 
+    def _tell(self, before: VCPUSet | None, after: VCPUSet | None) -> None:
+        before, after = _served(before), _served(after)
+        if self._moved is not None and (before is not None or after is not None):
+            self._moved(before, after)
+
     def __iter__(self) -> Iterator[VCPUSet]:
-        return iter(tuple(self._sets.values()))
+        return iter([vcpuset for vcpuset in self._sets.values() if not vcpuset.deleting])
 
     def __len__(self) -> int:
-        return len(self._sets)
+        return sum(not vcpuset.deleting for vcpuset in self._sets.values())
+
+
+def _served(vcpuset: VCPUSet | None) -> VCPUSet | None:
+    return None if vcpuset is None or vcpuset.deleting else vcpuset
 
 
 def is_newer(version: str, than: str) -> bool:

@@ -60,6 +60,7 @@ class _Metadata(msgspec.Struct, rename="camel"):
     resource_version: str
     creation_timestamp: _Time
     generation: int
+    deletion_timestamp: str | None = None
 
 
 class _Unix(msgspec.Struct):
@@ -166,6 +167,7 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
             created_at=_utc(wire.metadata.creation_timestamp, "metadata.creationTimestamp"),
             spec=_spec(wire.spec),
             status=_status(wire.status),
+            deleting=wire.metadata.deletion_timestamp is not None,
         )
     except ValueError as error:  # a `msgspec.ValidationError` is one
         # msgspec says where: "… - at `$.spec.monitor.tcp.port`".

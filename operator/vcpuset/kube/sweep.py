@@ -25,7 +25,7 @@ async def sweep(
     Raises:
         APIError: the list failed; the cache is as it was.
     """
-    before = {vcpuset.uid: vcpuset.resource_version for vcpuset in cache}
+    before = cache.versions()
     try:
         listed = await cluster.list(scope)
     except APIError:
@@ -36,9 +36,9 @@ async def sweep(
     freshness.listed(present, news)
     for uid in news:
         changed(uid)
+    now = cache.versions()
     for uid in before.keys() - present.keys():
-        known = cache.get(uid)
         # A set that came, or came back, while the list was under way need not be in it.
-        if known is not None and known.resource_version == before[uid]:
+        if now.get(uid) == before[uid]:
             cache.drop(uid)
             changed(uid)

@@ -30,7 +30,7 @@ from vcpuset.domain.plan import Goal
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, GuestAgent, Spec, UnplugPolicy
-from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, plugging
+from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, plugging, terminating
 
 __all__: list[str] = []
 
@@ -400,6 +400,10 @@ CASES = {
     "a bad path": (
         failure(InvalidMonitor("a.sock is a folder")),
         Said(Reason.INVALID_MONITOR, State.STALLED, Pace.RETRY, "a.sock is a folder", "Warning"),
+    ),
+    "a deleted set whose object a finalizer keeps": (
+        terminating(),
+        Said(Reason.TERMINATING, State.HELD, Pace.STEADY, "has been deleted"),
     ),
     "no Secret, which nobody would tell of when it comes": (
         failure(CredentialsUnavailable("there is no Secret team-a/monitor")),

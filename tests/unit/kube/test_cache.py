@@ -74,6 +74,29 @@ def test_a_dropped_set_comes_back_with_a_later_version(cache: Cache) -> None:
     assert cache.get(WEB.uid) == version("101")
 
 
+def test_a_deleted_set_is_not_served_although_its_object_is_still_there(cache: Cache) -> None:
+    deleted = replace(WEB, resource_version="101", deleting=True)
+    assert cache.put(deleted)
+    assert cache.get(WEB.uid) is None
+    assert (len(cache), list(cache)) == (0, [])
+    assert cache.terminating(WEB.uid) == deleted
+    assert cache.versions() == {WEB.uid: "101"}
+
+    assert not cache.put(WEB)
+    assert cache.drop(WEB.uid) == deleted
+    assert cache.terminating(WEB.uid) is None
+
+
+def test_the_deletion_is_the_end_for_those_who_follow_which_sets_are_served() -> None:
+    told: list[tuple[VCPUSet | None, VCPUSet | None]] = []
+    cache = Cache(lambda before, after: told.append((before, after)))
+    cache.put(WEB)
+    cache.put(replace(WEB, resource_version="101", deleting=True))
+    cache.put(replace(WEB, resource_version="102", deleting=True))
+    cache.drop(WEB.uid)
+    assert told == [(None, WEB), (WEB, None)]
+
+
 def test_another_set_of_the_same_name_is_another_set(cache: Cache) -> None:
     cache.drop(WEB.uid)
     successor = replace(WEB, uid=UID("0000-2"), resource_version="5")

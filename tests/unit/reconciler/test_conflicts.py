@@ -47,6 +47,16 @@ def test_the_younger_takes_over_at_once_when_the_elder_goes(world: World, qemu: 
     assert world.true_conditions("younger") == ["Ready"]
 
 
+def test_the_younger_takes_over_at_once_when_the_elder_is_deleted_although_a_finalizer_keeps_it(
+    world: World, qemu: Qemu
+) -> None:
+    world.delete("elder", held=True)
+    world.run_due()
+
+    assert qemu.vcpus == 6
+    assert world.true_conditions("younger") == ["Ready"]
+
+
 def test_the_younger_takes_over_at_once_when_the_elder_names_another_monitor(world: World, qemu: Qemu) -> None:
     other = world.machines["b.sock"] = Qemu()
     world.apply("elder", monitor={"unix": {"path": "b.sock"}})

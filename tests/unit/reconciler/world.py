@@ -117,18 +117,24 @@ class World:
         if deliver:
             self.deliver()
 
-    def delete(self, name: str) -> None:
-        """Delete a set; the watch tells at once."""
-        self.api.delete(name)
+    def delete(self, name: str, *, held: bool = False) -> None:
+        """Delete a set; the watch tells at once. `held`: somebody's finalizer keeps the object."""
+        if held:
+            body = self.api.objects[name]
+            generation = body["metadata"]["generation"] + 1
+            deleted = {"deletionTimestamp": self.wall.isoformat(), "generation": generation}
+            self.api.store({**body, "metadata": {**body["metadata"], **deleted}})
+        else:
+            self.api.delete(name)
         self.deliver()
 
     def deliver(self) -> None:
         """The watch tells the operator all that it does not know yet."""
         alive = {vcpuset.uid for vcpuset in self.api.sets.values()}
-        for known in self.cache:
-            if known.uid not in alive:
-                self.cache.drop(known.uid)
-                self.reconciler.changed(known.uid)
+        for uid in self.cache.versions():
+            if uid not in alive:
+                self.cache.drop(uid)
+                self.reconciler.changed(uid)
         for vcpuset in self.api.sets.values():
             if self.cache.put(vcpuset):
                 self.reconciler.changed(vcpuset.uid)
