@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from secrets import token_hex
 
 from vcpuset.domain.backoff import jittered
+from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import (
     APIError,
     CommandError,
@@ -27,6 +28,7 @@ from vcpuset.domain.errors import (
     InvalidMonitor,
     MachineUnsettled,
     MonitorError,
+    MonitorUnreachable,
     ObjectGone,
     PermanentError,
     SlotTaken,
@@ -40,7 +42,17 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
 from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
 from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, VCPUSet
-from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, judge, plugging, terminating
+from vcpuset.domain.verdict import (
+    Pace,
+    Verdict,
+    conflict,
+    conflict_over_machine,
+    contested,
+    failure,
+    judge,
+    plugging,
+    terminating,
+)
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.recorder import Recorder
@@ -94,6 +106,11 @@ class _Track:
     moved_at    loop time when a CPU was last seen to leave
     plugged_at  loop time when this process last plugged one, or the guest then took one up
     online      how many the guest used when it last said so
+    process     the QEMU process, as far as the host tells
+    contest     whether something else changes the machine
+    tried       a pass has been to its end
+    yielded_to  the older set that had another monitor of the same machine when this one last looked
+    deferred    that set has been asked to look first, since it does not seem to have it any more
     since       address of the monitor and `Machine.since` of the QEMU that the status is about; None: this process has
                 not brought it up to date
     """
@@ -108,7 +125,16 @@ class _Track:
     moved_at: float | None = None
     plugged_at: float | None = None
     online: int = 0
+    process: Hashable | None = None
+    contest: Contest | None = None
+    tried: bool = False
+    yielded_to: UID | None = None
+    deferred: bool = False
     since: tuple[Hashable, datetime | None] | None = None
+
+
+class _ElderFirst(Exception):
+    """An older set may have a monitor of the same machine, and is to look first."""
 
 
 class Reconciler:
@@ -140,6 +166,9 @@ class Reconciler:
         self._clock = clock
         self._node_name = node_name
         self._claims: Claims[UID] = Claims()
+        """On monitors."""
+        self._machines: Claims[UID] = Claims()
+        """On what the monitors lead to; each stands until the monitor leads elsewhere, or cannot be reached."""
         self._tracks: dict[UID, _Track] = {}
 
     def changed(self, uid: UID) -> None:
@@ -150,15 +179,18 @@ class Reconciler:
         if vcpuset is None:
             for touched in self._claims.release(uid):
                 self._enqueue(touched)
+            self._release_machine(uid)
         elif not self._claims.has(uid, _address(vcpuset)):
             # Otherwise the claims of its last pass stand, the one on the socket's inode among them.
             self._claim(vcpuset, _address(vcpuset))
+            self._release_machine(uid)
 
     async def reconcile(self, uid: UID) -> Result:
         """One pass. Raises nothing that it expects; what it returns says when to come back."""
         vcpuset = self._cache.get(uid) or self._cache.terminating(uid)
         if vcpuset is None or vcpuset.deleting:
             # Deleted, or another operator's now: the machine stays as it is.
+            self._release_machine(uid)
             await self._guests.forget(uid)
             await self._monitors.forget(uid)
         if vcpuset is None:
@@ -171,10 +203,16 @@ class Reconciler:
     async def _pass(self, vcpuset: VCPUSet) -> Result:
         uid = vcpuset.uid
         try:
-            verdict = await self._converge(vcpuset)
+            try:
+                verdict = await self._converge(vcpuset)
+            finally:
+                self._tracks.setdefault(uid, _Track()).tried = True
         except MachineUnsettled:
             # A CPU is just leaving, and its event is to come. What this pass has done is done; the next one sees what
             # came of it.
+            return Done(requeue_after=LOOK_SECONDS)
+        except _ElderFirst:
+            await self._monitors.release(uid)
             return Done(requeue_after=LOOK_SECONDS)
         except ObjectGone:
             # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
@@ -209,6 +247,7 @@ class Reconciler:
             session = await self._take_monitor(vcpuset)
             if isinstance(session, Verdict):
                 await self._monitors.release(vcpuset.uid)
+                self._release_machine(vcpuset.uid)
                 return await self._report_unseen(vcpuset, session)
             try:
                 return await self._bring_to_count(vcpuset, session)
@@ -219,6 +258,8 @@ class Reconciler:
                 raise
             # The last command may or may not have run: close, and look before anything is repeated.
             await self._monitors.release(vcpuset.uid)
+            if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):
+                self._release_machine(vcpuset.uid)
             # The pass may have written since; its requests must not be written over.
             newest = self._cache.get(vcpuset.uid) or vcpuset
             return await self._report_unseen(newest, failure(error))
@@ -266,6 +307,55 @@ class Reconciler:
         for touched in self._claims.claim(vcpuset.uid, vcpuset.seniority, keys):
             self._enqueue(touched)
 
+    def _claim_machine(
+        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
+    ) -> tuple[UID, str | None] | None:
+        """The older set that has another monitor of this machine, and the uuid by which that is told, if by that.
+
+        What is told by its uuid stays within a namespace: QEMU says what its uuid is, and whoever plays a QEMU can say
+        the same. A QEMU process and one of its threads name one machine, whoever says so.
+        """
+        uid, peer, thread = vcpuset.uid, session.peer, machine.first_thread
+        track.process = peer.process
+        keys: list[Hashable] = []
+        if thread is not None and peer.process is not None:
+            keys.append((peer.process, thread))
+        if thread is not None and machine.uuid is not None:
+            keys.append((vcpuset.namespace, peer.host, machine.uuid, thread))
+        for touched in self._machines.claim(uid, vcpuset.seniority, keys):
+            self._enqueue(touched)
+        holder = self._machines.senior(uid, rival=lambda other: not self._differ(track.process, other))
+        if holder is None:
+            return None
+        same_process = peer.process is not None and peer.process == self._tracks[holder].process
+        return holder, None if same_process else machine.uuid
+
+    def _differ(self, process: Hashable | None, other: UID) -> bool:
+        """Whether another set's machine is known to be another process."""
+        theirs = self._tracks[other].process
+        return process is not None and theirs is not None and process != theirs
+
+    def _release_machine(self, uid: UID) -> None:
+        for touched in self._machines.release(uid):
+            self._enqueue(touched)
+
+    def _let_elder_look(self, vcpuset: VCPUSet, track: _Track) -> None:
+        """A set that had yielded does not take over before the older one has had its turn.
+
+        Both come back at once when QEMU or the operator is started again; to act first would be to fight.
+        """
+        ready = vcpuset.status.ready
+        if track.yielded_to is not None:
+            if self._cache.get(track.yielded_to) is not None and not track.deferred:
+                track.deferred = True
+                self._enqueue(track.yielded_to)
+                raise _ElderFirst
+            track.yielded_to, track.deferred = None, False
+        elif ready is not None and ready.reason == Reason.MONITOR_CONFLICT:
+            for other in self._cache:
+                if other.seniority < vcpuset.seniority and not self._tracks.get(other.uid, _Track()).tried:
+                    raise _ElderFirst
+
     def _yield_to(self, holder: UID) -> Verdict:
         return conflict(str(self._cache.get(holder) or holder))
 
@@ -273,10 +363,21 @@ class Reconciler:
         """Observe, plan, act, observe again, report."""
         track = self._tracks.setdefault(vcpuset.uid, _Track())
         machine = await self._observe(track, session)
+        if (found := self._claim_machine(vcpuset, track, session, machine)) is not None:
+            holder, uuid = found
+            if track.yielded_to != holder:
+                # What this set has done until now, the older one has to see.
+                self._enqueue(holder)
+            track.yielded_to, track.deferred = holder, False
+            await self._monitors.release(vcpuset.uid)
+            verdict = conflict_over_machine(str(self._cache.get(holder) or holder), uuid)
+            return await self._report_unseen(vcpuset, verdict)
+        self._let_elder_look(vcpuset, track)
         requests = self._known_requests(vcpuset, track, session, machine)
         blocked: CommandError | None = None
 
         step = self._plan(vcpuset, track, machine, requests)
+        step = self._paced(vcpuset, track, session, machine, step)
         if step.plug:
             vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal)
             requests = still_open(requests, machine, self._clock())
@@ -291,6 +392,8 @@ class Reconciler:
             step = self._plan(vcpuset, track, machine, requests)
 
         requests = _still_wanted(vcpuset, machine, requests)
+        assert track.contest is not None
+        track.contest.left(machine, [request.slot for request in requests if request.in_flight])
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
         if step.ask and blocked is None:
             # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on, in its turn;
@@ -309,6 +412,25 @@ class Reconciler:
             verdict = self._judge(vcpuset, track, machine, requests, blocked, guest)
         await self._report(vcpuset, machine, requests, verdict, guest)
         return verdict
+
+    def _paced(self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, step: Plan) -> Plan:
+        """The plan, or none while a contested machine is not to be changed."""
+        now = asyncio.get_running_loop().time()
+        contest = track.contest = track.contest or Contest(self._resync_seconds)
+        qemu = (session.peer.process, machine.first_thread, machine.uuid, machine.since)
+        contest.observed(
+            (vcpuset.generation, qemu),
+            machine,
+            now,
+            wrong=machine.vcpus != step.goal.count and not vcpuset.spec.suspend,
+            reported=self._reported(vcpuset) == Reason.CONTESTED,
+        )
+        if not step.plug and not step.ask:
+            return step
+        if not contest.may_correct(now):
+            return Plan(step.goal)
+        contest.corrects(now)
+        return step
 
     async def _observe(self, track: _Track, session: Session) -> Machine:
         machine = await session.observe()
@@ -482,7 +604,7 @@ class Reconciler:
     ) -> Verdict:
         now = self._clock()
         aim = goal(vcpuset.spec, machine)
-        return judge(
+        verdict = judge(
             vcpuset.spec,
             machine,
             aim,
@@ -496,6 +618,9 @@ class Reconciler:
             guest=guest,
             plugged=self._at(track.plugged_at),
         )
+        if blocked is None and track.contest is not None and track.contest.contested:
+            return contested(verdict, vcpuset.spec, machine, track.contest)
+        return verdict
 
     def _at(self, loop_time: float | None) -> datetime | None:
         """A loop time as a time of the clock, which may have been set since."""

@@ -173,6 +173,11 @@ class Machine:
         return tuple(slot for slot in self.slots or () if slot.path is None)
 
     @property
+    def first_thread(self) -> int | None:
+        """Host thread of the CPU in slot 0, which stays for as long as QEMU runs; None: there is none to tell it by."""
+        return self.slots[0].thread_id if self.slots else None
+
+    @property
     def unpluggable(self) -> tuple[Slot, ...]:
         """The occupied slots that QEMU can be asked to free: never slot 0, and none at all on s390x."""
         if self.arch == "s390x":

@@ -157,8 +157,14 @@ class Reason(enum.StrEnum):
     MONITOR_CONFLICT = (
         "MonitorConflict",
         (State.STALLED,),
-        "An older VCPUSet names the same monitor and keeps it.",
-        "Delete one of the two, or give the younger one another monitor.",
+        "An older VCPUSet names the same monitor, or another one of the same machine, and keeps the machine.",
+        "Delete one of the two, or give the younger one the monitor of another machine.",
+    )
+    CONTESTED = (
+        "Contested",
+        (State.STALLED,),
+        "Something else has changed the machine's vCPUs again and again; they are corrected at a slow pace.",
+        "Find what else has a monitor of this QEMU (another VCPUSet, operator or tool), and leave the count to one.",
     )
     INVALID_MONITOR = (
         "InvalidMonitor",

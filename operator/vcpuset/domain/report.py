@@ -116,4 +116,6 @@ def is_progress(old: Status, new: Status, pace: Pace) -> bool:
     before, after = old.ready, new.ready
     if before is None or after is None or old.observed_generation != new.observed_generation or pace is Pace.RETRY:
         return False
+    if before.reason == after.reason == Reason.CONTESTED:
+        return True
     return before.reason == after.reason == Reason.PLUGGING or {before.reason, after.reason} <= _WITH_THE_GUEST

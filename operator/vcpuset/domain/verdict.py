@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
+from vcpuset.domain.contest import CHANGES, Contest
 from vcpuset.domain.errors import (
     CommandError,
     CredentialsUnavailable,
@@ -36,6 +37,8 @@ __all__ = [
     "Pace",
     "Verdict",
     "conflict",
+    "conflict_over_machine",
+    "contested",
     "failure",
     "judge",
     "plugging",
@@ -323,6 +326,47 @@ def conflict(holder: str) -> Verdict:
         f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or give this one another "
         "monitor. It takes over as soon as the older one lets go.",
         Pace.STEADY,
+    )
+
+
+def conflict_over_machine(holder: str, uuid: str | None) -> Verdict:
+    """What is reported when an older set has another monitor of the same machine.
+
+    uuid  by which that is told, together with the CPUs' threads; None: by the QEMU process
+    """
+    if uuid is None:
+        how = "one QEMU process listens at both"
+    else:
+        how = (
+            f"both show UUID {uuid} and the same host threads; if these are two machines, start each with its own -uuid"
+        )
+    return _verdict(
+        Reason.MONITOR_CONFLICT,
+        f"VCPUSet {holder} is older and names another monitor of the same machine ({how}): delete one of the two, or "
+        "give this one the monitor of another machine. It takes over as soon as the older one lets go.",
+        Pace.STEADY,
+    )
+
+
+_HIDDEN_BY_CONTEST = frozenset(
+    {Reason.CONVERGED, Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING, Reason.WAITING_FOR_GUEST}
+)
+"""What would be reported by turns while something else undoes what the operator does."""
+
+
+def contested(verdict: Verdict, spec: Spec, machine: Machine, contest: Contest) -> Verdict:
+    """What is reported of a machine that something else changes again and again; what else is wrong comes first."""
+    if verdict.reason not in _HIDDEN_BY_CONTEST:
+        return verdict
+    return Verdict(
+        Reason.CONTESTED,
+        f"{_counts(spec, machine)}; something else has changed them {CHANGES} times within {contest.window:g} s. See "
+        "what else has a monitor of this QEMU: another VCPUSet or operator, libvirt, a script. Until nothing else has "
+        f"changed them for {contest.window:g} s, they are corrected every {contest.pause:g} s at most; a change of the "
+        "spec is followed at once.",
+        State.STALLED,
+        Pace.STEADY if verdict.pace is Pace.RETRY else verdict.pace,
+        verdict.due,
     )
 
 

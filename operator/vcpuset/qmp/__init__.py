@@ -3,6 +3,7 @@
 sockets     from what a VCPUSet names to an endpoint that cannot be swapped for another one
 monitors    the monitors of all sets, and the sessions that are kept between passes
 session     one monitor connection: observe, plug, unplug, what the guest answers; every wait has a deadline
+peer        what the kernel tells of the other end of a connection
 agent       one conversation with a guest agent
 guests      what the guests of all sets say, asked for beside the passes
 allowance   how often guests and agents may wake a pass

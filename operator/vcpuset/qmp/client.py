@@ -35,6 +35,7 @@ from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.models import ErrorResponse
 from qemu.qmp.qmp_client import BadReplyError, NegotiationError
 
+from vcpuset.qmp.peer import NOBODY, peer_of
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Keys
@@ -85,6 +86,7 @@ class Client(QMPClient):
     longest    the longest reply that is read, in bytes
     permit     called right before a message is sent; what it raises breaks the connection in place of that
     stage      how far `open` has come
+    peer       what the kernel tells of the other end
     cause      why the connection was lost; None: it is not, or not known
     """
 
@@ -98,6 +100,7 @@ class Client(QMPClient):
         super().__init__(readbuflen=UNASKED_LIMIT)
         self.logger = _SILENT
         self.stage = Stage.CONNECTING
+        self.peer = NOBODY
         self.cause: BaseException | None = None
         self._on_event = on_event
         self._on_loss = on_loss
@@ -124,6 +127,7 @@ class Client(QMPClient):
             connection = endpoint.connect()
         self.stage = Stage.GREETING if keys is None else Stage.SECURING
         try:
+            self.peer = peer_of(connection)
             await self._greet(connection)
         except BaseException:
             self._end_turn()

@@ -32,6 +32,7 @@ from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client, Stage
+from vcpuset.qmp.peer import Peer
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
@@ -171,6 +172,11 @@ class Session:
                     raise failure from error
             raise translate.connect_failure(self._where, error) from error
         self._open = True
+
+    @property
+    def peer(self) -> Peer:
+        """What the kernel tells of the other end."""
+        return self._client.peer
 
     @property
     def alive(self) -> bool:

@@ -7,7 +7,7 @@ that one lets go, those who share its keys are told, so that the next takes over
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Claims"]
@@ -48,17 +48,20 @@ class Claims(Generic[C]):
             self._drop(claimant, key)
         return touched
 
-    def senior(self, claimant: C, key: Hashable | None = None) -> C | None:
+    def senior(
+        self, claimant: C, key: Hashable | None = None, *, rival: Callable[[C], bool] = lambda _: True
+    ) -> C | None:
         """The most senior other claimant that comes before this one; None: this one holds what it claims.
 
-        key  look at this key alone; None: at all that it claims
+        key    look at this key alone; None: at all that it claims
+        rival  whether another claimant of a key that this one claims too means the same by it
         """
         keys = self._keys.get(claimant, frozenset())
         rivals = {
             other: seniority
             for each in (keys if key is None else keys & {key})
             for other, seniority in self._claimants[each].items()
-            if seniority < self._claimants[each][claimant]
+            if seniority < self._claimants[each][claimant] and rival(other)
         }
         return min(rivals, key=lambda other: rivals[other], default=None)
 

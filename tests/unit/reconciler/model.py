@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from vcpuset.domain.errors import CommandRefused, DeviceGone, GuestNotReady, Mig
 from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.domain.machine import Machine, Ost, Slot
 from vcpuset.domain.requests import CPU
+from vcpuset.qmp.peer import Peer
 
 __all__ = ["START", "AgentMode", "Client", "Guest", "Qemu"]
 
@@ -79,6 +80,7 @@ class Qemu:
     repeats_ids  a new process has the thread ids of the one before, as in a container
     dated        it is known since when the process runs: the monitor is a unix socket
     has_uuid     it was started with a uuid
+    shows_process  its host tells processes apart, also across containers
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Qemu:
         repeats_ids: bool = False,
         dated: bool = True,
         has_uuid: bool = True,
+        shows_process: bool = True,
     ) -> None:
         self.boot_slots = boot
         self.slots = slots
@@ -99,6 +102,7 @@ class Qemu:
         self.repeats_ids = repeats_ids
         self.dated = dated
         self.has_uuid = has_uuid
+        self.shows_process = shows_process
         self.clock: Callable[[], datetime] = lambda: START
         """The host's clock."""
         self.guest = Guest.PROMPT
@@ -113,6 +117,8 @@ class Qemu:
         """Slots that QEMU itself refuses to ask for, with words of its own."""
         self.loses_requests = False
         """The guest takes requests without a trace, as Linux does early in its boot."""
+        self.listener: Hashable | None = None
+        """The process that made the monitor's socket in place of QEMU; None: none has."""
         self.reachable = True
         self.clients: list[Client] = []
         self.process = 0
@@ -170,6 +176,11 @@ class Qemu:
     def uuid(self) -> str | None:
         """`query-uuid`."""
         return f"00000000-0000-4000-8000-{self.machine_number:012}" if self.has_uuid else None
+
+    @property
+    def peer(self) -> Peer:
+        """What the operator's host tells of who listens at the monitor."""
+        return Peer(process=(self.listener or (id(self), self.process)) if self.shows_process else None)
 
     @property
     def vcpus(self) -> int:

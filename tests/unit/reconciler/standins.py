@@ -145,6 +145,7 @@ class ModelSession(Session):
         self._qemu = qemu
         self._open = True
         self._since = qemu.machine().since
+        self._client.peer = qemu.peer
         self.opened_at = world.loop.now
         # As over a wire: what is sent now is read when the loop comes to it.
         loop = world.loop
@@ -246,7 +247,8 @@ class ModelMonitors(Monitors):
         qemu = self._world.machines.get(vcpuset.spec.monitor.path)
         if qemu is None:
             raise MonitorUnreachable(f"nothing is at {vcpuset.spec.monitor.path}")
-        return nullcontext(TCPEndpoint(str(id(qemu)), 1))
+        second = vcpuset.spec.monitor.path in self._world.second_monitors
+        return nullcontext(TCPEndpoint(str(id(qemu)), 2 if second else 1))
 
     @override
     async def session(self, uid: UID, endpoint: Endpoint) -> Session:

@@ -46,6 +46,8 @@ class World:
         self.loop = TimelessLoop()
         self.wall = START
         self.machines: dict[str, Qemu] = {}
+        self.second_monitors: set[str] = set()
+        """The paths that are another monitor of their machine; else two paths of one are two names of one socket."""
         self.api = ApiServer(self)
         self.recorder = FakeRecorder()
         self.passes = 0
@@ -95,13 +97,13 @@ class World:
 
     # --- the user -------------------------------------------------------------------------------------------------
 
-    def apply(self, name: str, *, deliver: bool = True, **spec: Any) -> None:
+    def apply(self, name: str, *, deliver: bool = True, namespace: str = NAMESPACE, **spec: Any) -> None:
         """Create a set, or change fields of its spec; `deliver`: the watch tells the operator at once."""
         body = self.api.objects.get(name)
         if body is None:
             metadata = {
                 "uid": f"uid-{name}",
-                "namespace": NAMESPACE,
+                "namespace": namespace,
                 "name": name,
                 "generation": 1,
                 "creationTimestamp": self.wall.isoformat(),

@@ -1,0 +1,77 @@
+"""What the kernel tells of the other end of a connection: which process listens there, or on which host.
+
+A process is known by the inode of its pidfd (Linux 6.9 and newer), also across containers, where its process id means
+nothing. Older kernels tell the process id only, which is 0 for a process of another container.
+
+Neither is a machine's identity by itself: one process can listen for many machines (libvirt makes the sockets of all of
+its machines, a relay passes connections on), and a host runs many.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import struct
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["NOBODY", "Peer", "peer_of"]
+
+_SO_PEERPIDFD: Final = 77
+"""Linux 6.5; Python has no name for it."""
+
+_CREDENTIALS: Final = struct.Struct("3i")
+"""`struct ucred`: process id, user, group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of a connection.
+
+    host     its address; None: this host
+    process  the process that listens, of this host; None: not known
+    """
+
+    host: str | None = None
+    process: Hashable | None = None
+
+
+NOBODY: Final = Peer()
+"""Nothing is known of the other end."""
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The other end of a connected socket."""
+    if connection.family == socket.AF_UNIX:
+        return Peer(process=_process(connection))
+    here, there = connection.getsockname()[0], connection.getpeername()[0]
+    return Peer(host=None if here == there else str(there))
+
+
+def _process(connection: socket.socket) -> Hashable | None:
+    try:
+        descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        pass  # an older kernel, or the process has ended
+    else:
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if status.st_dev != _anonymous_device():
+            return ("pidfd", status.st_ino)
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process_id = _CREDENTIALS.unpack(credentials)[0]
+    return ("pid", process_id) if process_id > 0 else None
+
+
+@functools.cache
+def _anonymous_device() -> int:
+    """Where the kernel keeps what has no inode of its own; before Linux 6.9 pidfds too."""
+    descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        return os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
