@@ -187,7 +187,10 @@ class Run:
         async def go() -> None:
             await until_seen(observer, lambda seen: len(seen) == DECLARED)
             await guest.wait_online(DECLARED)
-            for _ in rounds:
+            for number in rounds:
+                if way.connection is not None:
+                    # A new generation: or so many changes by somebody else would be reported as contested.
+                    await self._user.change(monitor.stem, unplug={"retrySeconds": 301 + number})
                 await at_a_random_moment(way, unplug)
                 await at_a_random_moment(way, plug)
 

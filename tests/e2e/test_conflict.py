@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from harness.controlplane import ControlPlane
@@ -60,6 +61,31 @@ async def test_the_younger_of_two_sets_stalls_and_names_the_older_one(
         await user.change(older, vcpus=4)
         await shows(user, older, "Converged", READY, vcpus=4)
         assert await count(guest.control) == 4
+
+
+@pytest.mark.parametrize("other", ["unix", "tcp"])
+async def test_the_younger_of_two_sets_with_two_monitors_of_one_machine_stalls_and_takes_over_when_the_older_one_goes(
+    folder: Path, operator: OperatorProcess, user: User, other: str
+) -> None:
+    paths = [folder / "vm.sock", folder / "second.sock"]
+    uuid = ("-uuid", "6f1b2a52-7f0e-4d0c-9a53-2f6f5e1f7a01") if other == "tcp" else ()
+    async with Guest(None, smp="2,maxcpus=16", monitor_paths=paths, tcp=True, extra=uuid) as guest:
+        second = guest.tcp_address if other == "tcp" else "second.sock"
+        made = [await user.create("first", 3, "vm.sock"), await user.create("second", 3, second)]
+        older, younger = (str(seen.body["metadata"]["name"]) for seen in sorted(made, key=_seniority))
+        await user.change(older, vcpus=4)
+        await shows(user, older, "Converged", READY, vcpus=4)
+        seen = await user.wait_reason(younger, "MonitorConflict")
+        assert (
+            f"VCPUSet {user.namespace}/{older} is older and names another monitor of the same machine" in seen.message
+        )
+        await user.change(younger, vcpus=6)
+        await user.wait_reason(younger, "MonitorConflict")
+        assert await count(guest.control) == 4
+        await shows(user, older, "Converged", READY, vcpus=4)
+
+        await user.delete(older)
+        await shows(user, younger, "Converged", READY, vcpus=6)
 
 
 async def test_nothing_flaps_while_two_sets_name_one_monitor(

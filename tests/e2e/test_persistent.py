@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from harness.acpi import Acpi
 from harness.controlplane import ControlPlane
 from harness.expect import READY, RECONCILING, STALLED, check_form, shows
 from harness.faulty import FaultyMonitor
@@ -22,6 +23,7 @@ from harness.qmp import Raw, count, raw
 from harness.saved import saved_guest
 from harness.wait import until
 from harness.world import Seen, User
+from vcpuset.domain.contest import CHANGES
 
 ENTRY_SECONDS = 60.0
 """How long a client waits for a monitor that it must be given."""
@@ -68,6 +70,35 @@ async def test_a_cpu_that_someone_else_plugs_is_taken_away(folder: Path, operato
         check_form(seen)
         assert seen.vcpus == 3
         await guest.wait_online(3)
+
+
+async def test_a_machine_that_someone_else_changes_again_and_again_is_reported_and_not_fought_over(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    async with (
+        Guest(None, smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest,
+        raw(guest.control) as client,
+    ):
+        acpi = Acpi(client)
+        await acpi.leave_legacy()
+        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.wait_ready("vm")
+
+        async def take() -> int:
+            theirs = (await _threads(client))[3]
+            await client.device_del(3)
+            await acpi.eject(3)
+            return theirs
+
+        for _ in range(CHANGES - 1):
+            await _repaired(client, 4, gone=await take())
+            await user.wait_ready("vm")
+        await take()
+        await shows(user, "vm", "Contested", STALLED, "something else has changed them 5 times", vcpus=3)
+        await user.touch("vm")
+        assert await client.count() == 3
+        await user.change("vm", vcpus=5)
+        await shows(user, "vm", "Converged", READY, vcpus=5)
 
 
 async def test_a_machine_that_is_reset_is_ready_again_with_all_its_cpus_in_the_guest(

@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, verdict_on
+from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import (
     AgentTimeout,
     CommandRefused,
@@ -30,7 +31,16 @@ from vcpuset.domain.plan import Goal
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, GuestAgent, Spec, UnplugPolicy
-from vcpuset.domain.verdict import Pace, Verdict, conflict, failure, plugging, terminating
+from vcpuset.domain.verdict import (
+    Pace,
+    Verdict,
+    conflict,
+    conflict_over_machine,
+    contested,
+    failure,
+    plugging,
+    terminating,
+)
 
 __all__: list[str] = []
 
@@ -380,6 +390,26 @@ CASES = {
     "suspended and shut down": (
         verdict_on(a_spec(3, suspend=True), a_machine(run_state="shutdown")),
         Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'shutdown'", "Warning"),
+    ),
+    "another set has another monitor of the machine, by its uuid": (
+        conflict_over_machine("default/elder", "7b1c"),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "both show UUID 7b1c", "Warning"),
+    ),
+    "another set has another monitor of the machine, by its process": (
+        conflict_over_machine("default/elder", None),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "one QEMU process", "Warning"),
+    ),
+    "something else changes the machine, which is at its count now": (
+        contested(verdict_on(a_spec(2), a_machine()), a_spec(2), a_machine(), Contest(60)),
+        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "something else has changed them 5 times", "Warning"),
+    ),
+    "something else changes the machine, and it is not to be corrected yet": (
+        contested(verdict_on(a_spec(4), a_machine()), a_spec(4), a_machine(), Contest(60)),
+        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "2 vCPUs present, 4 declared; something else", "Warning"),
+    ),
+    "something else changes the machine, and it cannot be corrected": (
+        contested(verdict_on(a_spec(9), a_machine(boot=range(8))), a_spec(9), a_machine(boot=range(8)), Contest(60)),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.STEADY, "8 vCPUs present, 9 declared", "Warning"),
     ),
     "another set keeps the monitor": (
         conflict("default/elder"),
