@@ -376,6 +376,8 @@ class LawfulWorld(World):
             assert waits or machine.vcpus > target, f"{ready.reason}, and nobody looks"
         if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE or not machine.guest_takes_unplugs:
             return
+        if ready is not None and ready.reason == "Contested":
+            return
         assert machine.vcpus + min((slot.vcpus for slot in machine.free), default=99) > target, "a CPU was not plugged"
         book = {cpu_of(each): each for each in vcpuset.status.pending_unplugs}
         with_guest = {cpu for cpu, each in book.items() if each.in_flight and cpu not in self.qemu.refusals}

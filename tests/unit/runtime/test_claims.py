@@ -133,3 +133,12 @@ def test_one_key_can_be_asked_for_alone(claims: Claims[str]) -> None:
     assert claims.has("younger", "path")
     assert not claims.has("elder", "path")
     assert not claims.has("nobody", "path")
+
+
+def test_a_claimant_that_means_something_else_by_a_key_is_no_rival(claims: Claims[str]) -> None:
+    for seniority, name in enumerate(("stranger", "elder", "younger")):
+        claims.claim(name, seniority, ["name"])
+
+    assert claims.senior("younger") == "stranger"
+    assert claims.senior("younger", rival=lambda other: other != "stranger") == "elder"
+    assert claims.senior("elder", rival=lambda other: other != "stranger") is None
