@@ -198,15 +198,15 @@ class Reconciler:
             return Done()
         fields = {"vcpuset": vcpuset.name, "node": self._node_name, "pass": token_hex(4)}
         with log_context(namespace=vcpuset.namespace, **fields):
-            return await self._pass(vcpuset)
+            try:
+                return await self._pass(vcpuset)
+            finally:
+                self._tracks.setdefault(uid, _Track()).tried = True
 
     async def _pass(self, vcpuset: VCPUSet) -> Result:
         uid = vcpuset.uid
         try:
-            try:
-                verdict = await self._converge(vcpuset)
-            finally:
-                self._tracks.setdefault(uid, _Track()).tried = True
+            verdict = await self._converge(vcpuset)
         except MachineUnsettled:
             # A CPU is just leaving, and its event is to come. What this pass has done is done; the next one sees what
             # came of it.

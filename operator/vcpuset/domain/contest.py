@@ -9,7 +9,6 @@ for one window. Another QEMU and another spec start from nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,7 +28,7 @@ PAUSE_RESYNCS: Final = 5
 would pass for one that has ended."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Contest:
     """What one set's machine went through. All times are in seconds of one clock that is never set.
 
@@ -42,7 +41,8 @@ class Contest:
     """The host thread of each slot's CPU when the last pass ended; None: not known."""
     _leaving: frozenset[int] = frozenset()
     """The slots that the guest may still free since it was asked to."""
-    _changes: deque[float] = field(default_factory=lambda: deque(maxlen=CHANGES))
+    _changes: list[float] = field(default_factory=list)
+    """When something else last changed the machine, `CHANGES` times at most."""
     _last: float | None = None
     """When the contested machine was last changed, by something else or by a correction; None: it is not contested."""
     _corrected: float = 0.0
@@ -70,7 +70,7 @@ class Contest:
             if reported:
                 self._last = self._corrected = now
         if wrong and self._changed(machine):
-            self._changes.append(now)
+            self._changes = [*self._changes[1 - CHANGES :], now]
             many = len(self._changes) == CHANGES and now <= self._changes[0] + self.window
             if many or self._last is not None:
                 self._last = now
