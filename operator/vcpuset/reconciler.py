@@ -313,13 +313,14 @@ class Reconciler:
         """The older set that has another monitor of this machine, and the uuid by which that is told, if by that.
 
         What is told by its uuid stays within a namespace: QEMU says what its uuid is, and whoever plays a QEMU can say
-        the same. A QEMU process and one of its threads name one machine, whoever says so.
+        the same. A process and one of its threads name one machine; the process alone does not, since it can have made
+        the sockets of many, as libvirt does.
         """
         uid, peer, thread = vcpuset.uid, session.peer, machine.first_thread
         track.process = peer.process
         keys: list[Hashable] = []
         if thread is not None and peer.process is not None:
-            keys.append((peer.process, thread))
+            keys.append((peer.process, machine.uuid, thread))
         if thread is not None and machine.uuid is not None:
             keys.append((vcpuset.namespace, peer.host, machine.uuid, thread))
         for touched in self._machines.claim(uid, vcpuset.seniority, keys):

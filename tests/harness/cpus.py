@@ -61,6 +61,10 @@ class Cpu:
     thread_id: int
 
 
+_THREADS = itertools.count(1000)
+"""Each CPU is a thread of its own, on a host that runs all of these machines."""
+
+
 class Cpus:
     """The slots of one machine.
 
@@ -72,7 +76,6 @@ class Cpus:
         self.unplug: dict[int, Unplug] = {}
         self.driver = driver
         self._emit = emit
-        self._threads = itertools.count(1000)
         self._slots: list[Cpu | None] = [None] * slots
         self._ost = [(0, 0)] * slots
         self.boot(cpus)
@@ -81,7 +84,7 @@ class Cpus:
         """A new process with so many boot CPUs: other thread ids than ever before, everything else forgotten."""
         # As real machines number their unattached devices: 0, 2, 3, …
         numbers = [0, *range(2, cpus + 1)]
-        booted = [Cpu(f"/machine/unattached/device[{n}]", None, next(self._threads)) for n in numbers[:cpus]]
+        booted = [Cpu(f"/machine/unattached/device[{n}]", None, next(_THREADS)) for n in numbers[:cpus]]
         self._slots = [*booted, *[None] * (len(self._slots) - cpus)]
         self._ost = [(0, 0)] * len(self._slots)
 
@@ -96,7 +99,7 @@ class Cpus:
     def plug(self, slot: int, ident: str | None = None) -> None:
         """A new CPU in a free slot, which the guest takes at once."""
         ident = f"vcpu{slot}" if ident is None else ident
-        self._slots[slot] = Cpu(f"/machine/peripheral/{ident}", ident, next(self._threads))
+        self._slots[slot] = Cpu(f"/machine/peripheral/{ident}", ident, next(_THREADS))
         self._report(slot, DEVICE_CHECK, SUCCESS)
 
     def ask(self, slot: int) -> None:
