@@ -1,6 +1,7 @@
 # Everything here does its own set-up first; once done, that takes a fraction of a second.
 #   make PYTHON=/usr/bin/python3.12 …     another interpreter (3.11 or later) for the virtual environment
 #   VCPUSET_CACHE=/some/folder make …     another place for what is built (default: ~/.cache/vcpuset)
+#   make test WORKERS=1                   how many tests run beside each other (default: three for each core)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -16,6 +17,9 @@ endif
 PY := .venv/bin/python
 
 export PYTHONPATH := $(CURDIR)/tests
+
+# Tests wait most of the time.
+WORKERS = $$((3 * $$(nproc)))
 
 # All parts but what only the tests need.
 to-run := system venv guest controlplane
@@ -40,7 +44,7 @@ demo: ## Show the operator resize a running Linux guest (KEEP=1 leaves it all ru
 
 test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 	$(call set-up)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 check: ## Check format, lint, types, import contracts and generated pages
 	$(call set-up,system venv)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
 
 from harness.controlplane import ControlPlane
+from harness.schedule import SlowestFirst
 from harness.world import User
 
 __all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
@@ -26,9 +28,14 @@ def pytest_configure() -> None:
     settings.load_profile("busy host")
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> SlowestFirst:
+    """Say which process of `make test` runs what."""
+    return SlowestFirst(config, log)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def control_plane() -> AsyncIterator[ControlPlane]:
-    """One API server for the whole run, with the project's CRD. Tests share it, so each uses a namespace of its own.
+    """One API server for each test process, with the project's CRD. Each test uses a namespace of its own.
 
     A test that stops the API server or changes something cluster-wide starts a `ControlPlane` of its own.
     """

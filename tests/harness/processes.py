@@ -11,16 +11,18 @@ session-wide fixture) and ended in another.
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from harness.wait import until
 
@@ -219,13 +221,40 @@ class ReservedPort:
         self._socket.close()
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free just now, for servers that cannot share a `ReservedPort`.
+FIRST_PORT: Final = 10_000
+PORTS: Final = 100
+BLOCKS: Final = 200
+"""Up to port 29,999, below those that the kernel hands out (/proc/sys/net/ipv4/ip_local_port_range)."""
 
-    The kernel hands out such ports at random, so a collision needs another process to be given the same one of some
-    28 000 in the moment before the server binds it. Prefer port 0 where the server reports what it got.
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 for servers that cannot share a `ReservedPort`: no test process is given the same one.
+
+    The kernel does not hand it out either, neither for port 0 nor to a client that connects. Prefer port 0 where the
+    server reports what it got.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    first, turn = _own_ports()
+    for _ in range(PORTS):
+        port = first + next(turn)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"none of the ports from {first} on is free")
+
+
+@functools.cache
+def _own_ports() -> tuple[int, Iterator[int]]:
+    """The first port of a block that belongs to this process until it ends, and the order in which they are used.
+
+    A block is taken by an abstract name of a unix socket: that is atomic, and the kernel gives it back.
+    """
+    for block in range(BLOCKS):
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            holder.bind(f"\0vcpuset-tests-ports-{block}")
+        except OSError:
+            holder.close()
+        else:
+            holder.detach()  # open until the process ends
+            return FIRST_PORT + block * PORTS, itertools.cycle(range(PORTS))
+    raise RuntimeError(f"{BLOCKS} test processes have taken all blocks of ports")
