@@ -27,7 +27,7 @@ from harness.wait import until
 
 __all__ = ["Answer", "ControlPlane"]
 
-START_SECONDS: Final = 120.0
+START_SECONDS: Final = 240.0
 """How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
 
 
@@ -100,7 +100,7 @@ class ControlPlane:
         Raises:
             BinariesMissing: `make setup` has not been run.
             ChildDied: a server ended; the message has the end of its log.
-            TimeoutError: not ready within two minutes; the same.
+            TimeoutError: not ready within four minutes; the same.
         """
         self._binaries = binaries()
         self.kubectl_path = self._binaries.kubectl
