@@ -121,7 +121,7 @@ async def test_a_monitor_that_another_client_holds_is_waited_for(
                 "MonitorBusy",
                 RECONCILING,
                 "vm.sock does not greet",
-                "another client holds this monitor, or QEMU hangs",
+                "another client holds this monitor, QEMU hangs, or this is no QMP monitor",
                 "a monitor of its own",
                 vcpus=None,
             )
@@ -155,7 +155,7 @@ async def test_a_command_without_an_answer_is_reported_and_what_it_did_all_the_s
         await user.create("query", 2, "query")
         await user.create("plug", 3, "plug")
         await asyncio.gather(
-            shows(user, "query", "MonitorTimeout", RECONCILING, "query has not answered query-cpus-fast", vcpus=None),
+            shows(user, "query", "MonitorTimeout", RECONCILING, "query has not answered a query", vcpus=None),
             shows(user, "plug", "Converged", READY, vcpus=3),
         )
 

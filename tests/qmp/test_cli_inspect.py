@@ -198,10 +198,10 @@ async def test_a_monitor_that_another_client_holds_is_an_error_with_its_remedy(q
     assert "a monitor of its own" in result.stderr
 
 
-async def test_a_monitor_that_hangs_is_an_error_that_names_the_command(namespace_folder: Path) -> None:
+async def test_a_monitor_that_hangs_is_an_error_that_names_the_deadline(namespace_folder: Path) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-cpus-fast": Hang()}) as monitor:
         result = await vcpuset("inspect", monitor.path, "--timeout", "2", status=1)
-        assert "has not answered query-cpus-fast within 2 s" in result.stderr
+        assert "has not answered a query within 2 s" in result.stderr
         monitor.faults = {GREETING: Hang()}
         assert "does not greet" in (await vcpuset("inspect", monitor.path, "--timeout", "2", status=1)).stderr
 

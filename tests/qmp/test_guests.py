@@ -468,7 +468,7 @@ async def test_a_socket_without_a_listener_is_unreachable(guests: Guests, woken:
     _nobody(namespace_folder)
     report = await answer(guests, woken, a_set(), TWO)
     assert isinstance(report.error, AgentUnreachable)
-    assert "nobody listens at team-a/agent.sock" in str(report.error)
+    assert "nothing listens at team-a/agent.sock" in str(report.error)
 
 
 async def test_without_a_socket_root_no_agent_can_be_asked_and_the_option_is_named(woken: Woken) -> None:

@@ -188,7 +188,7 @@ async def test_a_closed_session_leaves_the_monitor_to_the_next_client(q35: Guest
 
 async def test_a_stale_socket_is_unreachable(q35: Guest, connect: Connect) -> None:
     q35.kill()
-    with pytest.raises(MonitorUnreachable, match=r"nobody listens at team-a/qmp0: is QEMU running"):
+    with pytest.raises(MonitorUnreachable, match=r"nothing listens at team-a/qmp0: is QEMU running"):
         await connect(q35.monitors[0])
 
 
@@ -211,7 +211,7 @@ async def test_a_socket_that_may_not_be_written_to_is_unreachable_with_a_remedy(
 
 async def test_a_monitor_that_another_client_holds_is_busy(q35: Guest, connect: Connect) -> None:
     async with raw(q35.monitors[0]):
-        with pytest.raises(MonitorBusy, match="another client holds this monitor, or QEMU hangs"):
+        with pytest.raises(MonitorBusy, match="holds this monitor, QEMU hangs, or this is no QMP monitor"):
             await connect(q35.monitors[0], open_seconds=SHORT)
 
 
@@ -231,7 +231,7 @@ async def test_a_qemu_that_hangs_is_busy_when_opening_and_times_out_when_asked(q
     session = await connect(q35.monitors[0], command_seconds=SHORT)
     q35.freeze()
     try:
-        with pytest.raises(MonitorTimeout, match=r"has not answered query-status within 0\.3 s"):
+        with pytest.raises(MonitorTimeout, match=r"has not answered a query within 0\.3 s"):
             await session.observe()
         await session.close()
         with pytest.raises(MonitorBusy):
@@ -367,9 +367,7 @@ async def test_a_command_without_a_reply_times_out_and_the_next_one_works(
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-cpus-fast": Hang(times=1)}) as monitor:
         session = await connect(monitor.path, command_seconds=1.0)
-        with pytest.raises(
-            MonitorTimeout, match=r"has not answered query-cpus-fast within 1 s: see whether the QEMU process"
-        ):
+        with pytest.raises(MonitorTimeout, match=r"has not answered a query within 1 s: see whether the QEMU process"):
             await session.observe()
         assert session.alive
         assert (await session.observe()).vcpus == 2
@@ -399,12 +397,14 @@ async def test_a_connection_that_breaks_during_a_command_is_unreachable_and_wake
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-cpus-fast": fault}) as monitor:
         session = await connect(monitor.path, wakes)
-        with pytest.raises(MonitorUnreachable, match="query-cpus-fast") as raised:
+        lost = "a query was answered: the other end closed it" if isinstance(fault, Close) else "query-cpus-fast"
+        with pytest.raises(MonitorUnreachable, match=lost) as raised:
             await session.observe()
         assert len(str(raised.value)) < 400
+        assert "Error" not in str(raised.value)
         await until(lambda: wakes.count, 60, "the wake")
         assert not session.alive
-        with pytest.raises(MonitorUnreachable, match="query-status"):
+        with pytest.raises(MonitorUnreachable, match="the connection to team-a/qmp broke before"):
             await session.observe()
         await session.close()
         assert wakes.count == 1
@@ -415,7 +415,7 @@ async def test_a_reply_that_is_cut_off_by_the_end_of_the_connection_is_a_loss(
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": Close(after_bytes=10)}) as monitor:
         session = await connect(monitor.path)
-        words = r"the connection to team-a/qmp broke before query-status was answered: the other end closed it"
+        words = r"the connection to team-a/qmp broke before a query was answered: the other end closed it"
         with pytest.raises(MonitorUnreachable, match=words):
             await session.observe()
 
@@ -425,9 +425,7 @@ async def test_a_command_after_a_reply_with_which_the_connection_ended_is_told_i
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": AnsweredAndClosed()}) as monitor:
         session = await connect(monitor.path)
-        broken = (
-            r"^the connection to team-a/qmp broke before query-migrate was (sent|answered: the other end closed it)$"
-        )
+        broken = "^the connection to team-a/qmp broke before a query was answered: the other end closed it$"
         with pytest.raises(MonitorUnreachable, match=broken):
             await session.observe()
 
@@ -733,7 +731,7 @@ async def test_a_tcp_port_without_a_listener_is_unreachable(connect: Connect) ->
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = unused.getsockname()
-        with pytest.raises(MonitorUnreachable, match=f"nobody listens at 127.0.0.1:{address[1]}"):
+        with pytest.raises(MonitorUnreachable, match=rf":{address[1]} refuses the connection: .*running\?.*policy"):
             await connect(address)
 
 
@@ -751,5 +749,5 @@ async def test_a_tcp_host_that_takes_no_connection_is_unreachable() -> None:
                 waiting = queue.enter_context(socket.socket())
                 waiting.setblocking(False)
                 waiting.connect_ex(address)
-            with pytest.raises(MonitorUnreachable, match=r"did not take the connection within 0.3 s"):
+            with pytest.raises(MonitorUnreachable, match=r"did not take the connection: its host is away"):
                 await Session.open(TCPEndpoint(*address), lambda: None, open_seconds=SHORT)

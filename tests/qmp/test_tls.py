@@ -331,7 +331,7 @@ async def test_a_monitor_that_others_wait_for_already_may_not_even_take_the_conn
             return ""
 
     words = await until(turned_away, 60, "the queue to be full")
-    assert "did not take the connection within 0.3 s" in words
+    assert "did not take the connection" in words
     assert "another client holds the monitor and others wait for it already" in words
     await holder.close()
 
@@ -422,7 +422,7 @@ async def test_a_port_that_nobody_listens_on_is_told_as_that(authority: Authorit
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     words = await failure(MonitorUnreachable, address, authority.client())
-    assert words.startswith("nobody listens at 127.0.0.1:")
+    assert "refuses the connection: QEMU does not listen there" in words
 
 
 async def test_a_connection_that_ends_in_the_handshake_is_unreachable(authority: Authority) -> None:
@@ -480,7 +480,7 @@ async def test_a_qemu_that_ends_right_after_the_handshake_is_not_said_to_refuse_
         if comes_back:
             assert await vcpus(address, store) == 1
         else:
-            assert "nobody listens at" in await failure(MonitorUnreachable, address, store)
+            assert "refuses the connection" in await failure(MonitorUnreachable, address, store)
     finally:
         for each in (server, *sockets):
             each.close()

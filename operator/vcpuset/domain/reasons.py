@@ -97,8 +97,8 @@ class Reason(enum.StrEnum):
     MONITOR_BUSY = (
         "MonitorBusy",
         (State.RECONCILING,),
-        "Connected, but no greeting: another client holds the monitor, or QEMU hangs.",
-        "Give the operator a monitor of its own (QEMU takes -qmp several times), or see why QEMU hangs.",
+        "Connected, but no greeting: another client holds the monitor, QEMU hangs, or it is no QMP monitor.",
+        "Give the operator a QMP monitor of its own (QEMU takes -qmp several times), or see why QEMU hangs.",
     )
     MONITOR_TIMEOUT = (
         "MonitorTimeout",

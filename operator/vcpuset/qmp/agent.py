@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import reprlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
@@ -143,12 +142,12 @@ class Agent:
                 yield
         except ExecuteError as error:
             raise translate.agent_refusal(command, error) from error
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:  # or so many clients wait that no more are let into the queue
             await self.close()
             if self._client.strange is not None:
                 raise AgentUnreachable(
-                    f"{self._where} did not answer {command} within {self._seconds:g} s but sent something else:"
-                    " this is no guest agent"
+                    f"{self._where} did not answer {translate.asked(command)} within {self._seconds:g} s but sent"
+                    " something else: this is no guest agent"
                 ) from self._client.strange
             raise translate.agent_silent(self._where, command, self._seconds) from error
         except Exception as error:
@@ -180,8 +179,8 @@ class _AgentClient(Client):
         assert self._writer is not None
         number = secrets.randbits(53)
         self._writer.write(_DELIMITER)
-        if (answer := await self.execute(_SYNC, {"id": number})) != number:
-            raise _NotAnAgent(reprlib.repr(answer))
+        if await self.execute(_SYNC, {"id": number}) != number:
+            raise _NotAnAgent("another number than it was sent")
         self._synced = True
         self.strange = None
 
@@ -210,7 +209,7 @@ class _AgentClient(Client):
         if "QMP" in msg:
             raise _NotAnAgent("the greeting of a QMP monitor")
         if "return" not in msg and "error" not in msg:
-            raise _NotAnAgent(reprlib.repr(dict(msg)))
+            raise _NotAnAgent("a message that is no reply")
         ident = msg.get("id")
         if not self._synced and not (isinstance(ident, str) and ident in self._pending):
             return  # For an earlier client, or the error that our 0xFF has caused.

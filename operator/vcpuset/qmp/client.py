@@ -24,13 +24,15 @@ import contextlib
 import enum
 import json
 import logging
+import re
 import secrets
 import socket
 import ssl as tls
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+from aiohappyeyeballs import AddrInfoType
 from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.models import ErrorResponse
 from qemu.qmp.qmp_client import BadReplyError, NegotiationError
@@ -68,6 +70,7 @@ _SILENT.disabled = True
 class Stage(enum.Enum):
     """How far a connection has come."""
 
+    LOOKING_UP = enum.auto()
     CONNECTING = enum.auto()
     SECURING = enum.auto()
     GREETING = enum.auto()
@@ -75,6 +78,18 @@ class Stage(enum.Enum):
     NEGOTIATING = enum.auto()
     """Something has come: whoever speaks has let this client in."""
 
+
+_NOT_QMP = (
+    (
+        re.compile(rb"(\xff[^{Q]*)?QEMU \S+ monitor"),
+        "this is QEMU's monitor for people (HMP); use -qmp in place of -monitor, or add mode=control to -mon",
+    ),
+    (
+        re.compile(rb"\xff[\xfa-\xfe]"),
+        "the chardev adds the bytes of a telnet connection; remove telnet=on (or tn3270=on)",
+    ),
+)
+"""What QEMU sends in place of a greeting if it was told to, and what helps."""
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 """Held from the parsing of a long message until whoever waits for it has taken it."""
@@ -87,6 +102,7 @@ class Client(QMPClient):
     permit     called right before a message is sent; what it raises breaks the connection in place of that
     stage      how far `open` has come
     peer       what the kernel tells of the other end
+    addresses  those that it connects to, on TCP
     cause      why the connection was lost; None: it is not, or not known
     """
 
@@ -99,8 +115,9 @@ class Client(QMPClient):
     ) -> None:
         super().__init__(readbuflen=UNASKED_LIMIT)
         self.logger = _SILENT
-        self.stage = Stage.CONNECTING
+        self.stage = Stage.LOOKING_UP
         self.peer = NOBODY
+        self.addresses: Sequence[AddrInfoType] = ()
         self.cause: BaseException | None = None
         self._on_event = on_event
         self._on_loss = on_loss
@@ -122,7 +139,9 @@ class Client(QMPClient):
             assert (keys is None) == (endpoint.tls is None), "an endpoint on TLS is never opened without"
             if keys is not None and endpoint.tls is not None:
                 self._tls = keys.options(endpoint.tls.server_name)
-            connection = await endpoint.connect()
+            self.addresses = await endpoint.addresses()
+            self.stage = Stage.CONNECTING
+            connection = await endpoint.connect(self.addresses)
         else:
             connection = endpoint.connect()
         self.stage = Stage.GREETING if keys is None else Stage.SECURING
@@ -250,11 +269,16 @@ class Client(QMPClient):
         return Message(found, eager=False)
 
     async def _readline(self) -> bytes:
+        line = await self._read_until(b"\n")
+        # With pretty=on QEMU breaks a message into lines, of which only the first and the last are not indented.
+        return line + await self._read_until(b"\n}\r\n") if line.rstrip() == b"{" else line
+
+    async def _read_until(self, end: bytes) -> bytes:
         reader: Any = self._reader
         try:
             while True:
                 try:
-                    line: bytes = await reader.readuntil(b"\n")
+                    line: bytes = await reader.readuntil(end)
                 except asyncio.LimitOverrunError:
                     limit = self._longest if self._awaits_reply() else UNASKED_LIMIT
                     if reader._limit >= limit:
@@ -311,8 +335,8 @@ def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
         found = json.loads(line)
     except RecursionError:
         return None, "a message of too many levels"
-    except ValueError as error:
-        return None, f"a message that is no JSON: {getattr(error, 'msg', type(error).__name__)}"
+    except ValueError:
+        return None, next((why for pattern, why in _NOT_QMP if pattern.match(line)), "a message that is no JSON")
     return (found, "") if isinstance(found, dict) else (None, "a message that is no JSON object")
 
 

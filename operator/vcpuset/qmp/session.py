@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Final, Literal, TypeVar
 
-from qemu.qmp import ExecuteError, Message
+from qemu.qmp import ExecuteError, Message, StateError
 
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import (
@@ -149,12 +149,11 @@ class Session:
                 await client.open(endpoint, keys)
         except TimeoutError as error:
             await self.close()
-            if client.stage is Stage.CONNECTING:
-                raise MonitorUnreachable(
-                    f"{self._where} did not take the connection within {seconds:g} s (the look-up of its name "
-                    "included): its host is away, a firewall drops what goes there, or another client holds the "
-                    "monitor and others wait for it already"
-                ) from error
+            if isinstance(endpoint, TCPEndpoint):
+                if client.stage is Stage.LOOKING_UP:
+                    raise endpoint.without_address() from error
+                if client.stage is Stage.CONNECTING:
+                    raise endpoint.unanswered(client.addresses) from error
             if client.greeting is None:
                 raise translate.busy(self._where, _silence(endpoint, client.stage)) from error
             raise MonitorTimeout(f"{self._where} greeted but did not negotiate within {seconds:g} s") from error
@@ -272,13 +271,15 @@ class Session:
             outcome = "timeout"
             late = "" if command.startswith("query-") else "; it may still carry it out"
             raise MonitorTimeout(
-                f"{self._where} has not answered {command} within {self._command_seconds:g} s{late}: see whether the "
-                "QEMU process is stopped, waits for storage or gets too little CPU time"
+                f"{self._where} has not answered {translate.asked(command)} within {self._command_seconds:g} s{late}: "
+                "see whether the QEMU process is stopped, waits for storage or gets too little CPU time"
             ) from error
         except ExecuteError as error:
             outcome = "refused"
             raise translate.refusal(command, error) from error
         except Exception as error:
+            if isinstance(error, StateError):  # the connection is lost already: its end says why
+                await self._client.end(self._close_seconds)
             raise translate.loss(self._where, command, error, self._client.cause) from error
         else:
             outcome = "done"

@@ -6,8 +6,10 @@ name that means another address a moment later leads nowhere else.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,15 @@ _SHOWN = 4
 """As many addresses of a host are named."""
 
 _LONGEST = 200
-"""Characters that are shown of what is said of all of them."""
+"""Characters that are shown of an error without a number."""
+
+_UNANSWERED = frozenset({errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
+"""What a host that is away comes to by turns with no answer at all: the kernel gives up on its link address after three
+seconds, too, and fails the next try at once. A router or firewall that rejects says some of these as well, but not to
+each packet."""
+
+_NUMBER = re.compile(r"\[Errno (\d+)\]")
+"""In the text of each `OSError`. That of several addresses has all theirs, in the order in which they came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +85,40 @@ class TCPEndpoint:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    async def connect(self) -> socket.socket:
-        """A non-blocking socket connected to an allowed address of the host. No deadline.
+    async def addresses(self) -> Sequence[AddrInfoType]:
+        """The allowed addresses of the host. No deadline.
 
-        Raises InvalidMonitor if no address is allowed, MonitorUnreachable if the name has none, or none of the allowed
-        ones takes the connection.
+        Raises InvalidMonitor if none is allowed, MonitorUnreachable if the name has none.
         """
         self.require_served()
-        allowed = self._allowed(await self._look_up())
+        return self._allowed(await self._look_up())
+
+    async def connect(self, addresses: Sequence[AddrInfoType]) -> socket.socket:
+        """A non-blocking socket connected to one of the addresses. No deadline.
+
+        Raises MonitorUnreachable if none takes the connection.
+        """
         try:
-            connection = await start_connection(allowed, happy_eyeballs_delay=_HEAD_START, interleave=1)
+            connection = await start_connection(addresses, happy_eyeballs_delay=_HEAD_START, interleave=1)
         except OSError as error:
-            raise self._unreachable(allowed, error) from error
+            raise self._unreachable(addresses, error) from error
         _keep_alive(connection)
         return connection
+
+    def without_address(self) -> MonitorUnreachable:
+        """What it means that the name was not found, or not in time: DNS in trouble does both by turns."""
+        return MonitorUnreachable(
+            f"the name of {self} leads to no address: it does not exist, or DNS does not answer; correct "
+            "spec.monitor.tcp.host, or the DNS"
+        )
+
+    def unanswered(self, addresses: Sequence[AddrInfoType]) -> MonitorUnreachable:
+        """What it means that no address has answered, or not within the deadline."""
+        return MonitorUnreachable(
+            f"{self}{self._meaning(addresses)} did not take the connection: its host is away, a network policy, "
+            "firewall or route stops what goes there, or another client holds the monitor and others wait for it "
+            "already"
+        )
 
     def require_served(self) -> None:
         """Raises InvalidMonitor if no TCP monitor may be connected to at all."""
@@ -109,10 +139,7 @@ class TCPEndpoint:
         try:
             return await _LOOK_UPS.run(self._ask_resolver)
         except (socket.gaierror, UnicodeError) as error:
-            words = error.strerror if isinstance(error, socket.gaierror) else str(error)
-            raise MonitorUnreachable(
-                f"the name of {self} leads to no address ({words}): correct spec.monitor.tcp.host, or the DNS"
-            ) from error
+            raise self.without_address() from error
 
     def _ask_resolver(self) -> Sequence[AddrInfoType]:
         return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
@@ -129,15 +156,16 @@ class TCPEndpoint:
         return allowed
 
     def _unreachable(self, tried: Sequence[AddrInfoType], error: OSError) -> MonitorUnreachable:
+        failures = {int(number) for number in _NUMBER.findall(str(error))}
+        if failures & _UNANSWERED:
+            return self.unanswered(tried)
         where = f"{self}{self._meaning(tried)}"
-        if isinstance(error, ConnectionRefusedError):
-            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running?")
-        if isinstance(error, PermissionError):
-            words = "a firewall, a network policy or a route forbids it"
-        elif error.errno is not None:
-            words = os.strerror(error.errno)
-        else:  # Not all addresses have failed in the same way: the words name each.
-            words = str(error).removeprefix("Multiple exceptions: ")[:_LONGEST]
+        if failures == {errno.ECONNREFUSED}:
+            return MonitorUnreachable(
+                f"{where} refuses the connection: QEMU does not listen there (is it running?), or a network policy or "
+                "firewall rejects what goes there"
+            )
+        words = ", ".join(sorted({_words(number) for number in failures})) or str(error)[:_LONGEST]
         return MonitorUnreachable(f"{where} cannot be reached: {words}")
 
     def _meaning(self, found: Sequence[AddrInfoType]) -> str:
@@ -147,6 +175,12 @@ class TCPEndpoint:
             return ""
         more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""
         return f" ({', '.join(addresses[:_SHOWN])}{more})"
+
+
+def _words(number: int) -> str:
+    if number in {errno.EACCES, errno.EPERM}:
+        return "a network policy, a firewall or a route forbids it"
+    return os.strerror(number)
 
 
 def _keep_alive(connection: socket.socket) -> None:

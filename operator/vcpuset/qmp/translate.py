@@ -34,6 +34,7 @@ __all__ = [
     "agent_failure",
     "agent_refusal",
     "agent_silent",
+    "asked",
     "busy",
     "cause",
     "connect_failure",
@@ -101,6 +102,8 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
 # 'query-hotpluggable-cpus' is not enabled".
 _NO_HOTPLUG = re.compile(r"does not support hot-?plugging|feature 'query-hotpluggable-cpus' is not enabled")
 
+_AGENT_QUERIES = frozenset({"guest-sync-delimited", "guest-get-vcpus"})
+
 _LONGEST = 200
 """Characters of a foreign message that are shown; `qemu.qmp` puts whole replies into its own."""
 
@@ -127,8 +130,15 @@ def says_no_hotplug(error: CommandError) -> bool:
 def busy(where: str, what: str = "does not greet") -> MonitorBusy:
     """Connected or queued, but what comes next, the greeting or a handshake before it, does not come."""
     return MonitorBusy(
-        f"{where} {what}: another client holds this monitor, or QEMU hangs; give the operator a monitor of its own"
+        f"{where} {what}: another client holds this monitor, QEMU hangs, or this is no QMP monitor (a guest agent's "
+        "channel, a serial port); give the operator a monitor of its own"
     )
+
+
+def asked(command: str) -> str:
+    """A command as a message names it. Of those that only read, whichever comes first meets the trouble: the message
+    would be another one at each try."""
+    return "a query" if command.startswith("query-") or command in _AGENT_QUERIES else command
 
 
 def cause(error: BaseException) -> BaseException:
@@ -153,7 +163,7 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
         case ConnectionResetError() | BrokenPipeError() | EOFError():
             return MonitorUnreachable(f"{where} closed the connection before the session began: is QEMU ending?")
         case ConnectionRefusedError() | FileNotFoundError():
-            return MonitorUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(found)})")
+            return MonitorUnreachable(f"nothing listens at {where}: is QEMU running?")
         case PermissionError():
             return MonitorUnreachable(
                 f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
@@ -172,11 +182,13 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
     error  what `execute` raised
     cause  what broke the connection, if that is known
     """
-    if cause is None and isinstance(error, StateError):  # The library's words tell a programmer what to call.
-        return MonitorUnreachable(f"the connection to {where} broke before {command} was sent")
-    if cause is None and isinstance(error, QMPError):
+    if cause is None and isinstance(error, QMPError) and not isinstance(error, StateError):
         return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
-    why = "the other end closed it" if isinstance(cause, EOFError) else _brief(cause or error)
+    # Whether it shows when the command is sent or later, and whether as an end or a reset, is a matter of luck.
+    if isinstance(cause or error, EOFError | ConnectionError | StateError):
+        command, why = asked(command), "the other end closed it"
+    else:
+        why = _brief(cause or error)
     return MonitorUnreachable(f"the connection to {where} broke before {command} was answered: {why}")
 
 
@@ -188,8 +200,9 @@ def agent_refusal(command: str, error: ExecuteError) -> AgentRefused:
 def agent_silent(where: str, command: str, seconds: float) -> AgentTimeout:
     """Connected or queued, and `command` was not answered."""
     return AgentTimeout(
-        f"{where} has not answered {command} within {seconds:g} s: no qemu-guest-agent runs in the guest, it hangs, or"
-        " another client holds the socket; start the agent in the guest, and let the operator alone use its socket"
+        f"{where} has not answered {asked(command)} within {seconds:g} s: no qemu-guest-agent runs in the guest, it"
+        " hangs, or another client holds the socket; start the agent in the guest, and let the operator alone use its"
+        " socket"
     )
 
 
@@ -200,15 +213,10 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
     cause  what broke the connection, if that is known
     """
     match cause or (error.exc if isinstance(error, ConnectError) else error):
-        case BlockingIOError():
-            return AgentTimeout(
-                f"{where} takes no more connections: other clients hold the socket and wait for it already;"
-                " let the operator alone use it"
-            )
         case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
-            return AgentUnreachable(f"the connection to {where} was closed before {command} was answered")
-        case ConnectionRefusedError() | FileNotFoundError() as failure:
-            return AgentUnreachable(f"nobody listens at {where}: is QEMU running? ({_brief(failure)})")
+            return AgentUnreachable(f"the connection to {where} was closed before {asked(command)} was answered")
+        case ConnectionRefusedError() | FileNotFoundError():
+            return AgentUnreachable(f"nothing listens at {where}: is QEMU running?")
         case PermissionError():
             return AgentUnreachable(
                 f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
