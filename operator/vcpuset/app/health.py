@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from vcpuset.domain.errors import VCPUSetError
+
 __all__ = ["serve_http"]
 
 
+@contextlib.asynccontextmanager
 async def serve_http(
     address: tuple[str, int],
     *,
     ready: asyncio.Event,
     ill: Callable[[], str | None],
     exposition: Callable[[], Awaitable[bytes]],
-) -> None:
-    """Serve until cancelled. OSError if the address cannot be had.
+) -> AsyncIterator[None]:
+    """Serve as long as the context is open. Raises VCPUSetError if that address cannot be served.
 
     ready       set once the first list is in, or while this process stands by
     ill         why the process should be restarted; None: it is well
@@ -40,7 +45,18 @@ async def serve_http(
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, *address).start()
-        await asyncio.Event().wait()
+        try:
+            await web.TCPSite(runner, *address).start()
+        except (OSError, UnicodeError) as error:
+            host, port = address
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            # asyncio adds many words to a socket's error; a resolver's has a negative number and words of its own.
+            number = error.errno if isinstance(error, OSError) else None
+            words = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
+            raise VCPUSetError(
+                f"--http-address {where} cannot be served: {words}; give another one with --http-address (an empty one: "
+                "no HTTP)"
+            ) from error
+        yield
     finally:
         await runner.cleanup()

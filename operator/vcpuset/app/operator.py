@@ -62,7 +62,7 @@ GRACE_SECONDS = 10.0
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
 
-    APIError: there are no credentials. TaskEndedError: a part failed.
+    VCPUSetError: there are no credentials (APIError), or the HTTP address cannot be served. TaskEndedError: a part failed.
     """
     raise_file_limit()
     shrink_tls_buffers()
@@ -198,8 +198,9 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     async def exposition() -> bytes:
         return metrics.exposition() + await census.exposition()
 
+    http: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
     if settings.http_address is not None:
-        owner.spawn(serve_http(settings.http_address, ready=ready, ill=ill, exposition=exposition), "http")
+        http = serve_http(settings.http_address, ready=ready, ill=ill, exposition=exposition)
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 
@@ -230,10 +231,11 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
             await guests.close()
             await monitors.close()
 
-    if leadership is None:
-        await work()
-    else:
-        await _lead(leadership, work, owner, ready, stop)
+    async with http:
+        if leadership is None:
+            await work()
+        else:
+            await _lead(leadership, work, owner, ready, stop)
 
 
 def _leadership(settings: Settings, cluster: Cluster) -> Leadership | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import click
 
 from vcpuset.cli.look import TIMEOUT_SECONDS, monitor_address, read_credentials
+from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.verdict import sentence
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -138,7 +139,7 @@ def inspect(
     required=True,
     help="One VCPUSet or several, as written by hand or printed by kubectl ('-': standard input).",
 )
-@click.option("--namespace", "-n", help="For sets that name none.  [default: default]")
+@click.option("--namespace", "-n", type=NAMESPACE, help="For sets that name none.  [default: default]")
 @click.option(
     "--socket-root",
     type=click.Path(path_type=Path, file_okay=False),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.logs import configure
+from vcpuset.cli.values import LEASE, NAMESPACE, NODE, repeat
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.networks import Network, Networks, network
 
@@ -82,8 +84,10 @@ class _Network(click.ParamType[Network]):
         try:
             return network(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(f"{error}{repeat(value, param)}", param, ctx)
 
+
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 _T = TypeVar("_T")
 
@@ -95,7 +99,23 @@ def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
     return value
 
 
-@click.group()
+class _Program(click.Group):
+    """A command line whose output may not fit where it goes, such as a file on a full disk."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - as click's own
+        """As click has it (which ends in silence if nothing reads the output), but without a traceback."""
+        try:
+            return super().main(*arguments, **options)
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            # Python would try once more when it ends, and complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+            raise SystemExit(1) from error
+
+
+@click.group(cls=_Program)
 @click.version_option(package_name="vcpuset")
 def main() -> None:
     """Keep running QEMU machines at their declared vCPU count."""
@@ -108,6 +128,7 @@ main.add_command(plan)
 @main.command()
 @click.option(
     "--node-name",
+    type=NODE,
     envvar="VCPUSET_NODE_NAME",
     show_envvar=True,
     help="Serve the sets whose spec.nodeName is this; without it, those that name no node.",
@@ -115,6 +136,7 @@ main.add_command(plan)
 @click.option(
     "--namespace",
     "namespaces",
+    type=NAMESPACE,
     multiple=True,
     envvar="VCPUSET_NAMESPACE",
     show_envvar=True,
@@ -201,12 +223,14 @@ main.add_command(plan)
 )
 @click.option(
     "--leader-elect-namespace",
+    type=NAMESPACE,
     envvar="VCPUSET_LEADER_ELECT_NAMESPACE",
     show_envvar=True,
     help="Where the Lease is; without it, in the pod's own namespace.",
 )
 @click.option(
     "--leader-elect-name",
+    type=LEASE,
     default=LeaderElection.name,
     show_default=True,
     envvar="VCPUSET_LEADER_ELECT_NAME",

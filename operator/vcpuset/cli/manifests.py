@@ -179,10 +179,12 @@ def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
         return
     yield from _unknown(body, ("apiVersion", "kind", "metadata", "spec", "status"), "")
     metadata = body.get("metadata")
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str) or not metadata["name"]:
+    if not isinstance(metadata, dict) or metadata.get("name") in (None, ""):
         yield "metadata.name is missing: give the set a name."
+    elif not isinstance(metadata["name"], str):
+        yield _no_text("metadata.name", metadata["name"])
     elif not isinstance(metadata.get("namespace", ""), str):
-        yield f"metadata.namespace must be text, and is {_kind_of(metadata['namespace'])}."
+        yield _no_text("metadata.namespace", metadata["namespace"])
     elif namespace and metadata.get("namespace", namespace) != namespace:
         yield f"metadata.namespace is {metadata['namespace']!r} and --namespace is {namespace!r}: leave one out."
     if not isinstance(body.get("spec"), dict):
@@ -225,7 +227,11 @@ def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
         case _:
             assert isinstance(kind, type), "FIELDS has no other kinds"
             if not isinstance(value, kind):
-                yield f"{where} must be {'true or false' if kind is bool else 'text'}, and is {_kind_of(value)}."
+                yield (
+                    f"{where} must be true or false, and is {_kind_of(value)}."
+                    if kind is bool
+                    else _no_text(where, value)
+                )
 
 
 def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
@@ -276,6 +282,12 @@ _KINDS: Final[Mapping[type, Callable[[Any], str]]] = {
 
 def _kind_of(value: object) -> str:
     return _KINDS.get(type(value), repr)(value)
+
+
+def _no_text(where: str, value: object) -> str:
+    """What is written as text, and is something else to YAML, such as 123 or yes."""
+    remedy = ": put it in quotes" if isinstance(value, int | float) else ""
+    return f"{where} must be text, and is {_kind_of(value)}{remedy}."
 
 
 def _name_of(body: object) -> str | None:

@@ -76,6 +76,8 @@ Block = Heading | Facts | Grid | Lines
 
 def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> None:
     """Print a result to standard output: the page as a table, or the document."""
+    if sys.stdout is None:  # closed by whoever started this
+        return
     match output:
         case "json":
             click.echo(json.dumps(document, indent=2))

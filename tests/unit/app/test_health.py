@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 from collections.abc import AsyncIterator
 
@@ -12,8 +11,8 @@ import aiohttp
 import pytest
 
 from harness.processes import free_port
-from harness.wait import until
 from vcpuset.app.health import serve_http
+from vcpuset.domain.errors import VCPUSetError
 
 __all__: list[str] = []
 
@@ -28,9 +27,11 @@ class Served:
         self.ready = asyncio.Event()
         self.ill: str | None = None
         self.port = free_port()
-        self.task = asyncio.create_task(
-            serve_http(("127.0.0.1", self.port), ready=self.ready, ill=lambda: self.ill, exposition=self._exposition)
-        )
+
+    def serving(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """While this is open, it is served."""
+        address = ("127.0.0.1", self.port)
+        return serve_http(address, ready=self.ready, ill=lambda: self.ill, exposition=self._exposition)
 
     async def _exposition(self) -> bytes:
         return b"vcpuset_sets 4\n"
@@ -44,25 +45,12 @@ class Served:
         ):
             return answer.status, await answer.text()
 
-    async def listens(self) -> bool:
-        """Whether it takes connections."""
-        try:
-            await self.get("/healthz")
-        except aiohttp.ClientConnectionError:
-            if self.task.done():
-                self.task.result()
-            return False
-        return True
-
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     server = Served()
-    await until(server.listens, 30, "the server to listen")
-    yield server
-    server.task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await server.task
+    async with server.serving():
+        yield server
 
 
 async def test_healthz_is_well_until_there_is_a_reason_for_a_restart(served: Served) -> None:
@@ -89,18 +77,37 @@ async def test_another_path_is_not_found(served: Served) -> None:
     assert (await served.get("/"))[0] == 404
 
 
-async def test_when_it_is_cancelled_the_port_is_free_again(served: Served) -> None:
-    served.task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await served.task
+async def test_when_it_ends_the_port_is_free_again() -> None:
+    server = Served()
+    async with server.serving():
+        assert (await server.get("/healthz"))[0] == 200
 
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", served.port))
+        again.bind(("127.0.0.1", server.port))
 
 
-async def test_an_address_that_is_taken_is_an_error(served: Served) -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is looked at
-        await serve_http(("127.0.0.1", served.port), ready=asyncio.Event(), ill=lambda: None, exposition=asyncio.Future)
+async def test_an_address_that_is_taken_is_an_error_with_the_remedy(served: Served) -> None:
+    with pytest.raises(VCPUSetError) as caught:
+        await served.serving().__aenter__()
 
-    assert caught.value.errno == errno.EADDRINUSE
+    assert str(caught.value) == (
+        f"--http-address 127.0.0.1:{served.port} cannot be served: Address already in use; give another one with "
+        "--http-address (an empty one: no HTTP)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("192.0.2.1", "192.0.2.1:0 cannot be served: Cannot assign requested address;"),
+        ("2001:db8::1", "[2001:db8::1]:0 cannot be served: "),
+        ("..", "..:0 cannot be served: "),
+    ],
+)
+async def test_an_address_that_is_not_of_this_host_is_an_error(host: str, words: str) -> None:
+    serving = serve_http((host, 0), ready=asyncio.Event(), ill=lambda: None, exposition=asyncio.Future)
+    with pytest.raises(VCPUSetError) as caught:
+        await serving.__aenter__()
+
+    assert words in str(caught.value)

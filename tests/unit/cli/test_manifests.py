@@ -161,6 +161,21 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param("spec: {}", "kind is missing", id="no-kind"),
         pytest.param(BY_HAND.replace("v1alpha1", "v2"), "apiVersion is 'vcpuset.dev/v2': this version", id="version"),
         pytest.param(BY_HAND.replace("name: web", "nam: web"), "metadata.name is missing", id="no-name"),
+        pytest.param(
+            BY_HAND.replace("name: web", "name: 123"),
+            "metadata.name must be text, and is 123: put it in quotes.",
+            id="a-number-as-name",
+        ),
+        pytest.param(
+            BY_HAND.replace("name: web", "name: yes"),
+            "metadata.name must be text, and is true: put it in quotes.",
+            id="a-yes-as-name",
+        ),
+        pytest.param(
+            BY_HAND.replace("name: web", "name: web\n  namespace: 7"),
+            "metadata.namespace must be text, and is 7: put it in quotes.",
+            id="a-number-as-namespace",
+        ),
         pytest.param(BY_HAND.split("spec:", maxsplit=1)[0], "spec is missing", id="no-spec"),
         pytest.param(changed(vcpus=None), "spec.vcpus is missing: it is required", id="no-vcpus"),
         pytest.param(changed(monitor=None), "spec.monitor is missing", id="no-monitor"),

@@ -215,6 +215,36 @@ def test_a_bad_value_is_refused_with_the_name_of_its_flag(vcpuset: Vcpuset, flag
         assert vcpuset.settings is None
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--namespace", "Default", "'Default' cannot be the name of a namespace: it has up to 63 lower-case letters"),
+        ("--namespace", "a.b", "cannot be the name of a namespace"),
+        ("--namespace", "a" * 64, "cannot be the name of a namespace"),
+        ("--namespace", "a,b", "Repeat --namespace for each (in the environment: separate them by spaces)"),
+        ("--allow-tcp", "10.0.0.0/8,192.0.2.0/24", "Repeat --allow-tcp for each (in the environment: separate them"),
+        ("--node-name", "Node_1", "'Node_1' cannot be the name of a node: it has up to 253 lower-case letters"),
+        ("--node-name", "node-1,node-2", "cannot be the name of a node"),
+        ("--node-name", "a." * 127, "cannot be the name of a node"),
+        ("--leader-elect-namespace", "kube_system", "cannot be the name of a namespace"),
+        ("--leader-elect-name", "Mine", "cannot be the name of a Lease"),
+    ],
+)
+def test_what_kubernetes_could_never_accept_is_refused_at_the_start(
+    vcpuset: Vcpuset, flag: str, value: str, words: str
+) -> None:
+    for result in (vcpuset.run(f"{flag}={value}"), vcpuset.run(**{_variable(flag): value})):
+        assert result.exit_code == 2
+        assert f"Invalid value for '{flag}'" in result.output
+        assert words in " ".join(result.output.replace("│", " ").split())
+        assert vcpuset.settings is None
+
+
+@pytest.mark.parametrize("name", ["node-1.example.com", "7", "a" * 63, f"{'a' * 63}.{'b' * 63}"])
+def test_a_node_may_have_any_name_that_kubernetes_accepts(vcpuset: Vcpuset, name: str) -> None:
+    assert vcpuset.settings_of("--node-name", name).node_name == name
+
+
 @pytest.mark.parametrize("flag", ["--socket-root", "--namespace"])
 def test_an_empty_value_does_not_widen_what_is_served(vcpuset: Vcpuset, flag: str) -> None:
     assert vcpuset.run(flag, "").exit_code == 2

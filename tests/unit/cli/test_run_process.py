@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.operator import OperatorProcess
-from harness.processes import free_port
+from harness.processes import free_port, run
 from harness.wait import until
 
 __all__: list[str] = []
@@ -130,3 +132,16 @@ async def test_an_operator_that_cannot_start_says_why_in_the_log(tmp_path: Path)
     entry = json.loads(line)
     assert entry["level"] == "CRITICAL"
     assert str(kubeconfig) in entry["message"]
+
+
+async def test_an_http_address_that_is_taken_ends_it_with_one_line_and_the_remedy(tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(KUBECONFIG.format(port=free_port()))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = [sys.executable, "-m", "vcpuset.cli.main", "run", f"--http-address=127.0.0.1:{port}"]
+        ended = await run([*program, f"--kubeconfig={kubeconfig}"], timeout=START_SECONDS, check=False)
+
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert f"CRITICAL vcpuset: --http-address 127.0.0.1:{port} cannot be served: Address already in use; give" in line

@@ -1,0 +1,51 @@
+"""The values of options that Kubernetes has a rule for: what it could never accept is refused at the start.
+
+An operator for a namespace or a node that cannot exist would serve nothing and report nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import click
+
+__all__ = ["LEASE", "NAMESPACE", "NODE", "Name", "repeat"]
+
+_LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+
+
+class Name(click.ParamType[str]):
+    """A name of an object in Kubernetes. An empty one passes: what it means is for the option to say.
+
+    what     what has the name
+    pattern  what such a name looks like
+    words    the same for people
+    """
+
+    name = "NAME"
+
+    def __init__(self, what: str, pattern: str, words: str) -> None:
+        self._what = what
+        self._pattern = re.compile(pattern)
+        self._words = words
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The same, if there can be such a name."""
+        if value and (len(value) > 253 or self._pattern.fullmatch(value) is None):
+            self.fail(f"{value!r} cannot be the name of {self._what}: {self._words}{repeat(value, param)}", param, ctx)
+        return value
+
+
+NAMESPACE: Final = Name("a namespace", _LABEL, "it has up to 63 lower-case letters, digits and '-'")
+_SUBDOMAIN: Final = rf"{_LABEL}(\.{_LABEL})*"
+_SUBDOMAIN_WORDS: Final = "it has up to 253 lower-case letters, digits, '-' and '.'"
+NODE: Final = Name("a node", _SUBDOMAIN, _SUBDOMAIN_WORDS)
+LEASE: Final = Name("a Lease", _SUBDOMAIN, _SUBDOMAIN_WORDS)
+
+
+def repeat(value: str, param: click.Parameter | None) -> str:
+    """What helps somebody who has given a list with commas to an option that may be repeated."""
+    if param is None or not param.multiple or "," not in value:
+        return ""
+    return f". Repeat {param.opts[0]} for each (in the environment: separate them by spaces)"
