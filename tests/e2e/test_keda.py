@@ -57,6 +57,8 @@ def test_the_pages_scaled_object_is_about_the_pages_set_and_keda_makes_the_pages
     assert vcpuset["spec"]["minVCPUs"] <= spec["minReplicaCount"] <= spec["maxReplicaCount"]
     assert spec["maxReplicaCount"] <= vcpuset["spec"]["maxVCPUs"]
     (trigger,) = spec["triggers"]
+    # Otherwise KEDA takes "no data" for 0, and the machine is shrunk to minReplicaCount.
+    assert trigger["metadata"]["ignoreNullValues"] == "false"
     name = scaled["metadata"]["name"]
     assert PAGE.manifest("HorizontalPodAutoscaler", f"keda-hpa-{name}")["spec"] == {
         "scaleTargetRef": spec["scaleTargetRef"],

@@ -58,7 +58,12 @@ async def test_a_client_that_comes_while_a_guest_is_silent_gets_its_turn_and_kee
         before = (await user.get("vm")).pending
         async with raw(folder / "vm.sock", TURN_SECONDS) as other:
             await shows(
-                user, "vm", "MonitorBusy", RECONCILING, "another client holds this monitor, QEMU hangs, or this is no QMP monitor", vcpus=4
+                user,
+                "vm",
+                "MonitorBusy",
+                RECONCILING,
+                "another client holds this monitor, QEMU hangs",
+                vcpus=4,
             )
             # Meanwhile the guest gives one of them back, and the operator cannot see it.
             await acpi.eject(3)
