@@ -421,8 +421,9 @@ async def test_garbage_and_a_cut_connection_are_told_apart_from_silence(
     path: Path, open_agent: Open, command: str, fault: Fault
 ) -> None:
     expected = AgentRefused if isinstance(fault, Error) else AgentUnreachable
+    told = "a query" if isinstance(fault, Close) else command
     async with FaultyAgent(path, faults={command: fault}):
-        with pytest.raises(expected, match=command):
+        with pytest.raises(expected, match=told):
             await (await open_agent(path)).cpus()
 
 

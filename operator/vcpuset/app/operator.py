@@ -62,7 +62,8 @@ GRACE_SECONDS = 10.0
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
 
-    VCPUSetError: there are no credentials (APIError), or the HTTP address cannot be served. TaskEndedError: a part failed.
+    VCPUSetError: there are no credentials (APIError), or the HTTP address cannot be served. TaskEndedError: a part
+    failed.
     """
     raise_file_limit()
     shrink_tls_buffers()

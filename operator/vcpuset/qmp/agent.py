@@ -192,7 +192,7 @@ class _AgentClient(Client):
 
     async def _readline(self) -> bytes:
         # Of what stands before a 0xFF nothing is for us, and no JSON text contains one.
-        return (await super()._readline()).rpartition(_DELIMITER)[2]
+        return (await self._read_until(b"\n")).rpartition(_DELIMITER)[2]
 
     async def _do_recv(self) -> Message:
         begun, self._begun = self._begun, True

@@ -124,6 +124,7 @@ class Client(QMPClient):
         self._permit = permit or _nothing
         self._tls: dict[str, Any] = {}
         self._received = 0
+        self._pretty = False
         self._longest = longest
         self._turn: asyncio.Lock | None = None
         self._execute_id = secrets.randbelow(1 << 40)
@@ -270,8 +271,13 @@ class Client(QMPClient):
 
     async def _readline(self) -> bytes:
         line = await self._read_until(b"\n")
-        # With pretty=on QEMU breaks a message into lines, of which only the first and the last are not indented.
-        return line + await self._read_until(b"\n}\r\n") if line.rstrip() == b"{" else line
+        # With pretty=on QEMU breaks each message, from the greeting on, into lines of which only the first and the last
+        # are not indented.
+        begun = line.rstrip() == b"{"
+        if self.stage is Stage.GREETING:
+            self._pretty = begun
+        self.stage = Stage.NEGOTIATING
+        return line + await self._read_until(b"\n}\r\n") if begun and self._pretty else line
 
     async def _read_until(self, end: bytes) -> bytes:
         reader: Any = self._reader
@@ -285,7 +291,6 @@ class Client(QMPClient):
                         raise ValueError(f"a message of more than {limit} bytes") from None
                     reader._limit = limit
                 else:
-                    self.stage = Stage.NEGOTIATING
                     return line
         except asyncio.IncompleteReadError as error:
             if error.partial:
