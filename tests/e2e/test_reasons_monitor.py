@@ -64,7 +64,7 @@ async def test_a_socket_that_nobody_listens_at_is_unreachable(
         left.bind(str(folder / "vm.sock"))
     await user.create("vm", 2, "vm.sock")
     await shows(
-        user, "vm", "MonitorUnreachable", RECONCILING, "Nobody listens at", "vm.sock", "is QEMU running?", vcpus=None
+        user, "vm", "MonitorUnreachable", RECONCILING, "Nothing listens at", "vm.sock", "is QEMU running?", vcpus=None
     )
 
 
