@@ -73,7 +73,7 @@ async def test_a_tcp_port_that_nobody_listens_at_is_unreachable(operator: Operat
     try:
         host, port = guest.tcp_address
         await user.create("vm", 2, (host, port))
-        await shows(user, "vm", "MonitorUnreachable", RECONCILING, "Nobody listens at", f"{host}:{port}", vcpus=None)
+        await shows(user, "vm", "MonitorUnreachable", RECONCILING, f"{host}:{port} refuses the connection", vcpus=None)
         await guest.start()
         await shows(user, "vm", "Converged", READY, vcpus=2)
     finally:

@@ -213,7 +213,9 @@ async def test_a_name_whose_addresses_all_refuse_is_told_once_with_the_addresses
         resolver.answers = [["127.0.0.1", "127.0.0.2"]]
         with pytest.raises(MonitorUnreachable) as caught:
             await vcpus_at("vm.example", port, LOOPBACK)
-    assert str(caught.value).startswith(f"vm.example:{port} (127.0.0.1, 127.0.0.2) refuses the connection: QEMU does")
+    assert str(caught.value).startswith(
+        f"vm.example:{port} (127.0.0.1, 127.0.0.2) refuses the connection: is QEMU running"
+    )
 
 
 async def test_a_name_whose_addresses_fail_each_in_its_way_is_told_with_all_of_them(

@@ -422,7 +422,7 @@ async def test_a_port_that_nobody_listens_on_is_told_as_that(authority: Authorit
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     words = await failure(MonitorUnreachable, address, authority.client())
-    assert "refuses the connection: QEMU does not listen there" in words
+    assert "refuses the connection: is QEMU running?" in words
 
 
 async def test_a_connection_that_ends_in_the_handshake_is_unreachable(authority: Authority) -> None:

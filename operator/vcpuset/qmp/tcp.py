@@ -162,8 +162,8 @@ class TCPEndpoint:
         where = f"{self}{self._meaning(tried)}"
         if failures == {errno.ECONNREFUSED}:
             return MonitorUnreachable(
-                f"{where} refuses the connection: QEMU does not listen there (is it running?), or a network policy or "
-                "firewall rejects what goes there"
+                f"{where} refuses the connection: is QEMU running? If it is, a network policy or firewall rejects what "
+                "goes there"
             )
         words = ", ".join(sorted({_words(number) for number in failures})) or str(error)[:_LONGEST]
         return MonitorUnreachable(f"{where} cannot be reached: {words}")
