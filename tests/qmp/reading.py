@@ -110,6 +110,8 @@ class Reading:
     def opened(self) -> list[Failure | None]:
         """The outcomes that are right for opening the session; None: it is open."""
         greeting = self._take(self._started + OPEN_SECONDS)
+        if isinstance(greeting, Failure) and self._lines and (self._lines[0][0].text or b"").rstrip() == b"{":
+            return [LOST, BUSY]  # with pretty=on a greeting begins so; the rest of it may not come
         if isinstance(greeting, Failure):
             return [BUSY if greeting is LATE else greeting]
         match greeting:
