@@ -62,6 +62,7 @@ from vcpuset.qmp.session import Session
 from vcpuset.runtime.claims import Claims
 from vcpuset.runtime.logcontext import log_context
 from vcpuset.runtime.workers import Done, Result, Retry
+from vcpuset.runtime.workqueue import SLOW_SECONDS
 
 __all__ = ["Reconciler"]
 
@@ -377,11 +378,19 @@ class Reconciler:
         requests = self._known_requests(vcpuset, track, session, machine)
         blocked: CommandError | None = None
 
+        # What a pass does has an end, so that others have their turn; a pass that takes so long is a slow one.
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SLOW_SECONDS
         step = self._plan(vcpuset, track, machine, requests)
         step = self._paced(vcpuset, track, session, machine, step)
         if step.plug:
-            vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal)
+            vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal, until)
             requests = still_open(requests, machine, self._clock())
+            if machine.vcpus < step.goal.count and blocked is None and loop.time() >= until:
+                # The next pass goes on at once, after the others.
+                verdict = replace(plugging(vcpuset.spec, machine, step.goal), due=self._clock())
+                await self._report(vcpuset, machine, requests, verdict)
+                return verdict
         rounds = ROUNDS
         while rounds and step.ask and blocked is None:
             now_asked = {cpu_of(slot) for slot in step.ask}
@@ -488,9 +497,10 @@ class Reconciler:
         machine: Machine,
         requests: Sequence[Request],
         aim: Goal,
+        until: float,
     ) -> tuple[VCPUSet, Machine, CommandError | None]:
-        """Fill free slots until the goal is reached; if that takes long, say so meanwhile."""
-        filling = asyncio.ensure_future(self._fill(vcpuset, track, session, machine, aim))
+        """Fill free slots until the goal is reached or the time is up; if that takes long, say so meanwhile."""
+        filling = asyncio.ensure_future(self._fill(vcpuset, track, session, machine, aim, until))
         announcement, work = await asyncio.gather(
             self._announce_plug(vcpuset, machine, requests, aim, filling), filling, return_exceptions=True
         )
@@ -524,17 +534,18 @@ class Reconciler:
         return await self._report(vcpuset, machine, requests, plugging(vcpuset.spec, machine, aim))
 
     async def _fill(
-        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal
+        self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal, until: float
     ) -> tuple[Machine, CommandError | None]:
+        loop = asyncio.get_running_loop()
         taken: set[int] = set()
         blocked: CommandError | None = None
         while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
             blocked = None
             for slot in chosen:
                 newest = self._cache.get(vcpuset.uid)
-                if newest is None or newest.generation != vcpuset.generation:
-                    # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted. What this
-                    # pass reports is refused, and the next one starts from the newest object.
+                if newest is None or newest.generation != vcpuset.generation or loop.time() >= until:
+                    # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted: what this
+                    # pass then reports is refused. The next one starts from the newest object.
                     return await self._observe(track, session), None
                 try:
                     await session.plug(slot)

@@ -53,7 +53,7 @@ BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
 """How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
 
 SLOW_SHARE = 3 / 4
-"""The part of the workers that sets may occupy whose monitors hang. The others are for those that answer."""
+"""The part of the workers that sets with slow passes may occupy. The others are for the sets whose monitors answer."""
 
 GRACE_SECONDS = 10.0
 """How long passes may go on after the end was asked for; more than one slow QMP command takes."""
@@ -135,9 +135,9 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     def moved(before: VCPUSet | None, after: VCPUSet | None) -> None:
         history.moved(before, after)
         if before is not None and (after is None or after.generation != before.generation):
-            # Another spec, or none: its author may have mended what failed, and need not wait behind all that hangs.
+            # Another spec, or none: its author may have mended what failed, and need not wait behind all slow sets.
             # Whoever writes anything else does not get past the others by it: a status, an annotation, an event.
-            queue.forget(before.uid)
+            queue.renew(before.uid)
 
     cache = Cache(moved)
     census = Census(lambda: cache, history.waits, settings.metrics_set_limit)
@@ -180,8 +180,8 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     if settings.socket_root is not None:
 
         def appeared(uid: UID) -> None:
-            # A new QEMU, so the failures to reach the old one say nothing.
-            queue.forget(uid)
+            # A new QEMU, so what passes over the old one were like says nothing.
+            queue.renew(uid)
             queue.add(uid)
 
         def changed(uid: UID) -> None:

@@ -16,7 +16,7 @@ __all__ = ["STUCK_SECONDS", "illness"]
 
 STUCK_SECONDS: Final = 180.0
 """Work of which nothing was heard for so long is stuck. Each wait in a pass has a deadline, the longest 20 s, and the
-end of each QMP command is heard of; so a pass that plugs hundreds of vCPUs into a slow machine may take longer."""
+end of each QMP command is heard of; so a pass over a machine that answers each of them slowly may take longer."""
 
 
 def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str | None:

@@ -7,7 +7,8 @@ piece of work:
     queue.add(key)                # something happened: look at it
     queue.add_after(key, 60)      # look at it again, at the latest in 60 s
     queue.add_rate_limited(key)   # it failed: look again after the back-off
-    queue.forget(key)             # it succeeded, or is another task now: the back-off starts anew
+    queue.forget(key)             # it succeeded: the back-off starts again from its base
+    queue.renew(key)              # it stands for another task now: what its passes were like says nothing
 
     key = await queue.get()       # a worker takes a key ...
     queue.touch(key)              # ... may say that it gets on ...
@@ -15,17 +16,17 @@ piece of work:
 
 Four things differ from client-go. A pass supersedes the timers set before it: its own result says when
 to look next, so a key has at most one timer, and none while it is due anyway. Giving back a key that was
-not handed out is an error. Slow keys wait in a line of their own. And `forget()` is also for whoever sees
-that a key stands for another task than the one that has failed.
+not handed out is an error. Slow keys wait in a line of their own. And `renew()` is for a caller that knows
+that a key stands for another task than before.
 
-A slow key is one whose last pass has failed and held up its worker until then, as a peer that hangs does.
-So that a thousand of them do not hold up the others,
+A slow key is one whose last pass held its worker for `SLOW_SECONDS` or longer, whatever came of it: a peer
+that hangs and one that answers slowly cost the same. So that a thousand of them do not hold up the others,
 
 * only so many of them are in work at once: the rest of the workers is soon free for the others;
 * the others are taken first; but of four keys one is a slow one, if one may be taken, so that none starves.
 
-A key that fails at once costs its worker nothing and stays with the others: it may be no more than a
-conflict. News of a slow key, `add()`, leave it slow, since there can be news all the time of what hangs.
+This bounds what a slow key costs only if a pass ends soon after `SLOW_SECONDS`: long work goes on in later
+passes. News of a slow key, `add()`, leave it slow, since there can be news all the time of what is slow.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["SLOW_SECONDS", "QueueObserver", "QueueShutDown", "QueueStatistics", 
 K = TypeVar("K", bound=Hashable)
 
 SLOW_SECONDS: Final = 1.0
-"""A key is slow if its last pass failed after so long: mostly passes fail within milliseconds, or at a deadline."""
+"""A key is slow if its last pass took so long. Most passes take milliseconds, or run into a deadline."""
 
 _PASSED_OVER: Final = 3
 """So many others are taken before a slow key that may be taken too."""
@@ -139,8 +140,8 @@ class WorkQueue(Generic[K]):
         # Those that are slow, and those of them that were taken as such.
         self._slow: set[K] = set()
         self._slow_processing: set[K] = set()
-        # Forgotten while in _processing: how long that pass has taken says nothing of the task that there is now.
-        self._forgotten: set[K] = set()
+        # Renewed while in _processing: how long that pass takes says nothing of the task that there is now.
+        self._renewed: set[K] = set()
 
         self._getters: deque[asyncio.Future[None]] = deque()
         self._shut_down = asyncio.Event()
@@ -189,11 +190,6 @@ class WorkQueue(Generic[K]):
             return
         self._retries_total += 1
         self._failures[key] = self.failures(key) + 1
-        if (started_at := self._processing.get(key)) is not None and key not in self._forgotten:
-            if self._loop.time() - started_at >= SLOW_SECONDS:
-                self._slow.add(key)
-            else:
-                self._slow.discard(key)
         self.add_after(key, max(self._backoff.delay(self._failures[key]), at_least))
 
     # Taking and giving back.
@@ -236,9 +232,13 @@ class WorkQueue(Generic[K]):
         """
         if key not in self._processing:
             raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
-        started_at = self._processing.pop(key)
+        held = self._loop.time() - self._processing.pop(key)
         self._touched.pop(key, None)
-        self._forgotten.discard(key)
+        if held >= SLOW_SECONDS and key not in self._renewed:
+            self._slow.add(key)
+        else:
+            self._slow.discard(key)
+        self._renewed.discard(key)
         if key in self._slow_processing:
             self._slow_processing.remove(key)
             if self._is_slow_takeable():
@@ -246,7 +246,7 @@ class WorkQueue(Generic[K]):
         if key in self._again:
             self._line_up(key, self._again.pop(key))
         if self._observer is not None:
-            self._observer.worked(self._loop.time() - started_at)
+            self._observer.worked(held)
 
     def touch(self, key: K) -> None:
         """Note that the work on the key moves on, which tells long work from work that is stuck."""
@@ -254,14 +254,18 @@ class WorkQueue(Generic[K]):
             self._touched[key] = self._loop.time()
 
     def forget(self, key: K) -> None:
-        """End the key's back-off, after a success or because it stands for another task now; it is not slow any more.
+        """End the key's back-off, after a success. It replaces neither `done()` nor `add()`."""
+        self._failures.pop(key, None)
+
+    def renew(self, key: K) -> None:
+        """The key stands for another task from here on: its back-off ends, and it is not slow any more.
 
         It replaces neither `done()` nor `add()`.
         """
-        self._failures.pop(key, None)
+        self.forget(key)
         self._slow.discard(key)
         if key in self._processing:
-            self._forgotten.add(key)
+            self._renewed.add(key)
         if key in self._slow_ready:
             self._line_up(key, self._slow_ready.pop(key))
 

@@ -98,7 +98,7 @@ class LawfulWorld(World):
         self._shown: Machine | None = None
         self._working_on: VCPUSet | None = None
         self._disturbed = False
-        self._looked_in_pass = False
+        self._seen_in_pass: set[int] = set()
         self._looks_before = self._writes_before = 0
         self._process = qemu.process
         self._changes = self._news = 0
@@ -135,7 +135,7 @@ class LawfulWorld(World):
         """From here on the operator goes by what its cache holds."""
         self._working_on = self.cache.get(uid)
         self._disturbed = self._clock_is_set = False
-        self._looked_in_pass = False
+        self._seen_in_pass = set()
         self._looks_before, self._writes_before = self.qemu.looks, len(self.api.writes)
 
     @override
@@ -162,7 +162,7 @@ class LawfulWorld(World):
             self._at_work = max(self._at_work, self.loop.now)
         self._seen, self._shown = machine.vcpus, machine
         self._disturbed = False
-        self._looked_in_pass = True
+        self._seen_in_pass.add(machine.vcpus)
         self._changes, self._news, self._about = qemu.changes, qemu.news, qemu.present
         self._asks = {cpu: ask for cpu, ask in self._asks.items() if cpu in qemu.present}
         for cpu, ask in self._asks.items():
@@ -261,9 +261,9 @@ class LawfulWorld(World):
         true = {condition.type for condition in status.conditions[:3] if condition.status == "True"}
         assert len(true) <= 1, f"{true} are True at once"
         assert status.observed_generation == after.generation
-        assert status.vcpus in {self._seen, before.status.vcpus}
+        assert status.vcpus in {*self._seen_in_pass, before.status.vcpus}
         if "Ready" in true:
-            assert self._looked_in_pass
+            assert self._seen_in_pass
             assert self._seen == after.spec.vcpus == status.vcpus
         self._judge_guest(before, after)
         self._judge_book(before, after)
@@ -310,7 +310,7 @@ class LawfulWorld(World):
             # Not seen in this pass, or not to its end: the last report of a machine stands.
             assert requests == before.status.pending_unplugs
             return
-        assert self._looked_in_pass
+        assert self._seen_in_pass
         assert after.status.machine_uuid == self.qemu.uuid or self._process != self.qemu.process
         if self._set_back and self.operator_number > 1:
             # Whoever was not there must believe the clock.

@@ -119,6 +119,8 @@ class Qemu:
         """The guest takes requests without a trace, as Linux does early in its boot."""
         self.listener: Hashable | None = None
         """The process that made the monitor's socket in place of QEMU; None: none has."""
+        self.seconds: dict[str, float] = {}
+        """How long QEMU takes over a command; those that are not named take no time."""
         self.reachable = True
         self.clients: list[Client] = []
         self.process = 0

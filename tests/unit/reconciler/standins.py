@@ -205,6 +205,7 @@ class ModelSession(Session):
                 slot = machine.slots[cast("int", arguments["core-id"])]
                 self._world.on_plug(self._qemu, slot)
                 self._qemu.device_add(slot.index, str(arguments["id"]))
+                self._world.spend(self._qemu.seconds.get(command, 0.0))
                 await self._point()
             case "device_del":
                 found = next((slot for slot in machine.occupied if slot.path == arguments["id"]), None)

@@ -248,6 +248,10 @@ class _AnythingMayHappen(_AsTheGuestPleases):
     def qemu_will_not_ask_for(self, slots: set[int]) -> None:
         self.qemu.rejected_slots = slots
 
+    @step(seconds=st.sampled_from([0.0, 0.3, 1.5]))
+    def qemu_takes_its_time(self, seconds: float) -> None:
+        self.qemu.seconds["device_add"] = seconds
+
     @step(loses=st.booleans())
     def requests_get_lost(self, loses: bool) -> None:
         self.qemu.loses_requests = loses

@@ -8,6 +8,8 @@ import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
+from vcpuset.qmp.monitors import TURN_SECONDS
+from vcpuset.reconciler import NEXT_TURN_SECONDS
 
 __all__: list[str] = []
 
@@ -25,6 +27,21 @@ def large() -> Qemu:
 def large_world(large: Qemu) -> Iterator[LawfulWorld]:
     """The set "web" declares all CPUs of `large` and is Ready."""
     world = LawfulWorld(large, vcpus=MANY)
+    world.run_due()
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def empty_machine() -> Qemu:
+    """A machine that boots with one CPU, and has as many slots as `large`."""
+    return Qemu(boot=1, slots=MANY)
+
+
+@pytest.fixture
+def empty_machine_world(empty_machine: Qemu) -> Iterator[LawfulWorld]:
+    """The set "web" declares the one CPU of `empty_machine` and is Ready."""
+    world = LawfulWorld(empty_machine, vcpus=1)
     world.run_due()
     yield world
     world.close()
@@ -145,3 +162,88 @@ def test_a_cpu_that_is_just_leaving_is_waited_for_without_a_word(world: LawfulWo
     world.advance(2)
 
     assert (len(world.api.writes), world.reason(), world.sessions_held) == (writes, "Converged", 0)
+
+
+def test_a_fill_that_takes_long_goes_on_in_later_passes_and_gives_the_worker_back_after_each_slow_command(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu
+) -> None:
+    world, qemu = empty_machine_world, empty_machine
+    qemu.seconds["device_add"] = 9.9
+    world.apply("web", vcpus=MANY)
+    began, passes = world.loop.now, world.passes
+
+    while len(qemu.cpus) < MANY:
+        before = world.loop.now
+        world.run_pass(world.vcpuset().uid)
+        assert world.loop.now - before < 2 * 9.9, "a pass that went on"
+        world.advance(NEXT_TURN_SECONDS)
+
+    assert world.true_conditions() == ["Ready"]
+    assert world.passes - passes == MANY - 1
+    # Nobody else waited, so there was no pause.
+    assert world.loop.now - began < (MANY - 1) * (9.9 + 2 * NEXT_TURN_SECONDS)
+
+
+def test_a_fill_in_many_passes_writes_progress_now_and_then_only(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu
+) -> None:
+    world, qemu = empty_machine_world, empty_machine
+    qemu.seconds["device_add"] = 1.0
+    writes, told = len(world.api.writes), len(world.recorder.events)
+    world.apply("web", vcpus=MANY)
+    world.advance(MANY)
+
+    written = [each.status.ready.message for each in world.api.writes[writes:] if each.status.ready is not None]
+    assert written == [
+        "1 vCPU present, 40 declared; plugging 39.",
+        "5 vCPUs present, 40 declared; plugging 35.",
+        "15 vCPUs present, 40 declared; plugging 25.",
+        "QEMU has 40 vCPUs, as declared.",
+    ]
+    assert world.recorder.events[told:] == [("Normal", "Plugging"), ("Normal", "Converged")]
+    assert world.sessions_held == 0
+
+
+def test_a_fill_that_is_quick_takes_one_pass_and_one_write_however_many_cpus_it_plugs(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu
+) -> None:
+    world, qemu = empty_machine_world, empty_machine
+    qemu.seconds["device_add"] = 0.01
+    writes = len(world.api.writes)
+    world.apply("web", vcpus=MANY)
+    world.run_pass(world.vcpuset().uid)
+
+    assert (len(qemu.cpus), world.true_conditions()) == (MANY, ["Ready"])
+    assert len(world.api.writes) == writes + 1
+
+
+def test_another_count_that_is_declared_during_a_long_fill_is_what_the_next_pass_works_towards(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu
+) -> None:
+    world, qemu = empty_machine_world, empty_machine
+    qemu.seconds["device_add"] = 1.0
+    world.apply("web", vcpus=MANY)
+    uid = world.vcpuset().uid
+    for _ in range(3):
+        world.run_pass(uid)
+    world.apply("web", vcpus=6)
+    world.advance(10)
+
+    assert (len(qemu.cpus), world.true_conditions()) == (6, ["Ready"])
+
+
+def test_other_clients_of_the_monitor_have_their_turn_during_a_long_fill(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu
+) -> None:
+    world, qemu = empty_machine_world, empty_machine
+    qemu.seconds["device_add"] = 1.0
+    world.apply("web", vcpus=MANY)
+    world.run_pass(world.vcpuset().uid)
+    qemu.other_client_comes()
+    world.advance(TURN_SECONDS + 2)
+
+    assert qemu.other_has_it
+    assert len(qemu.cpus) < MANY
+    qemu.other_client_goes()
+    world.advance(MANY + 31)
+    assert (len(qemu.cpus), world.true_conditions()) == (MANY, ["Ready"])

@@ -302,6 +302,10 @@ class World:
             self.wall += timedelta(seconds=moment - self.loop.now, microseconds=1)
             self.loop.now = moment
 
+    def spend(self, seconds: float) -> None:
+        """Let time go by in the middle of a pass."""
+        self._move_to(self.loop.now + seconds)
+
     def tick(self) -> None:
         """Let a moment pass in which nothing falls due."""
         self.wall += timedelta(milliseconds=1)

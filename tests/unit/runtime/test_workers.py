@@ -259,9 +259,14 @@ async def test_the_observer_learns_label_and_duration_of_each_pass() -> None:
     assert [seconds for _, seconds in observer.passes] == pytest.approx([2, 2, 2, 2])
 
 
-async def test_a_thousand_keys_that_hang_hold_up_neither_a_sound_one_nor_a_mended_one_and_are_tried_in_turn() -> None:
+@pytest.mark.parametrize(
+    "outcome", [Retry(OSError("no answer")), Done(requeue_after=0)], ids=["and fail", "and have more to do"]
+)
+async def test_a_thousand_keys_that_take_long_hold_up_neither_a_sound_one_nor_a_mended_one_and_have_their_turns(
+    outcome: Result,
+) -> None:
     queue = WorkQueue[str](ExponentialBackoff(base_seconds=0.25, cap_seconds=30), slow_at_once=48)
-    hung = {f"hung-{number}" for number in range(1000)}
+    slow = {f"slow-{number}" for number in range(1000)}
     taken: list[str] = []
     tries: dict[str, list[float]] = {}
     served = asyncio.Event()
@@ -269,9 +274,9 @@ async def test_a_thousand_keys_that_hang_hold_up_neither_a_sound_one_nor_a_mende
     async def handler(key: str) -> Result:
         taken.append(key)
         tries.setdefault(key, []).append(now())
-        if key in hung:
+        if key in slow:
             await asyncio.sleep(10)
-            return Retry(OSError("no answer"))
+            return outcome
         served.set()
         return Done()
 
@@ -283,20 +288,20 @@ async def test_a_thousand_keys_that_hang_hold_up_neither_a_sound_one_nor_a_mende
         return taken.index(key, position) - position
 
     async with working(queue, handler, count=64):
-        for key in hung:
+        for key in slow:
             queue.add(key)
-        await asyncio.sleep(250)  # 64 at once for 10 s each: by now it is known of each that it hangs
-        assert tries.keys() == hung
+        await asyncio.sleep(250)  # 64 at once for 10 s each: by now it is known of each that it is slow
+        assert tries.keys() == slow
         for _ in range(100):
-            queue.add("hung-0")  # it has news all the time
+            queue.add("slow-0")  # it has news all the time
             since = now()
             assert await picks_before("sound") <= 4
             assert now() == since
             await asyncio.sleep(7)
         for number in range(1, 20):
-            key = f"hung-{number}"
-            hung.remove(key)
-            queue.forget(key)
+            key = f"slow-{number}"
+            slow.remove(key)
+            queue.renew(key)
             since = now()
             assert await picks_before(key) <= 4
             # Unless it is just being tried, when the news wait for the end of that.
@@ -304,10 +309,10 @@ async def test_a_thousand_keys_that_hang_hold_up_neither_a_sound_one_nor_a_mende
             await asyncio.sleep(7)
 
     # 48 at once for 10 s each: a round takes 210 s, and no pause of the back-off is longer than 30 s.
-    for key in hung:
+    for key in slow:
         times = tries[key]
         assert max(after - before for before, after in itertools.pairwise(times)) < 250
-    assert len(tries["hung-0"]) <= max(len(tries[key]) for key in hung - {"hung-0"}) + 1
+    assert len(tries["slow-0"]) <= max(len(tries[key]) for key in slow - {"slow-0"}) + 1
 
 
 # Ending.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -364,20 +365,33 @@ async def test_an_event_during_a_failing_pass_brings_the_key_at_once() -> None:
 # Slow keys.
 
 
-async def slow_keys(queue: WorkQueue[str], keys: str) -> None:
-    """Have each of these keys fail slowly once."""
+def failed(queue: WorkQueue[str], key: str) -> None:
+    queue.add_rate_limited(key)
+
+
+def succeeded(queue: WorkQueue[str], key: str) -> None:
+    queue.forget(key)
+
+
+async def slow_keys(
+    queue: WorkQueue[str], keys: str, outcome: Callable[[WorkQueue[str], str], None] = failed
+) -> None:
+    """Have one pass over each of these keys take long."""
     for key in keys:
         queue.add(key)
         assert await queue.get() == key
     await asyncio.sleep(SLOW_SECONDS)
     for key in keys:
-        queue.add_rate_limited(key)
+        outcome(queue, key)
         queue.done(key)
 
 
-async def test_keys_that_failed_slowly_let_three_others_pass_and_then_one_of_them_is_taken() -> None:
+@pytest.mark.parametrize("outcome", [failed, succeeded, lambda *_: None], ids=["failed", "succeeded", "cut off"])
+async def test_keys_whose_passes_took_long_let_three_others_pass_and_then_one_of_them_is_taken(
+    outcome: Callable[[WorkQueue[str], str], None],
+) -> None:
     queue = make_queue(slow_at_once=9)
-    await slow_keys(queue, "ABC")
+    await slow_keys(queue, "ABC", outcome)
     for key in "ABCabcdefg":
         queue.add(key)
     assert [await queue.get() for _ in range(10)] == list("abcAdefBgC")
@@ -444,36 +458,62 @@ async def test_news_of_a_slow_key_do_not_make_it_fast() -> None:
     queue.add("A")
     assert [await queue.get() for _ in range(3)] == ["a", "b", "A"]
     queue.add("A")  # while it is in work
+    await asyncio.sleep(SLOW_SECONDS)
     queue.done("A")
     queue.add("c")
     assert [await queue.get(), await queue.get()] == ["c", "A"]
 
 
-async def test_a_key_that_failed_at_once_waits_with_the_others() -> None:
+@pytest.mark.parametrize("outcome", [failed, succeeded], ids=["fails", "succeeds"])
+async def test_a_slow_key_whose_pass_soon_ends_waits_with_the_others_again(
+    outcome: Callable[[WorkQueue[str], str], None],
+) -> None:
     queue = make_queue()
     await slow_keys(queue, "A")
     queue.add("A")
     assert await queue.get() == "A"
-    queue.add_rate_limited("A")  # now its peer refuses
+    outcome(queue, "A")
     queue.done("A")
     for key in "Aab":
         queue.add(key)
     assert await queue.get() == "A"
-    assert queue.failures("A") == 2
 
 
-async def test_a_key_that_is_forgotten_joins_the_others_at_the_end_of_their_line() -> None:
+async def test_a_key_that_is_added_in_a_pass_that_takes_long_goes_on_behind_the_others() -> None:
+    queue = make_queue()
+    queue.add("A")
+    assert await queue.get() == "A"
+    await asyncio.sleep(SLOW_SECONDS)
+    queue.add_after("A", 0)
+    queue.forget("A")
+    queue.done("A")
+    for key in "ab":
+        queue.add(key)
+    assert [await queue.get() for _ in range(3)] == ["a", "b", "A"]
+    assert queue.failures("A") == 0
+
+
+async def test_a_success_does_not_make_a_key_that_waits_fast() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "A")
+    queue.add("A")
+    queue.forget("A")
+    queue.add("a")
+    assert [await queue.get(), await queue.get()] == ["a", "A"]
+
+
+async def test_a_key_that_is_renewed_joins_the_others_at_the_end_of_their_line() -> None:
     queue = make_queue(slow_at_once=1)
     await slow_keys(queue, "ABC")
     for key in "ABCa":
         queue.add(key)
-    queue.forget("C")
+    queue.renew("C")
     queue.add("b")
     assert [await queue.get() for _ in range(4)] == ["a", "C", "b", "A"]
     assert queue.failures("C") == 0
 
 
-async def test_a_slow_key_that_is_forgotten_wakes_a_get_that_could_not_take_it() -> None:
+async def test_a_slow_key_that_is_renewed_wakes_a_get_that_could_not_take_it() -> None:
     queue = make_queue(slow_at_once=1)
     await slow_keys(queue, "AB")
     for key in "AB":
@@ -481,24 +521,24 @@ async def test_a_slow_key_that_is_forgotten_wakes_a_get_that_could_not_take_it()
     await queue.get()
     getter = asyncio.create_task(queue.get())
     await everything_runs()
-    queue.forget("B")
+    queue.renew("B")
     async with asyncio.timeout(100):
         assert await getter == "B"
 
 
-async def test_a_slow_failure_of_what_was_forgotten_during_its_pass_leaves_the_key_with_the_others() -> None:
+async def test_a_long_pass_of_what_was_renewed_meanwhile_leaves_the_key_with_the_others() -> None:
     queue = make_queue()
     await slow_keys(queue, "A")
     queue.add("A")
     assert await queue.get() == "A"
     await asyncio.sleep(SLOW_SECONDS)
-    queue.forget("A")  # its author has mended it
+    queue.renew("A")  # its author has mended it
     queue.add("A")
     queue.add_rate_limited("A")
     queue.done("A")
     queue.add("a")
     assert [await queue.get(), await queue.get()] == ["A", "a"]
-    # The next failure is one of the new task.
+    # The next pass is one of the new task.
     await asyncio.sleep(SLOW_SECONDS)
     queue.add_rate_limited("A")
     queue.done("A")

@@ -43,6 +43,11 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class Renew:
+    key: str
+
+
+@dataclass(frozen=True)
 class StartGet:
     pass
 
@@ -67,7 +72,7 @@ class Wait:
     seconds: float
 
 
-Step = Add | AddAfter | Fail | Forget | StartGet | CancelGet | GiveBack | LetRun | Wait
+Step = Add | AddAfter | Fail | Forget | Renew | StartGet | CancelGet | GiveBack | LetRun | Wait
 
 keys = st.sampled_from("abc")  # few, so that steps meet each other
 delays = st.sampled_from([0.0, 1.0, 2.5, 10.0, LONGEST_DELAY])
@@ -77,6 +82,7 @@ steps = st.lists(
         st.builds(AddAfter, keys, delays),
         st.builds(Fail, keys),
         st.builds(Forget, keys),
+        st.builds(Renew, keys),
         st.builds(StartGet),
         st.builds(CancelGet, st.integers(0, 3)),
         st.builds(GiveBack, st.integers(0, 3)),
@@ -97,7 +103,7 @@ class Scenario:
         self.in_work: list[str] = []
         # Keys that must be handed out sooner or later, because they were added since the last time.
         self.owed: set[str] = set()
-        # When each key in work was taken; keys whose failures count, those that are slow, those taken as slow ones.
+        # When each key in work was taken; keys whose pass counts, those that are slow, those taken as slow ones.
         self.taken_at: dict[str, float] = {}
         self.counts: set[str] = set()
         self.slow: set[str] = set()
@@ -118,19 +124,17 @@ class Scenario:
     def give_back(self, which: int) -> None:
         key = self.in_work.pop(which)
         self.slow_in_work.discard(key)
+        self.slow.discard(key)
+        if key in self.counts and asyncio.get_running_loop().time() - self.taken_at[key] >= SLOW_SECONDS:
+            self.slow.add(key)
         self.queue.done(key)
 
     def fail(self, key: str) -> None:
         self.queue.add_rate_limited(key)
         self.owed.add(key)
-        if key in self.in_work and key in self.counts:
-            if asyncio.get_running_loop().time() - self.taken_at[key] >= SLOW_SECONDS:
-                self.slow.add(key)
-            else:
-                self.slow.discard(key)
 
-    def forget(self, key: str) -> None:
-        self.queue.forget(key)
+    def renew(self, key: str) -> None:
+        self.queue.renew(key)
         self.slow.discard(key)
         self.counts.discard(key)
 
@@ -145,7 +149,9 @@ class Scenario:
             case Fail(key):
                 self.fail(key)
             case Forget(key):
-                self.forget(key)
+                self.queue.forget(key)
+            case Renew(key):
+                self.renew(key)
             case StartGet():
                 self.getters.append(asyncio.create_task(self.take()))
             case CancelGet(which):
@@ -219,6 +225,8 @@ class Lines:
         self.slow: list[int] = []
         self.in_work: dict[int, bool] = {}
         """Whether each was taken as a slow one."""
+        self.long_since: set[int] = set()
+        """Those that have been in work for long."""
         self.since_slow: list[bool] = []
         """For each key taken since the last slow one, whether a slow one might have been."""
 
@@ -227,8 +235,8 @@ class Lines:
         if key not in self.in_work and key not in self.fast and key not in self.slow:
             self.fast.append(key)
 
-    def forget(self, key: int) -> None:
-        self.queue.forget(key)
+    def renew(self, key: int) -> None:
+        self.queue.renew(key)
         if key in self.slow:
             self.slow.remove(key)
             self.fast.append(key)
@@ -250,29 +258,32 @@ class Lines:
             assert self.since_slow[-4:] != [True] * 4, "a slow key was passed over a fourth time"
             self.in_work[key] = False
 
-    async def give_back(self, which: int, *, fails: bool) -> None:
+    async def give_back(self, which: int, *, fails: bool, long: bool) -> None:
         """With news that came during the pass, so that the key is due at once and no timer plays a part."""
         if which >= len(self.in_work):
             return
         key = list(self.in_work)[which]
         self.queue.add(key)
-        if fails:
+        if long:
             await asyncio.sleep(SLOW_SECONDS)
+            self.long_since.update(self.in_work)
+        if fails:
             self.queue.add_rate_limited(key)
-            self.slow.append(key)
         else:
             self.queue.forget(key)
-            self.fast.append(key)
+        (self.slow if key in self.long_since else self.fast).append(key)
+        self.long_since.discard(key)
         self.queue.done(key)
         del self.in_work[key]
 
 
 moves = st.one_of(
     st.tuples(st.just("add"), st.integers(0, 15)),
-    st.tuples(st.just("forget"), st.integers(0, 15)),
+    st.tuples(st.just("renew"), st.integers(0, 15)),
     st.tuples(st.just("take"), st.none()),
     st.tuples(st.just("take"), st.none()),
-    st.tuples(st.just("fail"), st.integers(0, 3)),
+    st.tuples(st.just("fail slowly"), st.integers(0, 3)),
+    st.tuples(st.just("succeed slowly"), st.integers(0, 3)),
     st.tuples(st.just("fail"), st.integers(0, 3)),
     st.tuples(st.just("succeed"), st.integers(0, 3)),
 )
@@ -291,8 +302,9 @@ async def test_each_line_keeps_its_order_and_neither_is_passed_over_for_long(
             await lines.take()
         elif move == "add":
             lines.add(number)
-        elif move == "forget" and number not in lines.in_work:
-            lines.forget(number)
-        elif move in {"fail", "succeed"}:
-            await lines.give_back(number, fails=move == "fail")
+        elif move == "renew":
+            if number not in lines.in_work:
+                lines.renew(number)
+        else:
+            await lines.give_back(number, fails=move.startswith("fail"), long=move.endswith("slowly"))
         assert len(lines.queue) == len(lines.fast) + len(lines.slow)
