@@ -550,7 +550,7 @@ class Reconciler:
                 try:
                     await session.plug(slot)
                 except SlotTaken as error:
-                    # Somebody was faster, or the id is in use elsewhere: look again, another free slot does as well.
+                    # Another client was faster: observe again, another free slot does as well.
                     taken.add(slot.index)
                     blocked = error
                     break

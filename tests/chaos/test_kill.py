@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import statistics
 import time
 from collections import Counter
@@ -129,7 +130,9 @@ class Arena:
         paths = [path for path in holders if path is not None]
         assert len(paths) == len(set(paths)) == vcpus, f"{what}: {paths}"
         for index, path in enumerate(holders):
-            named = path is None or path.startswith("/machine/unattached/") or path.endswith(f"/vcpu{index}")
+            # While QEMU still gives up the CPU before, its id is in use.
+            own = re.compile(rf"/machine/(unattached/.*|peripheral/vcpu{index}(-[0-9a-f]+)?)")
+            named = path is None or own.fullmatch(path)
             assert named, f"{what}: slot {index} holds {path}"
 
     def __str__(self) -> str:

@@ -81,7 +81,7 @@ async def test_a_monitor_that_the_operator_keeps_is_told_and_another_one_will_do
         assert busy.returncode == 1
         assert "vcpuset plan --monitor" in busy.stderr
         (found,) = (await _vcpuset("plan", "-f", "-", "--monitor", guest.monitors[1], text=text))["items"]
-        assert [each["id"] for each in found["plug"]] == ["vcpu2"]
+        assert found["plug"] == [{"slot": 2}]
         assert (await user.get("vm")).vcpus == 2
 
 

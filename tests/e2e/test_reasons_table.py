@@ -18,6 +18,8 @@ from qemu.qmp import ExecuteError
 from harness.acpi import Acpi, Source, Status
 from harness.controlplane import ControlPlane
 from harness.expect import HELD, READY, RECONCILING, STALLED, States, check_form
+from harness.faults import Error
+from harness.faulty import FaultyMonitor
 from harness.guest import Guest, GuestOptions
 from harness.operator import OperatorProcess
 from harness.qmp import Raw, raw
@@ -27,7 +29,7 @@ from vcpuset.domain.reasons import Reason
 
 ROWS: dict[str, tuple[str, States]] = {
     "matches": ("Converged", READY),
-    "id-taken": ("Plugging", RECONCILING),
+    "plug-refused": ("Plugging", RECONCILING),
     "giving": ("Unplugging", RECONCILING),
     "silent": ("UnplugPending", RECONCILING),
     "not-booted": ("WaitingForGuest", RECONCILING),
@@ -127,9 +129,10 @@ class _Stage:
         await self._with_a_guest()
         await self._machine("matches")
         await create("matches", 2)
-        foreign = ["-device", "qemu-xhci", "-device", "usb-tablet,id=vcpu2"]
-        await self._machine("id-taken", smp="2,maxcpus=3", extra=foreign)
-        await create("id-taken", 3)
+        refusal = Error("GenericError", "no memory for another CPU")
+        monitor = FaultyMonitor(self._folder / "plug-refused", faults={"device_add": refusal})
+        await self._stack.enter_async_context(monitor)
+        await create("plug-refused", 3)
 
     async def _at_odds_with_its_type(self) -> None:
         create = self._user.create

@@ -1,6 +1,7 @@
 """QEMU's refusals arrive as the errors that tell what to do: from a real QEMU where it can be made to refuse so."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from qemu.qmp.message import Message
 from qemu.qmp.models import ErrorResponse
 
 from harness.acpi import Acpi
+from harness.faults import Error
+from harness.faulty import FaultyMonitor
 from harness.guest import Guest
 from harness.qmp import raw
 from harness.wait import until
@@ -34,12 +37,28 @@ async def test_plugging_into_an_occupied_slot(q35: Guest, connect: Connect) -> N
     assert (raised.value.command, raised.value.error_class) == ("device_add", "GenericError")
 
 
-async def test_plugging_with_an_id_in_use(q35: Guest, connect: Connect) -> None:
+async def test_a_cpu_whose_id_is_in_use_is_plugged_with_another_id(q35: Guest, connect: Connect) -> None:
     session = await connect(q35.monitors[0])
     free = (await session.observe()).free
+    async with raw(q35.control) as other:
+        # As avocado-vt names CPUs: from the last slot down, counted from another number.
+        await other.device_add(free[-1].index, "vcpu2")
     await session.plug(free[0])
-    with pytest.raises(SlotTaken, match="Duplicate device ID 'vcpu2'"):
-        await session.plug(dataclasses.replace(free[1], index=2))
+    await session.plug(free[1])
+    paths = {slot.index: slot.path for slot in (await session.observe()).occupied}
+    assert re.fullmatch("/machine/peripheral/vcpu2-[0-9a-f]{6}", paths[2] or "")
+    assert paths[3] == "/machine/peripheral/vcpu3"
+
+
+async def test_a_cpu_none_of_whose_ids_qemu_takes_is_not_tried_for_ever(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    refusal = Error("GenericError", "Duplicate device ID 'vcpu2'")
+    async with FaultyMonitor(namespace_folder / "qmp", faults={"device_add": refusal}) as monitor:
+        session = await connect(monitor.path)
+        with pytest.raises(SlotTaken, match="Duplicate device ID"):
+            await session.plug((await session.observe()).free[0])
+        assert len(monitor.received("device_add")) == 2
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def _item(found: Study) -> dict[str, Any]:
         "guest": None if machine is None else guest_document(found.guest, machine, None),
         "declaredVCPUs": vcpuset.spec.vcpus,
         "reachableVCPUs": None if work is None else work.goal.count,
-        "plug": [] if work is None else [{"slot": slot.index, "id": slot.device_id} for slot in work.plug],
+        "plug": [] if work is None else [{"slot": slot.index} for slot in work.plug],
         "ask": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
         "standby": [] if work is None else [slot.index for slot in work.standby],
         "bringOnline": [] if work is None else list(work.bring_online),
@@ -311,9 +311,7 @@ def _told(verdict: Verdict) -> Cell:
 
 def _deeds(work: Prospect) -> Iterator[str]:
     if work.plug:
-        first, last = work.plug[0].device_id, work.plug[-1].device_id
-        names = f"as {first}" if first == last else f"as {first} to {last}"
-        yield f"plug {_slots(work.plug)} {names}"
+        yield f"plug {_slots(work.plug)}"
     if work.ask:
         yield f"ask the guest to give back {_slots(work.ask, in_order=True)}"
     if work.bring_online:

@@ -124,11 +124,6 @@ class Slot:
         """Whether the CPU in it came from `-smp`; one that came with an id, from anybody, counts as plugged."""
         return self.path is not None and self.path.startswith("/machine/unattached/")
 
-    @property
-    def device_id(self) -> str:
-        """The id that this program gives to a CPU that it plugs here; libvirt's form."""
-        return f"vcpu{self.index}"
-
 
 @dataclass(frozen=True, slots=True)
 class Machine:

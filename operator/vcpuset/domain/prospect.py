@@ -128,7 +128,7 @@ def _standby(
 
 def _changed(machine: Machine, fill: Sequence[Slot], ask: Sequence[Slot]) -> Machine:
     """The machine with these slots filled and those free."""
-    filled = {slot.index: replace(slot, path=f"/machine/peripheral/{slot.device_id}") for slot in fill}
+    filled = {slot.index: replace(slot, path=f"/machine/peripheral/{slot.index}") for slot in fill}
     freed = {slot.index: replace(slot, path=None, thread_id=None) for slot in ask}
     changed = filled | freed
     slots = tuple(changed.get(slot.index, slot) for slot in machine.slots or ())

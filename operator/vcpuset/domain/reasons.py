@@ -50,7 +50,7 @@ class Reason(enum.StrEnum):
         "Plugging",
         (State.RECONCILING,),
         "vCPUs are being plugged; if QEMU refuses one for now, the message has its words.",
-        "Wait. If QEMU names something that is in the way, such as a foreign device with a vCPU's id, remove it.",
+        "Wait. If QEMU names something that is in the way, remove it.",
     )
     UNPLUGGING = (
         "Unplugging",

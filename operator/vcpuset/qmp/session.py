@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from secrets import token_hex
 from typing import Final, Literal, TypeVar
 
 from qemu.qmp import ExecuteError, Message, StateError
@@ -26,6 +27,7 @@ from vcpuset.domain.errors import (
     MachineUnsettled,
     MonitorTimeout,
     MonitorUnreachable,
+    SlotTaken,
     VCPUSetError,
 )
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
@@ -231,9 +233,16 @@ class Session:
     async def plug(self, slot: Slot) -> None:
         """Put a CPU into a free slot. It counts at once; the guest takes it later, if it will.
 
+        Its id is `vcpu<slot>`, libvirt's form, or begins with that: any other device can have the same id.
+
         Raises SlotTaken, Migrating, PermanentError, CommandRefused, or MonitorError.
         """
-        await self._execute("device_add", {**slot.props, "driver": slot.driver, "id": slot.device_id})
+        arguments = {**slot.props, "driver": slot.driver, "id": f"vcpu{slot.index}"}
+        try:
+            await self._execute("device_add", arguments)
+        except SlotTaken:
+            # If it is the slot that is taken and not the id, QEMU says so again.
+            await self._execute("device_add", {**arguments, "id": f"vcpu{slot.index}-{token_hex(3)}"})
 
     async def unplug(self, slot: Slot) -> None:
         """Ask the guest to give back the CPU in an occupied slot; returns when QEMU has passed the request on.

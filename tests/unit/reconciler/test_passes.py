@@ -269,12 +269,13 @@ def test_a_refusal_of_an_earlier_request_is_no_answer_to_a_new_one(world: Lawful
     assert [request.answer for request in world.status().pending_unplugs] == [None]
 
 
-def test_a_slot_whose_id_somebody_else_has_used_is_left_out(world: LawfulWorld, qemu: Qemu) -> None:
+def test_a_slot_whose_id_another_cpu_has_is_filled_with_another_id(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.come_by_another_hand(6, "vcpu2")
     world.apply("web", vcpus=5)
     world.run_due()
 
-    assert sorted(qemu.cpus) == [0, 1, 3, 4, 6]
+    assert sorted(qemu.cpus) == [0, 1, 2, 3, 6]
+    assert qemu.cpus[2][0].startswith("/machine/peripheral/vcpu2-")
     assert world.true_conditions() == ["Ready"]
 
 
