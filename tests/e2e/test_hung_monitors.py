@@ -1,4 +1,4 @@
-"""Sets whose monitors hang or answer slowly wait for each other only; a set that is mended does not wait for the others."""
+"""Sets whose monitors hang or answer slowly wait for each other only; a set that is mended does not wait for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.controlplane import ControlPlane
 from harness.expect import READY, shows
-from harness.faults import Delay
+from harness.faults import Delay, Fault
 from harness.faulty import GREETING, FaultyMonitor, Hang
 from harness.operator import OperatorProcess
 from harness.wait import until
@@ -37,13 +37,10 @@ async def test_sets_that_are_sound_or_mended_are_served_before_those_whose_monit
         await stack.enter_async_context(FaultyMonitor(folder / "good"))
         others: dict[str, FaultyMonitor] = {}
         for number in range(EACH):
-            for name, faults in {
-                f"hung-{number}": {GREETING: Hang()},
-                f"slow-{number}": {"device_add": Delay(3.0)},
-            }.items():
-                others[name] = await stack.enter_async_context(
-                    FaultyMonitor(folder / name, slots=SLOTS, faults=faults)
-                )
+            kinds: dict[str, dict[str, Fault]] = {"hung": {GREETING: Hang()}, "slow": {"device_add": Delay(3.0)}}
+            for kind, faults in kinds.items():
+                monitor = FaultyMonitor(folder / f"{kind}-{number}", slots=SLOTS, faults=faults)
+                others[f"{kind}-{number}"] = await stack.enter_async_context(monitor)
         for name in others:
             await user.create(name, 2 if name.startswith("hung") else SLOTS, name)
 

@@ -130,7 +130,7 @@ class _Stage:
         await self._machine("matches")
         await create("matches", 2)
         refusal = Error("GenericError", "no memory for another CPU")
-        monitor = FaultyMonitor(self._folder / "plug-refused", faults={"device_add": refusal})
+        monitor = FaultyMonitor(self._folder / "plug-refused.sock", faults={"device_add": refusal})
         await self._stack.enter_async_context(monitor)
         await create("plug-refused", 3)
 

@@ -373,9 +373,7 @@ def succeeded(queue: WorkQueue[str], key: str) -> None:
     queue.forget(key)
 
 
-async def slow_keys(
-    queue: WorkQueue[str], keys: str, outcome: Callable[[WorkQueue[str], str], None] = failed
-) -> None:
+async def slow_keys(queue: WorkQueue[str], keys: str, outcome: Callable[[WorkQueue[str], str], None] = failed) -> None:
     """Have one pass over each of these keys take long."""
     for key in keys:
         queue.add(key)
