@@ -363,9 +363,9 @@ def _cpus(value: Json) -> Json:
         targets.add(_text(_an(dict, entry).get("target")))
         thread_of = re.fullmatch(r"(.*)/thread\[[^/]*", path := _text(entry.get("qom-path")))
         devices.append((thread_of[1] if thread_of else path, _number(entry.get("thread-id"), 0, 2**63 - 1)))
-    if len(targets) != 1:
+    if len(targets) > 1:
         raise Senseless
-    return {"arch": targets.pop(), "devices": devices}
+    return {"arch": targets.pop() if targets else "unknown", "devices": devices}
 
 
 def _slots(value: Json) -> Json:

@@ -327,6 +327,8 @@ async def test_a_machine_that_hangs_does_not_hang_the_command(q35: Guest) -> Non
             id="plug-only",
         ),
         pytest.param({"machine": "microvm", "smp": "2"}, 3, ["HotplugUnsupported"], [], id="no-hotplug"),
+        pytest.param({"machine": "none", "smp": "1"}, 2, ["HotplugUnsupported"], [], id="no-machine"),
+        pytest.param({"machine": "x-remote", "smp": "1"}, 1, ["HotplugUnsupported"], [], id="no-cpus"),
     ],
 )
 async def test_what_a_machine_cannot_do_is_told(
@@ -340,3 +342,30 @@ async def test_what_a_machine_cannot_do_is_told(
         shown = (await vcpuset("inspect", guest.monitors[0])).stdout
         assert f"{found['machine']['vcpus']} present" in shown
         assert "LAST _OST" not in shown
+
+
+@pytest.mark.parametrize("smp", ["1,maxcpus=8", "2,maxcpus=8"])
+async def test_a_machine_whose_cpus_share_one_thread_can_only_grow(namespace_folder: Path, smp: str) -> None:
+    async with (
+        Guest(None, smp=smp, extra=["-icount", "2"], socket_dir=namespace_folder) as guest,
+        raw(guest.control) as control,
+    ):
+        assert in_the_way(await planned(namespace_folder.parent, manifest(3))) == []
+        await control.device_add(2)
+        await Acpi(control).leave_legacy()
+        found = await planned(namespace_folder.parent, manifest(1))
+        assert in_the_way(found) == ["UnplugUnsupported"]
+        assert "all CPUs in one thread" in found["obstacles"][0]["message"]
+        assert "thread=multi" in found["obstacles"][0]["message"]
+        assert found["ask"] == []
+
+
+async def test_a_machine_that_is_not_made_yet_is_busy_until_it_is(namespace_folder: Path) -> None:
+    root = namespace_folder.parent
+    async with Guest(None, smp="2,maxcpus=8", extra=["-preconfig"], socket_dir=namespace_folder) as guest:
+        found = await planned(root, manifest(3), status=1)
+        assert in_the_way(found) == ["MachineBusy"]
+        assert "x-exit-preconfig" in found["obstacles"][0]["message"]
+        async with raw(guest.control) as control:
+            await control.call("x-exit-preconfig")
+        assert (await planned(root, manifest(3)))["plug"] == [{"slot": 2}]

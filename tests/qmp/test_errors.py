@@ -23,6 +23,7 @@ from vcpuset.domain.errors import (
     GuestNotReady,
     Migrating,
     PermanentError,
+    Preconfig,
     SlotTaken,
     TransientError,
 )
@@ -136,6 +137,7 @@ async def test_plugging_and_unplugging_while_a_migration_runs(
 @pytest.mark.parametrize(
     ("command", "words", "kind"),
     [
+        ("query-migrate", "The command 'x' is permitted only after machine initialization has completed", Preconfig),
         ("device_del", "acpi: device unplug request for not supported device type: qemu64-x86_64-cpu", GuestNotReady),
         ("device_add", "device_add not allowed while migrating", Migrating),
         ("device_add", "Duplicate device ID 'vcpu3'", SlotTaken),

@@ -359,7 +359,6 @@ def slot(**changes: object) -> dict[str, object]:
         ("query-acpi-ospm-status", [{"slot-type": "CPU", "slot": "-1", "source": 0, "status": 0}], "'slot' is '-1'"),
         ("query-acpi-ospm-status", [{"slot-type": "CPU", "slot": 1, "source": 0, "status": 0}], "'slot' is 1"),
         ("query-cpus-fast", {}, "with {}"),
-        ("query-cpus-fast", [], "with an empty list"),
         ("query-cpus-fast", [5], "with 5"),
         ("query-cpus-fast", [{"target": "x86_64"}], "without 'qom-path'"),
         ("query-cpus-fast", [cpu("/a", "1")], "'thread-id' is '1'"),

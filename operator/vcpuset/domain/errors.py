@@ -12,6 +12,7 @@
      |    +-- TransientError      the same command can succeed later without anybody's help
      |    |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
      |    |    +-- Migrating      a migration runs
+     |    |    +-- Preconfig      QEMU has not made the machine yet (-preconfig)
      |    |    +-- SlotTaken      the slot or the device id came into use since it was looked at
      |    +-- DeviceGone          the device is not there (any more): for an unplug, success
      |    +-- PermanentError      it can never succeed on this machine as it is
@@ -52,6 +53,7 @@ __all__ = [
     "NotLeading",
     "ObjectGone",
     "PermanentError",
+    "Preconfig",
     "Rejected",
     "SlotTaken",
     "TransientError",
@@ -119,6 +121,10 @@ class GuestNotReady(TransientError):
 
 class Migrating(TransientError):
     """QEMU refuses changes while a migration runs."""
+
+
+class Preconfig(TransientError):
+    """QEMU was started with -preconfig and has not made the machine yet."""
 
 
 class SlotTaken(TransientError):

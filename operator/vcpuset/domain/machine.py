@@ -173,9 +173,17 @@ class Machine:
         return self.slots[0].thread_id if self.slots else None
 
     @property
+    def one_thread(self) -> bool:
+        """Whether QEMU runs all CPUs in one host thread (TCG with `thread=single`, or with `-icount`).
+
+        An unplug makes such a QEMU hang or abort, since it ends the CPU's thread and waits for that (7.2 to 11.1).
+        """
+        return len(self.occupied) > 1 and len({slot.thread_id for slot in self.occupied}) == 1
+
+    @property
     def unpluggable(self) -> tuple[Slot, ...]:
-        """The occupied slots that QEMU can be asked to free: never slot 0, and none at all on s390x."""
-        if self.arch == "s390x":
+        """The occupied slots that QEMU can be asked to free: never slot 0; none on s390x, nor with `one_thread`."""
+        if self.arch == "s390x" or self.one_thread:
             return ()
         return tuple(slot for slot in self.occupied if slot.index != 0)
 

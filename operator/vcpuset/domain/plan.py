@@ -117,6 +117,9 @@ def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str, str]:
     if not unpluggable:
         if machine.arch == "s390x":
             words, way_out = "QEMU cannot unplug CPUs of this machine", ", or restart the VM with fewer"
+        elif machine.one_thread:
+            words = "QEMU runs all CPUs in one thread, where an unplug would end it"
+            way_out = ", or restart the VM with -accel tcg,thread=multi and without -icount"
         else:
             words, way_out = "slot 0 cannot be unplugged", ""
         return machine.floor, Reason.UNPLUG_UNSUPPORTED, words, way_out

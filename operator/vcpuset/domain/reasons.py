@@ -109,8 +109,8 @@ class Reason(enum.StrEnum):
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
-        "The machine migrates, saves, restores, sleeps or stands still (io-error): its CPUs cannot be changed now.",
-        "Wait for the migration or snapshot to end; wake the guest; mend the storage and let it go on (cont).",
+        "The machine migrates, saves, restores, sleeps, is in io-error or in -preconfig: its CPUs cannot be changed now.",
+        "Wait for the migration or snapshot to end; wake the guest; mend the storage (then cont); x-exit-preconfig.",
     )
     MACHINE_NOT_RUNNING = (
         "MachineNotRunning",
@@ -151,7 +151,7 @@ class Reason(enum.StrEnum):
     HOTPLUG_UNSUPPORTED = (
         "HotplugUnsupported",
         (State.STALLED,),
-        "The machine type cannot plug CPUs, or QEMU refuses for good; the message has its words.",
+        "The machine type cannot plug CPUs or has none (-M none), or QEMU refuses for good; the message has its words.",
         "Restart the VM with the declared count, or with a machine type (on x86: q35 or pc) and firmware that can.",
     )
     MONITOR_CONFLICT = (

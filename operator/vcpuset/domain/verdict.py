@@ -21,6 +21,7 @@ from vcpuset.domain.errors import (
     MonitorBusy,
     MonitorTimeout,
     PermanentError,
+    Preconfig,
     VCPUSetError,
 )
 from vcpuset.domain.guest import GuestReport
@@ -302,7 +303,8 @@ def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
 def failure(error: VCPUSetError) -> Verdict:
     """What is reported when the machine could not be looked at."""
     # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew.
-    return _verdict(_failed(error), sentence(str(error)), Pace.RETRY)
+    help_ = " End -preconfig (x-exit-preconfig)." if isinstance(error, Preconfig) else ""
+    return _verdict(_failed(error), f"{sentence(str(error))}{help_}", Pace.RETRY)
 
 
 def _failed(error: VCPUSetError) -> Reason:
@@ -315,6 +317,8 @@ def _failed(error: VCPUSetError) -> Reason:
             return Reason.MONITOR_BUSY
         case MonitorTimeout():
             return Reason.MONITOR_TIMEOUT
+        case Preconfig():
+            return Reason.MACHINE_BUSY
         case _:
             return Reason.MONITOR_UNREACHABLE
 

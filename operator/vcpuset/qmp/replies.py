@@ -61,7 +61,10 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CPUs:
-    """`query-cpus-fast`: architecture, number of vCPUs, and the host threads of each CPU device, ascending."""
+    """`query-cpus-fast`: architecture, number of vCPUs, and the host threads of each CPU device, ascending.
+
+    arch  "unknown" for a machine without CPUs (`-M none`, `x-remote`)
+    """
 
     arch: str
     count: int
@@ -108,11 +111,9 @@ def cpus(reply: object) -> CPUs:
         archs.add(_name(entry, "target"))
         count += 1
         threads.setdefault(_device(_name(entry, "qom-path")), []).append(_number(entry, "thread-id", 0, _LARGEST))
-    if not count:
-        raise Malformed("an empty list")
     if len(archs) > 1:
         raise Malformed(f"CPUs of several architectures: {reprlib.repr(sorted(archs))}")
-    return CPUs(archs.pop(), count, {path: sorted(each) for path, each in threads.items()})
+    return CPUs(archs.pop() if archs else "unknown", count, {path: sorted(each) for path, each in threads.items()})
 
 
 def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ...] | None:

@@ -27,6 +27,7 @@ from vcpuset.domain.errors import (
     MonitorError,
     MonitorUnreachable,
     PermanentError,
+    Preconfig,
     SlotTaken,
 )
 
@@ -52,6 +53,8 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
         ("device unplug request for not supported device type", GuestNotReady),
         # device_add, device_del. system/qdev-monitor.c (run: 7.2 to 11.1).
         ("not allowed while migrating", Migrating),
+        # Any command that needs the machine. qapi/qmp-dispatch.c (run: 10.0).
+        ("permitted only after machine initialization has completed", Preconfig),
         # device_add; also while the unplug of that id is pending. system/qdev-monitor.c (run: 7.2 to 11.1); without
         # the word "device" in older releases.
         (r"^Duplicate (device )?ID '", SlotTaken),

@@ -22,6 +22,7 @@ from vcpuset.domain.errors import (
     MonitorTimeout,
     MonitorUnreachable,
     PermanentError,
+    Preconfig,
     SlotTaken,
     VCPUSetError,
 )
@@ -426,6 +427,10 @@ CASES = {
     "no reply": (
         failure(MonitorTimeout("no answer to query-status")),
         Said(Reason.MONITOR_TIMEOUT, State.RECONCILING, Pace.RETRY, "query-status", "Warning"),
+    ),
+    "not made yet": (
+        failure(Preconfig("query-migrate", "GenericError", "permitted only after machine initialization")),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "(x-exit-preconfig)"),
     ),
     "a bad path": (
         failure(InvalidMonitor("a.sock is a folder")),

@@ -1,5 +1,7 @@
 """What an observation means: run states, slots, `_OST` reports."""
 
+from dataclasses import replace
+
 import pytest
 
 from unit.domain.builders import a_machine, a_slot
@@ -73,6 +75,17 @@ def test_s390x_gives_nothing_back() -> None:
 
     assert machine.unpluggable == ()
     assert machine.floor == 3
+
+
+def test_a_machine_whose_cpus_share_one_thread_gives_nothing_back() -> None:
+    machine = a_machine(boot=[0, 1], plugged=[4])
+    assert machine.slots is not None
+    shared = replace(machine, slots=tuple(replace(each, thread_id=each.thread_id and 7) for each in machine.slots))
+
+    assert not machine.one_thread
+    assert shared.one_thread
+    assert (shared.unpluggable, shared.floor, shared.ceiling) == ((), 3, 8)
+    assert not a_machine(boot=[0]).one_thread
 
 
 def test_without_slots_floor_and_ceiling_are_what_is_there() -> None:
