@@ -377,20 +377,17 @@ class Reconciler:
         self._let_elder_look(vcpuset, track)
         requests = self._known_requests(vcpuset, track, session, machine)
         blocked: CommandError | None = None
-
-        # What a pass does has an end, so that others have their turn; a pass that takes so long is a slow one.
+        # A pass has a budget of time, so that other sets have their turn: whoever uses it up is slow.
         loop = asyncio.get_running_loop()
         until = loop.time() + SLOW_SECONDS
+        unfinished = False
+
         step = self._plan(vcpuset, track, machine, requests)
         step = self._paced(vcpuset, track, session, machine, step)
         if step.plug:
             vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal, until)
             requests = still_open(requests, machine, self._clock())
-            if machine.vcpus < step.goal.count and blocked is None and loop.time() >= until:
-                # The next pass goes on at once, after the others.
-                verdict = replace(plugging(vcpuset.spec, machine, step.goal), due=self._clock())
-                await self._report(vcpuset, machine, requests, verdict)
-                return verdict
+            unfinished = machine.vcpus < step.goal.count and blocked is None and loop.time() >= until
         rounds = ROUNDS
         while rounds and step.ask and blocked is None:
             now_asked = {cpu_of(slot) for slot in step.ask}
@@ -404,6 +401,11 @@ class Reconciler:
         requests = _still_wanted(vcpuset, machine, requests)
         assert track.contest is not None
         track.contest.left(machine, [request.slot for request in requests if request.in_flight])
+        if unfinished:
+            # The next pass goes on at once, after those of the other sets.
+            verdict = replace(plugging(vcpuset.spec, machine, step.goal), due=self._clock())
+            await self._report(vcpuset, machine, requests, verdict)
+            return verdict
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
         if step.ask and blocked is None:
             # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on, in its turn;

@@ -180,7 +180,10 @@ class Story:
         if asked:
             reading_ = self._reading()
             self._replay(reading_)
-            self._judge("change", outcome, reading_.carried_out(asked[0]), None)
+            # A refusal that can be about the id has a second try, whose outcome counts.
+            for each in asked:
+                right = reading_.carried_out(each)
+            self._judge("change", outcome, right, None)
             self._results.append(("change", asked))
         return outcome is None
 
@@ -207,7 +210,8 @@ class Story:
             if what == "observe":
                 read.observed(asked)
             else:
-                read.carried_out(asked[0])
+                for each in asked:
+                    read.carried_out(each)
 
     def _new_commands(self) -> list[Asked]:
         """The commands asked since the last look, without the negotiation."""

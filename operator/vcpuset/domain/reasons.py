@@ -109,7 +109,7 @@ class Reason(enum.StrEnum):
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
-        "The machine migrates, saves, restores, sleeps, is in io-error or in -preconfig: its CPUs cannot be changed now.",
+        "The machine migrates, saves, restores, sleeps, or is in io-error or -preconfig: CPUs cannot be changed now.",
         "Wait for the migration or snapshot to end; wake the guest; mend the storage (then cont); x-exit-preconfig.",
     )
     MACHINE_NOT_RUNNING = (
