@@ -257,7 +257,7 @@ async def test_a_pass_that_is_stuck_is_an_illness(
         await user.create("one", 2, "one.sock")
 
         async def is_ill() -> bool:
-            return "a pass has not moved for" in (await process.get("/healthz"))[1]
+            return "a reconciliation has made no progress for" in (await process.get("/healthz"))[1]
 
         await until(is_ill, WAIT, "/healthz to fail")
         released.set()

@@ -60,7 +60,7 @@ class OutOfPlace(ValueError):
 def reasons() -> str:
     """The reasons of Ready, Reconciling and Stalled, in the order of the list."""
     rows = [(f"`{reason}`", _true_condition(reason), reason.meaning, reason.remedy) for reason in Reason]
-    return _table(("reason", "True is", "meaning", "what helps"), rows)
+    return _table(("reason", "true condition", "meaning", "remedy"), rows)
 
 
 def agent() -> str:
@@ -104,7 +104,7 @@ def alerts() -> str:
         for rule in rules
         for name in [rule["alert"]]
     ]
-    return _table(("alert", "severity", "what it says"), rows)
+    return _table(("alert", "severity", "summary"), rows)
 
 
 def _metrics(families: Iterable[Metric]) -> str:

@@ -52,8 +52,8 @@ class Snapshot:
         shown = len(self._sets) <= self._limit
         family = GaugeMetricFamily(
             "vcpuset_set_series",
-            "1: there are series for single sets; 0: there are more sets than may be shown. "
-            "Not there with --metrics-set-limit=0.",
+            "1: each VCPUSet has its own series; 0: there are more sets than --metrics-set-limit. "
+            "Absent with --metrics-set-limit=0.",
         )
         family.add_metric([], float(shown))
         yield family
@@ -71,7 +71,7 @@ class Snapshot:
         seconds = GaugeMetricFamily("vcpuset_not_ready_seconds", _UNMATCHED, labels=of_set)
         state = GaugeMetricFamily(
             "vcpuset_state",
-            "Always 1: the set's state and the reason of its conditions.",
+            "Always 1: the state of the set and the reason of its conditions.",
             labels=[*of_set, "state", "reason"],
         )
         for vcpuset, (which, reason), since in zip(self._sets, states, unmatched, strict=True):
@@ -114,7 +114,7 @@ class Census:
 
 
 _UNMATCHED: Final = (
-    "Seconds since the machine last was as declared, as the status has it; 0: it is so now; of a new set, its age."
+    "Seconds since the set was last Ready, according to its status; 0: it is Ready; for a new set, its age."
 )
 
 
@@ -124,9 +124,9 @@ def _pending(vcpuset: VCPUSet) -> float:
 
 _SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] = (
     ("vcpuset_desired_vcpus", "spec.vcpus.", lambda vcpuset: vcpuset.spec.vcpus),
-    ("vcpuset_current_vcpus", "status.vcpus, once it is known.", lambda vcpuset: vcpuset.status.vcpus),
-    ("vcpuset_online_vcpus", "status.onlineVCPUs, while it is known.", lambda vcpuset: vcpuset.status.online_vcpus),
-    ("vcpuset_pending_unplugs", "Unplug requests that the guest may still carry out.", _pending),
+    ("vcpuset_current_vcpus", "status.vcpus, once known.", lambda vcpuset: vcpuset.status.vcpus),
+    ("vcpuset_online_vcpus", "status.onlineVCPUs, while known.", lambda vcpuset: vcpuset.status.online_vcpus),
+    ("vcpuset_pending_unplugs", "Unplug requests that the guest may still complete.", _pending),
 )
 
 
@@ -154,14 +154,14 @@ def _summed(states: list[tuple[State, str]], unmatched: list[float]) -> Iterator
         if state in longest:
             longest[state] = max(longest[state], seconds)
     sets = GaugeMetricFamily(
-        "vcpuset_sets", "VCPUSets that this operator serves, by state and reason.", labels=["state", "reason"]
+        "vcpuset_sets", "VCPUSets that this operator manages, by state and reason.", labels=["state", "reason"]
     )
     for (state, reason), count in counts.items():
         sets.add_metric([state.value, reason], count)
     yield sets
     oldest = GaugeMetricFamily(
         "vcpuset_longest_not_ready_seconds",
-        "The greatest vcpuset_not_ready_seconds of all sets in this state; 0: there is none.",
+        "The highest vcpuset_not_ready_seconds of all sets in this state; 0: none.",
         labels=["state"],
     )
     for state, seconds in longest.items():

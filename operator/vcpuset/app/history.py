@@ -45,15 +45,15 @@ class History:
         self._monotonic = monotonic
         self._convergence = Histogram(
             "vcpuset_convergence_seconds",
-            "Time from a change of a spec, as this process saw it come, to Ready; of several in a row the last one is "
-            "counted.",
+            "Time from the moment this process observed a spec change to Ready; of several changes in a row, only the "
+            "last one counts.",
             registry=registry,
             buckets=_SECONDS,
         )
         self._unplugs = Counter(
             "vcpuset_unplugs_total",
-            "Unplug requests, as the statuses show them. done: the vCPU left; refused: the guest or QEMU said no; "
-            "timed_out: no answer within unplug.timeoutSeconds (it can still come).",
+            "Unplug requests, according to the statuses. done: the vCPU was unplugged; refused: by the guest or QEMU; "
+            "timed_out: no answer within unplug.timeoutSeconds (it can still arrive).",
             ("result",),
             registry=registry,
         )

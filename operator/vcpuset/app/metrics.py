@@ -58,39 +58,39 @@ class Metrics:
         untyped.disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        Info("vcpuset_build", "The version that runs.", registry=self.registry).info(
+        Info("vcpuset_build", "The version of the operator.", registry=self.registry).info(
             {"version": metadata.version("vcpuset")}
         )
 
         labels = ("controller",)
         self._queued = self._histogram(
-            "workqueue_queue_duration_seconds", "Time that a key waited in the queue.", ("name",)
+            "workqueue_queue_duration_seconds", "How long items waited in the queue.", ("name",)
         ).labels(_CONTROLLER)
         self._worked = self._histogram(
-            "workqueue_work_duration_seconds", "Time that a key was worked on.", ("name",)
+            "workqueue_work_duration_seconds", "How long items took to process.", ("name",)
         ).labels(_CONTROLLER)
-        self._passes = self._counter("controller_runtime_reconcile_total", "Passes, by result.", (*labels, "result"))
+        self._passes = self._counter("controller_runtime_reconcile_total", "Reconciliations, by result.", (*labels, "result"))
         for result in ("success", "requeue_after", "error"):
             self._passes.labels(_CONTROLLER, result)  # a series that is there from the start has a rate
         self._errors = self._counter(
-            "controller_runtime_reconcile_errors_total", "Passes that failed and are tried again.", labels
+            "controller_runtime_reconcile_errors_total", "Reconciliations that failed and are retried.", labels
         ).labels(_CONTROLLER)
         self._panics = self._counter(
             "controller_runtime_reconcile_panics_total",
-            "Passes that ended with a defect of the operator; they are tried again.",
+            "Reconciliations that ended with an unexpected exception; they are retried.",
             labels,
         ).labels(_CONTROLLER)
         self._seconds = self._histogram(
-            "controller_runtime_reconcile_time_seconds", "Time that a pass took.", labels
+            "controller_runtime_reconcile_time_seconds", "How long reconciliations took.", labels
         ).labels(_CONTROLLER)
-        self._active = self._gauge("controller_runtime_active_workers", "Passes under way.", labels).labels(_CONTROLLER)
-        self._gauge("controller_runtime_max_concurrent_reconciles", "Passes that can be under way.", labels).labels(
+        self._active = self._gauge("controller_runtime_active_workers", "Reconciliations in progress.", labels).labels(_CONTROLLER)
+        self._gauge("controller_runtime_max_concurrent_reconciles", "Maximum number of concurrent reconciliations.", labels).labels(
             _CONTROLLER
         ).set(workers)
 
         self._requests = self._counter(
             "rest_client_requests_total",
-            "Requests to the API server, by HTTP status; <error>: there was no answer.",
+            "Requests to the API server, by HTTP status; <error>: no response.",
             ("method", "code"),
         )
         for method in _METHODS:
@@ -98,22 +98,22 @@ class Metrics:
 
         self._commands = self._histogram(
             "vcpuset_qmp_command_duration_seconds",
-            "Time until QEMU answered a QMP command, or until it was given up.",
+            "Time until QEMU answered a QMP command, or until the command timed out.",
             ("command",),
         )
         self._failures = self._counter(
             "vcpuset_qmp_command_errors_total",
-            "QMP commands without success. refused: QEMU said no; timeout: no answer in time; lost: no connection.",
+            "Failed QMP commands. refused: QEMU returned an error; timeout: no answer in time; lost: connection lost.",
             ("command", "error"),
         )
         self._by_command = {command: self._commands.labels(command) for command in QMP_COMMANDS}
         self._plugs = self._counter(
-            "vcpuset_plugs_total", "vCPUs plugged. done: QEMU took it; refused: QEMU said no.", ("result",)
+            "vcpuset_plugs_total", "Attempts to plug a vCPU. done: success; refused: QEMU returned an error.", ("result",)
         )
         for result in ("done", "refused"):
             self._plugs.labels(result)
         self._lag = self._histogram(
-            "vcpuset_event_loop_lag_seconds", "How late the event loop came to a timer, measured once a second.", ()
+            "vcpuset_event_loop_lag_seconds", "How late the event loop runs a timer, measured once a second.", ()
         )
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
@@ -132,33 +132,33 @@ class Metrics:
     def watch_leadership(self, name: str, leading: Callable[[], bool]) -> None:
         """Show whether this process holds the lease `name`."""
         self._gauge(
-            "leader_election_master_status", "1: this process is the leader; 0: it stands by.", ("name",)
+            "leader_election_master_status", "1: this process is the leader; 0: it is a standby.", ("name",)
         ).labels(name).set_function(lambda: float(leading()))
 
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Show how many Kubernetes Events were not written."""
-        self._read("vcpuset_events_lost_total", "Kubernetes Events lost: too many waited, or they were refused.", lost)
-        self._read("vcpuset_events_throttled_total", "Kubernetes Events left out: their set had too many.", throttled)
+        self._read("vcpuset_events_lost_total", "Kubernetes Events lost because the queue was full or the API server rejected them.", lost)
+        self._read("vcpuset_events_throttled_total", "Kubernetes Events dropped by the rate limit of their VCPUSet.", throttled)
 
     def watch_freshness(self, freshness: Freshness) -> None:
         """Show how the watch and the lists keep up."""
-        self._read("vcpuset_watch_events_total", "Objects that the watch has brought.", lambda: freshness.events)
-        self._read("vcpuset_lists_total", "Lists of all sets that succeeded.", lambda: freshness.lists)
-        self._read("vcpuset_list_errors_total", "Lists of all sets that failed.", lambda: freshness.failures)
+        self._read("vcpuset_watch_events_total", "Objects delivered by the watch.", lambda: freshness.events)
+        self._read("vcpuset_lists_total", "Successful lists of all VCPUSets.", lambda: freshness.lists)
+        self._read("vcpuset_list_errors_total", "Failed lists of all VCPUSets.", lambda: freshness.failures)
         self._gauge(
-            "vcpuset_last_list_timestamp_seconds", "When a list last succeeded, in seconds since 1970; 0: never.", ()
+            "vcpuset_last_list_timestamp_seconds", "Unix time of the last successful list; 0: none yet.", ()
         ).set_function(lambda: freshness.listed_at)
         self._gauge(
-            "vcpuset_watch_missing", "Sets of which a list had news that the watch has not brought yet.", ()
+            "vcpuset_watch_missing", "VCPUSets with changes that a list contained and the watch has not delivered.", ()
         ).set_function(lambda: len(freshness.missing))
         self._gauge(
             "vcpuset_watch_behind_seconds",
-            "For how long lists have shown what the watch does not bring while the API server answers; 0: well.",
+            "How long lists have contained changes that the watch does not deliver while the API server responds; 0: none.",
             (),
         ).set_function(lambda: freshness.behind_seconds)
         self._gauge(
             "vcpuset_watch_silent_seconds",
-            "For how much of vcpuset_watch_behind_seconds the watch did not fail; above 240 /healthz fails.",
+            "The part of vcpuset_watch_behind_seconds in which the watch did not fail; above 240, /healthz fails.",
             (),
         ).set_function(lambda: freshness.silent_seconds)
 
@@ -255,19 +255,19 @@ class _Queue(Collector):
         """One reading of all of them."""
         now = self._statistics()
         for family, name, text, value in (
-            (GaugeMetricFamily, "workqueue_depth", "Keys that wait for a worker.", now.depth),
-            (CounterMetricFamily, "workqueue_adds", "Keys that became due so far.", now.adds_total),
-            (CounterMetricFamily, "workqueue_retries", "Keys added after a failure so far.", now.retries_total),
+            (GaugeMetricFamily, "workqueue_depth", "Items that wait for a worker.", now.depth),
+            (CounterMetricFamily, "workqueue_adds", "Items added to the queue.", now.adds_total),
+            (CounterMetricFamily, "workqueue_retries", "Items added after a failure.", now.retries_total),
             (
                 GaugeMetricFamily,
                 "workqueue_unfinished_work_seconds",
-                "Time that the keys in work have been there, summed.",
+                "Total time that the items in progress have been processed so far.",
                 now.unfinished_seconds,
             ),
             (
                 GaugeMetricFamily,
                 "workqueue_longest_running_processor_seconds",
-                "Time that the oldest key in work has been there.",
+                "Time that the oldest item in progress has been processed so far.",
                 now.longest_running_seconds,
             ),
         ):

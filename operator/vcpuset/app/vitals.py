@@ -22,17 +22,17 @@ end of each QMP command is heard of; so a pass over a machine that answers each 
 def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str | None:
     """Why the process should be started anew; None: it is well."""
     if queue.longest_still_seconds > STUCK_SECONDS:
-        return f"a pass has not moved for {queue.longest_still_seconds:.0f} s"
+        return f"a reconciliation has made no progress for {queue.longest_still_seconds:.0f} s"
     # All workers busy is a matter of load (each of them moves, or the above says so); an idle one takes what it may.
     if queue.untaken_seconds > STUCK_SECONDS and queue.processing < workers:
         idle = workers - queue.processing
         return (
-            f"no set was taken up for {queue.untaken_seconds:.0f} s although one waits and {idle} of {workers} workers "
-            "are idle"
+            f"no reconciliation has started for {queue.untaken_seconds:.0f} s although a set is waiting and {idle} of "
+            f"{workers} workers are idle"
         )
     if freshness.silent_seconds > BEHIND_SECONDS:
         return (
-            f"the watch is behind: for {freshness.silent_seconds:.0f} s lists have shown news of "
-            f"{len(freshness.missing)} sets that it has not brought, although it did not fail"
+            f"the watch is behind: for {freshness.silent_seconds:.0f} s lists have contained changes "
+            f"that it has not delivered ({len(freshness.missing)} sets), although it did not fail"
         )
     return None

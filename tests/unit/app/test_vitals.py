@@ -39,7 +39,7 @@ def test_what_a_restart_would_not_mend_is_no_illness(queue: QueueStatistics) -> 
 
 def test_a_pass_that_does_not_move_is_an_illness() -> None:
     assert illness(replace(IDLE, processing=1, longest_still_seconds=LONG), 4, Freshness()) == (
-        "a pass has not moved for 181 s"
+        "a reconciliation has made no progress for 181 s"
     )
 
 
@@ -50,7 +50,7 @@ def test_all_workers_occupied_by_passes_that_do_not_move_is_an_illness() -> None
 
 def test_a_set_that_waits_beside_an_idle_worker_is_an_illness() -> None:
     assert illness(replace(IDLE, depth=1, processing=3, untaken_seconds=LONG), 4, Freshness()) == (
-        "no set was taken up for 181 s although one waits and 1 of 4 workers are idle"
+        "no reconciliation has started for 181 s although a set is waiting and 1 of 4 workers are idle"
     )
 
 
@@ -69,7 +69,7 @@ def test_a_watch_that_brings_nothing_although_it_does_not_fail_is_an_illness() -
     why = illness(IDLE, 4, freshness)
 
     assert why is not None
-    assert why.startswith("the watch is behind: for 270 s lists have shown news of 1 sets")
+    assert why.startswith("the watch is behind: for 270 s lists have contained changes that it has not delivered (1 sets)")
 
 
 def test_a_watch_that_fails_and_is_tried_again_is_no_illness() -> None:
