@@ -102,14 +102,14 @@ async def test_an_agent_cannot_report_on_another_nodes_set(cluster: ControlPlane
     agent = await agent_of(cluster, "node-1")
     status, message = agent.report(await set_of(cluster, "node-2"))
     assert status == http.client.FORBIDDEN
-    assert "the agent of node node-1 may not write the status of a set of node node-2" in message
+    assert "the agent of node node-1 may not write the status of a VCPUSet of node node-2" in message
 
 
 async def test_an_agent_cannot_report_on_the_controllers_set(cluster: ControlPlane) -> None:
     agent = await agent_of(cluster, "node-1")
     status, message = agent.report(await set_of(cluster, None))
     assert status == http.client.FORBIDDEN
-    assert "the agent of node node-1 may not write the status of a set of no node" in message
+    assert "the agent of node node-1 may not write the status of a VCPUSet of no node" in message
 
 
 async def test_a_token_that_is_bound_to_no_pod_reports_on_nothing(cluster: ControlPlane) -> None:
@@ -141,7 +141,7 @@ async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothi
     def assert_refused(method: str, path: str, body: Json | None = None) -> None:
         status, message = agent.ask(method, path, body)
         assert status == http.client.FORBIDDEN, message
-        assert "an agent writes nothing of a VCPUSet but its status" in message
+        assert "an agent may only write the status of a VCPUSet" in message
 
     async def in_force() -> bool:
         return "cannot delete resource" not in agent.ask("DELETE", f"{SETS}/{name}")[1]
@@ -199,9 +199,9 @@ async def test_an_agent_tells_of_sets_and_counts_the_repeats(cluster: ControlPla
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param({"kind": "Pod", "version": "v1"}, "Events about VCPUSets only", id="about a Pod"),
-        pytest.param({"version": "other.dev/v1"}, "Events about VCPUSets only", id="about another's VCPUSet"),
-        pytest.param({"controller": "kubelet"}, "reportingController vcpuset.dev/operator only", id="as the kubelet"),
+        pytest.param({"kind": "Pod", "version": "v1"}, "may only write Events about VCPUSets", id="about a Pod"),
+        pytest.param({"version": "other.dev/v1"}, "may only write Events about VCPUSets", id="about another's VCPUSet"),
+        pytest.param({"controller": "kubelet"}, "reportingController vcpuset.dev/operator", id="as the kubelet"),
     ],
 )
 async def test_an_agent_cannot_tell_of_others_or_as_others(
@@ -219,4 +219,4 @@ async def test_an_agent_cannot_change_what_others_have_told(cluster: ControlPlan
     agent = await agent_of(cluster, "node-1")
     status, said = agent.ask("PATCH", f"{EVENTS}/{others['metadata']['name']}", SERIES)
     assert status == http.client.FORBIDDEN
-    assert "reportingController vcpuset.dev/operator only" in said
+    assert "Events with the reportingController vcpuset.dev/operator" in said

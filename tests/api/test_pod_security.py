@@ -117,7 +117,7 @@ def to_another_host(*place: str) -> Change:
 LOOSER: Final[dict[str, tuple[Change, str]]] = {
     "another folder of the node": (
         lambda spec: spec["volumes"].append({"name": "etc", "hostPath": {"path": "/etc"}}),
-        "the only folder of the node that a pod here may have is /run/vcpuset",
+        "pods in this namespace may mount no hostPath other than /run/vcpuset",
     ),
     "a folder by way of ..": (
         lambda spec: spec["volumes"][0]["hostPath"].update(path="/run/vcpuset/../.."),
@@ -125,7 +125,7 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
     ),
     "a claim, which may be a folder of the node": (
         lambda spec: spec["volumes"].append({"name": "x", "persistentVolumeClaim": {"claimName": "x"}}),
-        "the only folder of the node that a pod here may have is /run/vcpuset",
+        "pods in this namespace may mount no hostPath other than /run/vcpuset",
     ),
     "the folder writable": (
         lambda spec: spec["containers"][0]["volumeMounts"][0].update(readOnly=False),
@@ -139,24 +139,24 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
         initially(volumeMounts=[{"name": "sockets", "mountPath": "/x"}]),
         "/run/vcpuset must be mounted read-only",
     ),
-    "the node's network": (lambda spec: spec.update(hostNetwork=True), "shares neither network, ports"),
-    "the node's processes": (lambda spec: spec.update(hostPID=True), "shares neither network, ports"),
-    "the node's IPC": (lambda spec: spec.update(hostIPC=True), "shares neither network, ports"),
+    "the node's network": (lambda spec: spec.update(hostNetwork=True), "must not use the network, ports"),
+    "the node's processes": (lambda spec: spec.update(hostPID=True), "must not use the network, ports"),
+    "the node's IPC": (lambda spec: spec.update(hostIPC=True), "must not use the network, ports"),
     "a port of the node": (
         lambda spec: spec["containers"][0]["ports"][0].update(hostPort=8080),
-        "shares neither network, ports",
+        "must not use the network, ports",
     ),
-    "root": (lambda spec: spec["securityContext"].update(runAsUser=0), "does not run as root"),
-    "root in the container": (inside(lambda context: context.update(runAsUser=0)), "does not run as root"),
+    "root": (lambda spec: spec["securityContext"].update(runAsUser=0), "must not run as root"),
+    "root in the container": (inside(lambda context: context.update(runAsUser=0)), "must not run as root"),
     "the image's user, unchecked": (
         lambda spec: spec["securityContext"].update(runAsNonRoot=False),
-        "does not run as root",
+        "must not run as root",
     ),
-    "no security context": (lambda spec: spec.pop("securityContext"), "does not run as root"),
-    "no seccomp": (lambda spec: spec["securityContext"].pop("seccompProfile"), "has a seccomp profile"),
+    "no security context": (lambda spec: spec.pop("securityContext"), "must not run as root"),
+    "no seccomp": (lambda spec: spec["securityContext"].pop("seccompProfile"), "must set a seccomp profile"),
     "no seccomp in the container": (
         inside(lambda context: context.update(seccompProfile={"type": "Unconfined"})),
-        "has a seccomp profile",
+        "must set a seccomp profile",
     ),
     "a privileged container": (
         inside(lambda context: context.update(privileged=True, allowPrivilegeEscalation=True)),
@@ -173,7 +173,7 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
     **{
         f"a {where} to another host": (
             to_another_host(*where.split(".")),
-            "probes and hooks of a pod here go to the pod",
+            "must not name a host",
         )
         for where in (
             *("livenessProbe.httpGet", "readinessProbe.httpGet", "startupProbe.httpGet", "startupProbe.tcpSocket"),
@@ -182,15 +182,15 @@ LOOSER: Final[dict[str, tuple[Change, str]]] = {
     },
     "kernel parameters": (
         lambda spec: spec["securityContext"].update(sysctls=[{"name": "kernel.msgmax", "value": "1"}]),
-        "changes neither kernel parameters",
+        "must not set sysctls",
     ),
     "another SELinux label": (
         inside(lambda context: context.update(seLinuxOptions={"type": "spc_t"})),
-        "changes neither kernel parameters",
+        "must not set sysctls",
     ),
     "no AppArmor": (
         inside(lambda context: context.update(appArmorProfile={"type": "Unconfined"})),
-        "changes neither kernel parameters",
+        "must not set sysctls",
     ),
 }
 
@@ -211,4 +211,4 @@ async def test_the_agents_namespace_lets_nobody_add_a_container_to_a_running_pod
     ephemeral = {"spec": {"ephemeralContainers": [{"name": "debug", "image": "busybox"}]}}
     path = "/api/v1/namespaces/vcpuset-agent/pods/probe/ephemeralcontainers"
     answer = await cluster.request("PATCH", path, ephemeral)
-    assert "no container is added to a running pod here" in answer.body["message"]
+    assert "ephemeral containers are not allowed" in answer.body["message"]

@@ -132,11 +132,11 @@ AGENT: Final[dict[str, tuple[str, str, Json | None, str]]] = {
     # What is asked: method, path, body, and what the refusal has to say.
     "the status of another node's set": (
         "PATCH", f"{SETS}/node-b/status", {"status": {"vcpus": 7}},
-        "the agent of node node-a may not write the status of a set of node node-b",
+        "the agent of node node-a may not write the status of a VCPUSet of node node-b",
     ),
     "the status of a set without a node": (
         "PATCH", f"{SETS}/nobody/status", {"status": {"vcpus": 7}},
-        "the agent of node node-a may not write the status of a set of no node",
+        "the agent of node node-a may not write the status of a VCPUSet of no node",
     ),
     "replacing a status": ("PUT", f"{SETS}/node-a/status", {}, "cannot update"),
     "the count of its own set": ("PATCH", f"{SETS}/node-a", {"spec": {"vcpus": 9}}, "cannot patch"),

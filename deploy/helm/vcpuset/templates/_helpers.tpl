@@ -1,16 +1,16 @@
-{{/* Labels that every object has beside those of the shipped manifests; Helm's conventions. */}}
+{{/* Helm's conventional labels, in addition to those of the shipped manifests. */}}
 {{- define "vcpuset.helmLabels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
 
-{{/* What selects the pods of a kind; takes the kind. The same as without Helm, and never to be changed. */}}
+{{/* The selector labels of a component; takes the component. They are the same as without Helm and must never change. */}}
 {{- define "vcpuset.selector" -}}
 app.kubernetes.io/name: vcpuset
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
-{{/* All labels of an object of a kind; takes a list of the root and the kind. */}}
+{{/* All labels of an object of a component; takes a list of the root and the component. */}}
 {{- define "vcpuset.labels" -}}
 {{ include "vcpuset.selector" (index . 1) }}
 app.kubernetes.io/part-of: vcpuset
@@ -24,8 +24,8 @@ app.kubernetes.io/part-of: vcpuset
 {{- end }}
 
 {{/*
-A manifest of the kustomize folders (files/ links to them), with Helm's labels and the values' names put in. Policies and
-roles are written once, there: a rule that two places must agree on is soon two rules. Takes a list of the root and the path.
+A manifest of the kustomize directories (files/ links to them), with Helm's labels and the names from the values. Policies and
+roles have a single source, so that the chart and the manifests cannot diverge. Takes a list of the root and the path.
 */}}
 {{- define "vcpuset.shipped" -}}
 {{- $root := index . 0 -}}
@@ -44,7 +44,7 @@ roles are written once, there: a rule that two places must agree on is soon two 
 {{- $text -}}
 {{- end }}
 
-{{/* A shipped Namespace; takes a list of the root, the kind and its values. Helm makes the release's own by itself. */}}
+{{/* A shipped Namespace; takes a list of the root, the component and its values. Helm creates the release's namespace. */}}
 {{- define "vcpuset.namespace" -}}
 {{- $root := index . 0 -}}{{- $kind := index . 1 -}}{{- $namespace := index . 2 -}}
 {{- if and $namespace.create (ne $namespace.name $root.Release.Namespace) }}
@@ -53,7 +53,7 @@ roles are written once, there: a rule that two places must agree on is soon two 
 {{- end }}
 {{- end }}
 
-{{/* Options that both kinds have. */}}
+{{/* Options of both components. */}}
 {{- define "vcpuset.arguments" -}}
 {{- with .Values.logLevel }}
 - --log-level={{ . }}
@@ -78,7 +78,7 @@ roles are written once, there: a rule that two places must agree on is soon two 
 {{- end }}
 {{- end }}
 
-{{/* From the name of the container's image to the end of its probes; what both kinds have. */}}
+{{/* The container of both components, from its ports to its security context. */}}
 {{- define "vcpuset.container" -}}
 ports:
 - name: http
@@ -99,7 +99,7 @@ securityContext:
     drop: [ALL]
 {{- end }}
 
-{{/* Where to schedule the pods of a kind; takes its values. */}}
+{{/* Where to schedule the pods of a component; takes its values. */}}
 {{- define "vcpuset.scheduling" -}}
 {{- with .nodeSelector }}
 nodeSelector:
@@ -118,7 +118,7 @@ priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end }}
 
-{{/* What every kind's NetworkPolicy lets in, and the way to the API server. */}}
+{{/* The inbound rules of every NetworkPolicy, and access to the API server. */}}
 {{- define "vcpuset.networkRules" -}}
 ingress:
 - from:
