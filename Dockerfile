@@ -1,9 +1,9 @@
 # The image of the operator: docker build -t registry.example.com/vcpuset:0.1.0 .
 #
-# The base image is pinned by its tag: this release of Python, whose image the publisher renews with Debian's security
-# updates as long as there is no later one. Raise it for Python's own. To pin the image itself, give its digest:
+# The base image is pinned by tag to a Python release. The publisher rebuilds that tag with Debian's security updates until
+# the next Python release. Raise the tag for fixes of Python itself. To pin the image itself, set a digest:
 #   docker build --build-arg BASE=python:3.13.15-slim-bookworm@sha256:… .
-# The operator's own dependencies are those of constraints.txt, as tested, and all are ready-made wheels: nothing is compiled.
+# The operator's dependencies are pinned in constraints.txt, as tested. All of them are wheels, so nothing is compiled.
 ARG BASE=python:3.13.15-slim-bookworm
 
 FROM ${BASE} AS build
@@ -12,7 +12,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_INPUT=1 \
     PIP_ROOT_USER_ACTION=ignore \
     PYTHONDONTWRITEBYTECODE=1
-# Both stages have the environment in the same place: its programs name it.
+# Both stages use the same path, because the scripts of the environment contain it.
 ARG ENVIRONMENT=/opt/vcpuset
 ARG WHEELS=/wheels
 WORKDIR /src
@@ -24,8 +24,8 @@ RUN python -m venv --without-pip "$ENVIRONMENT" \
  && python -m pip --python="$ENVIRONMENT" install --no-compile --only-binary=:all: --constraint=constraints.txt \
     "$WHEELS"/vcpuset-*.whl \
  && "$ENVIRONMENT/bin/vcpuset" --version
-# Bytecode of all that may be loaded, in a folder of its own: the base image has none of the standard library. An image does
-# not change, so that nobody need compare it with the sources.
+# Bytecode of all modules, in a separate directory: the base image contains none for the standard library. Since an image does
+# not change, the bytecode is not checked against the sources.
 RUN export PYTHONPYCACHEPREFIX="$ENVIRONMENT/bytecode" \
  && compile() { python -m compileall -q --invalidation-mode=unchecked-hash "$@"; } \
  && compile -x '/(tests?|idlelib|site-packages)/' "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
@@ -37,10 +37,10 @@ LABEL org.opencontainers.image.title="vcpuset" \
       org.opencontainers.image.description="Kubernetes operator that keeps a running QEMU machine at its declared vCPU count" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Nothing is installed in a container: what is not there cannot be used by others either.
+# pip is not needed in a container, and removing it reduces the attack surface.
 RUN python -m pip uninstall --yes --root-user-action=ignore pip
 COPY --from=build ${ENVIRONMENT} ${ENVIRONMENT}
-# The root may be read-only: bytecode is there already, and the user has no home.
+# The root filesystem may be read-only: the bytecode exists already, and the user has no home directory.
 ENV PATH=${ENVIRONMENT}/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONPYCACHEPREFIX=${ENVIRONMENT}/bytecode \

@@ -1,7 +1,7 @@
-# Everything here does its own set-up first; once done, that takes a fraction of a second.
+# Each target installs and builds what it needs first. If that is already done, it takes a fraction of a second.
 #   make PYTHON=/usr/bin/python3.12 …     another interpreter (3.11 or later) for the virtual environment
-#   VCPUSET_CACHE=/some/folder make …     another place for what is built (default: ~/.cache/vcpuset)
-#   make test WORKERS=1                   how many tests run beside each other (default: three for each core)
+#   VCPUSET_CACHE=/some/directory make …  another directory for the builds (default: ~/.cache/vcpuset)
+#   make test WORKERS=1                   number of tests that run in parallel (default: three per core)
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -27,18 +27,18 @@ to-run := system venv guest controlplane
 # $(call set-up,part …): all parts, or only the ones named.
 define set-up
 	@if ! '$(PYTHON)' -c '$(is_new_enough)' 2>/dev/null; then \
-		echo 'Python 3.11 or later is needed and "$(PYTHON)" is not that (Debian 12: apt-get install python3).' \
-			'Say where it is with: make PYTHON=/path/to/python3' >&2; exit 2; fi
+		echo 'Python 3.11 or later is required, but "$(PYTHON)" is not (Debian 12: apt-get install python3).' \
+			'Set the path with: make PYTHON=/path/to/python3' >&2; exit 2; fi
 	@'$(PYTHON)' -m harness.setup $(1)
 endef
 
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
-setup: ## Install and build what the other targets need (they do it by themselves)
+setup: ## Install and build what the other targets need (they do this automatically)
 	$(call set-up)
 
-demo: ## Show the operator resize a running Linux guest (KEEP=1 leaves it all running)
+demo: ## Resize a running Linux guest with the operator (KEEP=1 keeps everything running)
 	$(call set-up,$(to-run))
 	@$(PY) -m harness.demo
 
@@ -46,7 +46,7 @@ test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 	$(call set-up)
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
-check: ## Check format, lint, types, import contracts and generated pages
+check: ## Check formatting, lint, types, import contracts and generated pages
 	$(call set-up,system venv)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -54,18 +54,18 @@ check: ## Check format, lint, types, import contracts and generated pages
 	.venv/bin/lint-imports
 	$(PY) -m harness.pages --check
 
-docs: ## Renew what is generated from the code in docs/
+docs: ## Regenerate the tables in docs/ that come from the code
 	$(call set-up,system venv)
 	@$(PY) -m harness.pages
 
-bench: ## Measure the operator against raw QMP on one guest
+bench: ## Compare the operator's speed with raw QMP on one guest
 	$(call set-up,$(to-run))
 	@$(PY) bench/latency.py $(ARGS)
 
-bench-drift: ## Measure how soon a machine that somebody else has changed is repaired
+bench-drift: ## Measure how fast changes by other clients are corrected
 	$(call set-up,$(to-run))
 	@$(PY) -m bench.drift $(ARGS)
 
-bench-scale: ## Measure what thousands of sets cost one operator, on simulated machines
+bench-scale: ## Measure one operator with thousands of VCPUSets and simulated machines
 	$(call set-up,$(to-run))
 	@$(PY) -m bench.scale $(ARGS)

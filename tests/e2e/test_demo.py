@@ -29,9 +29,9 @@ def check_success(done: Completed) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCESS" in done.stdout
     rows = re.findall(
-        r"^  (apply 2|scale to 6|scale to 3|drift undone) +(\d) +(\d) +(\d) +True", done.stdout, re.MULTILINE
+        r"^  (apply 2|scale to 6|scale to 3|undo drift) +(\d) +(\d) +(\d) +True", done.stdout, re.MULTILINE
     )
-    counts = {"apply 2": "2", "scale to 6": "6", "scale to 3": "3", "drift undone": "3"}
+    counts = {"apply 2": "2", "scale to 6": "6", "scale to 3": "3", "undo drift": "3"}
     assert rows == [(step, count, count, count) for step, count in counts.items()]
     for line in ("kubectl  desired 6", "QEMU     query-cpus-fast shows 4", "guest    online: 6 (0,1,2,3,4,5)"):
         assert line in done.stdout

@@ -122,11 +122,11 @@ class Demo:
                 await self._cluster.run("scale", "vcpuset", "vm", f"--replicas={count}")
                 await self._settled(f"scale to {count}", count, begun)
             print(flush=True)
-            screen.line("somebody else plugs a CPU behind the operator's back: device_add id=stranger", who="")
+            screen.line("another client plugs a CPU: device_add id=stranger", who="")
             begun = time.monotonic()
             await device_add(self._guest.control, 5, ident="stranger")
             await until(lambda: self._qemu_has(3), STEP_SECONDS, "the stranger's CPU to be gone", interval=0.02)
-            await self._settled("drift undone", 3, begun)
+            await self._settled("undo drift", 3, begun)
 
     async def _settled(self, what: str, declared: int, begun: float) -> None:
         """Wait for Ready and for the guest, and note what each of them says."""
@@ -171,7 +171,7 @@ class Demo:
         while line := (await self._watch.stdout.readline()).decode().strip():
             if line != last:
                 desired, current, ready, reason, generation, seen = line.split()
-                stale = "" if generation == seen else "   (about the spec before this one)"
+                stale = "" if generation == seen else "   (status of the previous generation)"
                 self._screen.line(f"desired {desired}, current {current}, Ready={ready} {reason}{stale}", who="kubectl")
             last = line
         raise DemoFailed("kubectl get --watch ended")
@@ -279,11 +279,11 @@ async def demo(report_to: int | None) -> None:
         await stack.enter_async_context(guest)
         screen.line("booting a Linux guest in QEMU (software emulation) …")
         await guest.ready()
-        screen.line(f"the guest runs: {BOOT} of {slots} vCPUs, kernel {(await guest.shell('uname -r')).strip()}")
+        screen.line(f"the guest is running: {BOOT} of {slots} vCPUs, kernel {(await guest.shell('uname -r')).strip()}")
         flags = (f"--namespace={namespace}", f"--resync-seconds={RESYNC_SECONDS}")
         operator = OperatorProcess(cluster, *flags, socket_root=root)
         await stack.enter_async_context(operator)
-        screen.line(f"the operator runs: vcpuset run --socket-root={root} {' '.join(flags)}")
+        screen.line(f"the operator is running: vcpuset run --socket-root={root} {' '.join(flags)}")
 
         played = Demo(screen, cluster, guest)
         try:
@@ -293,8 +293,8 @@ async def demo(report_to: int | None) -> None:
         finally:
             _show(played.steps)
         if not all(step.right for step in played.steps):
-            raise DemoFailed("not all counts agree")
-        print("\nSUCCESS: what was declared is what QEMU has and what the guest uses, each time.", flush=True)
+            raise DemoFailed("the counts do not match")
+        print("\nSUCCESS: in each step, QEMU had the declared number of vCPUs and the guest had all of them online.", flush=True)
         if report_to is not None:
             _say_how_to_play(cluster, guest, operator)
             _let_go(report_to)
@@ -309,8 +309,7 @@ def _show(steps: list[Step]) -> None:
             flush=True,
         )
     print(
-        "  (seconds until Ready and online in the guest; a drift is found by the resync, "
-        f"here every {RESYNC_SECONDS} s)",
+        f"  (seconds until Ready and online in the guest; the resync, here every {RESYNC_SECONDS} s, detects the drift)",
         flush=True,
     )
 
@@ -319,14 +318,14 @@ def _say_how_to_play(cluster: Cluster, guest: Guest, operator: OperatorProcess) 
     kubectl = f"{shlex.quote(str(cluster.kubectl))} -n {cluster.namespace}"
     print(
         f"""
-Everything is left running. To play on:
+Everything is still running. Try:
   export KUBECONFIG={shlex.quote(str(cluster.kubeconfig))}
   {kubectl} scale vcpuset vm --replicas=5
   {kubectl} get vcpuset vm --watch
   {kubectl} describe vcpuset vm
   tail -f {shlex.quote(str(operator.log))}
-  tail -f {shlex.quote(str(guest.directory / "console"))}     # the guest says what it has online
-To end it all and remove every trace:
+  tail -f {shlex.quote(str(guest.directory / "console"))}     # the guest's online CPUs
+To stop everything and clean up:
   kill {os.getpid()}
 """,
         flush=True,
@@ -370,7 +369,7 @@ def _play(report_to: int | None = None) -> int:
         print(f"\nFAILURE: {error}", flush=True)
         return 1
     except asyncio.CancelledError:
-        print("\nINTERRUPTED: everything has been ended.", flush=True)
+        print("\nINTERRUPTED: everything has been stopped.", flush=True)
         return 130
     return 0
 

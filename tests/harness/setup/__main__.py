@@ -36,12 +36,12 @@ def ensure_promtool() -> None:
     try:
         promtool.promtool()
     except promtool.PromtoolMissing:
-        say("==> promtool, out of Debian's package of Prometheus")
+        say("==> promtool, from Debian's prometheus package")
         try:
             promtool.fetch(say)
         except PackageError as error:
             raise NotPossible(
-                f"promtool: {error}. Or put one into PATH, such as that of a release of Prometheus"
+                f"promtool: {error}. Alternatively, put promtool from a Prometheus release into PATH"
             ) from error
 
 
@@ -67,7 +67,7 @@ def one_at_a_time() -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another set-up is running: waiting for its end")
+            say("waiting for another set-up to finish")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     """Run the parts named, or all. Returns the exit status: 2 if something is missing that cannot be got here."""
     unknown = set(arguments) - PARTS.keys()
     if unknown:
-        sys.stderr.write(f"set-up has no part {', '.join(sorted(unknown))}; its parts: {', '.join(PARTS)}\n")
+        sys.stderr.write(f"set-up: unknown part {', '.join(sorted(unknown))}; known parts: {', '.join(PARTS)}\n")
         return 2
     began = time.monotonic()
     try:
@@ -91,9 +91,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"set-up: {error}\n")
         return error.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("\nset-up: interrupted; the next one goes on from here\n")
+        sys.stderr.write("\nset-up: interrupted; the next run continues from here\n")
         return 130
-    say(f"set-up: all there ({time.monotonic() - began:.1f} s)")
+    say(f"set-up: complete ({time.monotonic() - began:.1f} s)")
     return 0
 
 

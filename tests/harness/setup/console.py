@@ -43,7 +43,7 @@ def run_visibly(argv: Sequence[str | Path], *, seconds: float, shown: str = "") 
     try:
         status = subprocess.run(words, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired as error:
-        raise SetupFailed(f"no end within {seconds:.0f} s: {shown}") from error
+        raise SetupFailed(f"timed out after {seconds:.0f} s: {shown}") from error
     if status != 0:
         raise SetupFailed(f"exit status {status} (see above): {shown}")
 

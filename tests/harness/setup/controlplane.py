@@ -70,7 +70,7 @@ def ensure_control_plane() -> None:
     if Binaries.within(folder) is not None:
         return
     say(f"==> Control plane: Kubernetes {kubernetes_version()} and etcd, into {folder}")
-    say("    Built from source, once: 10 to 20 minutes on two cores, 4 GB of disk while it lasts.")
+    say("    Built from source, once: 10 to 20 minutes on two cores, with 4 GB of temporary disk space.")
     _build(CONTROL_PLANE_MODULE, PACKAGES)
 
 
@@ -86,7 +86,7 @@ def ensure_controller_manager() -> None:
         say(
             f"==> Controller manager: Kubernetes {kubernetes_version()}, into {built_folder(CONTROLLER_MANAGER_MODULE)}"
         )
-        say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, else some more.")
+        say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, otherwise longer.")
         _build(CONTROLLER_MANAGER_MODULE, {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"})
 
 

