@@ -27,13 +27,13 @@ to-run := system venv guest controlplane
 # $(call set-up,part …): all parts, or only the ones named.
 define set-up
 	@if ! '$(PYTHON)' -c '$(is_new_enough)' 2>/dev/null; then \
-		echo 'Python 3.11 or later is required, but "$(PYTHON)" is not (Debian 12: apt-get install python3).' \
+		echo 'Python 3.11 or later is required; "$(PYTHON)" is older or missing (Debian 12: apt-get install python3).' \
 			'Set the path with: make PYTHON=/path/to/python3' >&2; exit 2; fi
 	@'$(PYTHON)' -m harness.setup $(1)
 endef
 
 help: ## Show this help
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
 setup: ## Install and build what the other targets need (they do this automatically)
 	$(call set-up)

@@ -294,7 +294,10 @@ async def demo(report_to: int | None) -> None:
             _show(played.steps)
         if not all(step.right for step in played.steps):
             raise DemoFailed("the counts do not match")
-        print("\nSUCCESS: in each step, QEMU had the declared number of vCPUs and the guest had all of them online.", flush=True)
+        print(
+            "\nSUCCESS: in each step, QEMU had the declared number of vCPUs and the guest had all of them online.",
+            flush=True,
+        )
         if report_to is not None:
             _say_how_to_play(cluster, guest, operator)
             _let_go(report_to)
@@ -309,7 +312,8 @@ def _show(steps: list[Step]) -> None:
             flush=True,
         )
     print(
-        f"  (seconds until Ready and online in the guest; the resync, here every {RESYNC_SECONDS} s, detects the drift)",
+        f"  (seconds until Ready and online in the guest; the resync, here every {RESYNC_SECONDS} s, detects the "
+        "drift)",
         flush=True,
     )
 

@@ -57,10 +57,10 @@ async def test_a_machine_is_printed_slot_by_slot(worked_on: Guest) -> None:
     assert table[3][2:] == [
         "/machine/peripheral/vcpu3", "core 3, thread 0, socket 0", "in progress", "in progress (_OST 0x84)",
     ]  # fmt: skip
-    assert table[4][-1] == "given back (_OST 0x0)"
+    assert table[4][-1] == "unplugged (_OST 0x0)"
     assert table[5][-1] == "device in use (_OST 0x81)"
     assert table[6][3] == "core 6-63, thread 0, socket 0"
-    assert "vCPUs:      5 present, from 1 to 64 can be reached" in lines
+    assert "vCPUs:      5 present, 1 to 64 possible" in lines
     assert any(line.startswith("QEMU:       ") and line.endswith(", x86_64") for line in lines)
 
 
@@ -102,7 +102,7 @@ async def test_json_and_yaml_hold_the_same_and_all_that_qemu_shows(worked_on: Gu
 
 async def test_a_guest_that_has_not_booted_is_said_to_take_no_requests(q35: Guest) -> None:
     shown = await vcpuset("inspect", q35.monitors[0])
-    assert "the guest takes no requests yet" in shown.stdout
+    assert "the guest does not accept requests" in shown.stdout
 
 
 async def test_a_machine_is_found_by_link_by_prefix_and_by_tcp(namespace_folder: Path) -> None:
@@ -142,8 +142,8 @@ async def test_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("./qmp.sock", "--tls-credentials", "."), "TLS is for HOST:PORT, and qmp.sock is a unix socket"),
-        (("host:1", "--tls-server-name", "vm"), "--tls-server-name takes --tls-credentials"),
+        (("./qmp.sock", "--tls-credentials", "."), "requires a HOST:PORT monitor; qmp.sock is a unix socket"),
+        (("host:1", "--tls-server-name", "vm"), "--tls-server-name requires --tls-credentials"),
         (("host:1", "--tls-credentials", "nowhere"), "Directory 'nowhere' does not exist"),
     ],
 )
@@ -166,7 +166,7 @@ async def test_what_the_guest_uses_is_told_if_its_agent_is_named(namespace_folde
             await client.device_add(1)
             await until(lambda: len(guest.present()) == 2, 60, "the guest to know of a second CPU")
             shown = (await vcpuset(*arguments)).stdout
-            assert "uses 1 of 2; offline by its own numbers: 1" in shown
+            assert "1 of 2 online; offline (guest CPU numbers): 1" in shown
             assert [line.split()[-1] for line in shown.splitlines() if line[:1].isdigit()] == [
                 "unknown",
                 "unknown",
@@ -174,7 +174,7 @@ async def test_what_the_guest_uses_is_told_if_its_agent_is_named(namespace_folde
             ]
 
             await client.call("stop")
-        assert "not asked: the machine's run state is 'paused'" in (await vcpuset(*arguments)).stdout
+        assert "not queried: the guest cannot answer in the run state 'paused'" in (await vcpuset(*arguments)).stdout
 
 
 async def test_an_agent_that_cannot_be_asked_costs_nothing_but_what_it_would_have_said(namespace_folder: Path) -> None:

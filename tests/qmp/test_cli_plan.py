@@ -119,7 +119,7 @@ async def test_another_monitor_on_tls_is_taken_for_the_set_s_machine_unless_told
 @pytest.mark.parametrize("left", [("--monitor", "host:1"), ("--tls-credentials", "."), ()])
 async def test_a_server_name_without_the_monitor_that_it_is_for_is_refused(left: tuple[str, ...]) -> None:
     result = await vcpuset("plan", "-f", "-", "--tls-server-name", "vm", *left, text=manifest(3), status=2)
-    assert "--tls-server-name takes --monitor and --tls-credentials" in result.stderr
+    assert "--tls-server-name requires --monitor and --tls-credentials" in result.stderr
 
 
 async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, control: Raw) -> None:
@@ -295,7 +295,7 @@ async def test_a_file_that_cannot_be_used_ends_with_1_and_a_line_for_each_thing_
         f"Error: {path}: VCPUSet web: spec.vcpus is 0: declare from 1 to 4096.",
     ]
     path.write_bytes(b"\xff\xfe")
-    assert "is not text in UTF-8" in (await vcpuset("plan", "-f", path, status=1)).stderr
+    assert "is not valid UTF-8" in (await vcpuset("plan", "-f", path, status=1)).stderr
     assert "No such file" in (await vcpuset("plan", "-f", tmp_path / "none", status=2)).stderr
     assert "Missing option '-f'" in (await vcpuset("plan", status=2)).stderr
 

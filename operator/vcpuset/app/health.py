@@ -35,7 +35,11 @@ async def serve_http(
         return web.Response(text="ok\n") if why is None else web.Response(status=500, text=f"{why}\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n") if ready.is_set() else web.Response(status=503, text="the first list has not succeeded yet\n")
+        return (
+            web.Response(text="ok\n")
+            if ready.is_set()
+            else web.Response(status=503, text="the first list has not succeeded yet\n")
+        )
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=await exposition(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -69,7 +69,9 @@ class Metrics:
         self._worked = self._histogram(
             "workqueue_work_duration_seconds", "How long items took to process.", ("name",)
         ).labels(_CONTROLLER)
-        self._passes = self._counter("controller_runtime_reconcile_total", "Reconciliations, by result.", (*labels, "result"))
+        self._passes = self._counter(
+            "controller_runtime_reconcile_total", "Reconciliations, by result.", (*labels, "result")
+        )
         for result in ("success", "requeue_after", "error"):
             self._passes.labels(_CONTROLLER, result)  # a series that is there from the start has a rate
         self._errors = self._counter(
@@ -83,10 +85,12 @@ class Metrics:
         self._seconds = self._histogram(
             "controller_runtime_reconcile_time_seconds", "How long reconciliations took.", labels
         ).labels(_CONTROLLER)
-        self._active = self._gauge("controller_runtime_active_workers", "Reconciliations in progress.", labels).labels(_CONTROLLER)
-        self._gauge("controller_runtime_max_concurrent_reconciles", "Maximum number of concurrent reconciliations.", labels).labels(
+        self._active = self._gauge("controller_runtime_active_workers", "Reconciliations in progress.", labels).labels(
             _CONTROLLER
-        ).set(workers)
+        )
+        self._gauge(
+            "controller_runtime_max_concurrent_reconciles", "Maximum number of concurrent reconciliations.", labels
+        ).labels(_CONTROLLER).set(workers)
 
         self._requests = self._counter(
             "rest_client_requests_total",
@@ -108,7 +112,9 @@ class Metrics:
         )
         self._by_command = {command: self._commands.labels(command) for command in QMP_COMMANDS}
         self._plugs = self._counter(
-            "vcpuset_plugs_total", "Attempts to plug a vCPU. done: success; refused: QEMU returned an error.", ("result",)
+            "vcpuset_plugs_total",
+            "Attempts to plug a vCPU. done: success; refused: QEMU returned an error.",
+            ("result",),
         )
         for result in ("done", "refused"):
             self._plugs.labels(result)
@@ -137,8 +143,14 @@ class Metrics:
 
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Show how many Kubernetes Events were not written."""
-        self._read("vcpuset_events_lost_total", "Kubernetes Events lost because the queue was full or the API server rejected them.", lost)
-        self._read("vcpuset_events_throttled_total", "Kubernetes Events dropped by the rate limit of their VCPUSet.", throttled)
+        self._read(
+            "vcpuset_events_lost_total",
+            "Kubernetes Events lost because the queue was full or the API server rejected them.",
+            lost,
+        )
+        self._read(
+            "vcpuset_events_throttled_total", "Kubernetes Events dropped by the rate limit of their VCPUSet.", throttled
+        )
 
     def watch_freshness(self, freshness: Freshness) -> None:
         """Show how the watch and the lists keep up."""
@@ -153,7 +165,8 @@ class Metrics:
         ).set_function(lambda: len(freshness.missing))
         self._gauge(
             "vcpuset_watch_behind_seconds",
-            "How long lists have contained changes that the watch does not deliver while the API server responds; 0: none.",
+            "How long lists have contained changes that the watch does not deliver while the API server responds; 0: "
+            "none.",
             (),
         ).set_function(lambda: freshness.behind_seconds)
         self._gauge(

@@ -48,7 +48,7 @@ _output = click.option(
     type=click.Choice(["table", "json", "yaml"]),
     default="table",
     show_default=True,
-    help="How to print: a table for people, or one document for programs (docs/cli.md describes it).",
+    help="Output format: a table, or a document that docs/cli.md describes.",
 )
 _timeout = click.option(
     "--timeout",
@@ -56,7 +56,7 @@ _timeout = click.option(
     default=TIMEOUT_SECONDS,
     show_default=True,
     metavar="SECONDS",
-    help="How long the monitor, and the guest's agent, may take for each answer.",
+    help="Timeout for each response of the monitor and the guest agent.",
 )
 
 
@@ -64,7 +64,7 @@ _tls_credentials = click.option(
     "--tls-credentials",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="DIR",
-    help="For monitors on TLS: a folder with ca.crt, tls.crt and tls.key, as in the Secret of spec.monitor.tcp.tls.",
+    help="For TLS monitors: a directory with ca.crt, tls.crt and tls.key, as in the Secret of spec.monitor.tcp.tls.",
 )
 
 
@@ -73,19 +73,19 @@ _tls_credentials = click.option(
 @click.option(
     "--guest-agent",
     type=click.Path(path_type=Path),
-    help="The unix socket of the machine's QEMU guest agent: ask it which CPUs the guest uses.",
+    help="Unix socket of the machine's QEMU guest agent, to show which CPUs the guest has online.",
 )
 @click.option(
     "-f",
     "--filename",
     type=click.File("rb"),
-    help="The VCPUSet of this machine as kubectl prints it ('-': standard input), for the unplug requests in it.",
+    help="The VCPUSet of this machine as printed by kubectl ('-': standard input), to show its unplug requests.",
 )
 @_tls_credentials
 @click.option(
     "--tls-server-name",
     metavar="NAME",
-    help="What the monitor's certificate is for, if not the host in MONITOR: a DNS name or an address.",
+    help="DNS name or address in the monitor's certificate, if it is not the host in MONITOR.",
 )
 @_output
 @_timeout
@@ -98,29 +98,29 @@ def inspect(
     output: Output,
     timeout: float,
 ) -> None:
-    """Show a machine and each of its CPU slots, as its QMP monitor shows them. Nothing is changed.
+    """Show a machine and its CPU slots, as reported by its QMP monitor. This command changes nothing.
 
-    MONITOR is the path of a unix socket or HOST:PORT, an IPv6 host in brackets. What contains a "/" or names an
-    existing file is a path; write ./NAME for a file that is not there yet. QEMU's own spelling is taken too: unix:PATH
-    and tcp:HOST:PORT, with or without ,server=on,wait=off.
+    MONITOR is the path of a unix socket or HOST:PORT, with an IPv6 host in brackets. A value that contains a "/" or
+    names an existing file is a path. Write ./NAME for a file that does not exist yet. QEMU's syntax also works:
+    unix:PATH and tcp:HOST:PORT, with or without ,server=on,wait=off.
 
-    A monitor serves one client at a time. While it is looked at (some milliseconds) the operator waits, and while
-    another client holds it this command does.
+    A monitor serves one client at a time. The operator waits while this command uses the monitor (some
+    milliseconds), and this command waits while another client uses it.
 
-    The exit status is 0 if the machine was looked at, also if its guest could not be asked; 1 if not.
+    The exit status is 0 if the machine was observed, even if its guest agent did not answer, and 1 otherwise.
     """
     from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
     from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
 
     if tls_credentials is not None and isinstance(monitor, Path):
-        raise click.UsageError(f"--tls-credentials: TLS is for HOST:PORT, and {monitor} is a unix socket.")
+        raise click.UsageError(f"--tls-credentials requires a HOST:PORT monitor; {monitor} is a unix socket.")
     if tls_server_name is not None and tls_credentials is None:
-        raise click.UsageError("--tls-server-name takes --tls-credentials.")
+        raise click.UsageError("--tls-server-name requires --tls-credentials.")
     vcpuset = None
     if filename is not None:
         manifests = _manifests(filename, None)
         if len(manifests) != 1:
-            raise click.ClickException(f"-f has {len(manifests)} VCPUSets: give the one whose machine this is.")
+            raise click.ClickException(f"-f contains {len(manifests)} VCPUSets: pass only the one of this machine.")
         vcpuset = manifests[0].vcpuset
     try:
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
@@ -137,26 +137,26 @@ def inspect(
     "--filename",
     type=click.File("rb"),
     required=True,
-    help="One VCPUSet or several, as written by hand or printed by kubectl ('-': standard input).",
+    help="One or more VCPUSets, as a manifest or as printed by kubectl ('-': standard input).",
 )
-@click.option("--namespace", "-n", type=NAMESPACE, help="For sets that name none.  [default: default]")
+@click.option("--namespace", "-n", type=NAMESPACE, help="Namespace of VCPUSets without one.  [default: default]")
 @click.option(
     "--socket-root",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="VCPUSET_SOCKET_ROOT",
     show_envvar=True,
-    help="The operator's folder with one folder of unix monitors for each namespace.",
+    help="The operator's directory that contains a directory of unix monitors for each namespace.",
 )
 @click.option(
     "--monitor",
     type=_Monitor(),
-    help="Look through this monitor of the machine (see vcpuset inspect) in place of the one that the set names.",
+    help="Use this monitor of the machine (see vcpuset inspect) instead of the one in the VCPUSet.",
 )
 @_tls_credentials
 @click.option(
     "--tls-server-name",
     metavar="NAME",
-    help="What the certificate of the monitor given with --monitor is for, if not what the set's is for.",
+    help="DNS name or address in the certificate of --monitor, if it differs from that of the VCPUSet's monitor.",
 )
 @_output
 @_timeout
@@ -170,22 +170,26 @@ def plan(
     output: Output,
     timeout: float,
 ) -> None:
-    """Show what the operator would do for a VCPUSet now, and each thing that stands in its way. Nothing is changed.
+    """Show what the operator would do for a VCPUSet now, and everything that blocks it. This command changes nothing.
 
-    The machine is looked at through its monitor; the cluster is not asked. With a set as kubectl prints it, the unplug
-    requests in its status count: kubectl get vcpuset NAME -o yaml | vcpuset plan -f - --socket-root DIR
+    The command observes the machine through its monitor and does not contact the cluster. To include the unplug
+    requests in the status, pass the VCPUSet as printed by kubectl:
 
-    The exit status is 0 if each machine was looked at, whatever stands in the way; 1 if one could not be, or the file
-    cannot be used.
+    kubectl get vcpuset NAME -o yaml | vcpuset plan -f - --socket-root DIR
+
+    The exit status is 0 if all machines were observed, even if something blocks the change. It is 1 if a machine
+    could not be observed or the file is invalid.
     """
     from vcpuset.cli import plan as planning  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
     from vcpuset.cli.render import show  # noqa: PLC0415 - needs rich: `run`, which imports this module too, would keep 4 MB
 
     if tls_server_name is not None and (monitor is None or tls_credentials is None):
-        raise click.UsageError("--tls-server-name takes --monitor and --tls-credentials.")
+        raise click.UsageError("--tls-server-name requires --monitor and --tls-credentials.")
     manifests = _manifests(filename, namespace)
     if monitor is not None and len(manifests) != 1:
-        raise click.ClickException(f"--monitor is one machine's, and -f has {len(manifests)} VCPUSets: give one.")
+        raise click.ClickException(
+            f"--monitor is for one machine, but -f contains {len(manifests)} VCPUSets: pass only one."
+        )
     try:
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
     except VCPUSetError as error:
@@ -204,7 +208,7 @@ def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:
     try:
         return read(file.read().decode(), namespace or None, datetime.now(UTC))
     except UnicodeDecodeError:
-        _end([f"{name} is not text in UTF-8: give a VCPUSet in YAML or JSON."])
+        _end([f"{name} is not valid UTF-8: pass a VCPUSet in YAML or JSON."])
     except InvalidManifest as error:
         _end([f"{name}: {problem}" for problem in error.problems])
 

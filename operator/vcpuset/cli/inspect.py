@@ -37,9 +37,9 @@ _FOLDED_FROM: Final = 4
 """As many free slots in a row make one line of the table."""
 
 _ACTIVITY: Final[Mapping[Activity, str]] = {
-    Activity.CHANGEABLE: "a state in which CPUs can be changed",
+    Activity.CHANGEABLE: "CPUs can be changed",
     Activity.BUSY: "CPUs cannot be changed now",
-    Activity.OVER: "CPUs cannot be changed any more",
+    Activity.OVER: "CPUs can no longer be changed",
 }
 
 
@@ -104,7 +104,7 @@ async def inspect(
         if look.machine.run_state == "running":
             guest = await ask_guest(lambda: local_socket(agent), seconds)
         else:
-            unasked = f"the machine's run state is {look.machine.run_state!r}, in which no guest can answer"
+            unasked = f"the guest cannot answer in the run state {look.machine.run_state!r}"
     return Inspection(str(address), look, guest, unasked, vcpuset, datetime.now(UTC))
 
 
@@ -211,10 +211,10 @@ def page(found: Inspection) -> list[Block]:
 def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     machine = found.machine
     yield "Monitor", found.monitor
-    yield "QEMU", f"{found.look.version or 'of unknown version'}, {machine.arch}"
+    yield "QEMU", f"{found.look.version or 'unknown version'}, {machine.arch}"
     yield "UUID", machine.uuid or "none"
     colour = "green" if machine.activity is Activity.CHANGEABLE else "yellow"
-    migration = ", a migration runs" if machine.migrating else ""
+    migration = ", migrating" if machine.migrating else ""
     yield "Run state", Styled(f"{machine.run_state}{migration} ({_ACTIVITY[machine.activity]})", colour)
     yield "vCPUs", f"{machine.vcpus} present, {reach(machine)}"
     if machine.slots is None:
@@ -227,38 +227,41 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
         + ", ".join(f"{driver} with {'1 vCPU' if vcpus == 1 else f'{vcpus} vCPUs'} each" for driver, vcpus in kinds),
     )
     if not machine.unpluggable:
-        yield "Unplug", "nothing that could be unplugged"
+        yield "Unplug", "no vCPU can be unplugged"
     elif machine.guest_takes_unplugs:
-        yield "Unplug", "the guest takes requests" if machine.ost is not None else "QEMU does not tell, only by trying"
+        yield "Unplug", "the guest accepts requests" if machine.ost is not None else "unknown until a request is sent"
     else:
-        yield "Unplug", Styled("the guest takes no requests yet: it boots, or was booted with acpi=off", "yellow")
+        yield (
+            "Unplug",
+            Styled("the guest does not accept requests: it is still booting, or was booted with acpi=off", "yellow"),
+        )
     yield from guest_facts(found.guest, machine, found.unasked)
 
 
 def reach(machine: Machine) -> str:
     """What counts the machine can have, whatever a set declares."""
     if machine.floor == machine.ceiling:
-        return "no other count can be reached"
-    return f"from {machine.floor} to {machine.ceiling} can be reached"
+        return "cannot be changed"
+    return f"{machine.floor} to {machine.ceiling} possible"
 
 
 def guest_facts(guest: GuestReport | None, machine: Machine, unasked: str | None) -> Iterator[tuple[str, Cell]]:
     """What is known of the guest, for people; nothing if nobody wanted to ask it."""
     if guest is None:
         if unasked is not None:
-            yield "Guest", Styled(f"not asked: {unasked}", "yellow")
+            yield "Guest", Styled(f"not queried: {unasked}", "yellow")
         return
     if guest.cpus is None:
-        yield "Guest", Styled(f"cannot be asked: {guest.error}", "yellow")
+        yield "Guest", Styled(f"no answer: {guest.error}", "yellow")
         return
-    text = f"uses {guest.cpus.online} of {machine.vcpus}"
+    text = f"{guest.cpus.online} of {machine.vcpus} online"
     if guest.reason(machine.vcpus) is AgentReason.OTHER_MACHINE:
-        yield "Guest", Styled(f"uses {guest.cpus.online}: this is another machine's agent", "red")
+        yield "Guest", Styled(f"{guest.cpus.online} online: this is the agent of another machine", "red")
     elif guest.cpus.online == machine.vcpus:
         yield "Guest", Styled(text, "green")
     else:
         offline = ", ".join(map(str, guest.cpus.offline)) or "none"
-        yield "Guest", Styled(f"{text}; offline by its own numbers: {offline}", "yellow")
+        yield "Guest", Styled(f"{text}; offline (guest CPU numbers): {offline}", "yellow")
 
 
 def _grid(found: Inspection, slots: Sequence[Slot]) -> Grid:
@@ -333,7 +336,7 @@ def _pending(slot: Slot, report: Ost | None, requests: Mapping[CPU, Request]) ->
     request = requests.get(cpu_of(slot)) if slot.path is not None else None
     if request is not None:
         times = "" if request.attempts == 1 else f", {request.attempts} times"
-        text = f"asked at {timestamp(request.requested_at)}{times}"
+        text = f"requested at {timestamp(request.requested_at)}{times}"
         if request.answer is None:
             return Styled(f"{text}, no answer", "yellow")
         return Styled(f"{text}: {request.answer.words}", "red" if request.answer.refused else "yellow")
@@ -358,11 +361,11 @@ def ost_words(report: Ost) -> str | None:
         return f"refused, with a code that ACPI does not define ({code})"
     match report.source:
         case 0x03 | 0x103:
-            return f"given back ({code})"
+            return f"unplugged ({code})"
         case 0x00 | 0x01 | 0x200 if report.status == 0:
-            return f"plug taken up ({code})"
+            return f"plug accepted ({code})"
         case 0x00 | 0x01 | 0x200:
-            return f"plug not taken up ({code})"
+            return f"plug rejected ({code})"
         case source:
             return f"about event {source:#x} ({code})"
 
@@ -376,18 +379,18 @@ def _online(found: Inspection, slot: Slot) -> Cell:
 def _notes(found: Inspection) -> Iterator[str]:
     if found.guest is not None and found.guest.cpus is not None and not found.all_online:
         yield (
-            "ONLINE unknown: a guest numbers its CPUs by itself, so which slots it does not use cannot be told as long "
-            "as it does not use them all."
+            "ONLINE unknown: the guest uses its own CPU numbers, so offline CPUs cannot be matched to slots. ONLINE "
+            "is known if all CPUs are online."
         )
     in_progress = any(_in_progress(slot, (found.machine.ost or {}).get(slot.index)) for slot in found.machine.occupied)
     if found.vcpuset is None and in_progress:
         yield (
-            "PENDING is what QEMU shows: a request that the guest has not answered yet leaves no trace there. The set "
-            "that made it knows: kubectl get vcpuset NAME -o yaml | vcpuset inspect MONITOR -f -"
+            "PENDING shows what QEMU reports. QEMU does not report requests without an answer; the status of the "
+            "VCPUSet has them: kubectl get vcpuset NAME -o yaml | vcpuset inspect MONITOR -f -"
         )
     if found.void:
         slots = ", ".join(str(request.slot) for request in found.void)
-        yield f"Void requests in the status, whose CPU is gone or was another QEMU's: slot {slots}."
+        yield f"Void requests in the status (the CPU is gone or belonged to another QEMU): slot {slots}."
 
 
 def timestamp(time: datetime) -> str:

@@ -64,10 +64,10 @@ def monitor_address(text: str) -> Path | TCPEndpoint:
         rest = _OPTIONS.sub(r"\1", rest).replace(",,", ",")
         if scheme == "unix":
             return Path(rest)
-        return _tcp(rest) or _refuse(text, "after tcp: there stands HOST:PORT, an IPv6 host in brackets")
+        return _tcp(rest) or _refuse(text, "tcp: must be followed by HOST:PORT, with an IPv6 host in brackets")
     if text and ("/" in text or Path(text).exists()):
         return Path(text)
-    return _tcp(text) or _refuse(text, "there is no such file here, and it is not HOST:PORT (an IPv6 host in brackets)")
+    return _tcp(text) or _refuse(text, "no such file exists, and it is not HOST:PORT (with an IPv6 host in brackets)")
 
 
 def _tcp(text: str) -> TCPEndpoint | None:
@@ -78,7 +78,7 @@ def _tcp(text: str) -> TCPEndpoint | None:
 
 
 def _refuse(text: str, why: str) -> TCPEndpoint:
-    raise ValueError(f"{text!r} names no monitor: {why}")
+    raise ValueError(f"{text!r} is not a monitor: {why}")
 
 
 def open_monitor(

@@ -131,7 +131,7 @@ main.add_command(plan)
     type=NODE,
     envvar="VCPUSET_NODE_NAME",
     show_envvar=True,
-    help="Serve the sets whose spec.nodeName is this; without it, those that name no node.",
+    help="Manage the VCPUSets with this spec.nodeName. Default: those without spec.nodeName.",
 )
 @click.option(
     "--namespace",
@@ -141,13 +141,13 @@ main.add_command(plan)
     envvar="VCPUSET_NAMESPACE",
     show_envvar=True,
     callback=_not_empty,
-    help="Serve this namespace only; may be repeated (in the environment: separated by spaces).",
+    help="Manage only this namespace. Repeatable (in the environment: separated by spaces).",
 )
 @click.option(
     "--label-selector",
     envvar="VCPUSET_LABEL_SELECTOR",
     show_envvar=True,
-    help="Serve only the sets that match it.",
+    help="Manage only the VCPUSets that match this label selector.",
 )
 @click.option(
     "--socket-root",
@@ -155,7 +155,8 @@ main.add_command(plan)
     envvar="VCPUSET_SOCKET_ROOT",
     show_envvar=True,
     callback=_not_empty,
-    help="Folder with one folder of unix monitors for each namespace; without it, unix monitors are not served.",
+    help="Directory that contains a directory of unix monitors for each namespace. Without it, unix monitors are "
+    "rejected.",
 )
 @click.option(
     "--allow-tcp",
@@ -164,9 +165,9 @@ main.add_command(plan)
     multiple=True,
     envvar="VCPUSET_ALLOW_TCP",
     show_envvar=True,
-    help="A network in which TCP monitors may lie; may be repeated (in the environment: separated by spaces). Without "
-    "it, TCP monitors are not served. Loopback and link-local addresses are allowed only by a network of their range, "
-    "such as 127.0.0.0/8.",
+    help="A network in which TCP monitors are allowed. Repeatable (in the environment: separated by spaces). Without "
+    "it, TCP monitors are rejected. Loopback and link-local addresses are only allowed by a network of their own "
+    "range, such as 127.0.0.0/8.",
 )
 @click.option(
     "--workers",
@@ -175,7 +176,8 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_WORKERS",
     show_envvar=True,
-    help="How many sets are worked on at once. Three quarters of them at most wait for monitors that hung before.",
+    help="Maximum number of concurrent reconciliations. At most three quarters of them are for monitors that hung "
+    "before.",
 )
 @click.option(
     "--resync-seconds",
@@ -184,7 +186,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_RESYNC_SECONDS",
     show_envvar=True,
-    help="How often a machine is looked at without an occasion, 10 % more or less.",
+    help="Interval between two observations of a machine without any other trigger, plus or minus 10 %.",
 )
 @click.option(
     "--sweep-seconds",
@@ -193,7 +195,8 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_SWEEP_SECONDS",
     show_envvar=True,
-    help="How often all sets are listed, to find deletions that the watch has missed (10 % more or less).",
+    help="Interval between two lists of all VCPUSets, which find deletions that the watch has missed, plus or minus "
+    "10 %.",
 )
 @click.option(
     "--http-address",
@@ -203,7 +206,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_HTTP_ADDRESS",
     show_envvar=True,
-    help="Where /healthz, /readyz and /metrics are served; empty: nowhere.",
+    help="Address of /healthz, /readyz and /metrics. Empty: disabled.",
 )
 @click.option(
     "--metrics-set-limit",
@@ -212,21 +215,22 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_METRICS_SET_LIMIT",
     show_envvar=True,
-    help="Up to how many sets have metrics of their own; with more, only sums are shown. 0: never any.",
+    help="Number of VCPUSets up to which each has its own metric series. With more, only aggregates are exported. 0: "
+    "never.",
 )
 @click.option(
     "--leader-elect/--no-leader-elect",
     default=False,
     envvar="VCPUSET_LEADER_ELECT",
     show_envvar=True,
-    help="Run beside replicas of which one works and the others stand by, as a Lease decides.",
+    help="Take part in leader election with a Lease: one replica is the leader, the others are standbys.",
 )
 @click.option(
     "--leader-elect-namespace",
     type=NAMESPACE,
     envvar="VCPUSET_LEADER_ELECT_NAMESPACE",
     show_envvar=True,
-    help="Where the Lease is; without it, in the pod's own namespace.",
+    help="Namespace of the Lease. Default: the namespace of the pod.",
 )
 @click.option(
     "--leader-elect-name",
@@ -236,7 +240,7 @@ main.add_command(plan)
     envvar="VCPUSET_LEADER_ELECT_NAME",
     show_envvar=True,
     callback=_not_empty,
-    help="The Lease's name. Operators that serve different sets need different ones.",
+    help="Name of the Lease. Operators that manage different VCPUSets need different names.",
 )
 @click.option(
     "--leader-elect-lease-duration",
@@ -245,7 +249,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LEADER_ELECT_LEASE_DURATION",
     show_envvar=True,
-    help="How long a standby waits after the leader's last sign of life; whole seconds.",
+    help="How long a standby waits after the last renewal before it takes over; whole seconds.",
 )
 @click.option(
     "--leader-elect-renew-deadline",
@@ -254,7 +258,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LEADER_ELECT_RENEW_DEADLINE",
     show_envvar=True,
-    help="How long a leader works on that cannot renew the Lease; less than its duration.",
+    help="How long a leader keeps working while it cannot renew the Lease; less than the lease duration.",
 )
 @click.option(
     "--leader-elect-retry-period",
@@ -263,7 +267,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LEADER_ELECT_RETRY_PERIOD",
     show_envvar=True,
-    help="The time between two tries to renew the Lease, or to get it.",
+    help="Time between two attempts to acquire or renew the Lease.",
 )
 @click.option(
     "--log-format",
@@ -272,7 +276,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LOG_FORMAT",
     show_envvar=True,
-    help="How log lines are written to standard error.",
+    help="Format of the log lines on standard error.",
 )
 @click.option(
     "--log-level",
@@ -281,14 +285,15 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LOG_LEVEL",
     show_envvar=True,
-    help="The least severe lines that are logged.",
+    help="Minimum level of the log lines.",
 )
 @click.option(
     "--kubeconfig",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     envvar="VCPUSET_KUBECONFIG",
     show_envvar=True,
-    help="Without it: KUBECONFIG or ~/.kube/config if there is one, else the pod's service account.",
+    help="Path of a kubeconfig. Default: KUBECONFIG or ~/.kube/config if it exists, otherwise the pod's service "
+    "account.",
 )
 def run(
     node_name: str | None,
@@ -316,8 +321,8 @@ def run(
     if leader_elect:
         if node_name:
             raise click.UsageError(
-                "--leader-elect does not go with --node-name: a node has one operator, whose sets no other one serves. "
-                "Leave out --leader-elect"
+                "--leader-elect cannot be combined with --node-name: a node has exactly one operator. Leave out "
+                "--leader-elect"
             )
         election = _election(
             leader_elect_namespace,
@@ -354,7 +359,7 @@ def run(
 def _election(namespace: str | None, name: str, lease: float, renew: float, retry: float) -> LeaderElection:
     """What the options of leader election say together."""
     if not lease.is_integer():
-        raise click.UsageError(f"--leader-elect-lease-duration {lease:g}: a Lease knows whole seconds only")
+        raise click.UsageError(f"--leader-elect-lease-duration {lease:g}: a Lease only supports whole seconds")
     if not lease > renew > retry * 1.2:
         raise click.UsageError(
             f"--leader-elect-lease-duration ({lease:g} s) must be longer than --leader-elect-renew-deadline "
@@ -366,7 +371,7 @@ def _election(namespace: str | None, name: str, lease: float, renew: float, retr
         except OSError as error:
             raise click.UsageError(
                 f"--leader-elect outside of a pod (there is no {_OWN_NAMESPACE}): "
-                "say with --leader-elect-namespace where the Lease is to be"
+                "set the namespace of the Lease with --leader-elect-namespace"
             ) from error
     return LeaderElection(
         namespace=namespace, name=name, lease_seconds=int(lease), renew_seconds=renew, retry_seconds=retry

@@ -84,8 +84,8 @@ def backports_source(sources: Sequence[Target], codename: str) -> str:
     base = own_source(sources, codename)
     if base is None:
         raise NotPossible(
-            f"no apt source for the Debian suite {codename} found (apt-get indextargets), so its backports, which contain "
-            "the required QEMU, cannot be added. Configure apt (see sources.list(5)) and try again"
+            f"no apt source for the Debian suite {codename} found (apt-get indextargets), so its backports, which "
+            "contain the required QEMU, cannot be added. Configure apt (see sources.list(5)) and try again"
         )
     return source_text(base, f"{codename}-backports")
 

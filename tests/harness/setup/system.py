@@ -105,7 +105,9 @@ def _qemu_is_good() -> bool:
 REQUIREMENTS: Final = (
     Requirement("venv and ensurepip of Python", "python3-venv", "python3", _has_venv),
     Requirement("openssl, for the keys of the test API server", "openssl", "openssl", _has_program("openssl")),
-    Requirement("setpriv, to terminate child processes with their parent", "util-linux", "util-linux", _has_program("setpriv")),
+    Requirement(
+        "setpriv, to terminate child processes with their parent", "util-linux", "util-linux", _has_program("setpriv")
+    ),
     Requirement("certificate authorities, for downloads", "ca-certificates", "ca-certificates", _has_certificates),
     Requirement(
         "libfaketime, to set the clock of an operator in tests",
@@ -283,7 +285,9 @@ def _advice(needed: Sequence[Requirement], release: Mapping[str, str]) -> str:
         names = sorted({others.get(requirement.debian, requirement.debian) for requirement in needed})
         lines = ["apt-get update", f"apt-get install --yes --no-install-recommends {' '.join(names)}"]
         if codename not in KNOWN:
-            notes += "These are the package names of Debian 13. Other systems may use other names or have an older QEMU.\n"
+            notes += (
+                "These are the package names of Debian 13. Other systems may use other names or have an older QEMU.\n"
+            )
     elif shutil.which("dnf"):
         lines = [f"dnf install --assumeyes {' '.join(sorted({requirement.fedora for requirement in needed}))}"]
     else:

@@ -69,7 +69,9 @@ def test_a_watch_that_brings_nothing_although_it_does_not_fail_is_an_illness() -
     why = illness(IDLE, 4, freshness)
 
     assert why is not None
-    assert why.startswith("the watch is behind: for 270 s lists have contained changes that it has not delivered (1 sets)")
+    assert why.startswith(
+        "the watch is behind: for 270 s lists have contained changes that it has not delivered (1 sets)"
+    )
 
 
 def test_a_watch_that_fails_and_is_tried_again_is_no_illness() -> None:

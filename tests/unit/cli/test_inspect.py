@@ -68,7 +68,7 @@ def test_few_free_slots_and_those_that_have_a_story_are_not_folded() -> None:
     quiet = dict.fromkeys(range(8), Ost(0, 0))
     lines = rows(found(replace(a_machine(), ost=quiet | {5: Ost(3, 0)})))
     assert [line["SLOT"] for line in lines] == ["0", "1", "2", "3", "4", "5", "6", "7"]
-    assert lines[5]["LAST _OST"] == "given back (_OST 0x0)"
+    assert lines[5]["LAST _OST"] == "unplugged (_OST 0x0)"
 
 
 def test_a_document_has_every_slot_of_the_largest_machine() -> None:
@@ -92,16 +92,16 @@ def test_types_and_sizes_have_columns_only_if_they_differ() -> None:
     ("source", "status", "words"),
     [
         (0, 0, None),
-        (0x3, 0x0, "given back (_OST 0x0)"),
+        (0x3, 0x0, "unplugged (_OST 0x0)"),
         (0x3, 0x1, "non-specific failure (_OST 0x1)"),
         (0x3, 0x80, "not supported by the guest (_OST 0x80)"),
         (0x103, 0x81, "device in use (_OST 0x81)"),
         (0x3, 0x84, "in progress (_OST 0x84)"),
         (0x3, 0x99, "refused, with a code that ACPI does not define (_OST 0x99)"),
         (0x3, 0x8, "refused, with a code that ACPI does not define (_OST 0x8)"),
-        (0x1, 0x0, "plug taken up (_OST 0x0)"),
-        (0x1, 0x81, "plug not taken up (_OST 0x81)"),
-        (0x200, 0x80, "plug not taken up (_OST 0x80)"),
+        (0x1, 0x0, "plug accepted (_OST 0x0)"),
+        (0x1, 0x81, "plug rejected (_OST 0x81)"),
+        (0x200, 0x80, "plug rejected (_OST 0x80)"),
         (0x77, 0x5, "about event 0x77 (_OST 0x5)"),
     ],
 )
@@ -114,16 +114,16 @@ def test_a_slot_is_online_only_if_the_guest_uses_every_cpu() -> None:
     some = found(FOUR, guest(True, True, True, False))
     assert [line["ONLINE"] for line in rows(some)] == ["unknown"] * 4 + ["-"]
     assert "ONLINE unknown" in notes(some)
-    assert facts(some)["Guest"] == "uses 3 of 4; offline by its own numbers: 3"
+    assert facts(some)["Guest"] == "3 of 4 online; offline (guest CPU numbers): 3"
     assert [slot["online"] for slot in document(some)["slots"]] == [None] * 8
     assert document(some)["guest"]["offlineCPUs"] == [3]
     assert "ONLINE" not in rows(found(FOUR))[0]
 
 
 def test_an_agent_of_another_machine_and_one_that_is_silent_are_told() -> None:
-    assert "another machine's agent" in facts(found(FOUR, guest(*[True] * 5)))["Guest"]
+    assert "the agent of another machine" in facts(found(FOUR, guest(*[True] * 5)))["Guest"]
     silent = found(FOUR, GuestReport(None, AgentTimeout("agent.sock has not answered")))
-    assert facts(silent)["Guest"] == "cannot be asked: agent.sock has not answered"
+    assert facts(silent)["Guest"] == "no answer: agent.sock has not answered"
     assert document(silent)["guest"]["reason"] == "NoAnswer"
     assert document(found(FOUR, unasked="it is paused"))["guest"]["reason"] == "NotAsked"
 
@@ -139,8 +139,8 @@ def test_requests_of_a_set_are_joined_to_the_slots_that_they_are_about() -> None
     joined = found(FOUR, vcpuset=a_set(status=status))
 
     assert [line["PENDING"] for line in rows(joined)[2:4]] == [
-        "asked at 2026-01-02T11:59:00Z, 2 times: device busy (_OST 0x82)",
-        "asked at 2026-01-02T11:59:55Z, no answer",
+        "requested at 2026-01-02T11:59:00Z, 2 times: device busy (_OST 0x82)",
+        "requested at 2026-01-02T11:59:55Z, no answer",
     ]
     assert "slot 5." in notes(joined)
     shown = document(joined)
@@ -160,11 +160,11 @@ def test_an_unplug_in_progress_is_pending_without_a_set() -> None:
     ("machine", "name", "words"),
     [
         (a_machine(slots=None, vcpus=4), "Hotplug", "not supported by this machine type"),
-        (a_machine(ost={}), "Unplug", "takes no requests yet"),
-        (a_machine(ost=None, arch="ppc64"), "Unplug", "QEMU does not tell"),
-        (a_machine(ost=None, arch="s390x"), "Unplug", "nothing that could be unplugged"),
-        (a_machine(migrating=True), "Run state", "a migration runs (CPUs cannot be changed now)"),
-        (a_machine(run_state="shutdown"), "Run state", "shutdown (CPUs cannot be changed any more)"),
+        (a_machine(ost={}), "Unplug", "does not accept requests"),
+        (a_machine(ost=None, arch="ppc64"), "Unplug", "unknown until a request is sent"),
+        (a_machine(ost=None, arch="s390x"), "Unplug", "no vCPU can be unplugged"),
+        (a_machine(migrating=True), "Run state", "migrating (CPUs cannot be changed now)"),
+        (a_machine(run_state="shutdown"), "Run state", "shutdown (CPUs can no longer be changed)"),
     ],
 )
 def test_what_keeps_cpus_from_being_changed_is_told(machine: Machine, name: str, words: str) -> None:
@@ -220,7 +220,7 @@ def test_what_is_neither_is_a_usage_error(text: str) -> None:
     result = CliRunner().invoke(main, ["inspect", text])
 
     assert result.exit_code == 2
-    assert "names no monitor" in result.stderr
+    assert "is not a monitor" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,8 @@ def test_the_times_of_leader_election_may_have_their_unit(vcpuset: Vcpuset) -> N
     [
         pytest.param(["--leader-elect-lease-duration=10s"], "must be longer than --leader-elect-renew-deadline (10 s)"),
         pytest.param(["--leader-elect-retry-period=9"], "longer than 1.2 times --leader-elect-retry-period (9 s)"),
-        pytest.param(["--leader-elect-lease-duration=15.5s"], "whole seconds only"),
-        pytest.param(["--node-name=n1"], "--leader-elect does not go with --node-name"),
+        pytest.param(["--leader-elect-lease-duration=15.5s"], "only supports whole seconds"),
+        pytest.param(["--node-name=n1"], "--leader-elect cannot be combined with --node-name"),
         pytest.param(["--leader-elect-name="], "must not be empty"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -324,7 +324,7 @@ def test_the_lease_is_in_the_pods_own_namespace_if_nothing_else_is_said(
     monkeypatch.setattr(command_line, "_OWN_NAMESPACE", tmp_path / "namespace")
     refused = vcpuset.run("--leader-elect")
     assert refused.exit_code == 2
-    assert "say with --leader-elect-namespace where the Lease is to be" in refused.output
+    assert "set the namespace of the Lease with --leader-elect-namespace" in refused.output
     (tmp_path / "namespace").write_text("vcpuset-system")
 
     election = vcpuset.settings_of("--leader-elect").leader_election
