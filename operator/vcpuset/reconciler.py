@@ -682,7 +682,8 @@ class Reconciler:
             pause = PROGRESS_SECONDS[min(track.progress, len(PROGRESS_SECONDS) - 1)]
             if loop_time < track.written_at + pause:
                 return vcpuset
-        written = await self._cluster.write_status(vcpuset, status)
+        with self._cache.expecting(vcpuset.uid, status):
+            written = await self._cluster.write_status(vcpuset, status)
         if self._cache.get(vcpuset.uid) is not None:
             # Else it has gone meanwhile: the watch can tell that before this answer comes.
             self._cache.put(written)

@@ -206,7 +206,7 @@ async def test_what_the_cache_knows_from_a_list_is_no_news(sets: User) -> None:
         assert len(watch.changes) == told == 1
 
 
-async def test_a_status_write_whose_answer_is_in_the_cache_already_is_no_news_but_one_of_others_is(
+async def test_own_status_writes_labels_and_annotations_are_no_news_but_a_status_write_of_others_is(
     sets: User,
 ) -> None:
     kubeconfig = sets.control_plane.kubeconfig
@@ -218,17 +218,25 @@ async def test_a_status_write_whose_answer_is_in_the_cache_already_is_no_news_bu
         await watch.until_names("web")
         watch.changes.clear()
         (vcpuset,) = watch.cache
-        # The watch may be faster than the answer; then it is news.
-        written = await cluster.write_status(vcpuset, replace(vcpuset.status, vcpus=1))
-        told = watch.changes.copy()
-        watch.cache.put(written)
-        await sets.create("later")
-        await watch.until_names("web", "later")
-        (later,) = [each.uid for each in watch.cache if each.name == "later"]
-        assert watch.changes == [*told, later]
 
-        newest = await cluster.write_status(written, replace(written.status, vcpus=99))
-        await until(lambda: watch.changes == [*told, later, vcpuset.uid], WAIT, "news of a write by another")
+        def brought(version: str) -> bool:
+            known = watch.cache.get(vcpuset.uid)
+            return known is not None and known.resource_version == version
+
+        # The watch can be faster than the answer.
+        status = replace(vcpuset.status, vcpus=1)
+        with watch.cache.expecting(vcpuset.uid, status):
+            written = await cluster.write_status(vcpuset, status)
+            await until(lambda: brought(written.resource_version), WAIT, "the status write, by the watch")
+        await sets.annotate("web", note="x")
+        noted = (await sets.label("web", tier="x")).body["metadata"]["resourceVersion"]
+        await until(lambda: brought(noted), WAIT, "the label, by the watch")
+        assert watch.changes == []
+
+        noted_set = watch.cache.get(vcpuset.uid)
+        assert noted_set is not None
+        newest = await cluster.write_status(noted_set, replace(status, vcpus=99))
+        await until(lambda: watch.changes == [vcpuset.uid], WAIT, "news of a write by another")
         assert watch.cache.get(vcpuset.uid) == newest
 
 

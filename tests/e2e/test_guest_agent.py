@@ -90,15 +90,6 @@ async def test_a_set_is_ready_once_the_guest_uses_its_cpus_and_that_costs_few_wr
             assert {(each.subresource, each.code) for each in writes} == {("status", 200)}
             costs[before.body["metadata"]["generation"]] = len(writes)
 
-        # Each look asks the guest, whose answer is no news.
-        since = control_plane.audit_offset()
-        for _ in range(3):
-            looks = _passes(operator)
-            await user.touch("vm")
-            await _looked(operator, looks + 1)
-        await settled(control_plane)
-        assert operators_writes(user, since) == []
-
         versions = await history(user, created)
         check_ready_waited(versions)
         for generation, writes_made in costs.items():

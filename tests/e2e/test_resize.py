@@ -58,7 +58,7 @@ async def test_the_status_only_ever_shows_counts_that_were_observed(
         assert seen.status["machine"]["maxVCPUs"] == 64
 
 
-async def test_a_cpu_that_someone_else_plugs_or_unplugs_is_undone_at_the_next_touch_of_the_object(
+async def test_a_cpu_that_someone_else_plugs_or_unplugs_is_undone_when_the_spec_changes(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest:

@@ -26,6 +26,7 @@ from harness.expect import (
     shows,
 )
 from harness.faulty import FaultyMonitor, Refuse, Silent
+from harness.faultyagent import FaultyAgent
 from harness.guest import Guest
 from harness.operator import OperatorProcess
 from harness.qmp import raw
@@ -54,7 +55,10 @@ async def test_nothing_is_written_while_nothing_changes(
         FaultyMonitor(folder / "migrating", status="inmigrate", cpus=2, slots=4) as migrating,
         FaultyMonitor(folder / "refused", cpus=2, slots=4) as refused,
         FaultyMonitor(folder / "silent", cpus=2, slots=4) as silent,
+        FaultyMonitor(folder / "asked", cpus=2, slots=4) as asked,
+        FaultyAgent(folder / "agent", offline={1}) as agent,
     ):
+        agent.online = {0, 1}
         refused.cpus.unplug = {1: Refuse()}
         silent.cpus.unplug = {1: Silent()}
         slow = {"timeoutSeconds": 1, "retrySeconds": 3600}
@@ -65,6 +69,7 @@ async def test_nothing_is_written_while_nothing_changes(
         await user.create("migrating", 3, "migrating")
         await user.create("refused", 1, "refused", unplug=slow)
         await user.create("silent", 1, "silent", unplug=slow)
+        await user.create("asked", 2, "asked", guestAgent={"unix": {"path": "agent"}})
         await user.create("missing", 3, "missing")
         await user.create("invalid", 3, "file")
         steady = {
@@ -75,6 +80,7 @@ async def test_nothing_is_written_while_nothing_changes(
             "migrating": ("MachineBusy", RECONCILING, 2),
             "refused": ("UnplugRefused", STALLED, 2),
             "silent": ("UnplugTimedOut", STALLED, 2),
+            "asked": ("Converged", READY, 2),
             "missing": ("MonitorUnreachable", RECONCILING, None),
             "invalid": ("InvalidMonitor", STALLED, None),
         }
@@ -84,8 +90,9 @@ async def test_nothing_is_written_while_nothing_changes(
         }
         await settled(control_plane)
         since = control_plane.audit_offset()
-        monitors = [converged, ceiling, suspended, over, migrating, refused, silent]
+        monitors = [converged, ceiling, suspended, over, migrating, refused, silent, asked]
         looks = [monitor.connections for monitor in monitors]
+        answers = len(agent.received("guest-get-vcpus"))
         # A machine that is busy is looked at with a growing pause, all others every second.
         await until(
             lambda: all(
@@ -95,6 +102,7 @@ async def test_nothing_is_written_while_nothing_changes(
             90,
             "several looks at every machine",
         )
+        await until(lambda: len(agent.received("guest-get-vcpus")) >= answers + 3, 90, "several answers of the guest")
         await settled(control_plane)
         assert operators_writes(user, since) == []
         for name, seen in before.items():
@@ -132,7 +140,6 @@ async def test_every_version_of_a_status_obeys_the_rules_and_events_are_its_tran
         monitor.cpus.eject(3)
         await user.change("vm", vcpus=1)
         await user.wait_reason("vm", "UnplugRefused", stalled=True)
-        await user.touch("vm")
         monitor.cpus.eject(1)
         monitor.cpus.unplug = {}
         await user.change("vm", vcpus=2, suspend=True)

@@ -5,15 +5,21 @@ change in any order and more than once, so an object only ever moves forward, by
 dropped does not come back because an older report of it arrives late.
 
 A set that has been deleted is not served any more, however long somebody's finalizer keeps its object.
+
+What is newer is stored; what there is to act on is less. A set is news when it is new, when its spec has changed, and
+when somebody else has changed what this operator reports in its status, which is then put right. Labels, annotations,
+managed fields, conditions of other owners and the operator's own status writes are no news.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
-from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.domain.resource import UID, Status, VCPUSet
 
 __all__ = ["Cache", "is_newer"]
 
@@ -33,6 +39,7 @@ class Cache:
         # The last resourceVersion of each dropped set: a list that began before the set went away still has it, and
         # would bring it back until the next list.
         self._dropped: OrderedDict[UID, str] = OrderedDict()
+        self._expected: dict[UID, Status] = {}
 
     def get(self, uid: UID) -> VCPUSet | None:
         """The set, or None: not served by this operator (any more)."""
@@ -48,7 +55,7 @@ class Cache:
         return {uid: vcpuset.resource_version for uid, vcpuset in self._sets.items()}
 
     def put(self, vcpuset: VCPUSet) -> bool:
-        """Store it. False: nothing new, it is what is known already or older."""
+        """Store it if it is newer than what is known. Whether there is something to act on."""
         known = self._sets.get(vcpuset.uid)
         last = self._dropped.get(vcpuset.uid) if known is None else known.resource_version
         if last is not None and not is_newer(vcpuset.resource_version, last):
@@ -60,7 +67,20 @@ class Cache:
         self._dropped.pop(vcpuset.uid, None)
         self._sets[vcpuset.uid] = vcpuset
         self._tell(known, vcpuset)
-        return True
+        return known is None or self._is_news(known, vcpuset)
+
+    @contextlib.contextmanager
+    def expecting(self, uid: UID, status: Status) -> Iterator[None]:
+        """While this process writes `status`: it is no news, though the watch brings it before the answer comes."""
+        self._expected[uid] = status
+        try:
+            yield
+        finally:
+            del self._expected[uid]
+
+    def _is_news(self, known: VCPUSet, vcpuset: VCPUSet) -> bool:
+        status = known.status if vcpuset.status == self._expected.get(vcpuset.uid) else vcpuset.status
+        return replace(vcpuset, resource_version=known.resource_version, status=status) != known
 
     def drop(self, uid: UID) -> VCPUSet | None:
         """Forget the set and return what was known of it; None: nothing was."""

@@ -20,7 +20,7 @@ __all__ = ["sweep"]
 async def sweep(
     cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], freshness: Freshness
 ) -> None:
-    """Make `cache` hold what the API server has, and call `changed` for each set that is new, newer or gone.
+    """Make `cache` hold what the API server has, and call `changed` for each set that is news or gone.
 
     Raises:
         APIError: the list failed; the cache is as it was.
@@ -31,12 +31,15 @@ async def sweep(
     except APIError:
         freshness.failed()
         raise
-    news = {vcpuset.uid: vcpuset.resource_version for vcpuset in listed if cache.put(vcpuset)}
+    known = cache.versions()
+    news = [vcpuset.uid for vcpuset in listed if cache.put(vcpuset)]
+    now = cache.versions()
     present = {vcpuset.uid: vcpuset.namespace for vcpuset in listed}
-    freshness.listed(present, news)
+    # The watch owes each version that was not known, also one in which there is nothing to act on.
+    owed = {uid: version for uid, version in now.items() if uid in present and version != known.get(uid)}
+    freshness.listed(present, owed)
     for uid in news:
         changed(uid)
-    now = cache.versions()
     for uid in before.keys() - present.keys():
         # A set that came, or came back, while the list was under way need not be in it.
         if now.get(uid) == before[uid]:

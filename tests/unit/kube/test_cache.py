@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
-from vcpuset.domain.resource import UID, Spec, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import UID, Spec, Status, UnixMonitor, VCPUSet
 from vcpuset.kube.cache import Cache
 
 WEB = VCPUSet(
@@ -33,7 +34,7 @@ def cache() -> Cache:
 
 
 @pytest.mark.parametrize(
-    ("number", "is_news"),
+    ("number", "is_newer"),
     [
         pytest.param("100", False, id="the same"),
         pytest.param("99", False, id="older, though its text is greater"),
@@ -41,9 +42,42 @@ def cache() -> Cache:
         pytest.param("opaque", True, id="not a number: sent in order"),
     ],
 )
-def test_only_news_are_stored(cache: Cache, number: str, is_news: bool) -> None:
-    assert cache.put(version(number)) is is_news
-    assert cache.get(WEB.uid) == (version(number) if is_news else WEB)
+def test_only_what_is_newer_is_stored(cache: Cache, number: str, is_newer: bool) -> None:
+    cache.put(version(number))
+    assert cache.get(WEB.uid) == (version(number) if is_newer else WEB)
+
+
+def test_a_version_with_other_labels_annotations_or_managed_fields_only_is_no_news(cache: Cache) -> None:
+    assert not cache.put(version("101"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"generation": 2, "spec": replace(WEB.spec, vcpus=3)}, id="spec"),
+        pytest.param({"generation": 2}, id="a field of the spec that this version does not know"),
+        pytest.param({"status": Status(vcpus=99)}, id="the status, by another writer"),
+    ],
+)
+def test_a_change_to_act_on_is_news(cache: Cache, changed: dict[str, Any]) -> None:
+    assert cache.put(replace(version("101"), **changed))
+
+
+def test_a_status_that_is_being_written_is_no_news_until_somebody_else_changes_it(cache: Cache) -> None:
+    ours = replace(version("101"), status=Status(vcpus=2))
+    theirs = replace(version("102"), status=Status(vcpus=99))
+    with cache.expecting(WEB.uid, ours.status):
+        assert not cache.put(ours)
+        assert cache.get(WEB.uid) == ours
+        assert cache.put(theirs)
+    assert cache.put(replace(ours, resource_version="103")), "it is expected once"
+
+
+def test_a_change_of_the_spec_is_news_also_together_with_a_status_that_is_being_written(cache: Cache) -> None:
+    """The watch may skip a version, after a break."""
+    both = replace(version("102"), generation=2, status=Status(vcpus=2))
+    with cache.expecting(WEB.uid, both.status):
+        assert cache.put(both)
 
 
 def test_the_same_version_with_other_contents_is_news(cache: Cache) -> None:

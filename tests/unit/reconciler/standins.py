@@ -72,6 +72,8 @@ class ApiServer(Cluster):
         """The objects, decoded."""
         self.version = 0
         self.writes: list[VCPUSet] = []
+        self.brings_at_once = False
+        """Whether the watch brings each status write before its answer comes."""
 
     def store(self, body: Mapping[str, Any]) -> VCPUSet:
         """Keep a new version of an object."""
@@ -110,6 +112,8 @@ class ApiServer(Cluster):
         assert before.status != after.status, "a write that changes nothing"
         self._world.on_write(before, after)
         self.writes.append(after)
+        if self.brings_at_once:
+            self._world.deliver()
         answer = self.objects[name]
         await self._world.point(APIError("no answer"))
         return answer

@@ -41,6 +41,25 @@ def test_a_steady_state_costs_no_write_and_a_look_a_minute(world: LawfulWorld) -
     assert 1 + 3600 / 66 <= world.passes <= 1 + 3600 / 54
 
 
+def test_a_status_write_that_the_watch_brings_before_its_answer_causes_no_pass(world: LawfulWorld) -> None:
+    before = world.passes
+    world.api.brings_at_once = True
+    world.apply("web", vcpus=6)
+    world.run_due()
+
+    assert _writes(world)[1:] == ["Converged"]
+    assert world.passes == before + 1
+
+
+def test_a_status_that_somebody_else_changes_is_put_right_at_once(world: LawfulWorld) -> None:
+    body = world.api.objects["web"]
+    world.api.store({**body, "status": {**body["status"], "vcpus": 99}})
+    world.deliver()
+    world.run_due()
+
+    assert world.status().vcpus == 2
+
+
 def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: LawfulWorld, qemu: Qemu) -> None:
     told = len(world.recorder.events)
     world.apply("web", vcpus=6)
