@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from harness import selectors
 from harness.controlplane import ControlPlane
 from harness.wait import until
 from harness.world import User
@@ -139,6 +140,16 @@ async def test_a_status_that_the_schema_refuses_is_an_error_with_the_servers_wor
     await sets.create("web")
     with pytest.raises(APIError, match=r"HTTP 422: .*status\.vcpus"):
         await cluster.write_status(await only(cluster, sets.namespace), replace(FULL, vcpus=-5))
+
+
+async def test_the_label_selectors_that_the_command_line_takes_are_those_that_the_server_takes(
+    cluster: Cluster,
+) -> None:
+    for selector in selectors.TAKEN:
+        await cluster.list(Scope(label_selector=selector))
+    for selector in selectors.REFUSED:
+        with pytest.raises(APIError, match="HTTP 400: "):
+            await cluster.list(Scope(label_selector=selector))
 
 
 async def test_a_list_is_narrowed_by_the_server_and_comes_in_pages(

@@ -28,6 +28,13 @@ _ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P
 
 _SECONDS = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?)s?")
 
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_KEY = rf"([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?{_NAME}"
+_VALUES = rf"\s*\(\s*({_NAME})?(\s*,\s*({_NAME})?)*\s*\)"
+_REQUIREMENT = rf"\s*(!\s*{_KEY}|{_KEY}(\s*(==?|!=)\s*({_NAME})?|\s*[<>]\s*[0-9]{{1,18}}|\s+(not)?in{_VALUES})?)\s*"
+_LABEL_SELECTOR = re.compile(rf"{_REQUIREMENT}(,{_REQUIREMENT})*", re.ASCII)
+"""What the API server takes as a label selector."""
+
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 """Where a pod finds the name of its namespace."""
 
@@ -99,6 +106,15 @@ def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
     return value
 
 
+def _label_selector(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse what the API server would refuse at each list and each watch."""
+    if value and _LABEL_SELECTOR.fullmatch(value) is None:
+        raise click.BadParameter(
+            f"{value!r} is no label selector, such as team=shop,tier in (web, cache),!legacy", ctx, param
+        )
+    return value or None
+
+
 class _Program(click.Group):
     """A command line whose output may not fit where it goes, such as a file on a full disk."""
 
@@ -147,6 +163,7 @@ main.add_command(plan)
     "--label-selector",
     envvar="VCPUSET_LABEL_SELECTOR",
     show_envvar=True,
+    callback=_label_selector,
     help="Manage only the VCPUSets that match this label selector.",
 )
 @click.option(
@@ -335,7 +352,7 @@ def run(
     settings = Settings(
         node_name=node_name or None,
         namespaces=namespaces,
-        label_selector=label_selector or None,
+        label_selector=label_selector,
         socket_root=socket_root,
         networks=Networks(networks),
         workers=workers,

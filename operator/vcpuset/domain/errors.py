@@ -26,6 +26,7 @@
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)
           +-- Rejected            the same request would be refused again
+          |    +-- Forbidden      this process may not do that
           +-- NotLeading          another replica may work by now: this process must change nothing
 
 Every message names the thing and the cause; the original exception is chained.
@@ -42,6 +43,7 @@ __all__ = [
     "Conflict",
     "CredentialsUnavailable",
     "DeviceGone",
+    "Forbidden",
     "GuestNotReady",
     "InvalidMonitor",
     "MachineUnsettled",
@@ -194,6 +196,10 @@ class ObjectGone(APIError):
 
 class Rejected(APIError):
     """HTTP 400, 403, 413 or 422: not allowed or not valid, so the same request would be refused again."""
+
+
+class Forbidden(Rejected):
+    """HTTP 403: this process may not do that."""
 
 
 class NotLeading(APIError):

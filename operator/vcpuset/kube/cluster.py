@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
-from vcpuset.domain.errors import APIError, Conflict, ObjectGone, Rejected
+from vcpuset.domain.errors import APIError, Conflict, Forbidden, ObjectGone, Rejected
 from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
@@ -215,7 +215,7 @@ class Cluster:
 
         Raises:
             ObjectGone: there is none.
-            Rejected: this process may not read it.
+            Forbidden: this process may not read it.
             APIError: anything else.
         """
         path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
@@ -428,7 +428,9 @@ def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> API
     match code:
         case 401:
             return _Unauthorized(f"{message} (the credentials are not accepted)")
-        case 400 | 403 | 413 | 422:
+        case 403:
+            return Forbidden(message)
+        case 400 | 413 | 422:
             return Rejected(message)
         case 404:
             return ObjectGone(message)

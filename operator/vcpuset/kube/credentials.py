@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from vcpuset.domain.credentials import Credentials
-from vcpuset.domain.errors import APIError, CredentialsUnavailable, ObjectGone, Rejected
+from vcpuset.domain.errors import APIError, CredentialsUnavailable, Forbidden, ObjectGone
 from vcpuset.domain.resource import UID
 
 __all__ = ["DOUBTED_SECONDS", "FRESH_SECONDS", "ROLE", "Secrets"]
@@ -134,7 +134,7 @@ class Secrets:
             content = str(error)
         except ObjectGone:
             content = f"there is no {source}: create it, with ca.crt, tls.crt and tls.key"
-        except Rejected as error:
+        except Forbidden as error:
             content = (
                 f"{source} may not be read by this operator: have an administrator bind ClusterRole {ROLE} to its "
                 f"service account, with a RoleBinding in namespace {namespace} ({error})"

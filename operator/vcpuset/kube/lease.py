@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from vcpuset.domain.backoff import jittered
-from vcpuset.domain.errors import APIError, Conflict, NotLeading, ObjectGone, Rejected
+from vcpuset.domain.errors import APIError, Conflict, Forbidden, NotLeading, ObjectGone
 from vcpuset.kube.cluster import Cluster
 
 __all__ = ["Leadership", "own_identity", "since_boot"]
@@ -254,4 +254,6 @@ def _now() -> str:
 
 
 def _remedy(error: APIError) -> str:
-    return " (the Role vcpuset-leader-election in deploy/ grants what is needed)" if isinstance(error, Rejected) else ""
+    return (
+        " (the Role vcpuset-leader-election in deploy/ grants what is needed)" if isinstance(error, Forbidden) else ""
+    )

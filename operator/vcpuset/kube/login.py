@@ -1,12 +1,18 @@
 """Where the API server is, and who we are: one source for kopf's watch and for our own requests.
 
 In this order: the file given with `--kubeconfig`, the files named by `KUBECONFIG`, `~/.kube/config`, and in a pod the
-service account. Read anew at each login, so rotated tokens and `exec` plugins work.
+service account. Read again at each login, so rotated tokens and `exec` plugins work.
+
+The client's loader logs why it could not get a user's credentials, and goes on without any. Here that is an error:
+nothing is sent as an anonymous user unless the kubeconfig has a user without credentials.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +33,20 @@ _load_incluster_config: Any = load_incluster_config
 
 _REMEDY: Final = "give --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
 
+_errors: ContextVar[list[str] | None] = ContextVar("_errors", default=None)
+"""What the loader has logged as errors in this login."""
+
+
+def _keep_errors(record: logging.LogRecord) -> bool:
+    errors = _errors.get()
+    if errors is None or record.levelno < logging.ERROR:
+        return True
+    errors.append(record.getMessage())
+    return False
+
+
+logging.getLogger(load_kube_config.__module__).addFilter(_keep_errors)
+
 
 async def load_configuration(kubeconfig: Path | None) -> Configuration:
     """The address and the credentials of the API server.
@@ -38,16 +58,14 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
     files = _kubeconfig_files(kubeconfig)
     try:
         if files is not None:
-            # persist_config would write refreshed tokens into a file that belongs to somebody else.
-            await _load_kube_config(config_file=files, client_configuration=configuration, persist_config=False)
+            await _load_files(files, configuration)
         elif "KUBERNETES_SERVICE_HOST" in os.environ:
             _load_incluster_config(client_configuration=configuration)
         else:
             raise APIError(f"no Kubernetes credentials found: {_REMEDY}")
     except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # The last three: the loader does not check what it has read.
         source = "of the service account" if files is None else f"in {files}"
-        raise APIError(f"cannot use the Kubernetes credentials {source}: {error}; {_REMEDY}") from error
+        raise APIError(f"cannot use the Kubernetes credentials {source}: {_words(error)}; {_REMEDY}") from error
     if configuration.tls_server_name:
         # kopf cannot do it, and a watch to another server than the one that is written to would be worse.
         raise APIError(f"tls-server-name in {files} is not supported: use a server address that is in its certificate")
@@ -73,6 +91,35 @@ async def connection_info(kubeconfig: Path | None) -> kopf.ConnectionInfo:
         proxy_url=configuration.proxy,
         trust_env=True,  # as the Kubernetes client does
     )
+
+
+async def _load_files(files: str, configuration: Configuration) -> None:
+    """Read kubeconfig files, and get the credentials that they name."""
+    errors: list[str] = []
+    token = _errors.set(errors)
+    try:
+        # persist_config would write refreshed tokens into a file that belongs to somebody else.
+        loader = await _load_kube_config(config_file=files, client_configuration=configuration, persist_config=False)
+    finally:
+        _errors.reset(token)
+    if not configuration.host:
+        raise ConfigException("the cluster of its current context has no server")
+    # The loader has no public way to the user's entry.
+    if loader._user and not configuration.api_key and not configuration.cert_file:
+        raise ConfigException(
+            "the credentials of the user of its current context could not be got: "
+            f"{'; '.join(errors) or 'there is no token, certificate, exec plugin, or user name with password'}"
+        )
+
+
+def _words(error: Exception) -> str:
+    match error:
+        case TypeError() | AttributeError() | KeyError() | UnicodeDecodeError():
+            # The loader does not check what it has read, and Python's words for that help no one.
+            return "it is no kubeconfig, or a field in it is missing or of another type"
+        case _:
+            # The loader shows where it failed, with all that the user's entry holds: tokens, passwords.
+            return " ".join(re.sub(r"/\{.*\}", "", str(error), flags=re.DOTALL).split())
 
 
 def _kubeconfig_files(explicit: Path | None) -> str | None:

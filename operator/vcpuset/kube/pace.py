@@ -19,7 +19,7 @@ import aiohttp
 import kopf
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.domain.errors import APIError, Rejected
+from vcpuset.domain.errors import APIError, Forbidden
 from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal
 from vcpuset.kube.codec import PLURAL
 
@@ -202,4 +202,4 @@ class Gate:
 
 def remedy(error: APIError) -> str:
     """What helps, in brackets, if that is known from the kind of the error."""
-    return " (the roles in deploy/ grant what is needed)" if isinstance(error, Rejected) else ""
+    return " (the roles in deploy/ grant what is needed)" if isinstance(error, Forbidden) else ""

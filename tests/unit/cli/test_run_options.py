@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from harness import selectors
 from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli import main as command_line
 from vcpuset.domain.networks import Networks, network
@@ -142,6 +143,22 @@ def test_what_is_no_network_is_refused_with_the_remedy(vcpuset: Vcpuset) -> None
     assert "Invalid value for '--allow-tcp'" in words
     assert "'10.0.0.1/8' has bits set behind its prefix" in words
     assert "write 10.0.0.0/8" in words
+    assert vcpuset.settings is None
+
+
+@pytest.mark.parametrize("selector", selectors.TAKEN)
+def test_what_an_api_server_takes_as_a_label_selector_is_taken(vcpuset: Vcpuset, selector: str) -> None:
+    assert vcpuset.settings_of("--label-selector", selector).label_selector == selector
+
+
+@pytest.mark.parametrize("selector", selectors.REFUSED)
+def test_what_an_api_server_refuses_as_a_label_selector_is_refused_at_the_start(
+    vcpuset: Vcpuset, selector: str
+) -> None:
+    result = vcpuset.run("--label-selector", selector)
+
+    assert result.exit_code == 2
+    assert "is no label selector" in " ".join(result.output.split())
     assert vcpuset.settings is None
 
 

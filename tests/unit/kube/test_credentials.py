@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from vcpuset.domain.credentials import Credentials
-from vcpuset.domain.errors import APIError, CredentialsUnavailable, ObjectGone, Rejected
+from vcpuset.domain.errors import APIError, CredentialsUnavailable, Forbidden, ObjectGone
 from vcpuset.domain.resource import UID
 from vcpuset.kube.credentials import DOUBTED_SECONDS, FRESH_SECONDS, PATIENT_SECONDS, Secrets
 
@@ -173,7 +173,7 @@ async def test_without_a_copy_an_outage_is_told_and_the_secret_tried_again(reade
     ("refusal", "words"),
     [
         (ObjectGone("HTTP 404"), "there is no Secret team-a/monitor"),
-        (Rejected("HTTP 403: no"), "bind ClusterRole vcpuset-monitor-credentials to its service account"),
+        (Forbidden("HTTP 403: no"), "bind ClusterRole vcpuset-monitor-credentials to its service account"),
     ],
 )
 async def test_a_secret_that_is_gone_or_forbidden_is_used_no_longer(

@@ -9,7 +9,7 @@ import pytest
 
 from vcpuset.domain.errors import APIError
 from vcpuset.kube.cluster import LONGEST_RETRY_AFTER, refusal
-from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Gate, Pace
+from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Gate, Pace, remedy
 
 __all__: list[str] = []
 
@@ -43,6 +43,11 @@ async def test_a_pause_that_is_over_is_not_waited_for_again() -> None:
     pace.failed()
     await asyncio.sleep(LONGEST_SECONDS)
     assert pace.wait_seconds() == 0
+
+
+@pytest.mark.parametrize(("code", "hints"), [(403, True), (400, False), (404, False), (422, False), (500, False)])
+async def test_only_what_is_forbidden_is_put_down_to_missing_roles(code: int, hints: bool) -> None:
+    assert ("the roles in deploy/" in remedy(refusal("GET /", code, {}, b""))) is hints
 
 
 async def test_the_server_may_ask_for_a_longer_pause_up_to_the_longest() -> None:

@@ -1,6 +1,7 @@
 """What kopf is told: which objects to ask for, and to write nothing."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -76,15 +77,99 @@ async def test_kubeconfig_variable_that_names_no_file_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "clusters: 3", kubeconfig("https://h").replace("cluster: a, user", "cluster: b, user")],
-    ids=["empty", "not YAML", "a list", "no contexts", "unknown cluster"],
+    ("text", "words"),
+    [
+        pytest.param(b"", "it is no kubeconfig", id="empty"),
+        pytest.param(b"127.0.0.1 localhost", "it is no kubeconfig", id="a text"),
+        pytest.param(b"[]", "it is no kubeconfig", id="a list"),
+        pytest.param(b"a: \xff", "it is no kubeconfig", id="not UTF-8"),
+        pytest.param(b"{", "expected the node content", id="not YAML"),
+        pytest.param(b"clusters: 3", "it is no kubeconfig", id="no contexts"),
+        pytest.param(
+            kubeconfig("https://h").replace("cluster: a, user", "cluster: b, user").encode(),
+            "Expected object with name b",
+            id="unknown cluster",
+        ),
+        pytest.param(
+            kubeconfig("https://h").replace("cluster: a, user: a", "cluster: a, user: b").encode(),
+            "a field in it is missing",
+            id="unknown user",
+        ),
+        pytest.param(kubeconfig("").encode(), "has no server", id="no server"),
+    ],
 )
-async def test_a_broken_kubeconfig_is_named_in_the_error(no_credentials: Path, text: str) -> None:
+async def test_a_broken_kubeconfig_is_named_in_the_error_without_pythons_words(
+    no_credentials: Path, text: bytes, words: str
+) -> None:
     file = no_credentials / "broken"
-    file.write_text(text)
-    with pytest.raises(APIError, match=str(file)):
+    file.write_bytes(text)
+    with pytest.raises(APIError, match=f"{file}: .*{words}") as caught:
         await load_configuration(file)
+    assert "object" not in str(caught.value).replace("Expected object with name b", "")
+
+
+def plugin(folder: Path, script: str) -> str:
+    """The user of a kubeconfig whose credentials this script prints."""
+    file = folder / "plugin"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return f"exec: {{apiVersion: client.authentication.k8s.io/v1, command: {file}}}"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        pytest.param(None, "No such file or directory: '/absent/plugin'", id="not installed"),
+        pytest.param("echo log in first >&2; exit 3", "process returned 3. b'log in first'", id="it fails"),
+        pytest.param("echo hello", "failed to decode process output", id="no JSON"),
+        pytest.param(
+            """echo '{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {}}'""",
+            "missing token or clientCertificateData",
+            id="none",
+        ),
+    ],
+)
+async def test_a_plugin_that_gives_no_credentials_is_an_error_with_its_words(
+    no_credentials: Path, caplog: pytest.LogCaptureFixture, script: str | None, words: str
+) -> None:
+    user = (
+        "exec: {apiVersion: client.authentication.k8s.io/v1, command: /absent/plugin}"
+        if script is None
+        else plugin(no_credentials, script)
+    )
+    file = no_credentials / "config"
+    file.write_text(kubeconfig("https://h", user=user))
+    with pytest.raises(APIError, match=re.escape(words)):
+        await connection_info(file)
+    assert caplog.text == "", "the caller logs it"
+
+
+async def test_a_plugins_token_is_used(no_credentials: Path) -> None:
+    credential = """{"apiVersion": "client.authentication.k8s.io/v1", "kind": "", "status": {"token": "one"}}"""
+    file = no_credentials / "config"
+    file.write_text(kubeconfig("https://h", user=plugin(no_credentials, f"echo '{credential}'")))
+    assert (await connection_info(file)).as_http_headers() == {"Authorization": "Bearer one"}
+
+
+@pytest.mark.parametrize(
+    "user", ["auth-provider: {name: azure}", "tokenFile: /dev/null", "username: me"], ids=lambda user: user.split()[0]
+)
+async def test_credentials_that_cannot_be_used_are_an_error_instead_of_an_anonymous_user(
+    no_credentials: Path, user: str
+) -> None:
+    file = no_credentials / "config"
+    file.write_text(kubeconfig("https://h", user=user))
+    with pytest.raises(APIError, match="could not be got: there is no token, certificate, exec plugin, or user name"):
+        await connection_info(file)
+
+
+async def test_secrets_of_a_broken_kubeconfig_are_not_in_the_error(no_credentials: Path) -> None:
+    file = no_credentials / "config"
+    provider = "{name: oidc, config: {client-secret: hush, refresh-token: hush}}"
+    file.write_text(kubeconfig("https://h", user=f"auth-provider: {provider}"))
+    with pytest.raises(APIError, match="Expected key client-id") as caught:
+        await load_configuration(file)
+    assert "hush" not in str(caught.value)
 
 
 async def test_the_explicit_file_is_preferred_to_the_variable_and_that_to_the_home_folder(
