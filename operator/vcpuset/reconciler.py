@@ -41,7 +41,7 @@ from vcpuset.domain.plan import Goal, Plan, first_fit, goal, plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
 from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
-from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.domain.verdict import (
     Pace,
     Verdict,
@@ -244,6 +244,8 @@ class Reconciler:
     async def _converge(self, vcpuset: VCPUSet) -> Verdict:
         if vcpuset.deleting:
             return await self._report_unseen(vcpuset, terminating())
+        if vcpuset.spec.guest_agent is None:
+            await self._guests.forget(vcpuset.uid)
         try:
             session = await self._take_monitor(vcpuset)
             if isinstance(session, Verdict):
@@ -412,9 +414,8 @@ class Reconciler:
             # until all have been asked for, what this one has written says it best.
             return replace(verdict, due=self._clock() + timedelta(seconds=LOOK_SECONDS))
         guest: GuestReport | None = None
-        if vcpuset.spec.guest_agent is None:
-            await self._guests.forget(vcpuset.uid)
-        elif machine.run_state == "running" and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
+        may_be_asked = vcpuset.spec.guest_agent is not None and machine.run_state == "running"
+        if may_be_asked and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
             # Not while the guest gives CPUs back: it has enough to do, and each answer would be out of date.
             guest = self._guests.ask(vcpuset, machine, surplus=machine.vcpus > step.goal.count)
             self._note_progress(track, guest)
@@ -754,3 +755,6 @@ def _address(vcpuset: VCPUSet) -> tuple[str, ...]:
         case TCPMonitor(host, port, tls):
             # As TCPEndpoint.identity has it.
             return ("tcp", host, str(port), "" if tls is None else vcpuset.namespace)
+        case Unsupported():
+            # Nobody else's: it holds no monitor.
+            return ("unsupported", vcpuset.uid)

@@ -69,7 +69,10 @@ FULL_STATUS: Final[Json] = {
     "onlineVCPUs": 3,
     "machine": {"minVCPUs": 1, "maxVCPUs": 64, "uuid": "6b1a7e0c-7c0e-4a53-9f0e-0d1c2b3a4f5e"},
     "selector": "vcpuset.dev/name=vm",
-    "unplug": {"startedAt": TIME, "requests": [request(4), request(3, answer="InUse", attempts=2)]},
+    "unplug": {
+        "startedAt": TIME,
+        "requests": [request(4), request(3, answer="InUse", attempts=2), request(2, answer="OfALaterVersion")],
+    },
     "conditions": [
         condition("Ready", "False", "UnplugPending"),
         condition("Reconciling", reason="UnplugPending"),
@@ -424,11 +427,6 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
             id="request that names no vCPU",
         ),
         pytest.param(
-            {"unplug": {"requests": [request(answer="No")]}},
-            'status.unplug.requests[0].answer: Unsupported value: "No"',
-            id="answer unknown",
-        ),
-        pytest.param(
             {"unplug": {"requests": [request(attempts=0)]}},
             "status.unplug.requests[0].attempts: Invalid value: 0",
             id="request never made",
@@ -449,8 +447,8 @@ async def test_a_status_cannot_be_written_with_the_spec(sets: Sets) -> None:
             id="one condition twice",
         ),
         pytest.param(
-            {"conditions": [condition(f"Type{number}") for number in range(9)]},
-            "status.conditions: Too many: 9: must have at most 8 items",
+            {"conditions": [condition(f"Type{number}") for number in range(17)]},
+            "status.conditions: Too many: 17: must have at most 16 items",
             id="too many conditions",
         ),
         pytest.param(

@@ -293,10 +293,12 @@ async def test_a_secret_that_is_none_is_an_error(control_plane: ControlPlane, tm
 async def test_what_is_wrong_with_an_object_is_told_once_until_it_has_been_mended(
     cluster: Cluster, sets: User, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The schema admits no such object, so it is made unreadable on its way in."""
+    """The API server stores no such object, so it is made unreadable on its way in."""
 
     def decode(body: Mapping[str, Any]) -> VCPUSet:
-        return codec.decode({**body, "spec": {}} if body["spec"]["vcpus"] == 13 else body)
+        if body["spec"]["vcpus"] == 13:
+            body = {**body, "metadata": {**body["metadata"], "uid": 3}}
+        return codec.decode(body)
 
     async def listed() -> tuple[set[str], int]:
         names = {each.name for each in await cluster.list(Scope(namespaces=(sets.namespace,)))}

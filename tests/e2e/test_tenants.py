@@ -326,7 +326,7 @@ async def test_what_a_resolver_may_take_for_this_host_is_not_connected_to(
         pytest.param({}, id="no-monitor"),
     ],
 )
-async def test_a_monitor_that_is_not_one_is_left_alone(
+async def test_a_monitor_that_is_not_one_is_an_unsupported_spec(
     operator: OperatorProcess, user: User, monitor: Mapping[str, Any]
 ) -> None:
     body = {
@@ -337,10 +337,7 @@ async def test_a_monitor_that_is_not_one_is_left_alone(
     }
     path = f"/apis/vcpuset.dev/v1alpha1/namespaces/{user.namespace}/vcpusets"
     assert (await user.control_plane.request("POST", path, body)).status == 201
-    await until(
-        lambda: f"VCPUSet {user.namespace}/vm cannot be understood" in operator.text(), 60, "the operator to say so"
-    )
-    assert "conditions" not in (await user.get("vm")).status
+    await shows(user, "vm", "UnsupportedSpec", STALLED, "spec.monitor", vcpus=None)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from vcpuset.domain.obstacles import Obstacle, obstacle_of
 from vcpuset.domain.prospect import Prospect, prospect
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import conditions
-from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.domain.verdict import Verdict, conflict, failure, terminating
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, open_socket
@@ -133,6 +133,8 @@ def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
             keys.append((manifest.node, manifest.vcpuset.namespace, path))
         case TCPMonitor(host, port, tls):
             keys.append((manifest.node, host, port, "" if tls is None else manifest.vcpuset.namespace))
+        case Unsupported():
+            pass  # it holds no monitor
     try:
         with sources.monitors.resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
@@ -342,6 +344,8 @@ def _monitor(vcpuset: VCPUSet) -> str:
             return f"{vcpuset.namespace}/{path}"
         case TCPMonitor(host, port):
             return str(TCPEndpoint(host, port))
+        case Unsupported(message):
+            return message
 
 
 def _count(vcpus: int) -> str:

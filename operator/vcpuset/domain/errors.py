@@ -2,6 +2,7 @@
 
     VCPUSetError
      +-- InvalidMonitor           the set names a monitor that cannot be used: its author has to act
+     |    +-- UnsupportedSpec     its spec holds what this version cannot obey
      +-- CredentialsUnavailable   the two ends of a monitor on TLS have nothing to convince each other with
      +-- MonitorError             talking to QEMU failed; the last command may or may not have run: observe again
      |    +-- MonitorUnreachable  nobody listens, or what listens is no QMP monitor
@@ -21,7 +22,7 @@
      |    +-- AgentUnreachable    nobody listens, the connection broke, or what listens is no guest agent
      |    +-- AgentTimeout        no answer: no agent runs in the guest, it hangs, or another client has it
      |    +-- AgentRefused        the agent answered with an error
-     +-- InvalidObject            a VCPUSet that this version cannot understand (raised in kube/codec.py)
+     +-- InvalidObject            an object that is no VCPUSet, or has no usable metadata (raised in kube/codec.py)
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)
@@ -59,6 +60,7 @@ __all__ = [
     "Rejected",
     "SlotTaken",
     "TransientError",
+    "UnsupportedSpec",
     "VCPUSetError",
 ]
 
@@ -69,6 +71,10 @@ class VCPUSetError(Exception):
 
 class InvalidMonitor(VCPUSetError):
     """`spec.monitor` names something that this operator must not or cannot open."""
+
+
+class UnsupportedSpec(InvalidMonitor):
+    """`spec` holds what this version cannot obey, so that no monitor may be opened for it."""
 
 
 class CredentialsUnavailable(VCPUSetError):

@@ -178,6 +178,12 @@ class Reason(enum.StrEnum):
         "A TLS monitor's Secret is missing or wrong, or one of the two ends does not accept the other's certificate.",
         "Mend the Secret, the certificates, or what QEMU's tls-authz allows; the message says which.",
     )
+    UNSUPPORTED_SPEC = (
+        "UnsupportedSpec",
+        (State.STALLED,),
+        "The spec holds what this version of the operator cannot obey: machine and monitor are left alone.",
+        "Upgrade the operator, or correct the field that the message names.",
+    )
     SUSPENDED = (
         "Suspended",
         (State.HELD,),

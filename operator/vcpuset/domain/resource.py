@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NewType
+from typing import Any, Final, NewType
 
 from vcpuset.domain.machine import Answer
 
 __all__ = [
+    "CONDITION_TYPES",
     "TLS",
     "UID",
     "BootVCPUs",
@@ -24,6 +26,7 @@ __all__ = [
     "UnixMonitor",
     "Unplug",
     "UnplugPolicy",
+    "Unsupported",
     "VCPUSet",
 ]
 
@@ -86,7 +89,17 @@ class TCPMonitor:
         return given or self.host.rstrip(".")
 
 
-Monitor = UnixMonitor | TCPMonitor
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """In place of the monitor of a spec that this version cannot obey: such a set has none.
+
+    message  the field, what is wrong with it, and what helps
+    """
+
+    message: str
+
+
+Monitor = UnixMonitor | TCPMonitor | Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +125,10 @@ class Unplug:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """`spec`, as far as the operator acts on it (the API server holds the guard rails of `vcpus`)."""
+    """`spec`, as far as the operator acts on it (the API server holds the guard rails of `vcpus`).
+
+    vcpus  0: not known, in a spec that this version cannot obey
+    """
 
     vcpus: int
     monitor: Monitor
@@ -144,6 +160,10 @@ class Request:
         return self.answer is None or not self.answer.refused
 
 
+CONDITION_TYPES: Final = ("Ready", "Reconciling", "Stalled", "GuestAgentConnected")
+"""The conditions that are the operator's. All others belong to whoever wrote them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """A `metav1.Condition`; `status` is "True" or "False"."""
@@ -163,6 +183,9 @@ class Status:
     online_vcpus       those that the guest uses
     machine_uuid       `query-uuid`; None: the machine has none
     unplug_started_at  when the first unplug request of this generation was made; None: none is open
+    conditions         the operator's own, in the order of `CONDITION_TYPES` when this version wrote them
+    foreign_conditions those of others, as they are stored, each with its place in the list. What they say makes no
+                       difference to this operator, and so none between two statuses
     """
 
     observed_generation: int = -1
@@ -175,6 +198,7 @@ class Status:
     unplug_started_at: datetime | None = None
     pending_unplugs: tuple[Request, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    foreign_conditions: tuple[tuple[int, Mapping[str, Any]], ...] = field(default=(), compare=False)
 
     def condition(self, kind: str) -> Condition | None:
         """The condition of this type; None before the first report of it."""

@@ -22,6 +22,7 @@ from vcpuset.domain.errors import (
     MonitorTimeout,
     PermanentError,
     Preconfig,
+    UnsupportedSpec,
     VCPUSetError,
 )
 from vcpuset.domain.guest import GuestReport
@@ -302,13 +303,17 @@ def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
 
 def failure(error: VCPUSetError) -> Verdict:
     """What is reported when the machine could not be looked at."""
-    # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew.
+    # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew. But
+    # what this version cannot obey takes another spec.
+    pace = Pace.STEADY if isinstance(error, UnsupportedSpec) else Pace.RETRY
     help_ = " End -preconfig (x-exit-preconfig)." if isinstance(error, Preconfig) else ""
-    return _verdict(_failed(error), f"{sentence(str(error))}{help_}", Pace.RETRY)
+    return _verdict(_failed(error), f"{sentence(str(error))}{help_}", pace)
 
 
 def _failed(error: VCPUSetError) -> Reason:
     match error:
+        case UnsupportedSpec():
+            return Reason.UNSUPPORTED_SPEC
         case InvalidMonitor():
             return Reason.INVALID_MONITOR
         case CredentialsUnavailable():

@@ -1,25 +1,29 @@
 """VCPUSet objects as the API server sends them, and their status as it is written back.
 
-Reading is tolerant: the API server has validated what it stores, fields that this version does not know are skipped,
-and what the schema gives a default may be missing. Only an object that cannot be understood is an error, so that a set
-made for a newer version is left alone instead of half obeyed.
+Reading is tolerant: the API server has validated what it stores, by the definition of this version, an older or a newer
+one. Fields that this version does not know are skipped, and what the schema gives a default may be missing. What cannot
+be understood of a status is as if it were not there. A spec that holds what this version does not know is `Unsupported`
+as a whole, so that a set made for a newer version is left alone instead of half obeyed. Only an object without usable
+metadata is an error.
 
 Writing gives the whole status as a JSON merge patch (RFC 7386): a field without a value is null there, which removes
-it. What is written is read back as the same value, so comparing two `Status` says whether a write is due; the one loss
-is deliberate: `lastTransitionTime` has whole seconds, as everywhere in Kubernetes.
+it. Conditions of others stay as they are, and where they are. What is written is read back as the same value, so
+comparing two `Status` says whether a write is due; the one loss is deliberate: `lastTransitionTime` has whole seconds,
+as everywhere in Kubernetes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import (
+    CONDITION_TYPES,
     TLS,
     UID,
     BootVCPUs,
@@ -34,6 +38,7 @@ from vcpuset.domain.resource import (
     UnixMonitor,
     Unplug,
     UnplugPolicy,
+    Unsupported,
     VCPUSet,
 )
 
@@ -45,12 +50,22 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "VCPUSet"
 PLURAL: Final = "vcpusets"
 
+_T = TypeVar("_T")
+
 _Time = Annotated[datetime, msgspec.Meta(tz=True)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_Seconds = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+"""More would lead beyond the calendar."""
+
 _UNPLUG: Final = Unplug()
+
+_LATEST: Final = datetime(2999, 12, 31, tzinfo=UTC)
+"""In place of a time that cannot be read. A time in the future counts as now."""
 
 
 class InvalidObject(VCPUSetError):
-    """An object that this version cannot understand; the message names the object and the field."""
+    """An object that has no usable metadata; the message names the object and the field."""
 
 
 class _Metadata(msgspec.Struct, rename="camel"):
@@ -58,7 +73,7 @@ class _Metadata(msgspec.Struct, rename="camel"):
     namespace: str
     name: str
     resource_version: str
-    creation_timestamp: _Time
+    creation_timestamp: str
     generation: int
     deletion_timestamp: str | None = None
 
@@ -74,7 +89,7 @@ class _TLS(msgspec.Struct, rename="camel"):
 
 class _TCP(msgspec.Struct):
     host: str
-    port: int
+    port: _Port
     tls: _TLS | None = None
     insecure: bool = False
 
@@ -93,12 +108,12 @@ class _GuestAgent(msgspec.Struct, rename="camel"):
 class _Unplug(msgspec.Struct, rename="camel"):
     policy: UnplugPolicy = UnplugPolicy.ENABLED
     boot_vcpus: BootVCPUs = msgspec.field(default=BootVCPUs.UNPLUG, name="bootVCPUs")
-    timeout_seconds: int = _UNPLUG.timeout_seconds
-    retry_seconds: int = _UNPLUG.retry_seconds
+    timeout_seconds: _Seconds = _UNPLUG.timeout_seconds
+    retry_seconds: _Seconds = _UNPLUG.retry_seconds
 
 
 class _Spec(msgspec.Struct):
-    vcpus: int
+    vcpus: _Count
     monitor: _Monitor
     guest_agent: _GuestAgent | None = msgspec.field(default=None, name="guestAgent")
     unplug: _Unplug = msgspec.field(default_factory=_Unplug)
@@ -109,9 +124,7 @@ class _Request(msgspec.Struct, rename="camel"):
     slot: int
     path: str
     thread_id: int = msgspec.field(name="threadID")
-    requested_at: _Time
     attempts: int = 1
-    answer: Answer | None = None
 
 
 class _Condition(msgspec.Struct, rename="camel"):
@@ -119,62 +132,34 @@ class _Condition(msgspec.Struct, rename="camel"):
     status: str
     reason: str
     message: str
-    last_transition_time: _Time
     observed_generation: int = -1
-
-
-class _MachineStatus(msgspec.Struct):
-    min_vcpus: int | None = msgspec.field(default=None, name="minVCPUs")
-    max_vcpus: int | None = msgspec.field(default=None, name="maxVCPUs")
-    uuid: str | None = None
-
-
-class _UnplugStatus(msgspec.Struct, rename="camel"):
-    started_at: _Time | None = None
-    requests: tuple[_Request, ...] = ()
-
-
-class _Status(msgspec.Struct, rename="camel"):
-    observed_generation: int = -1
-    vcpus: int | None = None
-    online_vcpus: int | None = msgspec.field(default=None, name="onlineVCPUs")
-    machine: _MachineStatus = msgspec.field(default_factory=_MachineStatus)
-    selector: str | None = None
-    unplug: _UnplugStatus = msgspec.field(default_factory=_UnplugStatus)
-    conditions: tuple[_Condition, ...] = ()
-
-
-class _Object(msgspec.Struct):
-    metadata: _Metadata
-    spec: _Spec
-    status: _Status = msgspec.field(default_factory=_Status)
 
 
 def decode(body: Mapping[str, Any]) -> VCPUSet:
     """The object as a value.
 
     Raises:
-        InvalidObject: a field is missing, of another type, or holds what this version does not know or cannot express.
+        InvalidObject: the metadata is missing or cannot be used.
     """
     try:
-        wire = msgspec.convert(dict(body), _Object)
-        return VCPUSet(
-            uid=UID(wire.metadata.uid),
-            namespace=wire.metadata.namespace,
-            name=wire.metadata.name,
-            generation=wire.metadata.generation,
-            resource_version=wire.metadata.resource_version,
-            created_at=_utc(wire.metadata.creation_timestamp, "metadata.creationTimestamp"),
-            spec=_spec(wire.spec),
-            status=_status(wire.status),
-            deleting=wire.metadata.deletion_timestamp is not None,
-        )
+        metadata = msgspec.convert(body.get("metadata"), _Metadata)
+        created_at = _created_at(metadata.creation_timestamp)
     except ValueError as error:  # a `msgspec.ValidationError` is one
-        # msgspec says where: "… - at `$.spec.monitor.tcp.port`".
         raise InvalidObject(
             f"VCPUSet {describe(body)} cannot be understood by this version of the operator, "
-            f"which leaves its machine alone: {str(error).replace('`$.', '`')}"
+            f"which leaves its machine alone: {_words(error, 'metadata')}"
         ) from error
+    return VCPUSet(
+        uid=UID(metadata.uid),
+        namespace=metadata.namespace,
+        name=metadata.name,
+        generation=metadata.generation,
+        resource_version=metadata.resource_version,
+        created_at=created_at,
+        spec=_spec(body.get("spec")),
+        status=_status(body.get("status")),
+        deleting=metadata.deletion_timestamp is not None,
+    )
 
 
 def describe(body: Mapping[str, Any]) -> str:
@@ -206,23 +191,36 @@ def encode_status(status: Status) -> dict[str, Any]:
                 "requests": [_encode_request(request) for request in status.pending_unplugs] or None,
             }
         ),
-        "conditions": [_encode_condition(condition) for condition in status.conditions] or None,
+        "conditions": _encode_conditions(status) or None,
     }
 
 
-def _utc(time: datetime, field: str) -> datetime:
+def _words(error: Exception, where: str) -> str:
+    """The field and what is wrong with it. msgspec says "… - at `$.monitor.tcp.port`", and nothing of the whole."""
+    words, _, path = str(error).partition(" - at `$")
+    return f"{where}{path.removesuffix('`')}: {words}"
+
+
+def _created_at(stamp: str) -> datetime:
+    if (time := _time(stamp)) is None:
+        raise ValueError(f"{stamp} is no time that can be used - at `$.creationTimestamp`")
+    return time
+
+
+def _spec(raw: object) -> Spec:
     try:
-        return time.astimezone(UTC)
-    except OverflowError as error:
-        # The API server's calendar goes on where this one ends: it stores 0001-01-01T00:00:00+23:00.
-        raise ValueError(f"{time.isoformat()} is not within the years 1 to 9999 in UTC - at `$.{field}`") from error
-
-
-def _spec(wire: _Spec) -> Spec:
+        wire = msgspec.convert(raw, _Spec)
+        monitor = _monitor(wire.monitor)
+    except ValueError as error:
+        message = (
+            f"{_words(error, 'spec')}. This version of the operator cannot obey that and leaves the machine alone: "
+            "upgrade the operator, or correct the field."
+        )
+        return Spec(vcpus=_read(_fields(raw).get("vcpus"), int) or 0, monitor=Unsupported(message))
     agent = wire.guest_agent
     return Spec(
         vcpus=wire.vcpus,
-        monitor=_monitor(wire.monitor),
+        monitor=monitor,
         connection=wire.monitor.connection,
         guest_agent=None if agent is None else GuestAgent(agent.unix.path, agent.bring_online),
         unplug=Unplug(
@@ -245,45 +243,91 @@ def _monitor(wire: _Monitor) -> Monitor:
             return TCPMonitor(host, port, TLS(tls.secret_name, tls.server_name))
         case _Monitor(unix=None, tcp=_TCP()):
             # The schema demands it too. Never speak plain text to a monitor whose author has not agreed to it.
-            raise ValueError("Expected exactly one of `tls` and `insecure: true` - at `$.spec.monitor.tcp`")
+            raise ValueError("Expected exactly one of `tls` and `insecure: true` - at `$.monitor.tcp`")
         case _:
-            raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.spec.monitor`")
+            raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.monitor`")
 
 
-def _status(wire: _Status) -> Status:
-    started = wire.unplug.started_at
+def _status(raw: object) -> Status:
+    """What can be understood of a status."""
+    status = _fields(raw)
+    machine, unplug = _fields(status.get("machine")), _fields(status.get("unplug"))
+    generation = _read(status.get("observedGeneration"), int)
+    conditions: list[Condition | None] = []
+    foreign: list[tuple[int, Mapping[str, Any]]] = []
+    for place, entry in enumerate(_entries(status.get("conditions"))):
+        if entry.get("type") in CONDITION_TYPES:
+            conditions.append(_condition(entry))
+        else:
+            foreign.append((place, entry))
+    requests = [_request(entry) for entry in _entries(unplug.get("requests"))]
     return Status(
-        observed_generation=wire.observed_generation,
-        vcpus=wire.vcpus,
-        online_vcpus=wire.online_vcpus,
-        min_vcpus=wire.machine.min_vcpus,
-        max_vcpus=wire.machine.max_vcpus,
-        selector=wire.selector,
-        machine_uuid=wire.machine.uuid,
-        unplug_started_at=None if started is None else _utc(started, "status.unplug.startedAt"),
-        pending_unplugs=tuple(
-            Request(
-                slot=request.slot,
-                path=request.path,
-                thread_id=request.thread_id,
-                requested_at=_utc(request.requested_at, "status.unplug.requests.requestedAt"),
-                attempts=request.attempts,
-                answer=request.answer,
-            )
-            for request in wire.unplug.requests
-        ),
-        conditions=tuple(
-            Condition(
-                type=condition.type,
-                status=condition.status,
-                reason=condition.reason,
-                message=condition.message,
-                last_transition_time=_utc(condition.last_transition_time, "status.conditions.lastTransitionTime"),
-                observed_generation=condition.observed_generation,
-            )
-            for condition in wire.conditions
-        ),
+        observed_generation=-1 if generation is None else generation,
+        vcpus=_read(status.get("vcpus"), int),
+        online_vcpus=_read(status.get("onlineVCPUs"), int),
+        min_vcpus=_read(machine.get("minVCPUs"), int),
+        max_vcpus=_read(machine.get("maxVCPUs"), int),
+        selector=_read(status.get("selector"), str),
+        machine_uuid=_read(machine.get("uuid"), str),
+        unplug_started_at=_time(unplug.get("startedAt")),
+        pending_unplugs=tuple(request for request in requests if request is not None),
+        conditions=tuple(condition for condition in conditions if condition is not None),
+        foreign_conditions=tuple(foreign),
     )
+
+
+def _request(raw: Mapping[str, Any]) -> Request | None:
+    """A request; None: which CPU it is for cannot be told. One whose answer or time cannot be read is in flight."""
+    wire = _read(raw, _Request)
+    if wire is None:
+        return None
+    return Request(
+        slot=wire.slot,
+        path=wire.path,
+        thread_id=wire.thread_id,
+        requested_at=_time(raw.get("requestedAt")) or _LATEST,
+        attempts=wire.attempts,
+        answer=_read(raw.get("answer"), Answer),
+    )
+
+
+def _condition(raw: Mapping[str, Any]) -> Condition | None:
+    wire, moved = _read(raw, _Condition), _time(raw.get("lastTransitionTime"))
+    if wire is None or moved is None:
+        return None
+    return Condition(
+        type=wire.type,
+        status=wire.status,
+        reason=wire.reason,
+        message=wire.message,
+        last_transition_time=moved,
+        observed_generation=wire.observed_generation,
+    )
+
+
+def _read(raw: object, kind: type[_T]) -> _T | None:
+    """The value; None: it is not there, or is no value of this kind."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError:
+        return None
+
+
+def _time(raw: object) -> datetime | None:
+    """A time in UTC, in the years that the definition admits: the API server's calendar goes on where Python's ends."""
+    try:
+        time: datetime = msgspec.convert(raw, _Time)
+    except msgspec.ValidationError:
+        return None
+    return time.astimezone(UTC) if 1000 <= time.year < 3000 else None
+
+
+def _fields(raw: object) -> Mapping[str, Any]:
+    return raw if isinstance(raw, Mapping) else {}
+
+
+def _entries(raw: object) -> list[Mapping[str, Any]]:
+    return [_fields(entry) for entry in raw] if isinstance(raw, list) else []
 
 
 def _unless_empty(fields: dict[str, Any]) -> dict[str, Any] | None:
@@ -301,6 +345,13 @@ def _encode_request(request: Request) -> dict[str, Any]:
     }
     if request.answer is not None:
         encoded["answer"] = request.answer.value
+    return encoded
+
+
+def _encode_conditions(status: Status) -> list[dict[str, Any]]:
+    encoded = [_encode_condition(condition) for condition in status.conditions]
+    for place, condition in status.foreign_conditions:
+        encoded.insert(place, dict(condition))
     return encoded
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.credentials import CredentialStore, NoCredentials
-from vcpuset.domain.errors import InvalidMonitor
+from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
 from vcpuset.domain.networks import Networks
-from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, VCPUSet
+from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.qmp.session import Outcome, Session
 from vcpuset.qmp.sockets import Endpoint, open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -103,6 +103,8 @@ class Monitors:
                         "--socket-root; run one on the machine's node that has it"
                     )
                 return open_socket(self._socket_root, vcpuset.namespace, path)
+            case Unsupported(message):
+                raise UnsupportedSpec(message)
 
     def _access(self, vcpuset: VCPUSet) -> Access | None:
         match vcpuset.spec.monitor:

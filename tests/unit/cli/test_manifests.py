@@ -221,7 +221,11 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param(changed(monitor={"tcp": {"port": 70000}}), "spec.monitor.tcp.port is 70000", id="port"),
         pytest.param(changed(monitor={"unix": {}}), "spec.monitor.unix.path is missing", id="no-path"),
         pytest.param(changed(guestAgent={"unix": {"path": "web/qmp.sock"}}), "is the monitor's", id="agent"),
-        pytest.param(f"{BY_HAND}status: {{vcpus: many}}", "status.vcpus", id="status"),
+        pytest.param(
+            BY_HAND.replace("name: web", "name: web\n  creationTimestamp: yesterday"),
+            "metadata.creationTimestamp: yesterday is no time",
+            id="creation",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_told_by_its_field(text: str, words: str) -> None:

@@ -24,6 +24,7 @@ from vcpuset.domain.errors import (
     PermanentError,
     Preconfig,
     SlotTaken,
+    UnsupportedSpec,
     VCPUSetError,
 )
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
@@ -439,6 +440,10 @@ CASES = {
     "a deleted set whose object a finalizer keeps": (
         terminating(),
         Said(Reason.TERMINATING, State.HELD, Pace.STEADY, "has been deleted"),
+    ),
+    "a spec of a newer version, which no later look can obey": (
+        failure(UnsupportedSpec("spec.unplug.policy: Invalid enum value 'Sometimes'")),
+        Said(Reason.UNSUPPORTED_SPEC, State.STALLED, Pace.STEADY, "spec.unplug.policy: Invalid", "Warning"),
     ),
     "no Secret, which nobody would tell of when it comes": (
         failure(CredentialsUnavailable("there is no Secret team-a/monitor")),

@@ -248,7 +248,8 @@ class ModelMonitors(Monitors):
 
     @override
     def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
-        assert isinstance(vcpuset.spec.monitor, UnixMonitor)
+        if not isinstance(vcpuset.spec.monitor, UnixMonitor):
+            return super().resolve(vcpuset)
         qemu = self._world.machines.get(vcpuset.spec.monitor.path)
         if qemu is None:
             raise MonitorUnreachable(f"nothing is at {vcpuset.spec.monitor.path}")

@@ -60,6 +60,29 @@ def test_a_status_that_somebody_else_changes_is_put_right_at_once(world: LawfulW
     assert world.status().vcpus == 2
 
 
+def test_conditions_of_others_stay_and_their_changes_cause_neither_a_pass_nor_a_write(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    def theirs(message: str) -> dict[str, object]:
+        return {"type": "Audited", "status": "True", "reason": "Fine", "message": message, "shade": "blue"}
+
+    passes, writes = world.passes, len(world.api.writes)
+    for message in ("one", "two"):
+        body = world.api.objects["web"]
+        ours = [each for each in body["status"]["conditions"] if each["type"] != "Audited"]
+        world.api.store({**body, "status": {**body["status"], "conditions": [ours[0], theirs(message), *ours[1:]]}})
+        world.deliver()
+        world.run_due()
+    assert (world.passes, len(world.api.writes)) == (passes, writes)
+
+    world.apply("web", vcpus=6)
+    world.run_due()
+    stored = world.api.objects["web"]["status"]["conditions"]
+    assert [each["type"] for each in stored] == ["Ready", "Audited", "Reconciling", "Stalled"]
+    assert stored[1] == theirs("two")
+    assert world.status().vcpus == qemu.vcpus == 6
+
+
 def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: LawfulWorld, qemu: Qemu) -> None:
     told = len(world.recorder.events)
     world.apply("web", vcpus=6)
