@@ -685,9 +685,10 @@ class Reconciler:
                 return vcpuset
         with self._cache.expecting(vcpuset.uid, status):
             written = await self._cluster.write_status(vcpuset, status)
-        if self._cache.get(vcpuset.uid) is not None:
-            # Else it has gone meanwhile: the watch can tell that before this answer comes.
-            self._cache.put(written)
+            # It may have gone meanwhile: the watch can tell that before this answer comes. And the answer can be the
+            # first to show a field that the watch leaves out, since it began before the definition was upgraded.
+            if self._cache.get(vcpuset.uid) is not None and self._cache.put(written):
+                self._enqueue(vcpuset.uid)
         track.written_at, track.since = loop_time, since
         track.progress = track.progress + 1 if progress else 0
         self._announce(written, vcpuset.status, verdict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
 from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
+from vcpuset.domain.resource import Connection
 
 __all__: list[str] = []
 
@@ -49,6 +51,19 @@ def test_a_status_write_that_the_watch_brings_before_its_answer_causes_no_pass(w
 
     assert _writes(world)[1:] == ["Converged"]
     assert world.passes == before + 1
+
+
+def test_a_field_that_only_the_answer_to_a_status_write_shows_is_obeyed(world: LawfulWorld) -> None:
+    """The watch began before the definition was upgraded, and leaves out what is new."""
+    monitor = {"unix": {"path": "a.sock"}, "connection": "Persistent"}
+    world.apply("web", deliver=False, vcpus=3, monitor=monitor)
+    told = world.vcpuset()
+    world.cache.put(replace(told, spec=replace(told.spec, connection=Connection.ON_DEMAND)))
+    world.reconciler.changed(told.uid)
+    world.run_due()
+
+    assert world.true_conditions() == ["Ready"]
+    assert world.sessions_held == 1
 
 
 def test_a_status_that_somebody_else_changes_is_put_right_at_once(world: LawfulWorld) -> None:
