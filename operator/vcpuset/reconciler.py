@@ -687,7 +687,8 @@ class Reconciler:
             written = await self._cluster.write_status(vcpuset, status)
             # It may have gone meanwhile: the watch can tell that before this answer comes. And the answer can be the
             # first to show a field that the watch leaves out, since it began before the definition was upgraded.
-            if self._cache.get(vcpuset.uid) is not None and self._cache.put(written):
+            known = self._cache.get(vcpuset.uid) or self._cache.terminating(vcpuset.uid)
+            if known is not None and self._cache.put(written):
                 self._enqueue(vcpuset.uid)
         track.written_at, track.since = loop_time, since
         track.progress = track.progress + 1 if progress else 0
