@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,14 @@ async def test_the_longest_reply_is_read_from_a_monitor_with_pretty_on(
 
 
 @dataclass
+class Indented(Fault):
+    """The message as QEMU sends it with pretty=on."""
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        await link.send_bytes(json.dumps(answer, indent=4).encode().replace(b"\n", b"\r\n") + b"\r\n")
+
+
+@dataclass
 class Followed(Fault):
     """The answer, and then this without being asked."""
 
@@ -71,12 +80,22 @@ class Followed(Fault):
 async def test_a_message_in_several_lines_is_as_limited_as_one_in_one(
     namespace_folder: Path, connect: Connect, fault: Fault, limit: int
 ) -> None:
-    async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": fault}) as monitor:
+    faults = {GREETING: Indented(), "query-status": fault}
+    async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path)
         with pytest.raises(MonitorUnreachable, match=f"a message of more than {limit} bytes"):  # noqa: PT012 - at the first or the second look
             for _ in range(2):
                 await session.observe()
             await until(lambda: not session.alive, 60, "the end of the session")
+            await session.observe()
+
+
+async def test_a_message_in_several_lines_is_not_waited_for_from_a_monitor_that_greets_in_one(
+    namespace_folder: Path, connect: Connect
+) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": Bytes(b"{\r\n")}) as monitor:
+        session = await connect(monitor.path)
+        with pytest.raises(MonitorUnreachable, match="a message that is no JSON"):
             await session.observe()
 
 
