@@ -312,27 +312,37 @@ class Reconciler:
 
     def _claim_machine(
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
-    ) -> tuple[UID, str | None] | None:
-        """The older set that has another monitor of this machine, and the uuid by which that is told, if by that.
+    ) -> tuple[UID, str] | None:
+        """The older set that has another monitor of this machine, and by what that is told; None: there is none.
 
         What is told by its uuid stays within a namespace: QEMU says what its uuid is, and whoever plays a QEMU can say
         the same. A process and one of its threads name one machine; the process alone does not, since it can have made
-        the sockets of many, as libvirt does.
+        the sockets of many, as libvirt does. A connection that is kept, and that QEMU shows on another one, is QEMU's.
         """
         uid, peer, thread = vcpuset.uid, session.peer, machine.first_thread
         track.process = peer.process
-        keys: list[Hashable] = []
+        evidence: dict[Hashable, str] = {}
         if thread is not None and peer.process is not None:
-            keys.append((peer.process, machine.uuid, thread))
+            evidence[peer.process, machine.uuid, thread] = "one process listens at both"
         if thread is not None and machine.uuid is not None:
-            keys.append((vcpuset.namespace, peer.host, machine.uuid, thread))
-        for touched in self._machines.claim(uid, vcpuset.seniority, keys):
+            evidence[vcpuset.namespace, peer.host, machine.uuid, thread] = (
+                f"both show UUID {machine.uuid} and the same host threads; if these are two machines, start each with "
+                "its own -uuid"
+            )
+        shared = "QEMU shows the connections of both"
+        if peer.link is not None and vcpuset.spec.connection is Connection.PERSISTENT:
+            evidence[peer.link] = shared
+        for link in machine.connections:
+            # Not of a younger set: what QEMU says may take a machine from the set that names it, and from no other one.
+            if (first := self._machines.first(link)) is not None and first < vcpuset.seniority:
+                evidence[link] = shared
+        for touched in self._machines.claim(uid, vcpuset.seniority, evidence):
             self._enqueue(touched)
-        holder = self._machines.senior(uid, rival=lambda other: not self._differ(track.process, other))
-        if holder is None:
-            return None
-        same_process = peer.process is not None and peer.process == self._tracks[holder].process
-        return holder, None if same_process else machine.uuid
+        for key, words in evidence.items():
+            holder = self._machines.senior(uid, key, rival=lambda other: not self._differ(track.process, other))
+            if holder is not None:
+                return holder, words
+        return None
 
     def _differ(self, process: Hashable | None, other: UID) -> bool:
         """Whether another set's machine is known to be another process."""
@@ -368,13 +378,13 @@ class Reconciler:
         track = self._tracks.setdefault(vcpuset.uid, _Track())
         machine = await self._observe(track, session)
         if (found := self._claim_machine(vcpuset, track, session, machine)) is not None:
-            holder, uuid = found
+            holder, evidence = found
             if track.yielded_to != holder:
                 # What this set has done until now, the older one has to see.
                 self._enqueue(holder)
             track.yielded_to, track.deferred = holder, False
             await self._monitors.release(vcpuset.uid)
-            verdict = conflict_over_machine(str(self._cache.get(holder) or holder), uuid)
+            verdict = conflict_over_machine(str(self._cache.get(holder) or holder), evidence)
             return await self._report_unseen(vcpuset, verdict)
         self._let_elder_look(vcpuset, track)
         requests = self._known_requests(vcpuset, track, session, machine)

@@ -16,7 +16,7 @@ from harness.guest import Guest
 from harness.monitortls import MonitorTLS
 from harness.operator import OperatorProcess
 from harness.pki import Authority
-from harness.qmp import count
+from harness.qmp import SECOND_ON_TCP, count, second_on_tcp
 from harness.wait import until
 from harness.world import Seen, User
 
@@ -83,6 +83,27 @@ async def test_the_younger_of_two_sets_with_two_monitors_of_one_machine_stalls_a
         await user.wait_reason(younger, "MonitorConflict")
         assert await count(guest.control) == 4
         await shows(user, older, "Converged", READY, vcpus=4)
+
+        await user.delete(older)
+        await shows(user, younger, "Converged", READY, vcpus=6)
+
+
+async def test_two_persistent_sets_with_two_monitors_of_one_machine_on_tcp_do_not_fight_although_it_has_no_uuid(
+    operator: OperatorProcess, user: User
+) -> None:
+    async with Guest(None, smp="2,maxcpus=16", tcp=True, extra=SECOND_ON_TCP) as guest:
+        monitors = (guest.tcp_address, await second_on_tcp(guest.control))
+        made = [
+            await user.create(name, 3, monitor, connection="Persistent")
+            for name, monitor in zip(("first", "second"), monitors, strict=True)
+        ]
+        older, younger = (str(seen.body["metadata"]["name"]) for seen in sorted(made, key=_seniority))
+        await user.change(older, vcpus=4)
+        await shows(user, older, "Converged", READY, vcpus=4)
+        await user.change(younger, vcpus=6)
+        seen = await user.wait_reason(younger, "MonitorConflict")
+        assert "QEMU shows the connections of both" in seen.message
+        assert await count(guest.control) == 4
 
         await user.delete(older)
         await shows(user, younger, "Converged", READY, vcpus=6)

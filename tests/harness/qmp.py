@@ -14,10 +14,29 @@ from typing import Any
 
 from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate
 
-__all__ = ["Monitor", "Raw", "count", "device_add", "device_del", "execute", "raw", "slots"]
+__all__ = [
+    "SECOND_ON_TCP",
+    "Monitor",
+    "Raw",
+    "count",
+    "device_add",
+    "device_del",
+    "execute",
+    "raw",
+    "second_on_tcp",
+    "slots",
+]
 
 Monitor = Path | str | tuple[str, int]
 """A unix socket, or host and port."""
+
+SECOND_ON_TCP = (
+    "-chardev",
+    "socket,id=second,host=127.0.0.1,port=0,server=on,wait=off",
+    "-mon",
+    "chardev=second,mode=control",
+)
+"""QEMU's arguments for a monitor on TCP beside those that a guest has; `second_on_tcp` says where."""
 
 Slot = dict[str, Any]
 """An entry of query-hotpluggable-cpus."""
@@ -130,6 +149,13 @@ async def count(monitor: Monitor) -> int:
     """How many CPUs the machine has (query-cpus-fast)."""
     async with raw(monitor) as client:
         return await client.count()
+
+
+async def second_on_tcp(monitor: Monitor) -> tuple[str, int]:
+    """Where the monitor of `SECOND_ON_TCP` is, while no client has it."""
+    async with raw(monitor) as client:
+        (filename,) = [each["filename"] for each in await client.call("query-chardev") if each["label"] == "second"]
+    return "127.0.0.1", int(filename.partition(",")[0].rpartition(":")[2])
 
 
 async def slots(monitor: Monitor) -> list[Slot]:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from harness.guest import Guest
+from harness.qmp import SECOND_ON_TCP, second_on_tcp
+from harness.wait import until
 from qmp.sessions import Connect
 from vcpuset.qmp.peer import peer_of
 
@@ -72,6 +74,26 @@ async def test_of_a_monitor_on_tcp_the_host_is_known(machines: tuple[Guest, Gues
     on_unix, on_tcp = await connect(one.monitors[0]), await connect(one.tcp_address)
     assert on_tcp.peer.host == on_unix.peer.host, "this host, as for the unix socket"
     assert on_tcp.peer.process is None
+
+
+async def test_a_qemu_without_a_uuid_shows_all_of_its_connections_on_each_of_them(connect: Connect) -> None:
+    async with Guest(None, smp="2,maxcpus=4", memory=64, tcp=True, extra=SECOND_ON_TCP) as guest:
+        first, second = await connect(guest.tcp_address), await connect(await second_on_tcp(guest.control))
+        assert None not in {first.peer.link, second.peer.link}
+        assert (await first.observe()).connections == {first.peer.link, second.peer.link}
+        await second.close()
+
+        async def gone() -> bool:
+            return (await first.observe()).connections == {first.peer.link}
+
+        await until(gone, 60, "QEMU to have noticed")
+
+
+async def test_a_qemu_with_a_uuid_is_not_asked_for_its_connections(connect: Connect) -> None:
+    uuid = "6f1b2a52-7f0e-4d0c-9a53-2f6f5e1f7a01"
+    async with Guest(None, smp="2,maxcpus=4", memory=64, tcp=True, extra=("-uuid", uuid)) as guest:
+        machine = await (await connect(guest.tcp_address)).observe()
+        assert (machine.uuid, machine.connections) == (uuid, frozenset())
 
 
 def test_another_host_is_known_by_its_address() -> None:

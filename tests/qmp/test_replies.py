@@ -53,6 +53,27 @@ def test_props_are_passed_on_with_keys_that_this_program_does_not_know() -> None
         slots[0].props["core-id"] = 2  # type: ignore[index]  # that it cannot be set is what is tested
 
 
+@pytest.mark.parametrize(
+    ("filename", "shown"),
+    [
+        ("tcp:192.0.2.1:4444,server=on <-> 192.0.2.9:40000", {(("192.0.2.1", 4444), ("192.0.2.9", 40000))}),
+        ("tcp:[2001:db8::1]:4444,server=on <-> [2001:db8::9]:5", {(("2001:db8::1", 4444), ("2001:db8::9", 5))}),
+        ("tcp:[::ffff:192.0.2.1]:1,server=on <-> [::ffff:192.0.2.9]:2", {(("192.0.2.1", 1), ("192.0.2.9", 2))}),
+        ("disconnected:tcp:192.0.2.1:4444,server=on", set()),
+        ("unix:/run/vm.sock,server=on", set()),
+        ("unix:/run/a <-> b,server=on", set()),
+        ("tcp:host:port <-> :", set()),
+    ],
+)
+def test_the_connections_of_chardevs_are_known_by_both_their_ends(filename: str, shown: set[object]) -> None:
+    assert replies.connections([{"label": "m", "filename": filename, "frontend-open": True}]) == shown
+
+
+def test_a_chardev_without_a_filename_is_malformed() -> None:
+    with pytest.raises(replies.Malformed, match="filename"):
+        replies.connections([{"label": "m"}])
+
+
 @pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device", "postcopy-active", "cancelling"])
 def test_a_migration_is_under_way(status: str) -> None:
     assert replies.migrating({"status": status})

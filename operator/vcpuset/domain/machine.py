@@ -1,13 +1,13 @@
 """One machine as QEMU shows it: an immutable snapshot, taken in one monitor session.
 
 Sources: `query-status`, `query-hotpluggable-cpus`, `query-cpus-fast`, `query-acpi-ospm-status`, `query-migrate`,
-`query-uuid`.
+`query-uuid`, `query-chardev`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -137,6 +137,7 @@ class Machine:
     ost        the last `_OST` report of each CPU slot; None: the machine has no `query-acpi-ospm-status`
     uuid       `query-uuid`; None: it was started without one
     since      when its monitor's socket was made, which QEMU does as it starts; None: not known
+    connections  its connections on TCP, those of its monitors among them, if neither a uuid nor a process names it
     """
 
     run_state: str
@@ -147,6 +148,7 @@ class Machine:
     ost: Mapping[int, Ost] | None = None
     uuid: str | None = None
     since: datetime | None = None
+    connections: frozenset[Hashable] = frozenset()
 
     @property
     def activity(self) -> Activity:

@@ -338,21 +338,15 @@ def conflict(holder: str) -> Verdict:
     )
 
 
-def conflict_over_machine(holder: str, uuid: str | None) -> Verdict:
+def conflict_over_machine(holder: str, evidence: str) -> Verdict:
     """What is reported when an older set has another monitor of the same machine.
 
-    uuid  by which that is told, together with the CPUs' threads; None: by the QEMU process
+    evidence  by what that is told
     """
-    if uuid is None:
-        how = "one QEMU process listens at both"
-    else:
-        how = (
-            f"both show UUID {uuid} and the same host threads; if these are two machines, start each with its own -uuid"
-        )
     return _verdict(
         Reason.MONITOR_CONFLICT,
-        f"VCPUSet {holder} is older and names another monitor of the same machine ({how}): delete one of the two, or "
-        "give this one the monitor of another machine. It takes over as soon as the older one lets go.",
+        f"VCPUSet {holder} is older and names another monitor of the same machine ({evidence}): delete one of the two, "
+        "or give this one the monitor of another machine. It takes over as soon as the older one lets go.",
         Pace.STEADY,
     )
 

@@ -1,4 +1,4 @@
-"""What the kernel tells of the other end of a connection: which process listens there, or on which host.
+"""What the kernel tells of a connection: which process listens at the other end, or on which host, and both addresses.
 
 A process is known by the inode of its pidfd (Linux 6.9 and newer), also across containers, where its process id means
 nothing. Older kernels tell the process id only, which is 0 for a process of another container.
@@ -10,6 +10,7 @@ its machines, a relay passes connections on), and a host runs many.
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
 import socket
 import struct
@@ -17,7 +18,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["NOBODY", "Peer", "peer_of"]
+__all__ = ["NOBODY", "Link", "Peer", "address", "peer_of"]
+
+Link = tuple[tuple[str, int], tuple[str, int]]
+"""A TCP connection by the addresses and ports of its two ends, QEMU's first: at one time there is no other one."""
 
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5; Python has no name for it."""
@@ -32,10 +36,12 @@ class Peer:
 
     host     its address; None: this host
     process  the process that listens, of this host; None: not known
+    link     the connection; None: it is not on TCP
     """
 
     host: str | None = None
     process: Hashable | None = None
+    link: Link | None = None
 
 
 NOBODY: Final = Peer()
@@ -46,8 +52,17 @@ def peer_of(connection: socket.socket) -> Peer:
     """The other end of a connected socket."""
     if connection.family == socket.AF_UNIX:
         return Peer(process=_process(connection))
-    here, there = connection.getsockname()[0], connection.getpeername()[0]
-    return Peer(host=None if here == there else str(there))
+    here, there = (address(*end[:2]) for end in (connection.getsockname(), connection.getpeername()))
+    return Peer(host=None if here[0] == there[0] else there[0], link=(there, here))
+
+
+def address(host: str, port: int) -> tuple[str, int]:
+    """One spelling of an address: a dual-stack socket shows IPv4 ones as IPv6.
+
+    Raises ValueError if the host is no address.
+    """
+    found = ipaddress.ip_address(host)
+    return (str(getattr(found, "ipv4_mapped", None) or found), port)
 
 
 def _process(connection: socket.socket) -> Hashable | None:

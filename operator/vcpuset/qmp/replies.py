@@ -6,6 +6,7 @@ of another type, or one that is missing, raises `Malformed`: a number made of so
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from uuid import UUID
 
 from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.domain.machine import Ost, Slot
+from vcpuset.qmp.peer import Link, address
 
 __all__ = [
     "CPUs",
     "Malformed",
+    "connections",
     "cpus",
     "guest_cpus",
     "migrating",
@@ -86,6 +89,25 @@ def uuid(reply: object) -> str | None:
     if str(found) != text:  # Python takes much for a UUID that is not written as QEMU writes one.
         raise Malformed(f"'UUID' is {reprlib.repr(text)}")
     return str(found) if found.int else None
+
+
+def connections(reply: object) -> frozenset[Link]:
+    """The TCP connections of `query-chardev`, in "tcp:192.0.2.1:4444,server=on <-> 192.0.2.9:40000" and the like.
+
+    What is written in another way is left out.
+    """
+    found: set[Link] = set()
+    for each in _objects(reply):
+        here, arrow, there = _member(each, "filename", str).partition(" <-> ")
+        if arrow:
+            with contextlib.suppress(ValueError):
+                found.add((_end(here.partition(":")[2].partition(",")[0]), _end(there)))
+    return frozenset(found)
+
+
+def _end(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return address(host.removeprefix("[").removesuffix("]"), int(port))
 
 
 def version(greeting: object) -> str | None:

@@ -34,7 +34,7 @@ from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client, Stage
-from vcpuset.qmp.peer import Peer
+from vcpuset.qmp.peer import Link, Peer
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
@@ -219,7 +219,15 @@ class Session:
         self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
         if self._uuid is None:  # One connection leads to one process, which keeps it.
             self._uuid = (await self._query("query-uuid", replies.uuid),)
-        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, self._uuid[0], self._since)
+        uuid = self._uuid[0]
+        connections = await self._connections() if uuid is None and self.peer.link is not None else frozenset()
+        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
+
+    async def _connections(self) -> frozenset[Link]:
+        try:
+            return await self._query("query-chardev", replies.connections)
+        except CommandError:
+            return frozenset()
 
     async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
         reply = await self._execute(command)

@@ -41,6 +41,10 @@ class Claims(Generic[C]):
         """Whether the claimant claims this key (among others)."""
         return key in self._keys.get(claimant, frozenset())
 
+    def first(self, key: Hashable) -> Any:  # noqa: ANN401 - as ordered as it was given
+        """The seniority of the most senior claimant of a key; None: there is none."""
+        return min(self._claimants.get(key, {}).values(), default=None)
+
     def release(self, claimant: C) -> set[C]:
         """Let go of everything; returns those whose standing may have changed by it."""
         touched = self._sharers(claimant, self._keys.get(claimant, frozenset()))

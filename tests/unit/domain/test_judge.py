@@ -393,13 +393,9 @@ CASES = {
         verdict_on(a_spec(3, suspend=True), a_machine(run_state="shutdown")),
         Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'shutdown'", "Warning"),
     ),
-    "another set has another monitor of the machine, by its uuid": (
-        conflict_over_machine("default/elder", "7b1c"),
-        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "both show UUID 7b1c", "Warning"),
-    ),
-    "another set has another monitor of the machine, by its process": (
-        conflict_over_machine("default/elder", None),
-        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "one QEMU process", "Warning"),
+    "another set has another monitor of the machine": (
+        conflict_over_machine("default/elder", "one process listens at both"),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "(one process listens at both): delete", "Warning"),
     ),
     "something else changes the machine, which is at its count now": (
         contested(verdict_on(a_spec(2), a_machine()), a_spec(2), a_machine(), Contest(60)),

@@ -39,6 +39,9 @@ _THREADS = itertools.count(FIRST_THREAD)
 """Thread ids of all other processes: never the same again."""
 
 
+_PORTS = itertools.count(40000)
+
+
 class Guest(enum.Enum):
     """How the guest takes a request, or a CPU that was plugged."""
 
@@ -72,6 +75,8 @@ class Client:
     def __init__(self, event: Callable[[dict[str, Any]], None], lost: Callable[[], None]) -> None:
         self.event = event
         self.lost = lost
+        self.link = (("qemu", 4444), ("operator", next(_PORTS)))
+        """The two ends, if the monitor is on TCP."""
 
 
 class Qemu:
@@ -81,6 +86,7 @@ class Qemu:
     dated        it is known since when the process runs: the monitor is a unix socket
     has_uuid     it was started with a uuid
     shows_process  its host tells processes apart, also across containers
+    on_tcp         its monitors are on TCP, and it tells of its connections
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Qemu:
         dated: bool = True,
         has_uuid: bool = True,
         shows_process: bool = True,
+        on_tcp: bool = False,
     ) -> None:
         self.boot_slots = boot
         self.slots = slots
@@ -103,6 +110,7 @@ class Qemu:
         self.dated = dated
         self.has_uuid = has_uuid
         self.shows_process = shows_process
+        self.on_tcp = on_tcp
         self.clock: Callable[[], datetime] = lambda: START
         """The host's clock."""
         self.guest = Guest.PROMPT

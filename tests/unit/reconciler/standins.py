@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from unittest import mock
 
@@ -149,7 +150,6 @@ class ModelSession(Session):
         self._qemu = qemu
         self._open = True
         self._since = qemu.machine().since
-        self._client.peer = qemu.peer
         self.opened_at = world.loop.now
         # As over a wire: what is sent now is read when the loop comes to it.
         loop = world.loop
@@ -158,6 +158,7 @@ class ModelSession(Session):
             self._lose,
         )
         qemu.clients.append(self._end)
+        self._client.peer = replace(qemu.peer, link=self._end.link if qemu.on_tcp else None)
 
     @property
     def gathering(self) -> bool:
@@ -195,6 +196,8 @@ class ModelSession(Session):
                 return machine.slots if self._qemu.settled else None
             case "query-uuid":
                 return machine.uuid
+            case "query-chardev":
+                return frozenset(client.link for client in self._qemu.clients)
             case unknown:
                 raise AssertionError(unknown)
 

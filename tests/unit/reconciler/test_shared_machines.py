@@ -46,7 +46,8 @@ def test_the_younger_set_yields_before_it_changes_anything(world: World, qemu: Q
     assert (world.reason("younger"), world.true_conditions("younger")) == ("MonitorConflict", ["Stalled"])
     message = world.status("younger").conditions[0].message
     assert "VCPUSet default/elder is older and names another monitor of the same machine" in message
-    assert ("its own -uuid" in message) == qemu.has_uuid
+    words = "its own -uuid" if qemu.has_uuid else "one process listens at both"
+    assert words in message
 
 
 def test_nothing_flaps_and_the_younger_one_keeps_no_session(world: World, qemu: Qemu) -> None:
@@ -181,6 +182,49 @@ def test_two_machines_with_one_uuid_are_two_if_their_host_tells_their_processes_
     world.run_due()
 
     assert (first.vcpus, clone.vcpus) == (4, 3)
+
+
+def test_a_kept_connection_that_qemu_shows_on_another_one_of_its_monitors_is_proof_enough(empty_world: World) -> None:
+    """On TCP, without a uuid."""
+    world = empty_world
+    qemu = Qemu(has_uuid=False, shows_process=False, dated=False, on_tcp=True)
+    world.machines["a.sock"] = qemu
+    world.apply("elder", vcpus=4, monitor={"unix": {"path": "a.sock"}, "connection": PERSISTENT})
+    world.run_due()
+    world.advance(60)
+    second(world, "younger", "b.sock", qemu, 3, PERSISTENT)
+    world.advance(300)
+    assert (qemu.vcpus, qemu.changes) == (4, 1)
+    assert world.true_conditions("elder") == ["Ready"]
+    assert "QEMU shows the connections of both" in world.status("younger").conditions[0].message
+
+    qemu.disconnect()
+    world.advance(100)
+    assert (qemu.vcpus, qemu.changes) == (4, 1)
+    assert world.reason("younger") == "MonitorConflict"
+
+    world.delete("elder")
+    world.run_due()
+    assert qemu.vcpus == 3
+    assert world.true_conditions("younger") == ["Ready"]
+
+
+def test_a_monitor_that_shows_the_connections_of_others_takes_no_machine_from_them(empty_world: World) -> None:
+    world = empty_world
+    liar, honest = (Qemu(has_uuid=False, shows_process=False, dated=False, on_tcp=True) for _ in range(2))
+    world.machines |= {"a.sock": liar, "b.sock": honest}
+    for name in ("a", "b"):
+        monitor = {"unix": {"path": f"{name}.sock"}, "connection": PERSISTENT}
+        world.apply(name, vcpus=4, monitor=monitor)
+        world.run_due()
+        world.advance(60)
+    liar.clients += honest.clients
+    world.advance(100)
+    world.apply("b", vcpus=5)
+    world.run_due()
+
+    assert honest.vcpus == 5
+    assert world.true_conditions("b") == ["Ready"]
 
 
 @pytest.mark.parametrize("alike", ["uuid", "threads"])
