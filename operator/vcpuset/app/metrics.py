@@ -35,6 +35,7 @@ QMP_COMMANDS: Final = (
     "device_add",
     "device_del",
     "query-acpi-ospm-status",
+    "query-chardev",
     "query-cpus-fast",
     "query-hotpluggable-cpus",
     "query-migrate",
