@@ -40,7 +40,7 @@ from vcpuset.domain.machine import Answer, Machine, Ost
 from vcpuset.domain.plan import Goal, Plan, first_fit, goal, plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
-from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, still_open, withdrawn
+from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, revived, still_open, withdrawn
 from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.domain.verdict import (
     Pace,
@@ -98,13 +98,17 @@ class _Track:
     """What this process remembers of one set.
 
     sent        the requests that this process made, with the slot's `_OST` report that stood before
+    unsent      the requests that this process has recorded, or has tried to, and not sent: what was recorded before
     rejected    what QEMU said to those that it rejected
     heard       what the guest has answered; the status need not say so yet, and another session has not heard it
     written_at  loop time of the last status write
     progress    how many writes the change under way has cost for progress alone
     unsettled   loop time of the first look in a row that could not count the CPUs
     vcpus       the last count
+    woken       CPUs whose guest may take requests now, since something has happened after theirs was made
     moved_at    loop time when a CPU was last seen to leave
+    reset       when the machine was last reset, as far as a session has heard
+    speechless  the guest's agent did not answer when it was last asked
     plugged_at  loop time when this process last plugged one, or the guest then took one up
     online      how many the guest used when it last said so
     process     the QEMU process, as far as the host tells
@@ -117,13 +121,17 @@ class _Track:
     """
 
     sent: dict[CPU, Ost | None] = field(default_factory=dict)
+    unsent: dict[CPU, Request | None] = field(default_factory=dict)
     rejected: dict[CPU, CommandError] = field(default_factory=dict)
     heard: dict[CPU, Answer] = field(default_factory=dict)
     written_at: float = 0.0
     progress: int = 0
     unsettled: float | None = None
     vcpus: int = 0
+    woken: set[CPU] = field(default_factory=set)
     moved_at: float | None = None
+    reset: datetime | None = None
+    speechless: bool = False
     plugged_at: float | None = None
     online: int = 0
     process: Hashable | None = None
@@ -400,6 +408,9 @@ class Reconciler:
             vcpuset, machine, blocked = await self._plug(vcpuset, track, session, machine, requests, step.goal, until)
             requests = still_open(requests, machine, self._clock())
             unfinished = machine.vcpus < step.goal.count and blocked is None and loop.time() >= until
+            if machine.vcpus >= step.goal.count:
+                # Another client has plugged what was missing, or more: that a slot was taken blocks nothing any more.
+                blocked = None
         rounds = ROUNDS
         while rounds and step.ask and blocked is None:
             now_asked = {cpu_of(slot) for slot in step.ask}
@@ -429,6 +440,10 @@ class Reconciler:
             # Not while the guest gives CPUs back: it has enough to do, and each answer would be out of date.
             guest = self._guests.ask(vcpuset, machine, surplus=machine.vcpus > step.goal.count)
             self._note_progress(track, guest)
+            if self._speaks_again(track, guest) and (still := {cpu_of(request) for request in requests}):
+                # Its requests are due at once; nothing else would bring the next pass so soon.
+                track.woken |= still
+                self._enqueue(vcpuset.uid)
             if guest is None and machine.vcpus == vcpuset.spec.vcpus:
                 # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
                 return verdict
@@ -470,6 +485,13 @@ class Reconciler:
                 track.plugged_at = asyncio.get_running_loop().time()
             track.online = guest.cpus.online
 
+    def _speaks_again(self, track: _Track, guest: GuestReport | None) -> bool:
+        """Whether the guest's agent answers and did not when it was asked before."""
+        if guest is None:
+            return False
+        before, track.speechless = track.speechless, guest.cpus is None
+        return before and not track.speechless
+
     def _known_requests(
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine
     ) -> tuple[Request, ...]:
@@ -478,7 +500,10 @@ class Reconciler:
         # Another monitor of the same QEMU has another socket: by that nothing can be told.
         known = track.since is not None and track.since[0] == _address(vcpuset)
         same = track.since == (_address(vcpuset), machine.since) if known else None
-        requests = carried_over(vcpuset.status, machine, self._clock(), same=same)
+        present = {cpu_of(slot) for slot in machine.occupied}
+        track.unsent = {cpu: earlier for cpu, earlier in track.unsent.items() if cpu in present}
+        status = replace(vcpuset.status, pending_unplugs=withdrawn(vcpuset.status.pending_unplugs, track.unsent))
+        requests = carried_over(status, machine, self._clock(), same=same)
         # A CPU that is gone never comes back as the same: its entries would only grow the book.
         still_there = {cpu_of(request) for request in requests}
         track.sent = {cpu: report for cpu, report in track.sent.items() if cpu in still_there}
@@ -489,14 +514,21 @@ class Reconciler:
                 return Answer.REJECTED
             told = session.answer(request.slot)
             # A report that stood before this process asked is about something older. When an earlier process asked,
-            # none can be dated, so none counts.
-            if told is None and cpu in track.sent:
-                report = (machine.ost or {}).get(request.slot)
-                told = report.answer if report is not None and report != track.sent[cpu] else None
+            # none can be dated, so none counts but that the guest is at work: whatever came of it would replace that.
+            report = (machine.ost or {}).get(request.slot)
+            if told is None and report is not None:
+                earlier = cpu not in track.sent
+                if report.answer is Answer.IN_PROGRESS if earlier else report != track.sent[cpu]:
+                    told = report.answer
             return told or track.heard.get(cpu)
 
         requests = answered(requests, answer)
         track.heard = {cpu_of(request): request.answer for request in requests if request.answer is not None}
+        if (reset_at := session.take_reset()) is not None:
+            # The guest that had these requests is gone, and another one boots.
+            track.reset = self._at(reset_at)
+            track.woken |= still_there
+        track.woken = (track.woken | revived(status.pending_unplugs, requests)) & still_there
         requests = _still_wanted(vcpuset, machine, requests)
         refused = {cpu_of(request) for request in requests if not request.in_flight}
         track.rejected = {cpu: error for cpu, error in track.rejected.items() if cpu in refused}
@@ -555,8 +587,7 @@ class Reconciler:
         while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
             blocked = None
             for slot in chosen:
-                newest = self._cache.get(vcpuset.uid)
-                if newest is None or newest.generation != vcpuset.generation or loop.time() >= until:
+                if self._superseded(vcpuset) or loop.time() >= until:
                     # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted: what this
                     # pass then reports is refused. The next one starts from the newest object.
                     return await self._observe(track, session), None
@@ -583,40 +614,54 @@ class Reconciler:
         requests: Sequence[Request],
         step: Plan,
     ) -> tuple[VCPUSet, tuple[Request, ...], CommandError | None]:
-        """Write the requests down, then make them."""
-        before = requests
-        with_guest = {cpu_of(request) for request in before if request.in_flight}
-        requests = asked(requests, step.ask, self._clock())
-        # First the record, then the deed: whoever comes after a crash must not ask twice. If the record cannot be
-        # written, this raises and nobody is asked.
+        """Record the requests, then send them."""
+        before = {cpu_of(request): request for request in requests}
+        with_guest = {cpu for cpu, request in before.items() if request.in_flight}
+        if not before:
+            # What the status says of an earlier start is about requests that were never sent.
+            vcpuset = replace(vcpuset, status=replace(vcpuset.status, unplug_started_at=None))
+        requests = asked(requests, step.ask, self._clock(), track.woken)
+        # The record comes before the request, since a successor must not send it twice. Whatever ends this pass (the
+        # record may be stored although its write fails), what was not sent is known.
+        track.unsent |= {cpu_of(slot): before.get(cpu_of(slot)) for slot in step.ask}
         verdict = self._judge(vcpuset, track, machine, requests, None)
         vcpuset = await self._report(vcpuset, machine, requests, verdict, must=True)
-        unsent: set[CPU] = set()
         blocked: CommandError | None = None
-        for position, slot in enumerate(step.ask):
-            track.rejected.pop(cpu_of(slot), None)
-            track.heard.pop(cpu_of(slot), None)
+        for slot in step.ask:
+            if self._superseded(vcpuset):
+                # The next pass starts from the newest object; fewer may be too many by then, or none.
+                break
+            cpu = cpu_of(slot)
+            del track.unsent[cpu]
+            track.rejected.pop(cpu, None)
+            track.heard.pop(cpu, None)
+            track.woken.discard(cpu)
+            track.sent[cpu] = (machine.ost or {}).get(slot.index)
             try:
                 await session.unplug(slot)
             except DeviceGone:
                 continue
             except TransientError as error:
                 # The guest is not up, or a migration began: neither this request nor the rest was made.
-                unsent = {cpu_of(each) for each in step.ask[position:]}
+                track.unsent[cpu] = before.get(cpu)
                 blocked = error
                 break
             except CommandError as error:
                 # That a repetition is refused says nothing of the request that the guest has already; only what can
                 # never succeed cannot have been taken before.
-                if cpu_of(slot) not in with_guest or isinstance(error, PermanentError):
-                    track.rejected[cpu_of(slot)] = error
-            track.sent[cpu_of(slot)] = (machine.ost or {}).get(slot.index)
+                if cpu not in with_guest or isinstance(error, PermanentError):
+                    track.rejected[cpu] = error
         requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in track.rejected else None)
-        return vcpuset, withdrawn(requests, before, unsent), blocked
+        return vcpuset, withdrawn(requests, track.unsent), blocked
+
+    def _superseded(self, vcpuset: VCPUSet) -> bool:
+        """Whether the set has gone, or declares something else, since this pass began."""
+        newest = self._cache.get(vcpuset.uid)
+        return newest is None or newest.generation != vcpuset.generation
 
     def _plan(self, vcpuset: VCPUSet, track: _Track, machine: Machine, requests: Sequence[Request]) -> Plan:
-        inherited = _inherited(track, requests)
-        return plan(vcpuset.spec, machine, requests, inherited=inherited, now=self._clock())
+        moved = self._at(track.moved_at)
+        return plan(vcpuset.spec, machine, requests, now=self._clock(), woken=track.woken, moved=moved)
 
     def _judge(
         self,
@@ -635,11 +680,12 @@ class Reconciler:
             aim,
             requests,
             started=opened_at(vcpuset.status, vcpuset.generation, requests, machine.vcpus - aim.count, now),
-            inherited=_inherited(track, requests),
             blocked=blocked or next(iter(track.rejected.values()), None),
             reported=self._reported(vcpuset),
             now=now,
+            woken=track.woken,
             moved=self._at(track.moved_at),
+            reset=track.reset,
             guest=guest,
             plugged=self._at(track.plugged_at),
         )
@@ -747,11 +793,6 @@ def _still_wanted(vcpuset: VCPUSet, machine: Machine, requests: tuple[Request, .
     if machine.vcpus > goal(vcpuset.spec, machine).count:
         return requests
     return tuple(request for request in requests if request.in_flight)
-
-
-def _inherited(track: _Track, requests: Sequence[Request]) -> set[CPU]:
-    """The CPUs that an earlier process wrote down, or that this one did not get round to ask for."""
-    return {cpu_of(request) for request in requests} - track.sent.keys()
 
 
 def _facts(status: Status) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.audit import AuditEvent
 from harness.controlplane import ControlPlane
-from harness.faulty import FaultyMonitor, Silent
+from harness.faulty import FaultyMonitor, Working
 from harness.operator import OperatorProcess
 from harness.steppedclock import SteppedClock
 from harness.wait import until
@@ -32,9 +32,9 @@ TIMEOUT_SECONDS = 10
 RETRY_SECONDS = 600
 """Longer than the test, so that each request but the first is one that a clock has brought about."""
 
-SILENT_MACHINES = ("pending", "late")
+WORKING_MACHINES = ("pending", "late")
 
-SILENT = {"timeoutSeconds": TIMEOUT_SECONDS, "retrySeconds": RETRY_SECONDS}
+UNPLUG = {"timeoutSeconds": TIMEOUT_SECONDS, "retrySeconds": RETRY_SECONDS}
 
 WRITES = 12
 """More status writes, or Events, of one set are a storm: a step costs a few, each change of the spec one or two."""
@@ -45,7 +45,7 @@ class Scene:
     """An operator that leads and whose clock can be set, and its machines.
 
     still    is as declared
-    pending  its guest has been asked for a CPU, and never answers
+    pending  its guest has been asked for a CPU, says that it is at work on that, and no more
     late     is to be asked after the first step
     """
 
@@ -86,8 +86,8 @@ class Scene:
         return len(self.machines[name].received("device_del"))
 
     async def is_looked_at(self) -> None:
-        """Wait until each machine whose guest is silent has been looked at some times more, by several passes."""
-        for name in SILENT_MACHINES:
+        """Wait until each machine whose guest does not finish has been looked at some times more, by several passes."""
+        for name in WORKING_MACHINES:
             machine = self.machines[name]
             before = len(machine.received("query-hotpluggable-cpus"))
             await until(
@@ -161,11 +161,11 @@ async def scene(control_plane: ControlPlane, user: User, folder: Path, tmp_path:
             name: await stack.enter_async_context(FaultyMonitor(folder / f"{name}.sock", cpus=4))
             for name in ("still", "pending", "late", "mute")
         }
-        for name in SILENT_MACHINES:
-            machines[name].cpus.unplug[3] = Silent()
+        for name in WORKING_MACHINES:
+            machines[name].cpus.unplug[3] = Working()
         begun_at = control_plane.audit_offset()
         await user.create("still", 4)
-        await user.create("pending", 3, unplug=SILENT)
+        await user.create("pending", 3, unplug=UNPLUG)
         await user.create("away", 2)
         await user.create("mute", 4, guestAgent={"unix": {"path": "mute-agent.sock"}})
         operator = OperatorProcess(
@@ -198,7 +198,7 @@ async def test_a_clock_that_is_set_while_requests_are_pending_costs_neither_requ
         lease = await world.lease()
 
         await world.step(HOUR)
-        await user.create("late", 3, unplug=SILENT)
+        await user.create("late", 3, unplug=UNPLUG)
         await world.obeys(5)
         await world.timed_out("pending")
         await world.timed_out("late")
@@ -220,7 +220,7 @@ async def test_a_clock_that_is_set_while_requests_are_pending_costs_neither_requ
         assert (world.asked("pending"), world.asked("late")) == (3, 2), "again one interval early, once"
         assert world.asked("still") == 2
 
-        for name in SILENT_MACHINES:
+        for name in WORKING_MACHINES:
             world.machines[name].cpus.eject(3)
             seen = await user.wait_ready(name)
             assert seen.vcpus == 3

@@ -47,10 +47,9 @@ async def test_what_a_guest_refused_is_told_with_when_it_is_asked_again_and_what
         await guest.hold_cpus(1)
         await user.change("vm", vcpus=1)
         refused = await user.wait_reason("vm", "UnplugRefused")
-        (request,) = refused.pending
-        printed = (
-            await control_plane.kubectl("get", "vcpuset", "vm", "-o", "yaml", "--namespace", user.namespace)
-        ).stdout
+        # So often repeated that the next time is an hour away.
+        request = {**refused.pending[0], "attempts": 20}
+        printed = json.dumps({**refused.body, "status": {**refused.status, "unplug": {"requests": [request]}}})
 
         (found,) = (await _vcpuset("plan", "-f", "-", "--socket-root", socket_root, text=printed))["items"]
         assert found["verdict"]["reason"] == "UnplugRefused"
@@ -65,7 +64,6 @@ async def test_what_a_guest_refused_is_told_with_when_it_is_asked_again_and_what
         shown = await _vcpuset("inspect", guest.monitors[1], "-f", "-", text=printed)
         assert shown["slots"][1]["pendingUnplug"] == {**request, "requestedAt": request["requestedAt"][:19] + "Z"}
         assert shown["slots"][1]["ost"]["words"] == "device busy (_OST 0x82)"
-        assert (await user.get("vm")).body == refused.body, "nothing has changed"
 
 
 async def test_a_monitor_that_the_operator_keeps_is_told_and_another_one_will_do(

@@ -56,7 +56,7 @@ async def test_a_pseries_guest_is_asked_for_whole_cores_and_its_refusal_is_told_
             "4 vCPUs present, 2 declared",
             "slot 1: refused (DEVICE_UNPLUG_GUEST_ERROR)",
             "no other candidate",
-            "every 3600 s",
+            "up to 3600 s",
             vcpus=4,
         )
         assert _answers(seen) == {1: "GuestError"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from harness.acpi import Acpi
+from harness.acpi import Acpi, Source, Status
 from harness.controlplane import ControlPlane
 from harness.expect import READY, RECONCILING, shows
 from harness.faulty import FaultyMonitor
@@ -125,6 +125,8 @@ async def test_a_machine_that_hangs_while_its_guest_is_asked_has_timed_out_and_i
             return (await acpi.flags(1)).removing
 
         await until(asked, 60, "a request for slot 1")
+        await acpi.ost(1, Source.EJECT_REQUEST, Status.IN_PROGRESS)
+        await user.wait("vm", lambda seen: [each.get("answer") for each in seen.pending] == ["InProgress"], "an answer")
         guest.freeze()
         try:
             hung = await shows(user, "vm", "MonitorTimeout", RECONCILING, "vm.sock has not answered a query", vcpus=2)
@@ -133,7 +135,7 @@ async def test_a_machine_that_hangs_while_its_guest_is_asked_has_timed_out_and_i
             await shows(user, "vm", "MonitorBusy", RECONCILING, "QEMU hangs", vcpus=2)
         finally:
             guest.thaw()
-        seen = await shows(user, "vm", "UnplugPending", RECONCILING, "slot 1", vcpus=2)
+        seen = await shows(user, "vm", "Unplugging", RECONCILING, "slot 1", vcpus=2)
         assert [(each["slot"], each["attempts"]) for each in seen.pending] == [(1, 1)]
         await acpi.eject(1)
         await shows(user, "vm", "Converged", READY, vcpus=1)

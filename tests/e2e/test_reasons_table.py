@@ -19,7 +19,7 @@ from harness.acpi import Acpi, Source, Status
 from harness.controlplane import ControlPlane
 from harness.expect import HELD, READY, RECONCILING, STALLED, States, check_form
 from harness.faults import Error
-from harness.faulty import FaultyMonitor
+from harness.faulty import FaultyMonitor, Refuse
 from harness.guest import Guest, GuestOptions
 from harness.operator import OperatorProcess
 from harness.qmp import Raw, raw
@@ -189,12 +189,15 @@ class _Stage:
         await create("silent", 1, unplug=FOR_EVER)
         await self._booted("silent-for-long")
         await create("silent-for-long", 1, unplug=SHORT)
-        for name, unplug in (("refusing", FOR_EVER), ("refusing-for-long", SHORT)):
-            acpi = await self._booted(name)
-            await create(name, 1, unplug=unplug)
-            await self._asked(name, acpi)
-            await acpi.refuse(1)
-            await self._user.touch(name)  # so that an answer that came after its second is looked at, too
+        acpi = await self._booted("refusing")
+        await create("refusing", 1, unplug=FOR_EVER)
+        await self._asked("refusing", acpi)
+        await acpi.refuse(1)
+        await self._user.touch("refusing")  # so that an answer that came after its second is looked at, too
+        # This one refuses each repetition.
+        machine = FaultyMonitor(self._folder / "refusing-for-long.sock", cpus=2)
+        (await self._stack.enter_async_context(machine)).cpus.unplug = {1: Refuse()}
+        await create("refusing-for-long", 1, unplug=SHORT)
         acpi = await self._booted("giving")
         await create("giving", 1, unplug=FOR_EVER)
         await self._asked("giving", acpi)

@@ -180,7 +180,7 @@ async def test_a_refusal_is_told_in_words(
             words,
             "no other candidate",
             "declare more vCPUs",
-            "every 300 s",
+            "up to 300 s",
             vcpus=2,
         )
         assert [(each["slot"], each["attempts"]) for each in seen.pending] == [(1, 1)]
@@ -250,7 +250,7 @@ async def test_silence_stalls_after_the_timeout_and_a_late_answer_is_still_taken
             "2 vCPUs present, 1 declared",
             "has not given back slot 1",
             "late answer is still taken",
-            "every 3600 s",
+            "up to 3600 s",
             vcpus=2,
         )
         assert [each["attempts"] for each in seen.pending] == [1]

@@ -70,8 +70,7 @@ async def test_a_client_that_comes_while_a_guest_is_silent_gets_its_turn_and_kee
             assert await other.count() == 3
             seen = await user.get("vm")
             assert (seen.vcpus, seen.pending) == (4, before), "what was seen last stands"
-        seen = await user.wait("vm", lambda seen: seen.vcpus == 3, "a look at the machine")
-        assert [each["attempts"] for each in seen.pending] == [1], "nobody was asked again"
+        await user.wait("vm", lambda seen: seen.vcpus == 3, "a look at the machine")
         assert (await acpi.flags(2)).removing
         await acpi.eject(2)
         await shows(user, "vm", "Converged", READY, vcpus=2)

@@ -48,7 +48,12 @@ class Silent:
     """The guest says nothing. The request stays: `Cpus.eject` carries it out, however late."""
 
 
-Unplug = Eject | Refuse | Silent
+@dataclass(frozen=True)
+class Working:
+    """The guest says that it is at work on the request, and no more: so it is left to it for `retrySeconds`."""
+
+
+Unplug = Eject | Refuse | Silent | Working
 """What the guest does with an unplug request."""
 
 
@@ -112,6 +117,8 @@ class Cpus:
                 self._report(slot, EJECT_REQUEST, status)
             case Silent():
                 pass
+            case Working():
+                self._report(slot, EJECT_REQUEST, IN_PROGRESS)
 
     def eject(self, slot: int) -> None:
         """The guest gives a CPU up."""

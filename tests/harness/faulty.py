@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from harness.cpus import CommandError, Cpus, Eject, Refuse, Silent
+from harness.cpus import CommandError, Cpus, Eject, Refuse, Silent, Working
 from harness.faults import (
     GARBAGE,
     NOT_AN_OBJECT,
@@ -66,6 +66,7 @@ __all__ = [
     "Silent",
     "Storm",
     "Twice",
+    "Working",
     "WrongId",
 ]
 

@@ -35,7 +35,7 @@ def check_decisions(machine: Machine) -> None:
 
 def _check(spec: Spec, machine: Machine) -> None:
     aim = goal(spec, machine)
-    step = plan(spec, machine, (), inherited=(), now=NOW)
+    step = plan(spec, machine, (), now=NOW)
     assert machine.floor <= aim.count <= machine.ceiling
     assert aim.count <= spec.vcpus or machine.vcpus >= aim.count, "more than declared are plugged"
     assert (aim.count == spec.vcpus) == (aim.reason is None)
@@ -56,12 +56,10 @@ def _check(spec: Spec, machine: Machine) -> None:
     book = asked((), step.ask, NOW)
     assert len({cpu_of(request) for request in book}) == len(step.ask)
     assert still_open(book, machine, NOW) == book
-    again = plan(spec, machine, book, inherited=(), now=NOW)
+    again = plan(spec, machine, book, now=NOW)
     assert not again.ask, "asked for twice"
     for request in book:
         assert 1 <= len(request.path) <= 1024
         assert 0 <= request.thread_id <= INT64
-    verdict = judge(
-        spec, machine, aim, book, started=NOW if book else None, inherited=(), blocked=None, reported=None, now=NOW
-    )
+    verdict = judge(spec, machine, aim, book, started=NOW if book else None, blocked=None, reported=None, now=NOW)
     assert 0 < len(verdict.message) < 32768

@@ -6,7 +6,7 @@ not suspended, the machine runs, the policy allows it) and they are asked again,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from vcpuset.domain.guest import AgentReason, GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine
 from vcpuset.domain.plan import Goal, goal, plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.requests import CPU, cpu_of, due_at
+from vcpuset.domain.requests import cpu_of, due_at
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, UnplugPolicy
 from vcpuset.domain.verdict import Verdict, judge, sentence, slot_list
 
@@ -48,20 +48,18 @@ def obstacles(
     requests: Sequence[Request],
     guest: GuestReport | None,
     *,
-    inherited: Collection[CPU],
     now: datetime,
 ) -> tuple[Obstacle, ...]:
     """All that keeps this machine from its declared count, and its guest from using it; the most basic first.
 
-    requests   those still open, before the next pass makes any
-    guest      what the guest says of its CPUs; None: it was not asked
-    inherited  the CPUs of requests that an earlier process wrote down
+    requests  those still open, before the next pass makes any
+    guest     what the guest says of its CPUs; None: it was not asked
     """
     found: list[Obstacle] = []
     free_spec, free_machine = _unhindered(spec, machine, found, now)
     free_spec, aim = _reachable(free_spec, free_machine, found)
     if free_machine.vcpus > aim.count:
-        found += _unplug_obstacles(free_spec, machine, free_machine, aim, requests, inherited, now)
+        found += _unplug_obstacles(free_spec, machine, free_machine, aim, requests, now)
     found += _guest_obstacles(spec, machine, guest, now)
     return tuple(found)
 
@@ -74,7 +72,6 @@ def _verdict(spec: Spec, machine: Machine, aim: Goal, now: datetime, guest: Gues
         aim,
         (),
         started=None,
-        inherited=(),
         blocked=None,
         reported=None,
         now=now,
@@ -119,7 +116,6 @@ def _unplug_obstacles(
     machine: Machine,
     aim: Goal,
     requests: Sequence[Request],
-    inherited: Collection[CPU],
     now: datetime,
 ) -> Iterator[Obstacle]:
     if not machine.guest_takes_unplugs:
@@ -130,11 +126,11 @@ def _unplug_obstacles(
             f"The machine's run state is {real.run_state!r}: its guest takes requests, and answers once it goes on.",
             "Let the machine go on (cont).",
         )
-    asked_now = {cpu_of(slot) for slot in plan(spec, machine, requests, inherited=inherited, now=now).ask}
+    asked_now = {cpu_of(slot) for slot in plan(spec, machine, requests, now=now).ask}
     alike: dict[tuple[Answer | None, datetime], list[Request]] = {}
     for request in requests:
         if cpu_of(request) not in asked_now:
-            alike.setdefault((request.answer, due_at(request, spec.unplug, inherited)), []).append(request)
+            alike.setdefault((request.answer, due_at(request, spec.unplug)), []).append(request)
     for (answer, due), group in alike.items():
         yield _open_requests(spec, answer, due, group, now)
 

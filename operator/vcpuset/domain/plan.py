@@ -53,12 +53,18 @@ class Plan:
 
 
 def plan(
-    spec: Spec, machine: Machine, requests: Sequence[Request], *, inherited: Collection[CPU], now: datetime
+    spec: Spec,
+    machine: Machine,
+    requests: Sequence[Request],
+    *,
+    now: datetime,
+    woken: Collection[CPU] = (),
+    moved: datetime | None = None,
 ) -> Plan:
     """The next step for this machine.
 
-    requests   those still open
-    inherited  the CPUs of requests that an earlier process wrote down
+    requests      those still open
+    woken, moved  what is known of the guest since, as in `due_at`
     """
     aim = goal(spec, machine)
     if spec.suspend or machine.activity is not Activity.CHANGEABLE:
@@ -66,7 +72,8 @@ def plan(
     if machine.vcpus < aim.count:
         return Plan(aim, plug=machine.free)
     if machine.vcpus > aim.count and machine.guest_takes_unplugs:
-        return Plan(aim, ask=tuple(_to_ask(spec.unplug, machine, aim.count, requests, inherited, now)))
+        due = {cpu_of(each) for each in requests if due_at(each, spec.unplug, woken=woken, moved=moved) <= now}
+        return Plan(aim, ask=tuple(_to_ask(spec.unplug, machine, aim.count, requests, due)))
     return Plan(aim)
 
 
@@ -141,15 +148,9 @@ def _candidates(unplug: Unplug, machine: Machine) -> list[Slot]:
 
 
 def _to_ask(
-    unplug: Unplug,
-    machine: Machine,
-    target: int,
-    requests: Sequence[Request],
-    inherited: Collection[CPU],
-    now: datetime,
+    unplug: Unplug, machine: Machine, target: int, requests: Sequence[Request], may_ask: Collection[CPU]
 ) -> Iterator[Slot]:
     book = {cpu_of(request): request for request in requests}
-    may_ask = {cpu for cpu, request in book.items() if due_at(request, unplug, inherited) <= now}
     candidates = _candidates(unplug, machine)
     with_guest = [slot for slot in machine.occupied if (r := book.get(cpu_of(slot))) is not None and r.in_flight]
     # One that may not be asked for (any more) is not asked for again when it falls due: it is not waited for, either.

@@ -45,13 +45,10 @@ class Prospect:
 
 
 def prospect(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: datetime) -> Prospect:
-    """The next pass of the operator that wrote the set's status, should it still run.
-
-    Such an operator knows that it has made the requests it wrote down, so none counts as inherited.
-    """
+    """The next pass of an operator that has nothing but the set's status."""
     spec = vcpuset.spec
     requests = carried_over(vcpuset.status, machine, now)
-    step = plan(spec, machine, requests, inherited=(), now=now)
+    step = plan(spec, machine, requests, now=now)
     fill = tuple(first_fit(step.plug, step.goal.count - machine.vcpus, ()))
     bring_online = _to_bring_online(spec, machine, step.goal, guest)
     if fill:
@@ -76,7 +73,7 @@ def prospect(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now:
         requests=requests,
         verdict=verdict,
         expected=expected,
-        obstacles=obstacles(spec, machine, requests, guest, inherited=(), now=now),
+        obstacles=obstacles(spec, machine, requests, guest, now=now),
     )
 
 
@@ -92,7 +89,6 @@ def _judged(
         aim,
         requests,
         started=opened_at(status, vcpuset.generation, requests, machine.vcpus - aim.count, now),
-        inherited=(),
         blocked=None,
         reported=status.ready.reason if status.ready is not None and current else None,
         now=now,
@@ -122,7 +118,7 @@ def _standby(
         everything = machine.free
     elif ask:
         # Whoever wanted no more than the floor would ask for all that may be asked for.
-        everything = plan(replace(spec, vcpus=1), machine, requests, inherited=(), now=now).ask
+        everything = plan(replace(spec, vcpus=1), machine, requests, now=now).ask
     return tuple(slot for slot in everything if slot.index not in chosen)
 
 

@@ -73,13 +73,13 @@ class Reason(enum.StrEnum):
     UNPLUG_REFUSED = (
         "UnplugRefused",
         (State.RECONCILING, State.STALLED),
-        "The guest said no and no other candidate is left; asked again every unplug.retrySeconds.",
+        "The guest said no and no other candidate is left; repeated at most unplug.retrySeconds apart.",
         "End what holds the CPUs in the guest (pinned or real-time tasks; its log tells), or declare more vCPUs.",
     )
     UNPLUG_TIMED_OUT = (
         "UnplugTimedOut",
         (State.STALLED,),
-        "The guest has not answered within unplug.timeoutSeconds; asked again every unplug.retrySeconds.",
+        "The guest has not answered within unplug.timeoutSeconds; repeated at most unplug.retrySeconds apart.",
         "See whether the guest hangs or is paused. If it does not know CPU hot-unplug, declare what it has.",
     )
     GUEST_CPUS_OFFLINE = (

@@ -7,17 +7,37 @@ guest said no, and until then the CPU may leave at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from vcpuset.domain.machine import Answer, Machine, Slot
 from vcpuset.domain.resource import Request, Status, Unplug
 
-__all__ = ["CPU", "answered", "asked", "carried_over", "cpu_of", "due_at", "still_open", "withdrawn"]
+__all__ = [
+    "CPU",
+    "FIRST_PAUSE",
+    "answered",
+    "asked",
+    "carried_over",
+    "cpu_of",
+    "due_at",
+    "revived",
+    "still_open",
+    "withdrawn",
+]
 
 CPU = tuple[str, int]
 """QOM path and host thread id: one CPU of one QEMU process, for ever."""
+
+FIRST_PAUSE = timedelta(seconds=5)
+"""After this time a request that the guest ignored or refused is made again for the first time.
+
+A Linux guest that is up answers within two seconds; QEMU takes requests while it boots, and the guest never sees them.
+"""
+
+_DOUBLINGS = 16
+"""More of them than `retrySeconds` can have."""
 
 
 def cpu_of(holder: Request | Slot) -> CPU:
@@ -62,29 +82,65 @@ def answered(requests: Iterable[Request], answer: Callable[[Request], Answer | N
     return tuple(replace(request, answer=answer(request) or request.answer) for request in requests)
 
 
-def asked(requests: Iterable[Request], slots: Iterable[Slot], now: datetime) -> tuple[Request, ...]:
-    """The requests as they stand once these CPUs are asked for (again), ordered by slot."""
+def asked(
+    requests: Iterable[Request], slots: Iterable[Slot], now: datetime, woken: Collection[CPU] = ()
+) -> tuple[Request, ...]:
+    """The requests as they stand once these CPUs are requested (again), ordered by slot.
+
+    woken  CPUs whose requests count from one again, and with them the pauses
+    """
     book = {cpu_of(request): request for request in requests}
     for slot in slots:
         path, thread_id = cpu = cpu_of(slot)
-        attempts = book[cpu].attempts + 1 if cpu in book else 1
+        attempts = book[cpu].attempts + 1 if cpu in book and cpu not in woken else 1
         book[cpu] = Request(slot.index, path, thread_id, requested_at=now, attempts=attempts)
     return tuple(sorted(book.values(), key=lambda request: request.slot))
 
 
-def withdrawn(requests: Iterable[Request], before: Iterable[Request], cpus: Collection[CPU]) -> tuple[Request, ...]:
-    """The requests as they stand if those for `cpus` were never made: what was on the book `before` counts again."""
-    earlier = {cpu_of(request): request for request in before}
-    return tuple(
-        kept for request in requests if (kept := earlier.get(cpu_of(request)) if cpu_of(request) in cpus else request)
-    )
+def withdrawn(requests: Iterable[Request], unsent: Mapping[CPU, Request | None]) -> tuple[Request, ...]:
+    """The requests without those that were recorded and never sent: what was recorded `before` counts again.
+
+    unsent  their CPUs, each with its earlier request; None: there was none
+    """
+    kept = (unsent.get(cpu_of(request), request) for request in requests)
+    return tuple(request for request in kept if request is not None)
 
 
-def due_at(request: Request, unplug: Unplug, inherited: Collection[CPU]) -> datetime:
+def revived(recorded: Iterable[Request], requests: Sequence[Request]) -> set[CPU]:
+    """The CPUs whose request has no answer, although the guest answered or carried out a later one.
+
+    recorded  the requests as the status has them
+    requests  those still open, with their answers
+    """
+    still = {cpu_of(request): request.answer for request in requests}
+    silent = {None, Answer.REJECTED}
+    heard = [request.requested_at for request in recorded if still.get(cpu_of(request), Answer.OTHER) not in silent]
+    latest = max(heard, default=None)
+    return {
+        cpu_of(request)
+        for request in requests
+        if request.answer is None and latest is not None and request.requested_at < latest
+    }
+
+
+def due_at(request: Request, unplug: Unplug, *, woken: Collection[CPU] = (), moved: datetime | None = None) -> datetime:
     """When the request may be made again.
 
-    An inherited one without any sign of an answer may never have been sent: its author wrote it down and died. It is
-    made again after `timeoutSeconds`; any other after `retrySeconds`.
+    A guest that ignores or refuses a request may just not be up yet: the first pause is short, each further one twice
+    as long, and none longer than `retrySeconds`. A guest that says that it is at work on a request is left to it for as
+    long, and so is a QEMU that rejects one.
+
+    woken  CPUs whose guest has shown since that it may take requests now: only the first pause counts
+    moved  when a CPU was last seen to leave; a guest that carries out one request after the other ignores none
     """
-    unsure = request.answer is None and cpu_of(request) in inherited
-    return request.requested_at + timedelta(seconds=unplug.timeout_seconds if unsure else unplug.retry_seconds)
+    longest = timedelta(seconds=unplug.retry_seconds)
+    first = min(FIRST_PAUSE, longest)
+    if request.answer is Answer.REJECTED:
+        return request.requested_at + longest
+    if cpu_of(request) in woken:
+        return request.requested_at + first
+    if request.answer is Answer.IN_PROGRESS:
+        return request.requested_at + longest
+    pause = min(first * (1 << min(request.attempts - 1, _DOUBLINGS)), longest)
+    since = request.requested_at if moved is None or request.answer else max(request.requested_at, moved)
+    return min(since + pause, request.requested_at + longest)

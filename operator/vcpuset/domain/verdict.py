@@ -16,6 +16,7 @@ from vcpuset.domain.contest import CHANGES, Contest
 from vcpuset.domain.errors import (
     CommandError,
     CredentialsUnavailable,
+    GuestNotReady,
     InvalidMonitor,
     Migrating,
     MonitorBusy,
@@ -29,7 +30,7 @@ from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine
 from vcpuset.domain.plan import Goal
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.requests import CPU, due_at
+from vcpuset.domain.requests import CPU, FIRST_PAUSE, due_at
 from vcpuset.domain.resource import GuestAgent, Request, Spec
 
 __all__ = [
@@ -107,21 +108,23 @@ def judge(
     requests: Sequence[Request],
     *,
     started: datetime | None,
-    inherited: Collection[CPU],
     blocked: CommandError | None,
     reported: str | None,
     now: datetime,
+    woken: Collection[CPU] = (),
     moved: datetime | None = None,
+    reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
 ) -> Verdict:
     """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing.
 
     started   when the first request of this generation was made
-    inherited the CPUs of requests that an earlier process wrote down
     reported  the reason that stands in the status for this generation; None: none does
     blocked   why QEMU did not do what this pass wanted; None: it did, or nothing was wanted
+    woken     CPUs whose requests are due after the first pause, as in `due_at`
     moved     when a CPU was last seen to leave
+    reset     when the machine was last reset; None: that is not known
     guest     what the guest says of these CPUs; None: it was not asked
     plugged   when a CPU was last plugged
     """
@@ -137,8 +140,8 @@ def judge(
     if spec.suspend:
         return _verdict(
             Reason.SUSPENDED,
-            f"{_counts(spec, machine)}; nothing is changed while spec.suspend is set.",
-            Pace.STEADY,
+            f"{_counts(spec, machine)}; nothing is changed while spec.suspend is set.{_may_leave(spec, requests)}",
+            _pace(spec, machine, requests, moved, now),
         )
     if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
         migrates = machine.migrating or isinstance(blocked, Migrating)
@@ -153,9 +156,10 @@ def judge(
         return _plug_failed(spec, machine, blocked)
     if machine.vcpus > goal.count:
         pace = _pace(spec, machine, requests, moved, now)
-        return _unplug_unfinished(spec, machine, requests, started, inherited, blocked, reported, pace, now)
+        dues = [due_at(request, spec.unplug, woken=woken, moved=moved) for request in requests]
+        return _unplug_unfinished(spec, machine, requests, started, dues, reset, blocked, reported, pace, now)
     assert goal.reason is not None, "the goal is met and is not the declared count"
-    text = f"{_counts(spec, machine)}; {goal.message}.{_may_leave(requests)}"
+    text = f"{_counts(spec, machine)}; {goal.message}.{_may_leave(spec, requests)}"
     return _verdict(goal.reason, text, _pace(spec, machine, requests, moved, now))
 
 
@@ -170,19 +174,19 @@ def _count_matches(
 ) -> Verdict:
     text = f"QEMU has {_vcpus(machine.vcpus)}, as declared"
     if spec.guest_agent is None:
-        return _verdict(Reason.CONVERGED, f"{text}.{_may_leave(requests)}", pace)
+        return _verdict(Reason.CONVERGED, f"{text}.{_may_leave(spec, requests)}", pace)
     unknown = f"{text}; whether the guest uses them is not known:"
     if guest is None:
         why = f"it cannot be asked while the machine's run state is {machine.run_state!r}"
-        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(requests)}", pace)
+        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if guest.cpus is None:
-        return _verdict(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(requests)}", pace)
+        return _verdict(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(spec, requests)}", pace)
     online = guest.cpus.online
     if online > machine.vcpus:
         why = f"the guest agent speaks of {online} online, so spec.guestAgent names another machine's"
-        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(requests)}", pace)
+        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if online == machine.vcpus:
-        return _verdict(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(requests)}", pace)
+        return _verdict(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(spec, requests)}", pace)
     text = f"{text}; the guest uses {online} of them"
     if plugged is not None and now < plugged + TAKE_UP_TIME:
         return _verdict(Reason.PLUGGING, f"{text} so far.", Pace.HELD, now + TAKE_UP_LOOK)
@@ -231,15 +235,15 @@ def _unplug_unfinished(
     machine: Machine,
     requests: Sequence[Request],
     started: datetime | None,
-    inherited: Collection[CPU],
+    dues: Sequence[datetime],
+    reset: datetime | None,
     blocked: CommandError | None,
     reported: str | None,
     pace: Pace,
     now: datetime,
 ) -> Verdict:
     counts = _counts(spec, machine)
-    if not requests:
-        # Nothing could be asked for: QEMU's legacy mode was seen, or device_del told.
+    if not machine.guest_takes_unplugs or isinstance(blocked, GuestNotReady):
         words = "" if blocked is None else f" ({blocked})"
         return _verdict(
             Reason.WAITING_FOR_GUEST,
@@ -247,16 +251,27 @@ def _unplug_unfinished(
             "or was booted with acpi=off and cannot give CPUs back.",
             Pace.RETRY,
         )
+    if not requests:
+        # The machine has changed since the pass decided what to do: the next one decides.
+        return _verdict(Reason.UNPLUGGING, f"{counts}; unplug requests follow.", Pace.RETRY)
     timeout = timedelta(seconds=spec.unplug.timeout_seconds)
     deadline = now if started is None else started + timeout
     overdue = now >= deadline
     in_flight = [request for request in requests if request.in_flight]
     refused = [request for request in requests if not request.in_flight]
     # What is due already and was not asked for is not wanted now: nothing to come back for.
-    dues = [at for request in requests if (at := due_at(request, spec.unplug, inherited)) > now]
-    due = min(dues if overdue else [*dues, deadline], default=None)
+    due = min((at for at in (*dues, deadline) if at > now), default=None)
     expected = pace is not Pace.STEADY
-    again = f"Asked again every {spec.unplug.retry_seconds} s"
+    longest = timedelta(seconds=spec.unplug.retry_seconds)
+    every = again = f"The request is repeated every {_seconds(longest)}"
+    if longest > FIRST_PAUSE:
+        again = (
+            f"The request is repeated after {_seconds(FIRST_PAUSE)}, then each time after twice as long, "
+            f"up to {_seconds(longest)}"
+        )
+    rebooted = ""
+    if reset is not None and reset >= deadline - 2 * timeout:
+        rebooted = f" The machine was reset at {_moment(reset)}: its guest may still be booting."
 
     # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
     repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
@@ -269,15 +284,19 @@ def _unplug_unfinished(
     )
     if len(rejected) == len(refused) and (not in_flight or rejected_again):
         words = "" if blocked is None else f": {blocked}"
-        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}.{_RESTART} {again}."
+        text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}.{_RESTART} {every}."
         return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
 
     if in_flight and not overdue and not (repeated and still_refused):
         text = f"{counts}; the guest was asked to give back {slot_list(in_flight)} at {_time(in_flight)}"
         if refused:
             text += f", after it had refused {_refusals(refused)}"
-        if all(request.answer is None and now - request.requested_at >= PENDING_AFTER for request in in_flight):
-            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.", pace, due)
+        # A repetition is no news: otherwise each would cost a second write, when it gets no answer either.
+        if all(
+            request.answer is None and (request.attempts > 1 or now - request.requested_at >= PENDING_AFTER)
+            for request in in_flight
+        ):
+            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.{rebooted}", pace, due)
         return _verdict(Reason.UNPLUGGING, f"{text}.", pace, due)
 
     if still_refused:
@@ -285,13 +304,13 @@ def _unplug_unfinished(
         asked = f", last for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
         text = (
             f"{counts}; the guest {what}, and there is no other candidate. Find out what holds the CPUs (pinned or "
-            f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}."
+            f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}.{rebooted}"
         )
         return _verdict(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
 
     text = (
         f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may "
-        f"hang, be paused, or not support CPU hot-unplug. A late answer is still taken. {again}."
+        f"hang, be paused, or not support CPU hot-unplug. A late answer is still taken. {again}.{rebooted}"
     )
     return _verdict(Reason.UNPLUG_TIMED_OUT, text, pace, due)
 
@@ -457,11 +476,12 @@ def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: date
     return Pace.HELD if now < active + PENDING_AFTER or machine.ost is None else Pace.WATCHED
 
 
-def _may_leave(requests: Sequence[Request]) -> str:
+def _may_leave(spec: Spec, requests: Sequence[Request]) -> str:
     in_flight = [request for request in requests if request.in_flight]
     if not in_flight:
         return ""
-    return f" An earlier request may still take {slot_list(in_flight)} away; what leaves is plugged again."
+    then = "." if spec.suspend else "; what leaves is plugged again."
+    return f" An earlier request may still take {slot_list(in_flight)} away{then}"
 
 
 def sentence(words: str) -> str:
@@ -487,4 +507,12 @@ def _refusals(refused: Sequence[Request]) -> str:
 
 
 def _time(requests: Sequence[Request]) -> str:
-    return max(request.requested_at for request in requests).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _moment(max(request.requested_at for request in requests))
+
+
+def _moment(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _seconds(span: timedelta) -> str:
+    return f"{span.total_seconds():.0f} s"

@@ -94,6 +94,7 @@ class Session:
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
         self._answers: dict[int, Answer] = {}
+        self._reset_at: float | None = None
         self.answers_by_event_only = False
         """Whether what a guest answers while nobody listens is lost: there is nothing to read it from."""
         self._since: datetime | None = None
@@ -268,6 +269,11 @@ class Session:
         """What the guest has answered, by event, in this session and since the last `unplug` of that slot in it."""
         return self._answers.get(slot)
 
+    def take_reset(self) -> float | None:
+        """Loop time of a reset of the machine that this session has heard of; None: of none since the last call."""
+        reset_at, self._reset_at = self._reset_at, None
+        return reset_at
+
     async def close(self) -> None:
         """End the session. Pending commands raise MonitorUnreachable. Never raises, and again is harmless.
 
@@ -313,6 +319,8 @@ class Session:
             self._on_ost(data)
         elif name == "DEVICE_UNPLUG_GUEST_ERROR":
             self._on_guest_error(data)
+        elif name == "RESET":
+            self._reset_at = asyncio.get_running_loop().time()
         if name in _WAKING:
             self._wake_soon()
 

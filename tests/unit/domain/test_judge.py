@@ -209,7 +209,7 @@ CASES = {
             State.RECONCILING,
             Pace.HELD,
             "4 vCPUs present, 2 declared; the guest was asked to give back slots 2-3 at 2026-01-02T12:00:00Z.",
-            due=60,
+            due=5,
         ),
     ),
     "asked, and in progress for a while": (
@@ -223,12 +223,12 @@ CASES = {
             State.RECONCILING,
             Pace.HELD,
             "after it had refused slot 3: device in use (_OST 0x81)",
-            due=58,
+            due=3,
         ),
     ),
     "asked, no answer for three seconds": (
         verdict_on(a_spec(3), FOUR, [a_request(3, at=ago(3))]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet", due=57),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet", due=2),
     ),
     "asked, no answer for a while, and only an event could tell": (
         verdict_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30))]),
@@ -236,11 +236,11 @@ CASES = {
     ),
     "asked long ago, and one has left just now": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(1)),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "slots 2-3", "Warning", due=210),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.HELD, "slots 2-3", "Warning", due=4),
     ),
     "asked long ago, and one has left a while ago": (
-        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(50)),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "slots 2-3", "Warning", due=210),
+        verdict_on(a_spec(2), FOUR, [a_request(n, at=ago(90), attempts=5) for n in (2, 3)], moved=ago(50)),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "slots 2-3", "Warning", due=30),
     ),
     "asked, no answer from one, progress of another": (
         verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
@@ -251,7 +251,9 @@ CASES = {
         Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.STEADY, "slots 2-3", due=50),
     ),
     "asked long ago for an earlier declaration, and it falls due": (
-        verdict_on(a_spec(2), FOUR, [a_request(2, at=ago(270)), a_request(3, at=ago(200))], started=ago(10)),
+        verdict_on(
+            a_spec(2), FOUR, [a_request(2, at=ago(270), attempts=7), a_request(3, at=ago(200))], started=ago(10)
+        ),
         Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.STEADY, "slots 2-3", due=30),
     ),
     "the guest is not up": (
@@ -267,22 +269,38 @@ CASES = {
         Said(Reason.UNPLUG_REFUSED, State.RECONCILING, Pace.STEADY, "slot 1: device in use", "Warning", due=50),
     ),
     "refused, and so for timeoutSeconds": (
-        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60), answer=NO)]),
-        Said(Reason.UNPLUG_REFUSED, State.STALLED, Pace.STEADY, "Asked again every 300 s", "Warning", due=240),
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60), attempts=7, answer=NO)]),
+        Said(
+            Reason.UNPLUG_REFUSED,
+            State.STALLED,
+            Pace.STEADY,
+            "The request is repeated after 5 s, then each time after twice as long, up to 300 s.",
+            "Warning",
+            due=240,
+        ),
+    ),
+    "refused, and repeated at a constant pace": (
+        verdict_on(a_spec(1, retry=4), SMALL, [a_request(1, at=ago(1), attempts=7, answer=NO)]),
+        Said(
+            Reason.UNPLUG_REFUSED,
+            State.RECONCILING,
+            Pace.STEADY,
+            "or declare more vCPUs. The request is repeated every 4 s.",
+            "Warning",
+            due=3,
+        ),
     ),
     "refused, overdue, asked again just now": (
         verdict_on(
             a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(300), reported=Reason.UNPLUG_REFUSED.value
         ),
-        Said(
-            Reason.UNPLUG_REFUSED, State.STALLED, Pace.HELD, "last for slot 1 at 2026-01-02T12:00:00Z", "Warning", 300
-        ),
+        Said(Reason.UNPLUG_REFUSED, State.STALLED, Pace.HELD, "last for slot 1 at 2026-01-02T12:00:00Z", "Warning", 10),
     ),
     "refused, asked again, and no answer this time": (
         verdict_on(
             a_spec(1),
             SMALL,
-            [a_request(1, at=ago(60), attempts=2)],
+            [a_request(1, at=ago(60), attempts=7)],
             started=ago(400),
             reported=Reason.UNPLUG_REFUSED.value,
         ),
@@ -308,25 +326,69 @@ CASES = {
         ),
     ),
     "no answer within timeoutSeconds": (
-        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60))]),
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60), attempts=7)]),
         Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "A late answer is still taken", "Warning", due=240),
     ),
-    "no answer within timeoutSeconds, inherited": (
-        verdict_on(a_spec(1, timeout=90), SMALL, [a_request(1, at=ago(70))], started=ago(95), inherited=[("x", 1)]),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=230),
-    ),
-    "no answer, inherited: falls due by timeoutSeconds": (
-        verdict_on(
-            a_spec(1, timeout=90),
-            SMALL,
-            [a_request(1, at=ago(70))],
-            started=ago(95),
-            inherited=[cpu_of(a_request(1))],
+    "no answer, and the machine was reset meanwhile": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(40), attempts=5)], started=ago(75), reset=ago(60)),
+        Said(
+            Reason.UNPLUG_TIMED_OUT,
+            State.STALLED,
+            Pace.WATCHED,
+            "The machine was reset at 2026-01-02T11:59:00Z: its guest may still be booting.",
+            "Warning",
+            due=40,
         ),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=20),
+    ),
+    "no answer for a moment, and the machine was reset just before": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(3))], reset=ago(9)),
+        Said(
+            Reason.UNPLUG_PENDING,
+            State.RECONCILING,
+            Pace.WATCHED,
+            "and has not answered yet. The machine was reset at 2026-01-02T11:59:51Z",
+            due=2,
+        ),
+    ),
+    "refused by a guest that has just been reset": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(3), answer=Answer.FAILURE)], reset=ago(5)),
+        Said(Reason.UNPLUG_REFUSED, State.RECONCILING, Pace.STEADY, "may still be booting.", "Warning", due=2),
+    ),
+    "no answer, and a reset was long ago": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(3))], reset=ago(90)),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.WATCHED, "has not answered yet.", due=2),
+    ),
+    "a request without an answer is repeated": (
+        verdict_on(a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(5)),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, Pace.HELD, "has not answered yet.", due=10),
+    ),
+    "the guest has given a sign, so only the first pause counts": (
+        verdict_on(
+            a_spec(1), SMALL, [a_request(1, at=ago(3), attempts=6)], started=ago(90), woken=[cpu_of(a_request(1))]
+        ),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=2),
+    ),
+    "another client has plugged while this pass did": (
+        verdict_on(a_spec(3), FOUR, blocked=SlotTaken("device_add", "GenericError", WORDS)),
+        Said(Reason.UNPLUGGING, State.RECONCILING, Pace.RETRY, "4 vCPUs present, 3 declared; unplug requests follow."),
+    ),
+    "suspended while a request is still with the guest": (
+        verdict_on(a_spec(3, suspend=True), FOUR, [a_request(3, at=ago(5))]),
+        Said(
+            Reason.SUSPENDED,
+            State.HELD,
+            Pace.WATCHED,
+            "while spec.suspend is set. An earlier request may still take slot 3 away.",
+        ),
+    ),
+    "count matches, suspended while a request is still with the guest": (
+        verdict_on(a_spec(4, suspend=True), FOUR, [a_request(3, at=ago(5))]),
+        Said(
+            Reason.CONVERGED, State.READY, Pace.WATCHED, "as declared. An earlier request may still take slot 3 away."
+        ),
     ),
     "what is due but not wanted is nothing to come back for": (
-        verdict_on(a_spec(3), FOUR, [a_request(2, at=ago(400)), a_request(3, at=ago(100))]),
+        verdict_on(a_spec(3), FOUR, [a_request(n, at=ago(at), attempts=7) for n, at in ((2, 400), (3, 100))]),
         Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "slots 2-3", "Warning", due=200),
     ),
     "QEMU refuses every one": (
@@ -547,7 +609,8 @@ def test_a_retry_before_the_time_is_up_does_not_make_a_refusal_a_fresh_start() -
 
 def test_a_refused_set_is_looked_at_when_it_becomes_stalled_and_then_when_it_is_due() -> None:
     def due_in(seconds: float) -> datetime | None:
-        return verdict_on(a_spec(1), SMALL, [a_request(1, answer=NO)], now=NOW + timedelta(seconds=seconds)).due
+        request = a_request(1, attempts=7, answer=NO)
+        return verdict_on(a_spec(1), SMALL, [request], now=NOW + timedelta(seconds=seconds)).due
 
     assert due_in(0) == due_in(59) == NOW + timedelta(seconds=60)
     assert due_in(60) == due_in(299) == NOW + timedelta(seconds=300)

@@ -10,7 +10,6 @@ from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago
 from vcpuset.domain.machine import Answer, Machine
 from vcpuset.domain.plan import goal, plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, UnplugPolicy
 
 __all__: list[str] = []
@@ -107,15 +106,11 @@ def test_the_goal_is_the_reachable_count_nearest_to_the_declared_one(case: Goals
 
 @dataclass
 class Steps:
-    """machine, spec and the requests on the book → slots to plug, slots to ask for.
-
-    inherited  the slots whose requests an earlier process wrote down
-    """
+    """machine, spec and the requests on the book → slots to plug, slots to ask for."""
 
     spec: Spec
     machine: Machine
     requests: list[Request] = field(default_factory=list)
-    inherited: set[int] = field(default_factory=set)
     plug: list[int] = field(default_factory=list)
     ask: list[int] = field(default_factory=list)
 
@@ -162,10 +157,8 @@ class Steps:
             Steps(a_spec(8), FOUR_PLUGGED, [a_request(5)], plug=[6, 7]), id="in flight: plugs do not wait for it"
         ),
         pytest.param(Steps(a_spec(6), FOUR_PLUGGED, [a_request(5)]), id="in flight at the target: nothing"),
-        pytest.param(Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(299))]), id="in flight: not due after 299 s"),
-        pytest.param(
-            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(300))], ask=[5]), id="in flight: asked again at 300 s"
-        ),
+        pytest.param(Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(4.9))]), id="in flight: not due after 4.9 s"),
+        pytest.param(Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(5))], ask=[5]), id="in flight: due after 5 s"),
         pytest.param(
             Steps(a_spec(6), FOUR_PLUGGED, [a_request(5, at=ago(300))]), id="due, but not wanted any more: not asked"
         ),
@@ -182,30 +175,12 @@ class Steps:
             id="one due and one fresh, both wanted",
         ),
         pytest.param(
-            Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(299))], ask=[5, 4, 3]),
+            Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(4))], ask=[5, 4, 3]),
             id="kept since it was asked for: still leaving",
         ),
         pytest.param(
             Steps(a_spec(1, boot_vcpus=KEEP), FOUR_PLUGGED, [a_request(1, boot=True, at=ago(300))], ask=[5, 4, 3, 2]),
             id="kept since it was asked for, and due: neither asked again nor waited for",
-        ),
-        # Inherited ones
-        pytest.param(
-            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(59))], {5}), id="inherited: not due after 59 s"
-        ),
-        pytest.param(
-            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(60))], {5}, ask=[5]),
-            id="inherited without an answer: asked again after timeoutSeconds",
-        ),
-        pytest.param(
-            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(299), answer=Answer.IN_PROGRESS)], {5}),
-            id="inherited, but in progress: retrySeconds count",
-        ),
-        pytest.param(
-            Steps(
-                a_spec(5), FOUR_PLUGGED, [a_request(n, at=ago(299), answer=NO) for n in (1, 2, 3, 4, 5)], {5}, ask=[1]
-            ),
-            id="inherited, but refused: retrySeconds count",
         ),
         pytest.param(
             Steps(a_spec(5, timeout=300, retry=10), FOUR_PLUGGED, [a_request(5, at=ago(10))], ask=[5]),
@@ -223,7 +198,7 @@ class Steps:
             Steps(
                 a_spec(4),
                 a_machine(plugged=[2, 3, 4], boot=[0]),
-                [a_request(4, at=ago(400), answer=NO), a_request(3, at=ago(10), answer=NO)],
+                [a_request(4, at=ago(400), answer=NO), a_request(3, at=ago(4), answer=NO)],
             ),
             id="as declared with refusals on the book",
         ),
@@ -231,7 +206,7 @@ class Steps:
             Steps(
                 a_spec(1),
                 a_machine(plugged=[2, 3], boot=[0]),
-                [a_request(3, at=ago(400), answer=NO), a_request(2, at=ago(10), answer=NO)],
+                [a_request(3, at=ago(400), answer=NO), a_request(2, at=ago(4), answer=NO)],
                 ask=[3],
             ),
             id="all refused: only the due one is asked",
@@ -240,12 +215,12 @@ class Steps:
             Steps(
                 a_spec(2),
                 a_machine(plugged=[2, 3], boot=[0]),
-                [a_request(3, at=ago(10), answer=NO), a_request(2, at=ago(10))],
+                [a_request(3, at=ago(4), answer=NO), a_request(2, at=ago(4))],
             ),
             id="a refused one is not due while another leaves",
         ),
         pytest.param(
-            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(10), answer=Answer.REJECTED)], ask=[4]),
+            Steps(a_spec(5), FOUR_PLUGGED, [a_request(5, at=ago(4), answer=Answer.REJECTED)], ask=[4]),
             id="rejected by QEMU: the next one",
         ),
         # Whole cores
@@ -259,9 +234,7 @@ class Steps:
     ],
 )
 def test_a_plan_names_the_slots_to_plug_and_to_ask_for(case: Steps) -> None:
-    inherited = {cpu_of(request) for request in case.requests if request.slot in case.inherited}
-
-    step = plan(case.spec, case.machine, case.requests, inherited=inherited, now=NOW)
+    step = plan(case.spec, case.machine, case.requests, now=NOW)
 
     assert [slot.index for slot in step.plug] == case.plug
     assert [slot.index for slot in step.ask] == case.ask

@@ -68,7 +68,7 @@ def test_a_machine_as_declared_has_nothing_done_to_it() -> None:
 
 
 def test_requests_in_the_status_are_not_made_twice_and_those_of_another_qemu_are_void() -> None:
-    status = Status(pending_unplugs=(a_request(3, at=ago(5)), a_request(2, at=ago(5), thread_id=99)))
+    status = Status(pending_unplugs=(a_request(3, at=ago(4)), a_request(2, at=ago(4), thread_id=99)))
     found = ahead(a_spec(3), status)
 
     assert [request.slot for request in found.requests] == [3]
@@ -117,7 +117,7 @@ def test_what_is_foreseen_is_what_the_operators_own_plan_does(
 
     found = prospect(a_set(spec, status=status), machine, None, NOW)
 
-    step = plan(spec, machine, carried_over(status, machine, NOW), inherited=(), now=NOW)
+    step = plan(spec, machine, carried_over(status, machine, NOW), now=NOW)
     assert found.ask == step.ask
     assert found.plug == step.plug[: len(found.plug)]
     assert bool(found.plug) == bool(step.plug)

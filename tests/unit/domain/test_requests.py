@@ -7,7 +7,7 @@ import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_slot, ago
 from vcpuset.domain.machine import Answer
-from vcpuset.domain.requests import answered, asked, carried_over, cpu_of, due_at, still_open, withdrawn
+from vcpuset.domain.requests import answered, asked, carried_over, cpu_of, due_at, revived, still_open, withdrawn
 from vcpuset.domain.resource import Request, Status, Unplug
 
 __all__: list[str] = []
@@ -86,31 +86,93 @@ def test_asking_starts_an_entry_or_counts_one_up_and_forgets_its_answer() -> Non
     assert book == (a_request(1, boot=True), a_request(4), a_request(5, attempts=3))
 
 
-def test_a_request_that_was_not_made_leaves_the_book_as_it_was() -> None:
-    before = (a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE), a_request(3, at=ago(5)))
+def test_a_request_that_was_not_sent_leaves_the_book_as_it_was() -> None:
+    before = (a_request(3, at=ago(5)), a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE))
     book = asked(before, [a_slot(5, "plugged"), a_slot(4, "plugged")], NOW)
-    unsent = {cpu_of(a_slot(5, "plugged")), cpu_of(a_slot(4, "plugged"))}
+    unsent = {cpu_of(a_slot(5, "plugged")): before[1], cpu_of(a_slot(4, "plugged")): None}
 
-    assert set(withdrawn(book, before, unsent)) == set(before)
-    assert withdrawn(book, before, ()) == book
+    assert withdrawn(book, unsent) == withdrawn(before, unsent) == before
+    assert withdrawn(book, {}) == book
 
 
 @pytest.mark.parametrize(
-    ("answer", "inherited", "seconds"),
+    ("attempts", "answer", "retry", "seconds"),
     [
-        pytest.param(None, False, 300, id="own, unanswered"),
-        pytest.param(Answer.IN_USE, False, 300, id="own, refused"),
-        pytest.param(None, True, 60, id="inherited, unanswered: it may never have been sent"),
-        pytest.param(Answer.IN_PROGRESS, True, 300, id="inherited, in progress: it was sent"),
-        pytest.param(Answer.IN_USE, True, 300, id="inherited, refused"),
+        pytest.param(1, None, 300, 5, id="unanswered"),
+        pytest.param(1, Answer.IN_USE, 300, 5, id="refused"),
+        pytest.param(2, None, 300, 10, id="unanswered twice"),
+        pytest.param(6, Answer.BUSY, 300, 160, id="refused six times"),
+        pytest.param(7, None, 300, 300, id="never after more than retrySeconds"),
+        pytest.param(2**31 - 1, None, 86400, 86400, id="nor after any number of attempts"),
+        pytest.param(1, None, 3, 3, id="a retrySeconds that is shorter than the first pause"),
+        pytest.param(3, None, 3, 3, id="a retrySeconds that is shorter than the first pause does not grow"),
+        pytest.param(1, Answer.IN_PROGRESS, 300, 300, id="the guest is at work on it"),
+        pytest.param(1, Answer.REJECTED, 300, 300, id="QEMU rejected it"),
     ],
 )
-def test_a_request_falls_due_after_its_interval(answer: Answer | None, inherited: bool, seconds: int) -> None:
-    request = a_request(4, answer=answer)
+def test_a_request_falls_due_after_a_pause(attempts: int, answer: Answer | None, retry: int, seconds: int) -> None:
+    request = a_request(4, attempts=attempts, answer=answer)
 
-    due = due_at(request, Unplug(timeout_seconds=60, retry_seconds=300), {cpu_of(request)} if inherited else set())
+    assert due_at(request, Unplug(retry_seconds=retry)) == NOW + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [(None, 5), (Answer.IN_USE, 5), (Answer.IN_PROGRESS, 5), (Answer.REJECTED, 300)],
+)
+def test_once_the_guest_has_given_a_sign_only_the_first_pause_counts(answer: Answer | None, seconds: int) -> None:
+    request = a_request(4, attempts=9, answer=answer)
+
+    assert due_at(request, Unplug(retry_seconds=300), woken={cpu_of(request)}) == NOW + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "answer", "moved", "seconds"),
+    [
+        pytest.param(1, None, 8, 13, id="it comes to this one later"),
+        pytest.param(2, None, 8, 18, id="it comes to this one later, as after each repetition"),
+        pytest.param(1, None, 299, 300, id="up to retrySeconds"),
+        pytest.param(1, None, -8, 5, id="that was before"),
+        pytest.param(1, Answer.IN_USE, 8, 5, id="this one it has refused"),
+    ],
+)
+def test_a_guest_that_carries_out_one_request_after_the_other_ignores_none(
+    attempts: int, answer: Answer | None, moved: int, seconds: int
+) -> None:
+    request = a_request(4, attempts=attempts, answer=answer)
+
+    due = due_at(request, Unplug(retry_seconds=300), moved=NOW + timedelta(seconds=moved))
 
     assert due == NOW + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("later", "revives"),
+    [
+        pytest.param(a_request(5, at=ago(2), answer=Answer.IN_USE), True, id="refused"),
+        pytest.param(a_request(5, at=ago(2), answer=Answer.IN_PROGRESS), True, id="in progress"),
+        pytest.param(None, True, id="carried out"),
+        pytest.param(a_request(5, at=ago(2)), False, id="unanswered too"),
+        pytest.param(a_request(5, at=ago(2), answer=Answer.REJECTED), False, id="rejected by QEMU"),
+    ],
+)
+def test_a_request_is_revived_by_the_answer_to_a_later_one(later: Request | None, revives: bool) -> None:
+    recorded = [a_request(4, at=ago(9)), a_request(3, at=ago(9), answer=Answer.BUSY), a_request(5, at=ago(2))]
+    still_there = [*recorded[:2], *([] if later is None else [later])]
+
+    assert revived(recorded, still_there) == ({cpu_of(recorded[0])} if revives else set())
+
+
+def test_requests_of_one_moment_do_not_revive_each_other() -> None:
+    recorded = [a_request(4), a_request(5)]
+
+    assert revived(recorded, recorded[:1]) == set()
+
+
+def test_a_request_that_a_sign_has_made_due_counts_from_one_again() -> None:
+    request = a_request(4, at=ago(400), attempts=7)
+
+    assert asked([request], [a_slot(4, "plugged")], NOW, {cpu_of(request)}) == (a_request(4),)
 
 
 def test_a_cpu_is_its_path_and_its_thread() -> None:

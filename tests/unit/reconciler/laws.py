@@ -7,8 +7,8 @@ Checked at the moment of the deed, against the model, not against what the opera
 * The guest is asked only for as many as are too many, requests that it still has included; a request that is on the
   book as in flight may be repeated while any is wanted.
 * A request is in the status before it is made; of a QEMU that was replaced, none stays there once the new one was seen.
-* No CPU of one QEMU is asked for twice within its interval, by whichever operator: `retrySeconds`, or `timeoutSeconds`
-  if the operator that asks cannot know that the first request was made.
+* No CPU of one QEMU is asked for twice within the first pause, by whichever operator, nor within the longer one that
+  doubling gives, unless the guest has shown since that it is there: a reset, an answer, a CPU that left, its agent.
 * Ready=True is written only with the declared count just seen and, if the guest has said how many it uses, with all of
   them used when it spoke; GuestCPUsOffline only if it spoke of fewer. `status.vcpus` is always a count that was seen,
   `status.onlineVCPUs` one that the guest gave, `status.machine.uuid` that of a machine that was seen.
@@ -20,6 +20,7 @@ And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
 * A set that shows Ready=True for its generation has the declared count, unless somebody changed it since the last look.
 * What the guest said last is what the status shows, and no pass is far off while something is said to go on, nor comes
   after the moment at which a time-out has to be reported or a request made again.
+* Of the requests in the status, those that the operator itself recorded were sent.
 * While too many CPUs are there, all have been asked for that may be, as far as that does not ask for too many.
 * While a session is open, all that its events told of has been looked at.
 * An OnDemand set holds the monitor only while its guest was at work within the last seconds, and never for long in one
@@ -40,8 +41,8 @@ from unit.reconciler.world import World
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Activity, Machine, Slot
 from vcpuset.domain.plan import goal
-from vcpuset.domain.requests import CPU, cpu_of
-from vcpuset.domain.resource import UID, BootVCPUs, Connection, VCPUSet
+from vcpuset.domain.requests import CPU, FIRST_PAUSE, cpu_of
+from vcpuset.domain.resource import UID, BootVCPUs, Connection, Request, Unplug, VCPUSet
 from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
 from vcpuset.reconciler import LOOK_SECONDS, NEXT_TURN_SECONDS, PROGRESS_SECONDS, ROUNDS
@@ -65,13 +66,15 @@ class _Ask:
 
     at        when it was made; never in the future, though the clock may be set
     recorded  the time in its record
-    known     the operator that made it has had QEMU's reply to it; else it may not have been made
+    attempts  how often it was made, as the record has it
+    signs     how many signs of life the guest had given by then
     """
 
     at: datetime
     recorded: datetime
     operator: int
-    known: bool = False
+    attempts: int
+    signs: int
     refused: bool = False
 
 
@@ -110,6 +113,7 @@ class LawfulWorld(World):
         self._set_back = self._clock_is_set = False
         self._cut_at = float("-inf")
         self._records: dict[tuple[CPU, datetime], int] = {}
+        self._unsent: set[tuple[CPU, datetime]] = set()
         super().__init__()
         qemu.clock = lambda: self.wall
         self.machines["a.sock"] = qemu
@@ -198,15 +202,16 @@ class LawfulWorld(World):
         recorded = {cpu_of(request): request for request in self.status().pending_unplugs}
         assert cpu in recorded, "asked for a CPU without a record"
         assert recorded[cpu].requested_at == self.wall, "the record has an older time than the request"
+        self._unsent.discard((cpu, self.wall))
 
         if (last := self._asks.get(cpu)) is not None and self._knows_of(qemu, cpu):
             unplug = self._spec().spec.unplug
-            seconds = unplug.retry_seconds
-            if last.operator != self.operator_number or not last.known:
-                seconds = min(seconds, unplug.timeout_seconds)
-            assert self.wall >= last.at + timedelta(seconds=seconds), "asked twice within the interval"
+            first = min(FIRST_PAUSE, timedelta(seconds=unplug.retry_seconds))
+            pause = first if last.signs != qemu.signs else first * (1 << min(last.attempts - 1, 16))
+            pause = min(pause, timedelta(seconds=unplug.retry_seconds))
+            assert self.wall >= last.at + pause, "asked twice within the pause"
         if not qemu.legacy and not qemu.migrating:
-            self._asks[cpu] = _Ask(self.wall, self.wall, self.operator_number)
+            self._asks[cpu] = _Ask(self.wall, self.wall, self.operator_number, recorded[cpu].attempts, qemu.signs)
 
     def _judge_leave(self) -> None:
         """Whether anything may be done at all, by what was seen last."""
@@ -214,12 +219,6 @@ class LawfulWorld(World):
         assert self._shown is not None
         assert self._shown.run_state in {"running", "paused", "prelaunch"}
         assert not self._shown.migrating
-
-    @override
-    def on_unplug_taken(self, slot: Slot) -> None:
-        """From here on the operator knows that the request was made."""
-        if (ask := self._asks.get(cpu_of(slot))) is not None:
-            ask.known = True
 
     @override
     def on_open(self, qemu: Qemu) -> None:
@@ -236,6 +235,7 @@ class LawfulWorld(World):
     def restart_operator(self) -> None:
         """The successor has heard nothing."""
         self._used = 0
+        self._unsent.clear()
         self.qemu.refusals.clear()
         super().restart_operator()
 
@@ -243,6 +243,7 @@ class LawfulWorld(World):
     def on_answer(self, qemu: Qemu, cpus: GuestCPUs) -> Callable[[], None]:
         """The guest speaks, and is heard some time later."""
         told = _Told(qemu.process, qemu.present, cpus.online, used_all=qemu.used == qemu.vcpus)
+        qemu.signs += 1
 
         def heard() -> None:
             self._told = told
@@ -304,6 +305,8 @@ class LawfulWorld(World):
             if request not in known:
                 self._at_work = max(self._at_work, self.loop.now)
                 self._records.setdefault((cpu_of(request), request.requested_at), self._process)
+                if request.requested_at == self.wall and request.answer is None and not self._set_back:
+                    self._unsent.add((cpu_of(request), request.requested_at))
         ready = after.status.ready
         assert ready is not None
         if "Monitor" in ready.reason:
@@ -341,6 +344,9 @@ class LawfulWorld(World):
             assert self._told is not None
             assert self._told.online == status.online_vcpus, "the guest has said something else since"
         if self._calm and not self._changed_since:
+            if not self.guests_being_asked:
+                unsent = [each for each in status.pending_unplugs if (cpu_of(each), each.requested_at) in self._unsent]
+                assert unsent == [], "never sent, and said to be with the guest"
             self._judge_progress(vcpuset)
         on_demand = vcpuset.spec.connection is Connection.ON_DEMAND
         looks_again = self.next_pass <= self.loop.now + (NEXT_TURN_SECONDS if qemu.settled else LOOK_SECONDS)
@@ -398,13 +404,18 @@ class LawfulWorld(World):
     def _seconds_left(self, vcpuset: VCPUSet) -> float:
         """Until a time-out is to be reported or a request made again, unless the clock was set since the last look."""
         unplug, status = vcpuset.spec.unplug, vcpuset.status
-        # Which of the two it is depends on what the operator can know of the request.
-        wait = timedelta(seconds=max(unplug.retry_seconds, unplug.timeout_seconds))
-        falls_due = [each.requested_at + wait for each in status.pending_unplugs]
+        falls_due = [self._repeated_at(each, unplug) for each in status.pending_unplugs]
         if status.unplug_started_at is not None:
             falls_due.append(status.unplug_started_at + timedelta(seconds=unplug.timeout_seconds))
         left = [(at - self.wall).total_seconds() for at in falls_due if at > self.wall]
         return float("inf") if self._clock_is_set else min(left, default=float("inf")) + NEXT_TURN_SECONDS
+
+    def _repeated_at(self, request: Request, unplug: Unplug) -> datetime:
+        """When a request falls due; if the guest has given a sign of life since, that may be sooner or later."""
+        ask, longest = self._asks.get(cpu_of(request)), timedelta(seconds=unplug.retry_seconds)
+        if request.answer is not None or ask is None or ask.signs != self.qemu.signs:
+            return request.requested_at + longest
+        return request.requested_at + min(FIRST_PAUSE * (1 << min(request.attempts - 1, 16)), longest)
 
     def _counts_on(self, qemu: Qemu, cpu: CPU) -> bool:
         """Whether the operator must take it that this CPU, which the guest was asked for, will leave.
@@ -415,7 +426,8 @@ class LawfulWorld(World):
             return False
         unplug = self._spec().spec.unplug
         kept = unplug.boot_vcpus is BootVCPUs.KEEP and cpu[0].startswith("/machine/unattached/")
-        return not kept or self.wall < self._asks[cpu].at + timedelta(seconds=unplug.retry_seconds)
+        pause = min(FIRST_PAUSE, timedelta(seconds=unplug.retry_seconds))
+        return not kept or self.wall < self._asks[cpu].at + pause
 
     def _knows_of(self, qemu: Qemu, cpu: CPU) -> bool:
         """Whether the operator can know that the guest was asked for this CPU.

@@ -139,6 +139,8 @@ class Qemu:
         """How often CPUs left, or came by somebody else's hand."""
         self.news = 0
         """How many events were sent after which a look is due."""
+        self.signs = 0
+        """How many signs of life the guest has given: answers, CPUs that left, resets, words of its agent."""
         self.refusals: set[CPU] = set()
         """Who has refused since the last request, as somebody has heard."""
         self.looks = 0
@@ -398,5 +400,6 @@ class Qemu:
 
     def _tell(self, event: str, data: dict[str, Any], *, final: bool = True) -> None:
         self.news += final
+        self.signs += 1
         for client in tuple(self.clients):
             client.event({"event": event, "data": data})

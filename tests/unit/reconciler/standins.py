@@ -220,8 +220,6 @@ class ModelSession(Session):
                     self._world.on_unplug(self._qemu, found)
                 self._qemu.device_del(str(arguments["id"]))
                 await self._point()
-                if found is not None:
-                    self._world.on_unplug_taken(found)
             case unknown:
                 raise AssertionError(unknown)
         return {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from unit.reconciler.laws import LawfulWorld
-from unit.reconciler.model import Guest, Qemu
+from unit.reconciler.model import AgentMode, Guest, Qemu
 from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import Connection
@@ -196,9 +196,12 @@ def test_a_guest_that_refuses_all_is_asked_again_until_it_gives_in(world: Lawful
 
     world.advance(60)
     assert world.true_conditions() == ["Stalled"]
-    writes = len(world.api.writes)
+    writes, attempts = len(world.api.writes), world.status().pending_unplugs[0].attempts
     world.advance(200)
-    assert len(world.api.writes) == writes
+    # Each repetition costs two: its record, and the answer.
+    repetitions = world.status().pending_unplugs[0].attempts - attempts
+    assert (repetitions, len(world.api.writes) - writes) == (2, 4)
+    assert "after 5 s" in world.vcpuset().status.conditions[0].message
 
     qemu.refused_slots = set()
     world.advance(60)
@@ -236,21 +239,140 @@ def test_a_change_of_the_declaration_late_in_a_wait_delays_neither_time_out_nor_
     world.advance(40)
 
     assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
-    world.advance(20)
+    attempts = world.status().pending_unplugs[0].attempts
+    world.advance(315 - 240 - 1 - 40)
+    assert world.status().pending_unplugs[0].attempts == attempts + 1
+
+
+@pytest.mark.parametrize(
+    ("retry", "made_at"),
+    [
+        pytest.param(300, [0, 5, 15, 35, 75, 155, 315, 615, 915], id="twice as long each time, up to retrySeconds"),
+        pytest.param(12, [0, 5, 15, 27, 39], id="up to retrySeconds"),
+        pytest.param(3, [0, 3, 6, 9], id="a shorter retrySeconds is the only pause"),
+    ],
+)
+@pytest.mark.parametrize("restarts", [False, True], ids=["one operator", "a new operator each second"])
+def test_a_request_that_a_guest_ignores_is_made_again_after_growing_pauses_at_one_write_each(
+    world: LawfulWorld, qemu: Qemu, retry: int, made_at: list[int], restarts: bool
+) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1, unplug={"retrySeconds": retry})
+    world.run_due()
+    started = world.wall
+    for _ in range(made_at[-1] + 1):
+        if restarts:
+            world.restart_operator()
+        world.advance(1)
+
+    made = {each.requested_at for write in world.api.writes for each in write.status.pending_unplugs}
+    assert [round((at - started).total_seconds()) for at in sorted(made)] == made_at
+    # Besides: Converged, that no answer has come, and the time-out.
+    overdue = made_at[-1] >= 60
+    assert _writes(world) == [
+        "Converged",
+        "Unplugging",
+        *["UnplugPending"] * (sum(0 < at < 60 for at in made_at) + (retry > 3)),
+        *["UnplugTimedOut"] * overdue * (1 + sum(at > 60 for at in made_at)),
+    ]
+
+
+def test_a_guest_that_is_at_work_on_one_cpu_after_the_other_is_not_asked_again(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=8)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=2)
+    for index in (7, 6, 5, 4):
+        world.advance(4)
+        qemu.take_away(index)
+    world.advance(4.9)
+    assert {request.attempts for request in world.status().pending_unplugs} == {1}
+
+    # That a CPU has left is seen up to a second later.
+    world.advance(1.2)
+    assert [request.attempts for request in world.status().pending_unplugs] == [2, 2]
+
+
+def test_a_guest_that_says_it_is_at_work_is_left_to_it_until_retry_seconds_are_over(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    qemu.guest = Guest.SLOW
+    world.apply("web", vcpus=1)
+    world.advance(150)
+    world.restart_operator()
+    world.advance(149)
+    assert world.status().pending_unplugs[0].attempts == 1
+
+    world.advance(2)
     assert world.status().pending_unplugs[0].attempts == 2
 
 
-def test_each_request_to_a_silent_guest_is_made_again_after_retry_seconds(world: LawfulWorld, qemu: Qemu) -> None:
+def test_a_reset_makes_requests_due_at_once_and_the_pauses_short_again_and_is_reported(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=1, monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"}, deliver=False)
+    qemu.guest = Guest.ASLEEP
+    world.deliver()
+    world.advance(90)
+    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == ({1}, 5)
+
+    qemu.forget()
+    world.run_due()
+    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == ({1}, 1)
+    reset = world.status().pending_unplugs[0].requested_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert f"The machine was reset at {reset}: its guest may still be booting." in world.status().conditions[0].message
+    assert world.reason() == "UnplugTimedOut"
+
+    # It boots and never sees the request.
+    qemu.latched.clear()
+    qemu.guest = Guest.PROMPT
+    world.advance(5.1)
+    assert world.true_conditions() == ["Ready"]
+
+
+def test_resets_one_after_the_other_do_not_make_requests_follow_faster_than_the_first_pause(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"})
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
+    world.run_due()
+    writes = len(world.api.writes)
+    for _ in range(50):
+        world.advance(1)
+        qemu.forget()
+    world.advance(1)
 
-    attempts = []
-    for _ in range(4):
-        world.advance(300)
-        attempts.append(world.status().pending_unplugs[0].attempts)
+    assert len(world.api.writes) - writes <= 2 * 50 / 5
 
-    assert attempts == [2, 3, 4, 5]
-    assert world.true_conditions() == ["Stalled"]
+
+def test_a_later_request_that_is_carried_out_shows_that_an_earlier_one_was_lost(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=6)
+    world.run_due()
+    qemu.loses_requests = True
+    world.apply("web", vcpus=5)
+    world.advance(100)
+    assert [request.attempts for request in world.status().pending_unplugs] == [5]
+
+    qemu.loses_requests = False
+    world.apply("web", vcpus=4)
+    world.run_due()
+
+    assert (qemu.vcpus, world.true_conditions()) == (4, ["Ready"])
+
+
+def test_a_guest_whose_agent_speaks_again_is_asked_again_at_once(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", guestAgent={"unix": {"path": "a.agent"}})
+    world.run_due()
+    qemu.loses_requests, qemu.agent = True, AgentMode.MUTE
+    world.apply("web", vcpus=1)
+    world.advance(240)
+    assert (world.reason(), world.status().pending_unplugs[0].attempts) == ("UnplugTimedOut", 6)
+
+    qemu.loses_requests, qemu.agent = False, AgentMode.WORKS
+    world.advance(61)
+
+    assert (qemu.vcpus, world.true_conditions()) == (1, ["Ready", "GuestAgentConnected"])
 
 
 def test_a_raised_target_does_not_overshoot_and_a_late_departure_is_plugged_again(
@@ -285,9 +407,9 @@ def test_a_target_between_the_old_and_the_new_one_asks_nobody_else_and_does_not_
     world.advance(310)
     # Both are with the guest, made twice, and only one is wanted from here on.
     world.apply("web", vcpus=5)
-    world.advance(360)
+    world.advance(370)
     attempts = {request.slot: request.attempts for request in world.status().pending_unplugs}
-    assert attempts == {4: 2, 5: 3}
+    assert attempts == {4: 6, 5: 8}
 
     passes = world.passes
     world.advance(200)
@@ -397,7 +519,7 @@ def test_a_repetition_that_qemu_rejects_does_not_end_the_request_that_the_guest_
     world.run_due()
     qemu.rejected_slots = {3}
 
-    world.advance(301)
+    world.advance(5.1)
 
     assert qemu.latched == {3}
     assert [(request.slot, request.answer) for request in world.status().pending_unplugs] == [(3, None)]
@@ -427,9 +549,10 @@ def test_a_clock_that_is_set_back_an_hour_delays_a_retry_by_one_interval_only(wo
     world.advance(100)
     world.set_clock(-3600)
 
-    world.advance(67 + 301)
+    # The next one is due after 80 s, from the first look after the clock was set.
+    world.advance(67 + 81)
 
-    assert world.status().pending_unplugs[0].attempts == 2
+    assert world.status().pending_unplugs[0].attempts == 6
 
 
 def test_a_monitor_that_cannot_be_reached_keeps_the_last_counts(world: LawfulWorld, qemu: Qemu) -> None:
@@ -459,8 +582,10 @@ def test_a_command_without_an_answer_may_have_run_and_is_not_repeated(world: Law
     assert world.true_conditions() == ["Ready"]
 
 
-def test_requests_that_were_written_outlive_a_lost_connection(world: LawfulWorld, qemu: Qemu) -> None:
-    """The reply to the first request is lost: the record of both stays, also in the report of the failure."""
+def test_of_requests_that_were_recorded_the_one_without_a_reply_waits_and_the_unsent_are_sent_at_once(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    """The reply to the first of two requests is lost; until the machine is seen again, the record of both stays."""
     world.apply("web", vcpus=4)
     world.run_due()
     qemu.guest = Guest.ASLEEP
@@ -472,10 +597,86 @@ def test_requests_that_were_written_outlive_a_lost_connection(world: LawfulWorld
     assert world.reason() == "MonitorTimeout"
     assert _slots_pending(world) == [2, 3]
 
-    # Neither is known to have been made, so both are made again after timeoutSeconds.
-    world.advance(70)
+    world.advance(1)
     assert qemu.latched == {2, 3}
-    assert [request.attempts for request in world.status().pending_unplugs] == [2, 2]
+    assert [request.attempts for request in world.status().pending_unplugs] == [1, 1]
+
+
+def test_a_record_whose_write_got_no_answer_is_no_request(world: LawfulWorld, qemu: Qemu) -> None:
+    """The write is stored, so the watch brings a record of requests of which none was sent."""
+    world.apply("web", vcpus=4)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=2)
+    world.interrupt(4, "fails")
+    world.run_due()
+    assert (qemu.latched, _slots_pending(world)) == (set(), [2, 3])
+    started = world.status().unplug_started_at
+
+    world.advance(1)
+    world.deliver()
+    world.advance(1)
+
+    assert qemu.latched == {2, 3}
+    assert [request.attempts for request in world.status().pending_unplugs] == [1, 1]
+    assert started is not None
+    assert world.status().unplug_started_at == world.status().pending_unplugs[0].requested_at > started
+
+
+def test_a_repetition_whose_record_got_no_answer_is_made_as_soon_as_the_record_is_known(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=1, unplug={"retrySeconds": 4})
+    world.run_due()
+    world.advance(3.9)
+    qemu.latched.clear()
+    # After session, look (2) and write (1): its answer.
+    world.interrupt(4, "fails")
+    world.advance(0.2)
+    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == (set(), 2)
+    assert world.status().unplug_started_at is not None
+
+    world.deliver()
+    world.advance(1)
+
+    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == ({1}, 2)
+
+
+def test_requests_that_were_not_sent_are_off_the_record_once_nothing_is_too_many(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=4)
+    world.run_due()
+    world.apply("web", vcpus=2)
+    world.interrupt(4, "fails")
+    world.run_due()
+    assert _slots_pending(world) == [2, 3]
+
+    world.apply("web", vcpus=4)
+    world.advance(1)
+
+    assert (_slots_pending(world), world.true_conditions()) == ([], ["Ready"])
+    assert "may still" not in world.status().conditions[0].message
+
+
+def test_requests_end_when_the_set_goes_or_declares_something_else(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=8)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    # session, look (2), write (2), first request (1): when its reply comes.
+    world.interrupt(6, lambda: world.apply("web", vcpus=8))
+    world.apply("web", vcpus=2)
+    world.advance(1)
+
+    assert (qemu.latched, _slots_pending(world)) == ({7}, [7])
+    assert world.true_conditions() == ["Ready"]
+
+    # The session is still open.
+    world.interrupt(5, lambda: world.delete("web"))
+    world.apply("web", vcpus=2)
+    world.advance(1)
+    assert qemu.latched == {7, 6}
 
 
 def test_a_conflict_ends_the_pass_before_anybody_is_asked(world: LawfulWorld, qemu: Qemu) -> None:

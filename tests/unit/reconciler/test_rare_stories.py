@@ -48,7 +48,7 @@ def test_a_refusal_that_was_heard_in_a_pass_outlives_the_session_that_ends_with_
     assert qemu.latched == {1, 2, 3}
     # From here on one is too many. It is asked for again in a moment, and then the guest gives all but that one back.
     world.apply("web", vcpus=3)
-    world.advance(8)
+    world.advance(3)
     qemu.guest = Guest.PROMPT
     world.advance(3)
     assert world.true_conditions() == ["Ready"]

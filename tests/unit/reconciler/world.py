@@ -73,9 +73,6 @@ class World:
     def on_unplug(self, qemu: Qemu, slot: Slot) -> None:
         """The operator asks."""
 
-    def on_unplug_taken(self, slot: Slot) -> None:
-        """The operator knows that QEMU has taken the request."""
-
     def on_answer(self, qemu: Qemu, cpus: GuestCPUs) -> Callable[[], None]:
         """A guest answers; what is returned is called when the operator hears it."""
         return lambda: None
