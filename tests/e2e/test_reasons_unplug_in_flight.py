@@ -48,7 +48,8 @@ async def test_a_count_raised_again_is_met_although_the_guest_carries_the_old_re
         await guest.wait_online(6)
         await client.call("stop")
         await user.change("vm", vcpus=3)
-        await user.wait("vm", lambda seen: [each["slot"] for each in seen.pending] == [3, 4, 5], "three requests")
+        # Before all have been sent, a change of the count would keep back the rest.
+        await shows(user, "vm", "UnplugPending", RECONCILING, "slots 3-5", vcpus=6)
 
         await user.change("vm", vcpus=6)
         ready = await shows(
@@ -77,7 +78,7 @@ async def test_a_count_raised_halfway_asks_for_nothing_more_and_plugs_what_left_
         await guest.wait_online(6)
         await client.call("stop")
         await user.change("vm", vcpus=3)
-        await user.wait("vm", lambda seen: len(seen.pending) == 3, "three requests")
+        await shows(user, "vm", "UnplugPending", RECONCILING, "slots 3-5", vcpus=6)
         await user.change("vm", vcpus=5)
         seen = await user.wait(
             "vm", lambda seen: seen.current and seen.states == RECONCILING, "a look at the new count"
