@@ -297,3 +297,20 @@ async def test_a_machine_that_rejects_the_request_itself_is_told_from_a_guest_th
         assert [each["answer"] for each in seen.pending] == ["Rejected"]
         monitor.faults.clear()
         await shows(user, "vm", "Converged", READY, vcpus=1)
+
+
+@pytest.mark.parametrize("connection", ["OnDemand", "Persistent"])
+async def test_a_linux_guest_that_is_asked_while_it_reboots_gives_its_cpus_back_once_it_is_up(
+    folder: Path, operator: OperatorProcess, user: User, connection: str
+) -> None:
+    """QEMU takes the request, and the kernel that boots never sees it: only a repetition helps."""
+    async with saved_guest(smp="5,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest:
+        created = await user.create("vm", 5, "vm.sock", connection=connection)
+        await user.wait_ready("vm")
+        await execute(guest.control, "system_reset")
+        await user.change("vm", vcpus=3)
+        await shows(user, "vm", "Converged", READY, vcpus=3)
+        await guest.wait_online(3)
+        versions = await history(user, created)
+        assert max(each["attempts"] for seen in versions for each in seen.pending) > 1
+        assert {seen.states for seen in versions if seen.states == STALLED} == set(), "that is no reason to worry"
