@@ -416,7 +416,7 @@ class Reconciler:
             now_asked = {cpu_of(slot) for slot in step.ask}
             vcpuset, requests, blocked = await self._ask(vcpuset, track, session, machine, requests, step)
             # Whatever else there is to ask for has come meanwhile, and can wait for the next pass.
-            rounds = rounds - 1 if now_asked & track.rejected.keys() else 0
+            rounds = rounds - 1 if now_asked & track.rejected.keys() and loop.time() < until else 0
             machine = await self._observe(track, session)
             requests = still_open(requests, machine, self._clock())
             step = self._plan(vcpuset, track, machine, requests)
@@ -431,9 +431,10 @@ class Reconciler:
             return verdict
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
         if step.ask and blocked is None:
-            # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on, in its turn;
-            # until all have been asked for, what this one has written says it best.
-            return replace(verdict, due=self._clock() + timedelta(seconds=LOOK_SECONDS))
+            # The time is up, QEMU rejects one after the other, or its CPUs are others than before. The next pass goes
+            # on, in its turn; until all have been asked for, what this one has written says it best.
+            pause = 0.0 if track.unsent and loop.time() >= until else LOOK_SECONDS
+            return replace(verdict, due=self._clock() + timedelta(seconds=pause))
         guest: GuestReport | None = None
         may_be_asked = vcpuset.spec.guest_agent is not None and machine.run_state == "running"
         if may_be_asked and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
@@ -627,8 +628,10 @@ class Reconciler:
         verdict = self._judge(vcpuset, track, machine, requests, None)
         vcpuset = await self._report(vcpuset, machine, requests, verdict, must=True)
         blocked: CommandError | None = None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SLOW_SECONDS
         for slot in step.ask:
-            if self._superseded(vcpuset):
+            if self._superseded(vcpuset) or loop.time() >= until:
                 # The next pass starts from the newest object; fewer may be too many by then, or none.
                 break
             cpu = cpu_of(slot)

@@ -157,18 +157,19 @@ def _to_ask(
     leaving = [slot for slot in with_guest if slot in candidates or cpu_of(slot) not in may_ask]
     surplus = machine.vcpus - target
 
-    # A request in flight that has fallen due is made again, for its own CPU, so no further CPU leaves by it; no more
-    # of them than are still wanted, for the target may have risen since.
-    pressed = surplus - sum(slot.vcpus for slot in leaving if cpu_of(slot) not in may_ask)
-    for slot in candidates:
-        if slot in leaving and cpu_of(slot) in may_ask and slot.vcpus <= pressed:
-            pressed -= slot.vcpus
-            yield slot
-
     wanted = surplus - sum(slot.vcpus for slot in leaving)
     fresh = [slot for slot in candidates if cpu_of(slot) not in book]
     refused = [slot for slot in candidates if slot not in leaving and cpu_of(slot) in may_ask]
     for slot in (*fresh, *refused):
         if slot.vcpus <= wanted:
             wanted -= slot.vcpus
+            yield slot
+
+    # A request in flight that has fallen due is made again, for its own CPU, so no further CPU leaves by it; no more
+    # of them than are still wanted, for the target may have risen since. Before that, all others have been asked for
+    # once: a pass may have no time for both.
+    pressed = surplus - sum(slot.vcpus for slot in leaving if cpu_of(slot) not in may_ask)
+    for slot in candidates:
+        if slot in leaving and cpu_of(slot) in may_ask and slot.vcpus <= pressed:
+            pressed -= slot.vcpus
             yield slot

@@ -171,7 +171,7 @@ class Steps:
             id="one due, but another that is not due leaves already",
         ),
         pytest.param(
-            Steps(a_spec(4), FOUR_PLUGGED, [a_request(5, at=ago(300))], ask=[5, 4]),
+            Steps(a_spec(4), FOUR_PLUGGED, [a_request(5, at=ago(300))], ask=[4, 5]),
             id="one due and one fresh, both wanted",
         ),
         pytest.param(

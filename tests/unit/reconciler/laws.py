@@ -37,7 +37,7 @@ from typing_extensions import override
 
 from unit.reconciler.model import Qemu
 from unit.reconciler.standins import LOSS_SECONDS
-from unit.reconciler.world import World
+from unit.reconciler.world import START, World
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Activity, Machine, Slot
 from vcpuset.domain.plan import goal
@@ -102,6 +102,7 @@ class LawfulWorld(World):
         self._working_on: VCPUSet | None = None
         self._disturbed = self._disturbed_in_pass = False
         self._seen_in_pass: set[int] = set()
+        self._began = START
         self._looks_before = self._writes_before = 0
         self._process = qemu.process
         self._changes = self._news = 0
@@ -140,6 +141,7 @@ class LawfulWorld(World):
         self._working_on = self.cache.get(uid)
         self._disturbed = self._disturbed_in_pass = self._clock_is_set = False
         self._seen_in_pass = set()
+        self._began = self.wall
         self._looks_before, self._writes_before = self.qemu.looks, len(self.api.writes)
 
     @override
@@ -201,8 +203,9 @@ class LawfulWorld(World):
 
         recorded = {cpu_of(request): request for request in self.status().pending_unplugs}
         assert cpu in recorded, "asked for a CPU without a record"
-        assert recorded[cpu].requested_at == self.wall, "the record has an older time than the request"
-        self._unsent.discard((cpu, self.wall))
+        at = recorded[cpu].requested_at
+        assert self._began <= at <= self.wall, "the record has an older time than this pass"
+        self._unsent.discard((cpu, at))
 
         if (last := self._asks.get(cpu)) is not None and self._knows_of(qemu, cpu):
             unplug = self._spec().spec.unplug
@@ -211,7 +214,7 @@ class LawfulWorld(World):
             pause = min(pause, timedelta(seconds=unplug.retry_seconds))
             assert self.wall >= last.at + pause, "asked twice within the pause"
         if not qemu.legacy and not qemu.migrating:
-            self._asks[cpu] = _Ask(self.wall, self.wall, self.operator_number, recorded[cpu].attempts, qemu.signs)
+            self._asks[cpu] = _Ask(at, at, self.operator_number, recorded[cpu].attempts, qemu.signs)
 
     def _judge_leave(self) -> None:
         """Whether anything may be done at all, by what was seen last."""

@@ -219,6 +219,7 @@ class ModelSession(Session):
                 if found is not None:
                     self._world.on_unplug(self._qemu, found)
                 self._qemu.device_del(str(arguments["id"]))
+                self._world.spend(self._qemu.seconds.get(command, 0.0))
                 await self._point()
             case unknown:
                 raise AssertionError(unknown)

@@ -247,3 +247,37 @@ def test_other_clients_of_the_monitor_have_their_turn_during_a_long_fill(
     qemu.other_client_goes()
     world.advance(MANY + 31)
     assert (len(qemu.cpus), world.true_conditions()) == (MANY, ["Ready"])
+
+
+def test_unplug_requests_that_take_long_are_sent_in_several_passes_each_once(
+    large_world: LawfulWorld, large: Qemu
+) -> None:
+    large.guest = Guest.ASLEEP
+    large.seconds["device_del"] = 9.9
+    large_world.apply("web", vcpus=1)
+    uid = large_world.vcpuset().uid
+    for _ in range(MANY - 1):
+        before, known = large_world.loop.now, set(large.latched)
+        large_world.run_pass(uid)
+        assert large_world.loop.now - before < 2 * 9.9, "a pass that went on"
+        assert len(large.latched - known) == 1, "one was asked for again before the others were asked for once"
+        if len(large.latched) < MANY - 1:
+            assert large_world.next_pass <= large_world.loop.now + NEXT_TURN_SECONDS
+
+    assert large.latched == set(range(1, MANY))
+
+
+def test_unplug_requests_that_a_pass_had_no_time_for_are_withdrawn_when_they_are_not_wanted_any_more(
+    large_world: LawfulWorld, large: Qemu
+) -> None:
+    large.guest = Guest.ASLEEP
+    large.seconds["device_del"] = 0.4
+    large_world.apply("web", vcpus=1)
+    large_world.run_pass(large_world.vcpuset().uid)
+    assert large.latched == {MANY - 1, MANY - 2, MANY - 3}
+
+    large_world.apply("web", vcpus=MANY - 3)
+    large_world.advance(2)
+
+    assert large.latched == {MANY - 1, MANY - 2, MANY - 3}
+    assert [each.slot for each in large_world.status().pending_unplugs] == [MANY - 3, MANY - 2, MANY - 1]
