@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test check docs bench bench-drift bench-scale
+.PHONY: help setup demo test test-quick test-long check docs bench bench-drift bench-scale
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -45,6 +45,14 @@ demo: ## Resize a running Linux guest with the operator (KEEP=1 keeps everything
 test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 	$(call set-up)
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+test-quick: ## Run the tests that need neither a cluster nor a guest
+	$(call set-up,system venv promtool)
+	VCPUSET_TEST_EFFORT=quick $(PY) -m pytest -n $(WORKERS) tests/unit tests/qmp $(ARGS)
+
+test-long: ## Run all tests and search for longer, as before a release
+	$(call set-up)
+	VCPUSET_TEST_EFFORT=long $(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 check: ## Check formatting, lint, types, import contracts and generated pages
 	$(call set-up,system venv)

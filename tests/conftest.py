@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 
 from harness.controlplane import ControlPlane
+from harness.effort import SEED
 from harness.schedule import SlowestFirst
 from harness.world import User
 
@@ -26,6 +27,16 @@ def pytest_configure() -> None:
     asyncio.set_event_loop(None)
     settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy host")
+
+
+def pytest_report_header() -> str:
+    """Say what repeats the run's own random choices."""
+    return f"VCPUSET_TEST_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it again where a long run ends."""
+    terminalreporter.write_line(f"VCPUSET_TEST_SEED={SEED}")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> SlowestFirst:

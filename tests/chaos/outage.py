@@ -22,6 +22,14 @@ WAIT = 180.0
 
 DECLARED = 4
 BEFORE = ("keeps", "drifts", "grows", "goes", "leaves")
+TIMES = {
+    "kube.pace.ANSWER_SECONDS": 6.0,
+    "kube.pace.BACKOFF.base_seconds": 0.25,
+    "kube.cluster.REQUEST_SECONDS": 4.0,
+    "kube.source.SILENT_SECONDS": 10.0,
+}
+"""The operator's own waits, shorter than in a cluster: 30 s, 1 s, 10 s and 70 s."""
+
 AFTER = {"keeps": 4, "drifts": 4, "grows": 6, "comes": 3}
 """What is served in the end, and the counts."""
 
@@ -187,6 +195,7 @@ async def outage(
             *flags,
             kubeconfig=proxy.kubeconfig(kubeconfig or control_plane.kubeconfig),
             socket_root=folder.parent,
+            times=TIMES,
         )
         await stack.enter_async_context(operator)
         for name in BEFORE:

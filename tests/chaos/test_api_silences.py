@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.outage import DECLARED, WAIT, outage
+from chaos.outage import DECLARED, TIMES, WAIT, outage
 from harness.apifaults import ErrorEvent, Freeze, Hold, LoseAnswer, Replay, Slow, Swallow
 from harness.controlplane import ControlPlane
 from harness.faultproxy import Asked
@@ -51,7 +51,11 @@ async def test_a_way_on_which_nothing_comes_through_for_a_while_loses_nothing(
         scene.proxy.block()
         await scene.machine_is_kept()
         await scene.life_goes_on()
-        await until(lambda: "within 10 s" in scene.operator.text(), WAIT, "a request to be given up")
+        await until(
+            lambda: f"within {TIMES['kube.cluster.REQUEST_SECONDS']:g} s" in scene.operator.text(),
+            WAIT,
+            "a request to be given up",
+        )
         scene.proxy.unblock()
         await scene.all_is_obeyed()
         scene.check_lists()
@@ -69,7 +73,7 @@ async def test_a_watch_that_falls_silent_is_given_up_and_begun_anew(
         await scene.machine_is_kept()
         await scene.life_goes_on()
         await scene.all_is_obeyed()
-        assert len(scene.watches()) == 3
+        assert len(scene.watches()) >= 3
         scene.check_lists()
 
 

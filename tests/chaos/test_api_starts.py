@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chaos.outage import WAIT, outage
+from chaos.outage import TIMES, WAIT, outage
 from harness.apifaults import Refuse
 from harness.controlplane import ControlPlane
 from harness.faultproxy import FaultProxy, Passes
@@ -65,6 +65,7 @@ async def test_an_operator_that_cannot_list_waits_unready_and_works_as_soon_as_i
             f"--namespace={user.namespace}",
             kubeconfig=proxy.kubeconfig(control_plane.kubeconfig),
             socket_root=folder.parent,
+            times=TIMES,
         )
         try:
             if fault is None:
@@ -94,6 +95,7 @@ async def test_an_operator_without_rights_says_what_helps_and_works_as_soon_as_i
             f"--namespace={user.namespace}",
             kubeconfig=await control_plane.service_account_kubeconfig(user.namespace, "late"),
             socket_root=folder.parent,
+            times=TIMES,
         )
         try:
             pid = await begins(operator, "the roles in deploy/ grant what is needed")

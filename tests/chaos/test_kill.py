@@ -1,6 +1,6 @@
 """The operator and QEMU are killed at random moments of changes, and every change ends right all the same.
 
-    VCPUSET_CHAOS_SEED=7 make test ARGS=tests/chaos/test_kill.py      another seed than the fixed one
+Half of the changes come from a seed that is fixed, half from that of the run (`harness.effort`).
 
 Everything is real: API server, Linux guest, operator process. The moments are fractions of what undisturbed changes
 take, measured first, so that a slow machine meets the same phases.
@@ -9,9 +9,7 @@ take, measured first, so that a slow machine meets the same phases.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.script import BOOT_VCPUS, CHANGES, Change, QEMUDeath, script
+from chaos.script import BOOT_VCPUS, Change, QEMUDeath, script
 from chaos.witness import Witness
 from harness.controlplane import ControlPlane
+from harness.effort import SEED
 from harness.guest import Guest
 from harness.operator import OperatorProcess
 from harness.qmp import execute, slots
@@ -29,7 +28,7 @@ from harness.saved import saved_guest
 from harness.wait import until
 from harness.world import User
 
-SEED = 20250704
+FIXED_SEED = 20250704
 SETTLE_SECONDS = 180.0
 MEASURED = (3, 2, 8, 2, 3, 2, 8, 2)
 """What is measured first: changes by one CPU and by six, twice in each direction."""
@@ -146,15 +145,12 @@ async def test_each_change_ends_right_though_the_operator_and_qemu_are_killed_at
     socket_root: Path,
     folder: Path,
     user: User,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Fifty changes, fifty dead operators and ten of their successors, ten dead QEMUs.
+    """As many dead operators as changes, and for five of these a dead successor and a dead QEMU.
 
     Right means: QEMU, the guest itself and the status have the declared count, no CPU sits in another's slot, no
     request for a CPU that is gone is left, and never were there more or fewer CPUs than before and after the change.
     """
-    seed = int(os.environ.get("VCPUSET_CHAOS_SEED", SEED))
-    _say(capsys, f"\nVCPUSET_CHAOS_SEED={seed}")
     monitors = [folder / "vm.sock", folder / "witness.sock"]
     witness = Witness()
     flags = (f"--namespace={namespace}", f"--resync-seconds={RESYNC_SECONDS}")
@@ -167,32 +163,18 @@ async def test_each_change_ends_right_though_the_operator_and_qemu_are_killed_at
         await user.create("vm", BOOT_VCPUS, "vm.sock", unplug=UNPLUG)
         await arena.settled(BOOT_VCPUS, "the beginning")
         await arena.measure()
-        took = []
-        for change in script(seed):
-            began = time.monotonic()
-            try:
-                await arena.undergo(change)
-            except BaseException as error:
-                error.add_note(f"VCPUSET_CHAOS_SEED={seed}, {change}")
-                raise
-            took.append(time.monotonic() - began)
+        count = BOOT_VCPUS
+        for seed in (FIXED_SEED, SEED):
+            for change in script(seed, count):
+                try:
+                    await arena.undergo(change)
+                except BaseException as error:
+                    error.add_note(f"seed {seed}, {change}")
+                    raise
+                count = change.vcpus
 
-        undisturbed = ", ".join(f"{'+' if up else '-'}{by}: {seconds:.2f}" for (up, by), seconds in arena.took.items())
-        _say(
-            capsys,
-            f"seconds: start of the operator {arena.start_seconds:.2f}, undisturbed changes {undisturbed}, disturbed "
-            f"ones {statistics.median(took):.2f} (median) to {max(took):.2f}; "
-            f"when the operator died: {dict(arena.phases)}",
-        )
-        interrupted = CHANGES - arena.phases["Converged"]
         # Else the moments were wrong, and nothing was put to the test.
-        assert interrupted >= CHANGES // 5
+        assert arena.phases["Converged"] <= 0.8 * arena.phases.total(), arena.phases
         log = operator.text()
         assert "Traceback" not in log, log
         assert "defect" not in log, log
-
-
-def _say(capsys: pytest.CaptureFixture[str], text: str) -> None:
-    """Print past pytest's capture: who reads of a failure needs the seed, who reads of a success may want it."""
-    with capsys.disabled():
-        print(text, flush=True)  # noqa: T201 - a report to the person who runs the test

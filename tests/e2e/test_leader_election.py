@@ -268,7 +268,7 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
 ) -> None:
     """Between its own deadline and the end of the lease nobody works."""
     async with FaultProxy(control_plane, tmp_path) as proxy:
-        times = ("40s", "10s", "1s")
+        times = ("24s", "5s", "1s")
         first = await replicas.start("first", times, proxy.kubeconfig)
         second = await replicas.start("second", times)
         pid = first.process.pid
@@ -276,7 +276,7 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
         await user.wait_ready("vm")
 
         proxy.block()
-        await first.logs(f"could not be renewed within 10 s: the API server did not answer; {END}")
+        await first.logs(f"could not be renewed within 5 s: the API server did not answer; {END}")
 
         assert await replicas.is_held_by(first)
         before = len(machine.commands)

@@ -80,6 +80,8 @@ class ControlPlane:
         self._apiserver: Child | None = None
         self._apiserver_argv: list[str | Path] = []
         self._tls: ssl.SSLContext | None = None
+        self._connections: list[http.client.HTTPSConnection] = []
+        """Those that no request uses at present."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -123,6 +125,8 @@ class ControlPlane:
             if child is not None:
                 await child.stop()
         self._apiserver = self._etcd = None
+        while self._connections:
+            self._connections.pop().close()
         for port in self._ports:
             port.release()
         self._ports.clear()
@@ -180,14 +184,14 @@ class ControlPlane:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | str | None = None,
         accept: str = "application/json",
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """One plain HTTP request as the user who may do everything: some milliseconds, where kubectl needs 100.
 
-        The body of a PATCH is a merge-patch. `headers` take the place of ours, so that the request can be somebody
-        else's (Authorization, Impersonate-User).
+        The body of a PATCH is a merge-patch; text is sent as it is. `headers` take the place of ours, so that the
+        request can be somebody else's (Authorization, Impersonate-User).
 
         Raises:
             OSError: no connection, or no answer within 10 s.
@@ -340,25 +344,45 @@ class ControlPlane:
         return self.directory / "certificates" / "apiserver.crt"
 
     def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, accept: str, more: Mapping[str, str]
+        self, method: str, path: str, body: Mapping[str, Any] | str | None, accept: str, more: Mapping[str, str]
     ) -> Answer:
-        if self._tls is None:
-            self._tls = ssl.create_default_context(cafile=str(self.certificate))
-        host, _, port = self.url.removeprefix("https://").partition(":")
-        connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
         headers = {"Authorization": f"Bearer {self.token}", "Accept": accept}
         headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
         headers |= more
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            raw = response.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"{method} {self.url}{path}: {error!r}") from error
-        finally:
+        data = body if body is None or isinstance(body, str) else json.dumps(body)
+        while True:
+            # A handshake costs more than all the rest of a request, and a test that waits makes 20 in a second.
+            try:
+                connection, is_kept = self._connections.pop(), True
+            except IndexError:
+                connection, is_kept = self._connection(), False
+            try:
+                connection.request(method, path, data, headers)
+                response = connection.getresponse()
+                raw = response.read()
+            except TimeoutError:
+                connection.close()
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                if is_kept:  # the server has closed it since
+                    continue
+                if isinstance(error, OSError):
+                    raise
+                raise OSError(f"{method} {self.url}{path}: {error!r}") from error
+            break
+        if response.will_close:
             connection.close()
+        else:
+            self._connections.append(connection)
         is_json = "json" in response.getheader("Content-Type", "")
         return Answer(response.status, json.loads(raw) if is_json else raw.decode())
+
+    def _connection(self) -> http.client.HTTPSConnection:
+        if self._tls is None:
+            self._tls = ssl.create_default_context(cafile=str(self.certificate))
+        host, _, port = self.url.removeprefix("https://").partition(":")
+        return http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
 
     def _write_kubeconfig(self, path: Path, token: str, namespace: str = "default") -> None:
         config = {

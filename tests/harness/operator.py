@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -9,14 +10,14 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from harness.processes import Child, free_port
 from harness.wait import until
 
 __all__ = ["OperatorProcess"]
 
-_COMMAND = ("-m", "vcpuset.cli.main", "run")
+_TESTS: Final = Path(__file__).parents[1]
 
 
 class HasKubeconfig(Protocol):
@@ -32,6 +33,7 @@ class OperatorProcess:
     socket_root  the folder with the namespaces' folders; None: it serves no unix monitors
     arguments    more flags of `vcpuset run`
     environment  its environment variables; None: those of the test
+    times        constants of the program that are other ones in this process; see `harness.hurried`
     """
 
     def __init__(
@@ -42,15 +44,21 @@ class OperatorProcess:
         kubeconfig: Path | None = None,
         python: str | None = None,
         environment: Mapping[str, str] | None = None,
+        times: Mapping[str, float] | None = None,
     ) -> None:
         self._environment = environment
+        program = ["vcpuset.cli.main"]
+        if times:
+            ways = [str(_TESTS), *filter(None, [(environment or os.environ).get("PYTHONPATH")])]
+            self._environment = {**(environment or os.environ), "PYTHONPATH": os.pathsep.join(ways)}
+            program = ["harness.hurried", *(f"vcpuset.{name}={value}" for name, value in times.items()), "--"]
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
         self.log = self.directory / "log"
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._argv = [
             python or sys.executable,
-            *_COMMAND,
+            *("-m", *program, "run"),
             f"--kubeconfig={kubeconfig or cluster.kubeconfig}",
             f"--http-address=127.0.0.1:{self._port}",
             *([f"--socket-root={socket_root}"] if socket_root else []),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Unpack
 
 from harness.cache import cache_dir, digest
+from harness.effort import QUICK
 from harness.guest import Guest, GuestError, GuestOptions
 from harness.guestimage import digest as image_digest
 from harness.processes import run
@@ -35,7 +36,11 @@ UNUSED_SECONDS = 14 * 24 * 3600
 
 @contextlib.asynccontextmanager
 async def saved_guest(**options: Unpack[GuestOptions]) -> AsyncIterator[Guest]:
-    """A running guest that has booted; the options are those of `Guest`."""
+    """A running guest that has booted; the options are those of `Guest`. A `QUICK` run skips the test."""
+    if QUICK:
+        import pytest
+
+        pytest.skip("boots a guest")
     state = await _state(options)
     guest = Guest(**options, restore=state)
     try:

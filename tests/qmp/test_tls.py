@@ -23,11 +23,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from harness.effort import SEED
 from harness.guest import Guest
 from harness.monitortls import MonitorTLS
 from harness.pki import Authority, certificate_for_rsa
 from harness.pki import Credentials as Made
 from harness.wait import until
+from qmp.fuzzing import EXAMPLES
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import CredentialsUnavailable, InvalidMonitor, MonitorBusy, MonitorUnreachable
 from vcpuset.domain.networks import Networks, network
@@ -545,11 +547,10 @@ def _mutilated(pem: str, chance: random.Random) -> bytes:
 
 
 def test_whatever_bytes_a_secret_holds_they_are_used_or_told_to_be_wrong(authority: Authority) -> None:
-    seed = int(os.environ.get("VCPUSET_TEST_SEED", "1"))
-    chance = random.Random(seed)
+    chance = random.Random(SEED)
     data = {name: text.decode() for name, text in authority.client().data().items()}
     told: list[str] = []
-    for _ in range(int(os.environ.get("VCPUSET_TEST_EXAMPLES", "400"))):
+    for _ in range(EXAMPLES or 400):
         name = chance.choice(list(data))
         changed = {**{key: text.encode() for key, text in data.items()}, name: _mutilated(data[name], chance)}
         try:

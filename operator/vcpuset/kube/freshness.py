@@ -12,9 +12,8 @@ A watch that fails aloud, since the right to it is missing or the server refuses
 again by itself, and a new process could do no more. So the time is counted apart in which the watch did not fail: in
 which it seemed to stand and was silent, or nobody tried it any more.
 
-kopf (1.45.2) itself gives up a connection that has been silent for 70 s, and the API server sends a bookmark each
-minute. So a half-open connection, the pause before the next try (30 s at most) and another list take less than
-`BEHIND_SECONDS` together.
+A watch that has been silent for 70 s is given up, as the API server sends a bookmark each minute. So a half-open
+connection, the pause before the next try (30 s at most) and another list take less than `BEHIND_SECONDS` together.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ __all__ = ["Source", "watch_settings"]
 LOGIN_RETRY_SECONDS: Final = 5.0
 """Pause after credentials could not be read, for instance while they are being replaced."""
 
+SILENT_SECONDS: Final = 70.0
+"""A watch that has brought nothing for so long is given up: the API server sends a bookmark each minute."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -80,6 +83,7 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     if scope.label_selector:
         settings.watching.label_selectors[GROUP, PLURAL] = scope.label_selector
     settings.watching.connect_timeout = 10
+    settings.watching.inactivity_timeout = SILENT_SECONDS
     settings.watching.server_timeout = 300  # an integer: the API server refuses "300.0"
     # The gate has deadlines, and pauses that a deadline must not count.
     settings.networking.request_timeout = None
