@@ -171,7 +171,7 @@ async def scene(control_plane: ControlPlane, user: User, folder: Path, tmp_path:
         operator = OperatorProcess(
             control_plane,
             f"--namespace={user.namespace}",
-            "--resync-seconds=2",
+            "--resync-seconds=1",
             "--leader-elect",
             f"--leader-elect-namespace={user.namespace}",
             "--leader-elect-lease-duration=60s",

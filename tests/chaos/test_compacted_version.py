@@ -21,7 +21,7 @@ def watches(asked: Asked) -> bool:
 async def test_a_watch_from_a_version_that_etcd_has_forgotten_begins_anew_with_a_list_and_nothing_is_lost(
     socket_root: Path, tmp_path: Path
 ) -> None:
-    async with ControlPlane(compaction_seconds=10) as control_plane:
+    async with ControlPlane(compaction_seconds=4) as control_plane:
         await control_plane.install_crd()
         user = User(control_plane, await control_plane.namespace())
         sets = f"{API}/namespaces/{user.namespace}/vcpusets"

@@ -15,16 +15,43 @@ __all__ = ["SlowestFirst"]
 
 SECONDS: Final = {
     "tests/chaos/test_fleet.py": 90,
+    "tests/chaos/test_kill.py": 80,
+    "tests/chaos/test_clock_steps.py": 70,
+    "tests/e2e/test_as_deployed.py": 70,
+    "tests/e2e/test_tls.py": 60,
+    "tests/e2e/test_leader_election.py": 50,
+    "tests/chaos/test_compacted_version.py": 45,
+    "tests/api/test_chart.py": 40,
+    "tests/e2e/test_image.py": 40,
+    "tests/e2e/test_install_page.py": 40,
+    "tests/e2e/test_disturbed_pods.py": 35,
+    "tests/chaos/test_one_process.py": 30,
+    "tests/api/test_deploy.py": 30,
+    "tests/api/test_monitoring.py": 30,
+    "tests/api/test_chart_releases.py": 30,
+    "tests/e2e/test_hung_monitors.py": 25,
+    "tests/api/test_crd.py": 25,
+    "tests/api/test_health.py": 25,
+    "tests/api/test_manifests.py": 25,
+    "tests/api/test_pod_security.py": 25,
+    "tests/unit/reconciler/test_laws.py": 20,
+    "tests/qmp/test_fuzz.py": 20,
 }
 """What a unit takes where it is more than usual, on 2 cores; only the order matters."""
 
 USUAL_SECONDS: Final = {"tests/chaos/": 20, "tests/e2e/": 10, "tests/api/": 5, "tests/qmp/": 2, "tests/unit/": 1}
 
-SINGLE: Final = ("tests/chaos/", "tests/e2e/test_leader_election.py", "tests/e2e/test_guest_agent.py")
+SINGLE: Final = (
+    "tests/chaos/",
+    "tests/e2e/test_install_page.py",
+    "tests/e2e/test_leader_election.py",
+    "tests/api/test_health.py",
+    "tests/api/test_chart_releases.py",
+)
 """Where each test is a unit of its own."""
 
 
-LONG_SECONDS: Final = 10
+LONG_SECONDS: Final = 30
 
 
 class SlowestFirst(LoadScopeScheduling):
