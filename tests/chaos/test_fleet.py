@@ -226,7 +226,9 @@ async def test_a_fleet_ends_as_declared_whoever_is_moved_or_killed_and_nobody_ha
             ]
             written = [event for event in writes if event.code == 200]
             assert {(event.verb, event.subresource) for event in writes} == {("patch", "status")}
-            assert {event.code for event in writes} <= {200, 404, 409, 403}, Counter(event.code for event in writes)
+            # 504: on a very busy host the API server gives up.
+            codes = Counter(event.code for event in writes)
+            assert codes.keys() <= {200, 404, 409, 403, 504}, codes
             # Who wrote, and whose set it was when it had been written. The controller's sets name no node.
             strangers = [
                 f"{event.user} on {event.node}: {event.name} of {event.result['spec'].get('nodeName')}"

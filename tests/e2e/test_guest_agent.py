@@ -94,9 +94,9 @@ async def test_a_set_is_ready_once_the_guest_uses_its_cpus_and_that_costs_few_wr
         check_ready_waited(versions)
         for generation, writes_made in costs.items():
             about = [each for each in versions if each.body["metadata"]["generation"] == generation and each.current]
-            # On a host so slow that a guest seems to have left its CPUs offline, that is news in between.
+            # To a very slow host a guest seems to have left its CPUs offline: that is news, and so is its end.
             slow = [each for each in about if each.reason in {"GuestCPUsOffline", "UnplugPending"}]
-            assert writes_made - len(slow) <= 3, reasons(about)
+            assert writes_made - 2 * len(slow) <= 3, reasons(about)
         expected = ["Converged", "Unplugging", "Converged"]
         shown = [reason for reason, _ in reasons(versions) if reason in expected]
         assert [reason for reason, _ in itertools.groupby(shown)] == expected

@@ -23,6 +23,8 @@ from harness.wait import until
 
 __all__: list[str] = []
 
+pytestmark = pytest.mark.timeout(900)  # pip installs into it
+
 PROJECT: Final[dict[str, Any]] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 VERSION: Final[str] = PROJECT["project"]["version"]
 
