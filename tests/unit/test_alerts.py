@@ -73,7 +73,8 @@ def test_an_alert_fires_after_its_time_and_not_before(story: Story, tmp_path: Pa
 
 def of_a_pod(alert: str) -> bool:
     """Whether the alert's page has its reader put labels of the alert into commands about a pod."""
-    return "`NAMESPACE` and `POD` are the operator's, from the alert's labels" in (RUNBOOKS / f"{alert}.md").read_text()
+    page = (RUNBOOKS / f"{alert}.md").read_text()
+    return "`NAMESPACE` and `POD` are the operator's, from the labels of the alert" in page
 
 
 ABOUT_PODS: Final = [story for story in TROUBLE if of_a_pod(story.alert)]
