@@ -302,7 +302,7 @@ class Reconciler:
             self._claim(vcpuset, _address(vcpuset))
             return self._yield_to(holder)
         try:
-            endpoint_context = self._monitors.resolve(vcpuset)
+            endpoint_context = await self._monitors.resolve(vcpuset)
         except (InvalidMonitor, MonitorError):
             # The inode that was there is not this set's any more.
             self._claim(vcpuset, _address(vcpuset))

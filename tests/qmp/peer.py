@@ -165,10 +165,10 @@ class Pair(UnixEndpoint):
     """An endpoint that has its one connection already."""
 
     def __init__(self, connection: socket.socket) -> None:
-        super().__init__(-1, os.fstat(connection.fileno()), "the peer")
+        super().__init__(-1, os.fstat(connection.fileno()), "the peer", "", "")
         self._connection = connection
 
-    def connect(self) -> socket.socket:
+    async def reach(self) -> socket.socket:
         """Hand out the connection."""
         return self._connection
 

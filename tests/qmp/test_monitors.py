@@ -51,7 +51,7 @@ class Keeper:
     async def session(self, uid: UID = ONE, path: str = "vm.sock") -> Session:
         """What a pass gets."""
         vcpuset = VCPUSet(uid, self.folder.name, str(uid), 1, "1", datetime.now(UTC), Spec(2, UnixMonitor(path)))
-        with self.monitors.resolve(vcpuset) as endpoint:
+        with await self.monitors.resolve(vcpuset) as endpoint:
             return await self.monitors.session(uid, endpoint)
 
     async def pass_(self) -> None:

@@ -70,7 +70,7 @@ async def test_monitors_open_no_session_without_a_permit(namespace_folder: Path)
         spec=Spec(vcpus=2, monitor=UnixMonitor("vm.sock")),
     )
     async with FaultyMonitor(namespace_folder / "vm.sock") as machine:
-        with monitors.resolve(vcpuset) as endpoint, pytest.raises(MonitorUnreachable, match="another replica"):
+        with await monitors.resolve(vcpuset) as endpoint, pytest.raises(MonitorUnreachable, match="another replica"):
             await monitors.session(vcpuset.uid, endpoint)
         assert machine.commands == []
 

@@ -388,7 +388,7 @@ async def test_monitors_serve_tcp_only_as_they_were_told_to(guest: Guest) -> Non
 
     async def observed(monitors: Monitors) -> int:
         try:
-            with monitors.resolve(vcpuset) as endpoint:
+            with await monitors.resolve(vcpuset) as endpoint:
                 return (await (await monitors.session(vcpuset.uid, endpoint)).observe()).vcpus
         finally:
             await monitors.close()

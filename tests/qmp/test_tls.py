@@ -216,7 +216,7 @@ def a_set(monitor: Monitor, namespace: str = "team-a") -> VCPUSet:
 
 async def a_pass(monitors: Monitors, monitor: Monitor) -> Session:
     """What a pass gets."""
-    with monitors.resolve(a_set(monitor)) as endpoint:
+    with await monitors.resolve(a_set(monitor)) as endpoint:
         return await monitors.session(UID("one"), endpoint)
 
 
@@ -258,19 +258,19 @@ async def test_another_secret_or_server_name_makes_for_another_session(authority
     await monitors.close()
 
 
-def test_a_monitor_on_tls_is_one_within_a_namespace_only() -> None:
+async def test_a_monitor_on_tls_is_one_within_a_namespace_only() -> None:
     monitors = Monitors(None, lambda _: None, networks=Networks((network("10.0.0.0/8"),)), credentials=Secrets())
 
-    def identity(monitor: TCPMonitor, namespace: str) -> object:
-        with monitors.resolve(a_set(monitor, namespace)) as endpoint:
+    async def identity(monitor: TCPMonitor, namespace: str) -> object:
+        with await monitors.resolve(a_set(monitor, namespace)) as endpoint:
             return endpoint.identity
 
-    ours = identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-a")
-    assert identity(TCPMonitor("10.0.0.1", 4444, TLS("two", "vm")), "team-a") == ours
-    assert identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-b") != ours
-    assert identity(TCPMonitor("10.0.0.1", 4444), "team-b") != ours
-    plain = identity(TCPMonitor("10.0.0.1", 4444), "team-a")
-    assert identity(TCPMonitor("10.0.0.1", 4444), "team-b") == plain
+    ours = await identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-a")
+    assert await identity(TCPMonitor("10.0.0.1", 4444, TLS("two", "vm")), "team-a") == ours
+    assert await identity(TCPMonitor("10.0.0.1", 4444, TLS("one")), "team-b") != ours
+    assert await identity(TCPMonitor("10.0.0.1", 4444), "team-b") != ours
+    plain = await identity(TCPMonitor("10.0.0.1", 4444), "team-a")
+    assert await identity(TCPMonitor("10.0.0.1", 4444), "team-b") == plain
 
 
 async def test_a_process_without_credentials_serves_no_monitor_on_tls() -> None:

@@ -36,10 +36,10 @@ from vcpuset.kube.pace import Pace, remedy
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
-from vcpuset.qmp.appearance import Appearances
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Outcome
+from vcpuset.qmp.watcher import SocketWatcher
 from vcpuset.reconciler import Reconciler
 from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
@@ -156,6 +156,12 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         metrics.commanded(command, seconds, outcome)
         queue.touch(uid)
 
+    def another_socket(uid: UID) -> None:
+        # Another QEMU or none, so what passes over the old one were like says nothing.
+        queue.renew(uid)
+        queue.add(uid)
+
+    watcher = None if settings.socket_root is None else SocketWatcher(settings.socket_root, another_socket)
     monitors = Monitors(
         settings.socket_root,
         queue.add,
@@ -163,6 +169,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         credentials=Secrets(cluster),
         permit=permit,
         commanded=commanded,
+        found=None if watcher is None else watcher.found,
     )
     guests = Guests(settings.socket_root, queue.add, permit=permit)
     reconciler = Reconciler(
@@ -176,20 +183,14 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         clock=lambda: datetime.now(UTC),
         node_name=settings.node_name,
     )
-    changed = reconciler.changed
-    if settings.socket_root is not None:
 
-        def appeared(uid: UID) -> None:
-            # A new QEMU, so what passes over the old one were like says nothing.
-            queue.renew(uid)
-            queue.add(uid)
+    def changed(uid: UID) -> None:
+        reconciler.changed(uid)
+        if watcher is not None:
+            watcher.follow(uid, cache.get(uid))
 
-        def changed(uid: UID) -> None:
-            reconciler.changed(uid)
-            appearances.follow(uid, cache.get(uid))
-
-        appearances = Appearances(settings.socket_root, appeared)
-        owner.spawn(appearances.run(), "appearances of sockets")
+    if watcher is not None:
+        owner.spawn(watcher.run(), "watcher of sockets")
     source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists, metrics.requested)
     ready = asyncio.Event()
 

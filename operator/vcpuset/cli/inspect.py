@@ -17,7 +17,7 @@ from vcpuset.domain.machine import Activity, Answer, Machine, Ost, Slot
 from vcpuset.domain.requests import CPU, carried_over, cpu_of
 from vcpuset.domain.resource import Request, VCPUSet
 from vcpuset.domain.verdict import sentence
-from vcpuset.qmp.sockets import local_socket
+from vcpuset.qmp.sockets import find_local_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = [
@@ -97,12 +97,12 @@ async def inspect(
     server_name: str | None = None,
 ) -> Inspection:
     """Look at the machine, and ask its guest if that can be. Raises what `take_look` and `open_monitor` raise."""
-    look = await take_look(open_monitor(address, credentials, server_name), seconds)
+    look = await take_look(await open_monitor(address, credentials, server_name), seconds)
     guest: GuestReport | None = None
     unasked: str | None = None
     if agent is not None:
         if look.machine.run_state == "running":
-            guest = await ask_guest(lambda: local_socket(agent), seconds)
+            guest = await ask_guest(find_local_socket(agent), seconds)
         else:
             unasked = f"the guest cannot answer in the run state {look.machine.run_state!r}"
     return Inspection(str(address), look, guest, unasked, vcpuset, datetime.now(UTC))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from vcpuset.domain.machine import Machine
 from vcpuset.domain.resource import UID
 from vcpuset.qmp.agent import Agent
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, local_socket
+from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, find_local_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Access
 
@@ -81,7 +81,7 @@ def _refuse(text: str, why: str) -> TCPEndpoint:
     raise ValueError(f"{text!r} is not a monitor: {why}")
 
 
-def open_monitor(
+async def open_monitor(
     address: Path | TCPEndpoint, credentials: Credentials | None = None, server_name: str | None = None
 ) -> Endpoint:
     """The endpoint at an address; close it if it is a socket.
@@ -92,7 +92,7 @@ def open_monitor(
     Raises InvalidMonitor, MonitorUnreachable.
     """
     if isinstance(address, Path):
-        return local_socket(address)
+        return await find_local_socket(address)
     if credentials is None:
         return address
     fetch = partial(Given(credentials).fetch, UID(""), "", "")
@@ -157,13 +157,13 @@ async def _settled(session: Session, seconds: float) -> Machine:
         await asyncio.sleep(_UNSETTLED_SECONDS)
 
 
-async def ask_guest(find: Callable[[], UnixEndpoint], seconds: float) -> GuestReport:
+async def ask_guest(find: Awaitable[UnixEndpoint], seconds: float) -> GuestReport:
     """What the guest says of its CPUs, or why it cannot be asked. Never raises what is to be expected.
 
     find  the socket of its agent; what it raises is part of the answer
     """
     try:
-        with find() as endpoint:
+        with await find as endpoint:
             agent = await Agent.open(endpoint, seconds=seconds)
         try:
             return GuestReport(await agent.cpus())

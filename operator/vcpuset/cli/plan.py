@@ -33,7 +33,7 @@ from vcpuset.domain.report import conditions
 from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.domain.verdict import Verdict, conflict, failure, terminating
 from vcpuset.qmp.monitors import Monitors
-from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, open_socket
+from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, find_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.runtime.claims import Claims
 
@@ -111,7 +111,7 @@ async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
     by_uid = {each.vcpuset.uid: each for each in manifests}
     for manifest in manifests:
         if not manifest.vcpuset.deleting:
-            claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, _keys(manifest, sources))
+            claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, await _keys(manifest, sources))
     found = []
     for manifest in manifests:
         holder = claims.senior(manifest.vcpuset.uid)
@@ -124,7 +124,7 @@ async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
     return found
 
 
-def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
+async def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
     """What the set claims, as the operator sees it: the address as spelled, and what is found there."""
     # Sets of two nodes are served by two operators, and a path leads to another socket on each.
     keys: list[Hashable] = []
@@ -136,7 +136,7 @@ def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
         case Unsupported():
             pass  # it holds no monitor
     try:
-        with sources.monitors.resolve(manifest.vcpuset) as endpoint:
+        with await sources.monitors.resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
     except (InvalidMonitor, MonitorError):
         pass  # told when it is looked at
@@ -160,37 +160,37 @@ async def _study(manifest: Manifest, sources: Sources) -> Study:
     vcpuset = manifest.vcpuset
     notes = tuple(_notes(manifest, sources))
     try:
-        look = await take_look(_endpoint(vcpuset, sources), sources.seconds)
+        look = await take_look(await _endpoint(vcpuset, sources), sources.seconds)
     except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
         verdict = failure(error)
         unseen = tuple(_unseen(vcpuset, verdict, sources))
         return Study(manifest, None, None, None, verdict, unseen, failed=True, notes=notes, now=_clock())
     guest: GuestReport | None = None
     if vcpuset.spec.guest_agent is not None and look.machine.run_state == "running":
-        guest = await ask_guest(lambda: _agent_socket(vcpuset, sources), sources.seconds)
+        guest = await ask_guest(_agent_socket(vcpuset, sources), sources.seconds)
     now = _clock()
     found = prospect(vcpuset, look.machine, guest, now)
     return Study(manifest, look, guest, found, found.verdict, found.obstacles, failed=False, notes=notes, now=now)
 
 
-def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
+async def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
     if sources.monitor is not None:
         server_name = sources.server_name
         match vcpuset.spec.monitor:
             case TCPMonitor(tls=TLS()) as monitor if server_name is None:
                 # Where it is looked at from, a host can have another address than from where the operator is.
                 server_name = monitor.server_name
-        return open_monitor(sources.monitor, sources.credentials, server_name)
+        return await open_monitor(sources.monitor, sources.credentials, server_name)
     # `take_look` closes it.
-    return sources.monitors.resolve(vcpuset).__enter__()
+    return (await sources.monitors.resolve(vcpuset)).__enter__()
 
 
-def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
+async def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
     assert vcpuset.spec.guest_agent is not None
     if sources.socket_root is None:
         raise AgentUnreachable("spec.guestAgent: plan was started without --socket-root")
     field = "spec.guestAgent.unix.path"
-    return open_socket(sources.socket_root, vcpuset.namespace, vcpuset.spec.guest_agent.path, field)
+    return await find_socket(sources.socket_root, vcpuset.namespace, vcpuset.spec.guest_agent.path, field)
 
 
 def _unseen(vcpuset: VCPUSet, verdict: Verdict, sources: Sources) -> Iterator[Obstacle]:

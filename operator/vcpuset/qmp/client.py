@@ -144,7 +144,7 @@ class Client(QMPClient):
             self.stage = Stage.CONNECTING
             connection = await endpoint.connect(self.addresses)
         else:
-            connection = endpoint.connect()
+            connection = await endpoint.reach()
         self.stage = Stage.GREETING if keys is None else Stage.SECURING
         try:
             self.peer = peer_of(connection)

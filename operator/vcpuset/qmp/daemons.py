@@ -30,12 +30,16 @@ class DaemonThreads:
 
     async def run(self, function: Callable[[], _T]) -> _T:
         """What the function returns or raises. Cancelled, it is not begun, or goes on for nobody."""
+        return await self.start(function)
+
+    def start(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
+        """The same, begun now: the result is in the future."""
         answer: Future[_T] = Future()
         self._todo.put((answer, function))
         if not self._idle.acquire(blocking=False) and self._made < self._most:
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
             self._made += 1
-        return await asyncio.wrap_future(answer)
+        return asyncio.wrap_future(answer)
 
     def _work(self) -> None:
         """One thread."""

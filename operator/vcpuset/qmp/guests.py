@@ -20,7 +20,7 @@ from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, GuestAgent, VCPUSet
 from vcpuset.qmp.agent import Agent
 from vcpuset.qmp.allowance import Allowance
-from vcpuset.qmp.sockets import open_socket
+from vcpuset.qmp.sockets import find_socket
 
 __all__ = ["AT_ONCE", "RETRY_SECONDS", "Guests"]
 
@@ -176,7 +176,7 @@ class Guests:
                 f"{field}: this operator was started without --socket-root; run one on the machine's node that has it"
             )
         try:
-            endpoint = open_socket(self._socket_root, namespace, agent.path, field)
+            endpoint = await find_socket(self._socket_root, namespace, agent.path, field)
         except (InvalidMonitor, MonitorUnreachable) as error:
             # The set names two sockets: say which of them is meant.
             words = str(error)

@@ -21,7 +21,7 @@ from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.qmp.session import Outcome, Session
-from vcpuset.qmp.sockets import Endpoint, open_socket
+from vcpuset.qmp.sockets import Endpoint, Stamp, find_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Access
 
@@ -58,6 +58,7 @@ class Monitors:
     wake         told that something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
     commanded    told of the end of each command: whose machine, its name, how many seconds it took, what came of it
+    found        told which socket a pass has found at the set's path; None: none, or something else
     pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
     """
 
@@ -70,6 +71,7 @@ class Monitors:
         credentials: CredentialStore | None = None,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[UID, str, float, Outcome], None] | None = None,
+        found: Callable[[VCPUSet, Stamp | None], None] | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
@@ -78,6 +80,7 @@ class Monitors:
         self._wake = wake
         self._permit = permit
         self._commanded = commanded
+        self._found = found
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
@@ -85,10 +88,11 @@ class Monitors:
         self._losses: dict[UID, int] = {}
         """How many sessions in a row were lost soon after their opening."""
 
-    def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
+    async def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
         """Find the set's monitor; the endpoint lasts as long as the context.
 
-        Raises InvalidMonitor (the set's author must act) and MonitorUnreachable (nothing is there).
+        Raises InvalidMonitor (the set's author must act) and MonitorUnreachable (nothing is there, or its file system
+        does not answer).
         """
         access = self._access(vcpuset)
         match vcpuset.spec.monitor:
@@ -102,7 +106,14 @@ class Monitors:
                         "spec.monitor.unix: this operator serves no unix monitors, since it was started without "
                         "--socket-root; run one on the machine's node that has it"
                     )
-                return open_socket(self._socket_root, vcpuset.namespace, path)
+                stamp: Stamp | None = None
+                try:
+                    socket = await find_socket(self._socket_root, vcpuset.namespace, path)
+                    stamp = socket.stamp
+                    return socket
+                finally:
+                    if self._found is not None:
+                        self._found(vcpuset, stamp)
             case Unsupported(message):
                 raise UnsupportedSpec(message)
 

@@ -11,6 +11,9 @@ need not be trusted with those of other namespaces. So no name is looked up twic
 
 Only `local_socket` follows links: a path that the local user typed needs no fence.
 
+Each of these calls can hang with the file system that it leads to: in the event loop only `find_socket`,
+`find_local_socket` and `UnixEndpoint.reach` are used, which make them in threads (`files`).
+
 The socket root itself belongs to the administrator and may be a symbolic link. What this cannot see is a hard link:
 whoever can make one to another namespace's socket reaches it. Linux refuses that to all but the socket's owner and
 root (`fs.protected_hardlinks`, on by default); the two names have one identity, so that `MonitorConflict` shows it.
@@ -23,16 +26,33 @@ import os
 import socket
 import stat
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from vcpuset.domain.errors import InvalidMonitor, MonitorUnreachable
+from vcpuset.qmp import files
+from vcpuset.qmp.files import Place
 from vcpuset.qmp.tcp import TCPEndpoint
 
-__all__ = ["Endpoint", "UnixEndpoint", "local_socket", "open_socket"]
+__all__ = [
+    "Endpoint",
+    "Stamp",
+    "UnixEndpoint",
+    "bad_segment",
+    "below",
+    "descend",
+    "find_local_socket",
+    "find_socket",
+    "local_socket",
+    "open_socket",
+    "stamp_of",
+]
+
+Stamp = tuple[int, int, int]
+"""Which socket stands at a path: device, inode and time of modification in ns. Inode numbers are used again."""
 
 _KINDS = {
     stat.S_IFREG: "a regular file",
@@ -52,13 +72,17 @@ class UnixEndpoint:
 
     identity  device and inode of the socket; unique only for as long as the endpoint is open
     made_at   when the socket was made (its mtime, which nothing moves later), UTC
+    stamp     which socket this is among those that ever stood at its path
     """
 
-    def __init__(self, descriptor: int, status: os.stat_result, name: str) -> None:
+    def __init__(self, descriptor: int, status: os.stat_result, name: str, lane: str, path: str) -> None:
         self.identity = (status.st_dev, status.st_ino)
         self.made_at = datetime.fromtimestamp(status.st_mtime, UTC)
+        self.stamp = stamp_of(status)
         self._descriptor = descriptor
         self._name = name
+        self._lane = lane
+        self._path = path
 
     def __str__(self) -> str:
         return self._name
@@ -68,11 +92,15 @@ class UnixEndpoint:
         """What a session that was opened here leads through; another route takes another session."""
         return self.identity
 
+    async def reach(self) -> socket.socket:
+        """What `connect` returns or raises, or MonitorUnreachable: the file system does not answer."""
+        return await files.call(self._lane, self._path, lambda _: self.connect(), socket.socket.close)
+
     def connect(self) -> socket.socket:
         """A non-blocking socket connected to this very inode.
 
-        Never waits: a unix connect either succeeds at once or fails. Raises OSError, with EAGAIN (BlockingIOError) if
-        the listener's queue is full, as it is when others wait for a busy monitor.
+        Never waits for the listener: a unix connect either succeeds at once or fails. Raises OSError, with EAGAIN
+        (BlockingIOError) if the listener's queue is full, as it is when others wait for a busy monitor.
         """
         if self._descriptor < 0:
             raise OSError(errno.EBADF, "the endpoint has been closed")
@@ -109,7 +137,34 @@ class UnixEndpoint:
 Endpoint = UnixEndpoint | TCPEndpoint
 
 
-def open_socket(root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path") -> UnixEndpoint:
+def below(root: Path, path: str) -> str:
+    """The absolute form of a path below the root."""
+    return f"{str(root).rstrip('/')}/{path}" if path else str(root)
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Which socket this is."""
+    return (status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
+async def find_socket(root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path") -> UnixEndpoint:
+    """What `open_socket` returns or raises, or MonitorUnreachable: a file system on the way does not answer."""
+    return await files.call(
+        below(root, namespace),
+        below(root, f"{namespace}/{path}"),
+        lambda place: open_socket(root, namespace, path, field, place),
+        UnixEndpoint.close,
+    )
+
+
+async def find_local_socket(path: Path) -> UnixEndpoint:
+    """What `local_socket` returns or raises, or MonitorUnreachable: its file system does not answer."""
+    return await files.call(str(path), str(path), lambda _: local_socket(path), UnixEndpoint.close)
+
+
+def open_socket(
+    root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path", place: Place | None = None
+) -> UnixEndpoint:
     """The socket at `path` below the folder of `namespace` in the socket root; `field` is where the path was given.
 
     Raises InvalidMonitor if the path is not acceptable, a symbolic link stands anywhere below the root, or what it
@@ -117,27 +172,19 @@ def open_socket(root: Path, namespace: str, path: str, field: str = "spec.monito
     whether anybody listens shows at `Session.open`.
     """
     name = f"{namespace}/{path}"
-    if _bad_segment(namespace):
+    if bad_segment(namespace):
         raise InvalidMonitor(f"{namespace!r} cannot be the name of a namespace's folder")
     if path.startswith("/"):
         raise InvalidMonitor(f"{field} {path!r} is absolute: give it relative to the namespace's folder")
     segments = path.split("/")
     for segment in segments:
-        if reason := _bad_segment(segment):
+        if reason := bad_segment(segment):
             raise InvalidMonitor(f"{field} {path!r} {reason}")
 
+    here = descend(root, (namespace, *segments[:-1]), place)
     try:
-        here = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MonitorUnreachable(f"the socket root {root} cannot be opened: {error.strerror}") from error
-    try:
-        walked = ""
-        for folder in (namespace, *segments[:-1]):
-            walked += f"{folder}/"
-            below = _open_beneath(here, folder, walked.rstrip("/"))
-            os.close(here)
-            here = below
-            _require(here, stat.S_IFDIR, walked.rstrip("/"))
+        if place is not None:
+            place.path = below(root, name)
         found = _open_beneath(here, segments[-1], name)
     finally:
         os.close(here)
@@ -146,7 +193,42 @@ def open_socket(root: Path, namespace: str, path: str, field: str = "spec.monito
     except BaseException:
         os.close(found)
         raise
-    return UnixEndpoint(found, status, name)
+    return UnixEndpoint(found, status, name, below(root, namespace), below(root, name))
+
+
+def descend(
+    root: Path,
+    folders: Sequence[str],
+    place: Place | None = None,
+    visit: Callable[[str, int], object] = lambda _path, _descriptor: None,
+) -> int:
+    """A descriptor of the last of these folders, each of which is in the one before, and the first in the root.
+
+    visit  called with each folder's path below the root and its descriptor, the root's first
+
+    Raises as `open_socket` does.
+    """
+    place = place or Place(str(root))
+    place.path = str(root)
+    try:
+        here = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MonitorUnreachable(f"the socket root {root} cannot be opened: {error.strerror}") from error
+    try:
+        walked = ""
+        visit(walked, here)
+        for folder in folders:
+            walked = f"{walked}/{folder}" if walked else folder
+            place.path = below(root, walked)
+            opened = _open_beneath(here, folder, walked)
+            os.close(here)
+            here = opened
+            _require(here, stat.S_IFDIR, walked)
+            visit(walked, here)
+    except BaseException:
+        os.close(here)
+        raise
+    return here
 
 
 def local_socket(path: Path) -> UnixEndpoint:
@@ -173,10 +255,10 @@ def local_socket(path: Path) -> UnixEndpoint:
         raise InvalidMonitor(
             f"{path} is {_KINDS.get(kind, 'something else')}, not a socket: name the one that QEMU makes"
         )
-    return UnixEndpoint(found, status, str(path))
+    return UnixEndpoint(found, status, str(path), str(path), str(path))
 
 
-def _bad_segment(segment: str) -> str | None:
+def bad_segment(segment: str) -> str | None:
     """What is wrong with one part of a path; None: nothing."""
     if segment == "":
         return "has an empty segment"

@@ -249,9 +249,9 @@ class ModelMonitors(Monitors):
         self._world = world
 
     @override
-    def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
+    async def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
         if not isinstance(vcpuset.spec.monitor, UnixMonitor):
-            return super().resolve(vcpuset)
+            return await super().resolve(vcpuset)
         qemu = self._world.machines.get(vcpuset.spec.monitor.path)
         if qemu is None:
             raise MonitorUnreachable(f"nothing is at {vcpuset.spec.monitor.path}")
