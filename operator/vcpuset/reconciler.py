@@ -202,6 +202,9 @@ class Reconciler:
             self._release_machine(uid)
             await self._guests.forget(uid)
             await self._monitors.forget(uid)
+            # The deletion may have come while a pass was waiting for its socket, and claimed it after that.
+            for touched in self._claims.release(uid):
+                self._enqueue(touched)
         if vcpuset is None:
             self._tracks.pop(uid, None)
             return Done()
