@@ -25,7 +25,7 @@ from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
-from vcpuset.qmp import allowance
+from vcpuset.qmp import allowance, files
 from vcpuset.qmp import guests as guests_module
 from vcpuset.qmp.agent import AGENT_SECONDS
 from vcpuset.qmp.allowance import WAKES_AT_ONCE, WAKES_PER_SECOND
@@ -64,6 +64,23 @@ def a_machine(*threads: int, uuid: str | None = None) -> Machine:
 
 TWO = a_machine(11, 12)
 THREE = a_machine(11, 12, 13)
+
+
+class _NoThreads:
+    """In place of `files.THREADS`: virtual time does not wait for threads."""
+
+    def start(self, function: Callable[[], object]) -> asyncio.Future[object]:
+        answer = asyncio.get_running_loop().create_future()
+        try:
+            answer.set_result(function())
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            answer.set_exception(error)
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def file_calls_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "THREADS", _NoThreads())
 
 
 class Woken:
@@ -324,7 +341,7 @@ async def test_an_unexpected_exception_is_logged_and_reported_and_wakes(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("no such thing")
 
-    monkeypatch.setattr(guests_module, "open_socket", broken)
+    monkeypatch.setattr(guests_module, "find_socket", broken)
     report = await answer(guests, woken, a_set(), TWO)
     assert isinstance(report.error, AgentUnreachable)
     assert "ZeroDivisionError('no such thing')" in str(report.error)

@@ -7,7 +7,8 @@ peer        what the kernel tells of the other end of a connection
 agent       one conversation with a guest agent
 guests      what the guests of all sets say, asked for beside the passes
 allowance   how often guests and agents may wake a pass
-appearance  a monitor's socket that appears, in the folders that `watch` watches
+watcher     a monitor's socket that comes, goes or is replaced
+files       calls to file systems, which may hang
 client      `qemu.qmp`'s client with what a long-running program needs of it
 replies     replies of QEMU and of agents as domain values
 translate   foreign errors as ours: the tree in `vcpuset.domain.errors`

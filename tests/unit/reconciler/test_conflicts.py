@@ -47,6 +47,17 @@ def test_the_younger_takes_over_at_once_when_the_elder_goes(world: World, qemu: 
     assert world.true_conditions("younger") == ["Ready"]
 
 
+def test_the_younger_takes_over_when_the_elder_is_deleted_while_a_pass_finds_its_socket(
+    world: World, qemu: Qemu
+) -> None:
+    world.interrupt(0, lambda: world.delete("elder"))
+    world.apply("elder", vcpus=5)
+    world.run_due()
+
+    assert qemu.vcpus == 6
+    assert world.true_conditions("younger") == ["Ready"]
+
+
 def test_the_younger_takes_over_at_once_when_the_elder_is_deleted_although_a_finalizer_keeps_it(
     world: World, qemu: Qemu
 ) -> None:
