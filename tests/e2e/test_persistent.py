@@ -268,6 +268,23 @@ async def test_an_idle_on_demand_set_whose_machine_is_started_again_is_back_at_i
             await shows(user, "vm", "Converged", READY, vcpus=4)
 
 
+async def test_an_idle_on_demand_set_whose_machine_ends_or_whose_folder_goes_says_so_at_once(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    """QEMU removes its socket when it ends."""
+    (folder / "run").mkdir()
+    for path in ("vm.sock", "run/vm.sock"):
+        async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / path]) as guest, raw(guest.control) as client:
+            await user.create("vm", 2, path)
+            await shows(user, "vm", "Converged", READY, vcpus=2)
+            if path == "vm.sock":
+                await client.call("quit")
+            else:
+                (folder / "run").rename(folder / "away")
+            await shows(user, "vm", "MonitorUnreachable", RECONCILING, vcpus=2)
+            await user.delete("vm")
+
+
 async def _create_later(user: User, elder: Seen) -> None:
     """A set `vm` with a Persistent connection that counts as younger: within one second the uid would decide."""
 
