@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +21,12 @@ import pytest
 import vcpuset.qmp.watcher as watcher_module
 from harness.fuse import HungMount, why_not
 from harness.wait import until
-from vcpuset.domain.errors import MonitorUnreachable
+from vcpuset.domain.errors import AgentUnreachable, MonitorUnreachable
 from vcpuset.domain.resource import UID, Spec, UnixMonitor, VCPUSet
 from vcpuset.qmp import files
+from vcpuset.qmp.agent import Agent
 from vcpuset.qmp.session import Session
-from vcpuset.qmp.sockets import find_local_socket, find_socket
+from vcpuset.qmp.sockets import Endpoint, find_local_socket, find_socket
 from vcpuset.qmp.watcher import SocketWatcher
 
 SECONDS = 60.0
@@ -189,8 +190,8 @@ def test_a_process_ends_while_calls_hang(root: Path) -> None:
         pytest.skip(reason)
     program = f"""
 import asyncio, pathlib
-from vcpuset.domain.errors import MonitorUnreachable
-from vcpuset.qmp.sockets import find_socket
+from vcpuset.domain.errors import AgentUnreachable, MonitorUnreachable
+from vcpuset.qmp.sockets import Endpoint, find_socket
 async def main():
     try:
         await find_socket(pathlib.Path({str(root)!r}), "team-a", "nfs-0/web/qmp.sock")
@@ -212,8 +213,9 @@ async def test_a_socket_that_is_found_too_late_is_closed(root: Path, monkeypatch
     await answers_again(root, "nfs-0/web/qmp.sock")  # and `everything_is_given_back`
 
 
+@pytest.mark.parametrize("connect", [lambda endpoint: Session.open(endpoint, lambda: None), Agent.open])
 async def test_a_connection_that_hangs_with_the_file_system_is_reported_and_closed_when_it_is_made(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, connect: Callable[[Endpoint], Awaitable[object]]
 ) -> None:
     real = socket.socket.connect
     answers = threading.Event()
@@ -228,8 +230,9 @@ async def test_a_connection_that_hangs_with_the_file_system_is_reported_and_clos
         listener.listen()
         with monkeypatch.context() as patch, await find_socket(root, "team-a", "here.sock") as endpoint:
             patch.setattr(socket.socket, "connect", slow)
-            with pytest.raises(MonitorUnreachable, match=f"the file system at {path} does not answer"):
-                await Session.open(endpoint, lambda: None)
+            with pytest.raises((MonitorUnreachable, AgentUnreachable)) as raised:
+                await connect(endpoint)
+            assert str(raised.value).startswith(f"the file system at {path} does not answer")
             answers.set()
             await answers_again(root, "here.sock")
         connection, _ = await asyncio.to_thread(listener.accept)

@@ -226,6 +226,8 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
             )
         case OSError() as failure:
             return AgentUnreachable(f"{where} cannot be reached: {_brief(failure)}")
+        case MonitorUnreachable() as failure:  # the file system that the socket is on hangs
+            return AgentUnreachable(str(failure))
         case failure:
             return AgentUnreachable(f"{where} answered {command} with {_brief(failure)}: this is no guest agent")
 
