@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 
 from unit.reconciler.model import Guest, Qemu
+from unit.reconciler.standins import ModelMonitors
 from unit.reconciler.world import World
+from vcpuset.domain.resource import VCPUSet
+from vcpuset.qmp.sockets import Endpoint
 
 __all__: list[str] = []
 
@@ -48,9 +53,16 @@ def test_the_younger_takes_over_at_once_when_the_elder_goes(world: World, qemu: 
 
 
 def test_the_younger_takes_over_when_the_elder_is_deleted_while_a_pass_finds_its_socket(
-    world: World, qemu: Qemu
+    world: World, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.interrupt(0, lambda: world.delete("elder"))
+    resolve = ModelMonitors.resolve
+
+    async def slow(self: ModelMonitors, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
+        if vcpuset.name == "elder":
+            world.delete("elder")
+        return await resolve(self, vcpuset)
+
+    monkeypatch.setattr(ModelMonitors, "resolve", slow)
     world.apply("elder", vcpus=5)
     world.run_due()
 

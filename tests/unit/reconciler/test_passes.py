@@ -590,7 +590,7 @@ def test_of_requests_that_were_recorded_the_one_without_a_reply_waits_and_the_un
     world.run_due()
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=2)
-    world.interrupt(7, "fails")
+    world.interrupt(6, "fails")
     world.run_due()
 
     assert qemu.latched == {3}
