@@ -237,7 +237,7 @@ class Reconciler:
             return Retry(error)
         except APIError as error:
             # The same; but the API server can be away for long, and others may want the monitor.
-            logger.warning("%s; tried again", error)
+            logger.warning("%s; retrying", error)
             await self._lend(vcpuset)
             return Retry(error, at_least=error.retry_after)
         if verdict.pace is not Pace.HELD:
@@ -334,13 +334,13 @@ class Reconciler:
         track.process = peer.process
         evidence: dict[Hashable, str] = {}
         if thread is not None and peer.process is not None:
-            evidence[peer.process, machine.uuid, thread] = "one process listens at both"
+            evidence[peer.process, machine.uuid, thread] = "one process listens on both"
         if thread is not None and machine.uuid is not None:
             evidence[vcpuset.namespace, peer.host, machine.uuid, thread] = (
-                f"both show UUID {machine.uuid} and the same host threads; if these are two machines, start each with "
-                "its own -uuid"
+                f"both report UUID {machine.uuid} and the same host threads; if these are two machines, start each "
+                "with its own -uuid"
             )
-        shared = "QEMU shows the connections of both"
+        shared = "QEMU reports the connections of both"
         if peer.link is not None and vcpuset.spec.connection is Connection.PERSISTENT:
             evidence[peer.link] = shared
         for link in machine.connections:

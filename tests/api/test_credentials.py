@@ -73,7 +73,7 @@ async def test_a_secret_is_read_by_name_once_it_is_there_and_allowed(
     words = await why_not(secrets, namespace)
     assert f"Secret {namespace}/monitor may not be read by this operator" in words
     assert (
-        "bind ClusterRole vcpuset-monitor-credentials to its service account, with a RoleBinding in namespace "
+        "bind the ClusterRole vcpuset-monitor-credentials to its service account, with a RoleBinding in the namespace "
         f"{namespace} " in words
     )
     assert f"system:serviceaccount:{namespace}:operator" in words, "the account is named"

@@ -196,7 +196,7 @@ async def test_a_set_that_is_never_quiet_has_a_burst_of_events_and_the_others_ha
         found = await until_events(sets, BURST + 1)
     assert [event["regarding"]["name"] for event in found].count("quiet") == 1
     assert recorder.throttled == 200 - BURST
-    assert caplog.text.count("Events are left out") == 1
+    assert caplog.text.count("dropping Events: rate limit exceeded") == 1
 
 
 async def test_events_are_posted_when_an_api_server_that_did_not_answer_is_back(
@@ -219,11 +219,11 @@ async def test_events_are_posted_when_an_api_server_that_did_not_answer_is_back(
         recorder = Recorder(cluster)
         async with running(recorder):
             record(recorder, vcpuset)
-            await until(lambda: "Events cannot be posted at the moment" in caplog.text, WAIT, "a warning")
+            await until(lambda: "posting Events failed" in caplog.text, WAIT, "a warning")
             async with relay(port, control_plane.url):
                 await until_events(sets, 1)
-                await until(lambda: "Events are posted again" in caplog.text, WAIT, "the end of the episode")
-    assert caplog.text.count("Events cannot be posted") == 1
+                await until(lambda: "posting Events succeeds again" in caplog.text, WAIT, "the end of the episode")
+    assert caplog.text.count("posting Events failed") == 1
     assert recorder.dropped == 0
 
 
@@ -253,9 +253,7 @@ async def test_what_cannot_be_posted_is_logged_and_the_next_is_posted(
         record(recorder, replace(vcpuset, namespace="nowhere", uid=UID("another")))
         record(recorder, vcpuset)
         await until_events(sets, 1)
-    assert (
-        "an Event could not be posted: POST /apis/events.k8s.io/v1/namespaces/nowhere/events: HTTP 404" in caplog.text
-    )
+    assert "it could not be posted: POST /apis/events.k8s.io/v1/namespaces/nowhere/events: HTTP 404" in caplog.text
 
 
 async def test_a_long_note_is_cut_where_the_api_demands_it(cluster: Cluster, sets: User, vcpuset: VCPUSet) -> None:
@@ -278,7 +276,7 @@ async def test_a_full_queue_drops_the_oldest_says_so_once_and_never_blocks(
     for number in range(10):  # nobody posts yet
         record(recorder, vcpuset, note=f"event {number}", reason=f"Reason{number}")
     assert recorder.dropped == 7
-    assert caplog.text.count("Events are dropped") == 1
+    assert caplog.text.count("dropping the oldest Events") == 1
     async with running(recorder):
         notes = {event["note"] for event in await until_events(sets, 3)}
     assert notes == {"event 7", "event 8", "event 9"}

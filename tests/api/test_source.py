@@ -361,7 +361,7 @@ async def test_credentials_that_are_not_there_yet_are_awaited(
 async def test_a_missing_definition_is_awaited_and_the_log_says_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     async with ControlPlane() as bare:
         watch = Watch(bare.kubeconfig, Scope())
-        remedy = "the API server does not serve vcpusets.v1alpha1.vcpuset.dev: apply the folder crds/ of this version"
+        remedy = "the API server does not serve vcpusets.v1alpha1.vcpuset.dev: apply the CRD in crds/ of this version"
         await until(lambda: caplog.text.count(remedy) >= 2, WAIT, "the remedy in the log, at the second attempt too")
         assert not watch.ready.is_set()
         await bare.install_crd()
@@ -426,5 +426,5 @@ async def test_the_watch_and_the_sweep_survive_a_restart_of_the_api_server() -> 
                 return ""  # served for a moment longer than it is there
 
             refused = await until(refusal, WAIT, "the list to be refused")
-            assert "does not know vcpusets.vcpuset.dev: apply the folder crds/" in refused
+            assert "does not know vcpusets.vcpuset.dev: apply the CRD in crds/" in refused
             assert watch.names == {"stays", "comes"}

@@ -237,7 +237,7 @@ async def test_an_overloaded_server_says_when_to_come_back(control_plane: Contro
     [
         pytest.param(None, r"no answer from http://127\.0\.0\.1:\d+ within 0\.5 s", id="silence"),
         pytest.param(b"", "GET /apis/vcpuset.dev", id="a closed connection"),
-        pytest.param(ok(b"hello"), "the answer is no JSON object: JSON is malformed", id="no JSON"),
+        pytest.param(ok(b"hello"), "the response is not a JSON object: JSON is malformed", id="no JSON"),
         pytest.param(ok(b"[]"), "no JSON object: Expected `object`, got `array`", id="no object"),
         pytest.param(ok(b'{"a": "\xff"}'), "no JSON object: 'utf-8' codec can't decode", id="no text"),
         pytest.param(ok(b'{"a":' * 5000), "no JSON object: maximum recursion depth exceeded", id="too deep"),
@@ -286,7 +286,7 @@ async def test_a_status_write_that_is_answered_with_something_else_has_failed(
 async def test_a_secret_that_is_none_is_an_error(control_plane: ControlPlane, tmp_path: Path, body: bytes) -> None:
     server, kubeconfig = await serve(control_plane, tmp_path, ok(body))
     async with server, await Cluster.connect(kubeconfig) as cluster:
-        with pytest.raises(APIError, match=r"GET .*/secrets/tls: the answer is not what was asked for"):
+        with pytest.raises(APIError, match=r"GET .*/secrets/tls: the response has an unexpected format"):
             await cluster.read_secret("default", "tls")
 
 

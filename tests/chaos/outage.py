@@ -123,7 +123,7 @@ class Outage:
 
         The pause before that can be so long that the request after it does not know of an end that came too soon.
         """
-        return len(re.findall(r" vcpuset\.kube\.source: .*; begun anew in ", self.operator.text()))
+        return len(re.findall(r" vcpuset\.kube\.source: .*; restarting the watch in ", self.operator.text()))
 
     def check_pace(self) -> None:
         """Check that attempts to watch were as far apart as the log says, and further and further.

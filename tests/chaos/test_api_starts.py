@@ -48,7 +48,7 @@ async def begins(operator: OperatorProcess, words: str) -> int:
     [
         pytest.param(Refuse(429, 1, "storage is (re)initializing"), "storage is (re)initializing", id="starting"),
         pytest.param(Refuse(503), "HTTP 503", id="unavailable"),
-        pytest.param(Refuse(404), "apply the folder crds/", id="without the definition"),
+        pytest.param(Refuse(404), "apply the CRD in crds/", id="without the definition"),
         pytest.param(None, "Cannot connect to host", id="away"),
     ],
 )

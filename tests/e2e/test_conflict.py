@@ -102,7 +102,7 @@ async def test_two_persistent_sets_with_two_monitors_of_one_machine_on_tcp_do_no
         await shows(user, older, "Converged", READY, vcpus=4)
         await user.change(younger, vcpus=6)
         seen = await user.wait_reason(younger, "MonitorConflict")
-        assert "QEMU shows the connections of both" in seen.message
+        assert "QEMU reports the connections of both" in seen.message
         assert await count(guest.control) == 4
 
         await user.delete(older)

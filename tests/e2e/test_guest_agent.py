@@ -194,7 +194,7 @@ async def test_a_paused_guest_is_not_asked(folder: Path, operator: OperatorProce
         await client.call("stop")
         await user.change("vm", vcpus=3)
         await shows(
-            user, "vm", "Converged", READY, "cannot be asked while the machine's run state is 'paused'", vcpus=3
+            user, "vm", "Converged", READY, "cannot be queried while the machine's run state is 'paused'", vcpus=3
         )
         await agent_is(user, "vm", "NotAsked")
         found = {str(each.condition(AGENT)["reason"]) for each in await history(user, connected)}
@@ -232,7 +232,7 @@ async def test_an_agent_that_is_killed_costs_neither_plug_nor_unplug_and_is_hear
                 "vm",
                 "Converged",
                 READY,
-                "as declared; whether the guest uses them is not known",
+                "as declared; it is unknown whether the guest uses them",
                 "no qemu-guest-agent runs in the guest",
                 vcpus=vcpus,
             )

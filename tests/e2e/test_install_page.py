@@ -164,7 +164,7 @@ async def check(page: Followed, marks: set[str], said: str) -> None:
         await page.has(2)
     elif marks == {"wrong"}:
         assert "Converged" in said
-        assert "serving" in said
+        assert "managing" in said
         assert "vcpuset-controller" in said
         await troubles(page)
     elif marks == {"upgrade"}:

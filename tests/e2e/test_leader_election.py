@@ -30,7 +30,7 @@ from harness.world import User
 __all__: list[str] = []
 
 WAIT = 120.0
-END = "nothing is changed any more"
+END = "stopped changing machines"
 """What a leader logs when it leads no more."""
 FOR_EVER = ("600s", "300s", "1s")
 SHORT = ("15s", "10s", "1s")
@@ -194,7 +194,7 @@ async def test_one_of_two_replicas_works_and_the_other_asks_for_nothing_but_the_
         assert replica.get("/healthz") == (200, "ok\n")
         assert replica.get("/readyz") == (200, "ok\n")
         assert f'leader_election_master_status{{name="vcpuset-controller"}} {leading}.0' in replica.get("/metrics")[1]
-    assert "standing by: lease" in second.process.text()
+    assert "standby: lease" in second.process.text()
 
 
 async def test_a_leader_that_is_asked_to_end_hands_over_at_once_and_after_its_last_deed(
@@ -281,7 +281,7 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
         assert await replicas.is_held_by(first)
         before = len(machine.commands)
         machine.cpus.eject(3)
-        await first.logs("no answer within 2.5 s; tried again")
+        await first.logs("no answer within 2.5 s; retrying")
         assert first.is_ready() is False, "it could not take over"
         assert len(machine.commands) == before, "nobody leads, so nobody touches the machine"
         await replicas.led_by(second)
@@ -291,7 +291,7 @@ async def test_a_leader_that_is_cut_off_from_the_api_server_stops_before_anybody
         assert asking.isdisjoint(each.connection for each in machine.commands[:before])
 
         proxy.unblock()
-        await first.logs("standing by: lease")
+        await first.logs("standby: lease")
         await until(first.is_ready, WAIT, "the standby to be ready")
         second.process.kill()
         await user.change("vm", vcpus=3)

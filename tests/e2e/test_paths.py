@@ -83,13 +83,13 @@ def _socket_as_a_folder(folder: Path, _: Path) -> None:
     [
         (_symlink, "vm.sock", "/vm.sock below the socket root is a symbolic link, not a socket"),
         (_relative_symlink, "vm.sock", "/vm.sock below the socket root is a symbolic link, not a socket"),
-        (_symlinked_folder, "run/vm.sock", "/run below the socket root is a symbolic link, not a folder"),
-        (_symlink_to_the_root, "run/dev/null", "/run below the socket root is a symbolic link, not a folder"),
+        (_symlinked_folder, "run/vm.sock", "/run below the socket root is a symbolic link, not a directory"),
+        (_symlink_to_the_root, "run/dev/null", "/run below the socket root is a symbolic link, not a directory"),
         (_fifo, "vm.sock", "is a FIFO, not a socket"),
-        (_folder, "vm.sock", "is a folder, not a socket"),
+        (_folder, "vm.sock", "is a directory, not a socket"),
         (_file, "vm.sock", "is a regular file, not a socket"),
-        (_file_as_a_folder, "run/vm.sock", "/run below the socket root is a regular file, not a folder"),
-        (_socket_as_a_folder, "run/vm.sock", "/run below the socket root is a socket, not a folder"),
+        (_file_as_a_folder, "run/vm.sock", "/run below the socket root is a regular file, not a directory"),
+        (_socket_as_a_folder, "run/vm.sock", "/run below the socket root is a socket, not a directory"),
     ],
 )
 async def test_what_is_no_socket_of_the_namespace_s_own_is_refused(
@@ -117,7 +117,7 @@ async def test_a_namespace_s_folder_that_is_a_symbolic_link_is_refused(
         "vm",
         "InvalidMonitor",
         STALLED,
-        f"{user.namespace} below the socket root is a symbolic link, not a folder",
+        f"{user.namespace} below the socket root is a symbolic link, not a directory",
         vcpus=None,
     )
     assert victim.connections == 0

@@ -94,7 +94,7 @@ async def test_a_machine_that_someone_else_changes_again_and_again_is_reported_a
             await _repaired(client, 4, gone=await take())
             await user.wait_ready("vm")
         await take()
-        await shows(user, "vm", "Contested", STALLED, "something else has changed them 5 times", vcpus=3)
+        await shows(user, "vm", "Contested", STALLED, "another client has changed them 5 times", vcpus=3)
         assert await client.count() == 3
         await user.change("vm", vcpus=5)
         await shows(user, "vm", "Converged", READY, vcpus=5)
@@ -157,7 +157,7 @@ async def test_the_death_of_a_machine_is_reported_and_its_successor_brought_to_t
         await user.create("vm", 4, "vm.sock", connection="Persistent")
         await user.wait_ready("vm")
         guest.kill()
-        await shows(user, "vm", "MonitorUnreachable", RECONCILING, "is QEMU running?", vcpus=4)
+        await shows(user, "vm", "MonitorUnreachable", RECONCILING, "check that QEMU is running", vcpus=4)
         await guest.start()
         await shows(user, "vm", "Converged", READY, vcpus=4)
         await guest.wait_online(4)

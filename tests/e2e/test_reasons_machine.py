@@ -61,7 +61,7 @@ async def test_a_machine_that_migrates_is_left_alone_and_changed_when_the_migrat
         for declared in (4, 1):
             await user.change("vm", vcpus=declared)
             seen = await shows(
-                user, "vm", "MachineBusy", RECONCILING, f"{declared} declared", "a migration runs", vcpus=2
+                user, "vm", "MachineBusy", RECONCILING, f"{declared} declared", "a migration is in progress", vcpus=2
             )
             assert seen.pending == []
         await client.call("migrate_cancel")

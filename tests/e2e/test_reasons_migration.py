@@ -47,7 +47,7 @@ async def test_a_linux_guest_that_moves_is_left_alone_on_the_way_and_brought_to_
                 RECONCILING,
                 "2 vCPUs present, 4 declared",
                 "run state 'finish-migrate'",
-                "a migration runs",
+                "a migration is in progress",
                 vcpus=2,
             )
             assert seen.pending == []
@@ -100,7 +100,7 @@ async def test_a_request_that_moves_with_its_guest_takes_a_cpu_that_is_then_plug
         await user.change("vm", vcpus=1)
         await user.wait("vm", lambda seen: [each["slot"] for each in seen.pending] == [1], "a request")
         await user.change("vm", vcpus=2)
-        await shows(user, "vm", "Converged", READY, "may still take slot 1 away", vcpus=2)
+        await shows(user, "vm", "Converged", READY, "may still unplug slot 1", vcpus=2)
         async with _held_at_the_switchover(source, way) as client:
             await _switch_over(client)
 

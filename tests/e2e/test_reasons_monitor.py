@@ -38,7 +38,7 @@ async def test_a_machine_that_is_not_there_yet_is_served_as_soon_as_it_is(
         "MonitorUnreachable",
         RECONCILING,
         f"There is no {user.namespace}/vm.sock below the socket root",
-        "is QEMU running?",
+        "check that QEMU is running",
         vcpus=None,
     )
     assert "machine" not in seen.status
@@ -64,7 +64,14 @@ async def test_a_socket_that_nobody_listens_at_is_unreachable(
         left.bind(str(folder / "vm.sock"))
     await user.create("vm", 2, "vm.sock")
     await shows(
-        user, "vm", "MonitorUnreachable", RECONCILING, "Nothing listens at", "vm.sock", "is QEMU running?", vcpus=None
+        user,
+        "vm",
+        "MonitorUnreachable",
+        RECONCILING,
+        "Nothing listens at",
+        "vm.sock",
+        "check that QEMU is running",
+        vcpus=None,
     )
 
 
@@ -100,7 +107,7 @@ async def test_the_last_observation_stands_while_a_killed_machine_is_away_and_it
         await user.create("vm", 4, "vm.sock")
         await shows(user, "vm", "Converged", READY, vcpus=4)
         guest.kill()
-        seen = await shows(user, "vm", "MonitorUnreachable", RECONCILING, "is QEMU running?", vcpus=4)
+        seen = await shows(user, "vm", "MonitorUnreachable", RECONCILING, "check that QEMU is running", vcpus=4)
         assert (seen.status["machine"]["minVCPUs"], seen.status["machine"]["maxVCPUs"]) == (1, 64)
 
         await guest.start()
@@ -121,8 +128,8 @@ async def test_a_monitor_that_another_client_holds_is_waited_for(
                 "MonitorBusy",
                 RECONCILING,
                 "vm.sock does not greet",
-                "another client holds this monitor, QEMU hangs, or this is no QMP monitor",
-                "a monitor of its own",
+                "another client holds this monitor, QEMU hangs, or this is not a QMP monitor",
+                "a dedicated monitor",
                 vcpus=None,
             )
         await shows(user, "vm", "Converged", READY, vcpus=3)
@@ -164,7 +171,7 @@ async def test_a_command_without_an_answer_is_reported_and_what_it_did_all_the_s
 
         (note,) = await until(told, 60, "the Event about the time-out")
         assert "has not answered device_add" in note
-        assert "may still carry it out" in note
+        assert "may still execute it" in note
         assert len(plug.received("device_add")) == 1
 
 
@@ -173,7 +180,7 @@ async def test_a_monitor_that_greets_and_then_falls_silent_has_timed_out(
 ) -> None:
     async with FaultyMonitor(folder / "vm.sock", faults={"qmp_capabilities": Hang()}) as monitor:
         await user.create("vm", 2, "vm.sock")
-        await shows(user, "vm", "MonitorTimeout", RECONCILING, "greeted but did not negotiate", vcpus=None)
+        await shows(user, "vm", "MonitorTimeout", RECONCILING, "sent a greeting, but did not negotiate", vcpus=None)
         monitor.faults.clear()
         await shows(user, "vm", "Converged", READY, vcpus=2)
 
@@ -183,4 +190,6 @@ async def test_an_operator_without_a_socket_root_says_that_it_serves_no_unix_mon
 ) -> None:
     async with OperatorProcess(control_plane, f"--namespace={user.namespace}", "--node-name=far"):
         await user.create("vm", 2, "vm.sock", nodeName="far")
-        await shows(user, "vm", "InvalidMonitor", STALLED, "serves no unix monitors", "--socket-root", vcpus=None)
+        await shows(
+            user, "vm", "InvalidMonitor", STALLED, "does not connect to unix monitors", "--socket-root", vcpus=None
+        )

@@ -108,7 +108,7 @@ async def test_a_firmware_that_did_not_ask_for_cpu_hotplug_is_named_in_qemu_s_wo
             "HotplugUnsupported",
             STALLED,
             "2 vCPUs present, 3 declared",
-            "QEMU refuses for good",
+            "QEMU rejects the change permanently",
             "cpu hotplug with SMI wasn't enabled by firmware",
             vcpus=2,
         )

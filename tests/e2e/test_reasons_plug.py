@@ -99,7 +99,7 @@ async def test_a_machine_with_too_few_slots_runs_at_its_ceiling(
     async with Guest(None, smp="2,maxcpus=4", monitor_paths=[folder / "vm.sock"]) as guest:
         await user.create("vm", 6, "vm.sock")
         seen = await shows(
-            user, "vm", "InsufficientSlots", STALLED, "6 declared", "no more than 4 vCPU slots", "-smp maxcpus", vcpus=4
+            user, "vm", "InsufficientSlots", STALLED, "6 declared", "slots for 4 vCPUs", "-smp maxcpus", vcpus=4
         )
         assert seen.status["machine"]["maxVCPUs"] == 4
         assert await count(guest.control) == 4

@@ -164,7 +164,7 @@ async def test_a_linux_guest_that_holds_one_cpu_gives_another_and_says_why_when_
             "3 vCPUs present, 1 declared",
             "slots 1, 3: device busy (_OST 0x82)",
             "no other candidate",
-            "Find out what holds the CPUs",
+            "Check what uses the CPUs",
             vcpus=3,
         )
         assert {each["answer"] for each in seen.pending} <= {"Busy", "InProgress"}

@@ -55,13 +55,13 @@ ROWS: dict[str, tuple[str, States]] = {
 """What is to be read of each set: reason, and the statuses of Ready, Reconciling and Stalled."""
 
 REMEDIES = {
-    "refusing": "Find out what holds the CPUs",
-    "absent": "is QEMU running?",
-    "held": "give the operator a monitor of its own",
-    "too-small": "declare at most that, or restart the VM with a larger -smp maxcpus",
-    "s390x": "declare at least that, or restart the VM with fewer",
-    "grow-only": "declare at least that, or set it to Enabled",
-    "boot-kept": "declare at least that, or set it to Unplug",
+    "refusing": "Check what uses the CPUs",
+    "absent": "check that QEMU is running",
+    "held": "give the operator a dedicated monitor",
+    "too-small": "or restart the VM with a larger -smp maxcpus",
+    "s390x": "or restart the VM with fewer",
+    "grow-only": "or set it to Enabled",
+    "boot-kept": "or set it to Unplug",
     "ppc64": "declare 2 or 4",
     "riscv64": "restart the VM with that count, or on another machine type",
     "no-secret": "/monitor: create it, with ca.crt, tls.crt and tls.key",

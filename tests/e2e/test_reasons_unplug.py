@@ -77,7 +77,7 @@ async def test_unplugging_is_reported_with_its_requests_and_then_that_no_answer_
         check_form(seen)
         assert (seen.reason, seen.states, seen.vcpus) == ("Unplugging", RECONCILING, 4)
         assert "4 vCPUs present, 2 declared" in seen.message
-        assert "give back slots 2-3" in seen.message
+        assert "unplug of slots 2-3" in seen.message
         assert [each["slot"] for each in seen.pending] == [2, 3]
         cpus = {cpu["cpu-index"]: cpu for cpu in await machine.client.call("query-cpus-fast")}
         for each in seen.pending:
@@ -248,7 +248,7 @@ async def test_silence_stalls_after_the_timeout_and_a_late_answer_is_still_taken
             "UnplugTimedOut",
             STALLED,
             "2 vCPUs present, 1 declared",
-            "has not given back slot 1",
+            "has not unplugged slot 1",
             "late answer is still taken",
             "up to 3600 s",
             vcpus=2,

@@ -175,7 +175,7 @@ async def test_what_is_no_socket_of_the_namespace_s_own_is_no_guest_s(
             (folder / path).symlink_to(victim / "vm.sock")
         case "linked folder":
             (folder / "run").symlink_to(victim)
-            path, words = "run/vm.sock", "not a folder"
+            path, words = "run/vm.sock", "not a directory"
         case "fifo":
             os.mkfifo(folder / path)
         case "device":
@@ -210,7 +210,7 @@ async def test_a_socket_that_becomes_something_else_between_two_looks_is_let_go(
         await user.wait_ready("vm")
         (folder / "vm.sock").rename(folder / "aside")
         (folder / "vm.sock").mkdir()
-        await shows(user, "vm", "InvalidMonitor", STALLED, "is a folder, not a socket", vcpus=2)
+        await shows(user, "vm", "InvalidMonitor", STALLED, "is a directory, not a socket", vcpus=2)
         (folder / "vm.sock").rmdir()
         (folder / "vm.sock").symlink_to(victim / "vm.sock")
         await shows(user, "vm", "InvalidMonitor", STALLED, "is a symbolic link, not a socket", vcpus=2)
@@ -371,7 +371,7 @@ async def test_a_name_that_is_no_secret_s_name_is_asked_for_nowhere(
     # A port on which nobody listens: the credentials are asked for before anybody could.
     monitor = {"host": "198.51.100.1", "port": 4444, "tls": {"secretName": name.format(victim=victim)}}
     await user.create("vm", 2, monitor)
-    await shows(user, "vm", "CredentialsUnavailable", STALLED, "is no name of a Secret", vcpus=None)
+    await shows(user, "vm", "CredentialsUnavailable", STALLED, "is not a valid Secret name", vcpus=None)
 
     def records() -> list[AuditEvent]:
         return [each for each in control_plane.audit_events(since) if each.user == ACCOUNT]

@@ -139,10 +139,10 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
     "server-with-another-name": (lambda web: web.serve(web.ours.server("vm.example")), "is not for 127.0.0.1"),
     "server-expired": (lambda web: web.serve(web.ours.server(expired=True), check=False), "has expired"),
     "client-expired": (lambda web: web.put(web.ours.client(expired=True)), "The operator's certificate"),
-    "client-not-allowed": (lambda web: web.serve(allow="CN=somebody else"), "refuses the operator's certificate"),
+    "client-not-allowed": (lambda web: web.serve(allow="CN=somebody else"), "rejects the operator's certificate"),
     "client-of-another-ca": (
         lambda web: web.put(Authority().client("vcpuset").trusting(web.ours)),
-        "refuses the operator's certificate",
+        "rejects the operator's certificate",
     ),
     "plain-text": (_plain_text, "does not speak TLS"),
     "tls-1.1": (
@@ -152,15 +152,15 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
     "no-secret": (lambda web: web.take_away(), "There is no Secret"),
     "no-key": (lambda web: web.put(tls_key=None), "has no tls.key"),
     "no-ca": (lambda web: web.put(ca_crt=None), "has no ca.crt"),
-    "too-much": (lambda web: web.put(ca_crt=web.ours.certificate.encode() * 100), "holds too much"),
-    "garbage-ca": (lambda web: web.put(ca_crt=GARBAGE), "holds no certificate in PEM"),
-    "garbage-certificate": (lambda web: web.put(tls_crt=b"hello"), "holds no certificate in PEM"),
+    "too-much": (lambda web: web.put(ca_crt=web.ours.certificate.encode() * 100), "is too large"),
+    "garbage-ca": (lambda web: web.put(ca_crt=GARBAGE), "contains no readable PEM certificate"),
+    "garbage-certificate": (lambda web: web.put(tls_crt=b"hello"), "contains no readable PEM certificate"),
     "garbage-key": (lambda web: web.put(tls_key=b"hello"), "cannot be used"),
     "key-of-another-certificate": (
         lambda web: web.put(web.client.with_key_of(web.ours.client())),
         "is not the key of its tls.crt",
     ),
-    "long-key": (lambda web: web.put(tls_crt=certificate_for_rsa(8192)), "is for a key of more than 4096 bits"),
+    "long-key": (lambda web: web.put(tls_crt=certificate_for_rsa(8192)), "has a key of more than 4096 bits"),
     "p-521-only": (
         lambda web: web.serve(priority="NORMAL:-GROUP-ALL:+GROUP-SECP521R1"),
         "closed the connection during the TLS handshake",
@@ -170,7 +170,7 @@ FAULTS: Final[dict[str, tuple[Fault, str]]] = {
 """What goes wrong, and what the message says of it: the words in which docs/monitors.md has it too."""
 
 WAITS_FOR_TLS: Final = "does not greet"
-QUEUE_IS_FULL: Final = "did not take the connection"
+QUEUE_IS_FULL: Final = "did not accept the connection"
 """Caused in tests/qmp."""
 
 OTHER_REASONS: Final = {

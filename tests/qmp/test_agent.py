@@ -188,7 +188,9 @@ async def test_without_an_agent_in_the_guest_the_error_says_so_and_vain_attempts
 ) -> None:
     await stop_agent(guest)
     for _ in range(3):
-        with pytest.raises(AgentTimeout, match=r"has not answered .* no qemu-guest-agent runs .* start the agent"):
+        with pytest.raises(
+            AgentTimeout, match=r"has not answered .* qemu-guest-agent is not running .* start the agent"
+        ):
             await open_agent(path, seconds=SHORT)
     await start_agent(guest)
     assert (await (await open_agent(path)).cpus()).online == 1
@@ -241,7 +243,7 @@ async def test_another_client_on_the_socket_is_named_as_a_cause_and_waited_for_n
     guest: Guest, path: Path, open_agent: Open
 ) -> None:
     first = await open_agent(path)
-    with pytest.raises(AgentTimeout, match=r"another client holds the socket; .* let the operator alone use it"):
+    with pytest.raises(AgentTimeout, match=r"another client holds its socket; .* only for the operator"):
         await open_agent(path, seconds=SHORT)
     assert (await first.cpus()).online == 1
     await first.close()
@@ -258,7 +260,7 @@ async def test_a_queue_of_other_clients_that_is_full_is_told_at_once(
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             waiting.setblocking(False)
             refusal = waiting.connect_ex(str(path))
-        with pytest.raises(AgentTimeout, match="another client holds the socket"):
+        with pytest.raises(AgentTimeout, match="another client holds its socket"):
             await open_agent(path)
         assert (await first.cpus()).online == 1
 
@@ -299,13 +301,13 @@ async def test_a_machine_that_ends_is_unreachable_for_those_who_talk_and_those_w
         await asking
     with pytest.raises(AgentUnreachable, match="closed"):
         await agent.cpus()
-    with pytest.raises(AgentUnreachable, match=r"nothing listens at .*: is QEMU running"):
+    with pytest.raises(AgentUnreachable, match=r"nothing listens at .*: check that QEMU is running"):
         await open_agent(path)
 
 
 async def test_a_qmp_monitor_is_no_agent(namespace_folder: Path, open_agent: Open) -> None:
     async with Guest(None, memory=64, socket_dir=namespace_folder) as machine:
-        with pytest.raises(AgentUnreachable, match=r"the greeting of a QMP monitor: this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match=r"the greeting of a QMP monitor: this is not a guest agent"):
             await open_agent(machine.monitors[0])
         assert await qmp.count(machine.monitors[0]) == 1
 
@@ -373,7 +375,7 @@ async def test_a_number_of_cpus_that_makes_no_sense_ends_the_conversation(
 ) -> None:
     async with FaultyAgent(path, faults={SET: Returns(number)}) as faulty:
         agent = await open_agent(path)
-        with pytest.raises(AgentUnreachable, match=rf"answered {SET} with .* of 2 entries: this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match=rf"answered {SET} with .* of 2 entries: this is not a guest agent"):
             await agent.bring_online([1, 2])
         assert len(faulty.received(SET)) == 1
         with pytest.raises(AgentUnreachable):
@@ -404,7 +406,7 @@ async def test_a_number_of_cpus_that_makes_no_sense_ends_the_conversation(
 async def test_a_list_of_cpus_that_makes_no_sense_is_no_agent_s(path: Path, open_agent: Open, reply: object) -> None:
     async with FaultyAgent(path, faults={GET: Returns(reply)}):
         agent = await open_agent(path)
-        with pytest.raises(AgentUnreachable, match=rf"answered {GET} with .*: this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match=rf"answered {GET} with .*: this is not a guest agent"):
             await agent.cpus()
 
 
@@ -439,13 +441,13 @@ async def test_a_conversation_begins_only_with_the_answer_to_our_own_number(
 @pytest.mark.parametrize("value", [1, "1", None, True, {}], ids=repr)
 async def test_another_number_than_ours_is_no_agent_s(path: Path, open_agent: Open, value: object) -> None:
     async with FaultyAgent(path, faults={SYNC: Returns(value)}):
-        with pytest.raises(AgentUnreachable, match="this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match="this is not a guest agent"):
             await open_agent(path)
 
 
 async def test_one_line_of_garbage_and_then_silence_is_no_agent(path: Path, open_agent: Open) -> None:
     async with FaultyAgent(path, stale=b"login: \n", faults={SYNC: Hang()}):
-        with pytest.raises(AgentUnreachable, match="sent something else: this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match="sent other data: this is not a guest agent"):
             await open_agent(path, seconds=SHORT)
 
 
@@ -489,7 +491,7 @@ async def test_bringing_many_cpus_online_begins_nothing_new_when_its_time_is_ove
 async def test_more_cpus_than_any_machine_has_are_no_agent_s(path: Path, open_agent: Open) -> None:
     reply = [{"logical-id": number, "online": False} for number in range(4097)]
     async with FaultyAgent(path, faults={GET: Returns(reply)}):
-        with pytest.raises(AgentUnreachable, match="more than 4096 CPUs: this is no guest agent"):
+        with pytest.raises(AgentUnreachable, match="more than 4096 CPUs: this is not a guest agent"):
             await (await open_agent(path)).cpus()
 
 

@@ -129,7 +129,7 @@ async def test_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) ->
         shown = await vcpuset("inspect", monitor, *options, "--tls-server-name", "vm.example", "-o", "json")
         assert json.loads(shown.stdout)["machine"]["vcpus"] == 1
         failed = await vcpuset("inspect", monitor, *options, status=1)
-        assert "is not for 127.0.0.1 but for vm.example: give spec.monitor.tcp.tls.serverName" in failed.stderr
+        assert "is not for 127.0.0.1 but for vm.example: set spec.monitor.tcp.tls.serverName" in failed.stderr
         assert "(--tls-server-name)" in failed.stderr
         (folder / "tls.key").unlink()
         (folder / "tls.key").mkdir()
@@ -195,7 +195,7 @@ async def test_a_monitor_that_another_client_holds_is_an_error_with_its_remedy(q
         result = await vcpuset("inspect", q35.monitors[0], "--timeout", "2", status=1)
     assert result.stdout == ""
     assert "another client holds this monitor" in result.stderr
-    assert "a monitor of its own" in result.stderr
+    assert "a dedicated monitor" in result.stderr
 
 
 async def test_a_monitor_that_hangs_is_an_error_that_names_the_deadline(namespace_folder: Path) -> None:

@@ -40,7 +40,7 @@ async def planned(root: Path, text: str, *arguments: object, status: int = 0) ->
 
 
 def in_the_way(found: dict[str, Any]) -> list[str]:
-    return [each["reason"] for each in found["obstacles"]]
+    return [each["reason"] for each in found["blockers"]]
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ async def test_a_plug_is_reported_with_its_slots_and_is_not_done(q35: Guest, con
 
     assert found["plug"] == [{"slot": slot} for slot in (2, 3, 4)]
     assert found["standby"] == list(range(5, 64))
-    assert (found["declaredVCPUs"], found["reachableVCPUs"]) == (5, 5)
-    assert (found["verdict"]["reason"], found["expected"]["reason"]) == ("Plugging", "Converged")
-    assert found["obstacles"] == []
+    assert (found["desiredVCPUs"], found["reachableVCPUs"]) == (5, 5)
+    assert (found["status"]["reason"], found["expected"]["reason"]) == ("Plugging", "Converged")
+    assert found["blockers"] == []
     assert await control.slots() == before
 
 
@@ -83,8 +83,8 @@ async def test_a_set_with_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_pat
         )
         found = await planned(tmp_path, declared, status=1)
         assert in_the_way(found) == ["CredentialsUnavailable"]
-        assert "plan reads no Secrets" in found["obstacles"][0]["message"]
-        assert "--tls-credentials" in found["obstacles"][0]["message"]
+        assert "plan reads no Secrets" in found["blockers"][0]["message"]
+        assert "--tls-credentials" in found["blockers"][0]["message"]
         for way in ((), ("--monitor", f"{host}:{port}")):
             found = await planned(tmp_path, declared, "--tls-credentials", folder, *way)
             assert found["plug"] == [{"slot": 2}]
@@ -110,8 +110,8 @@ async def test_another_monitor_on_tls_is_taken_for_the_set_s_machine_unless_told
         another = manifest(3).replace("unix: {path: qmp0}", of_another)
         found = await planned(tmp_path, another, *options, status=1)
         assert in_the_way(found) == ["CredentialsUnavailable"]
-        assert "is not for vm.test but for vm.example" in found["obstacles"][0]["message"]
-        assert "(--tls-server-name)" in found["obstacles"][0]["message"]
+        assert "is not for vm.test but for vm.example" in found["blockers"][0]["message"]
+        assert "(--tls-server-name)" in found["blockers"][0]["message"]
         found = await planned(tmp_path, another, *options, "--tls-server-name", "vm.example")
         assert found["plug"] == [{"slot": 2}]
 
@@ -131,16 +131,16 @@ async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, co
         await acpi.insert(slot)
     found = await planned(root, manifest(2))
 
-    assert [each["slot"] for each in found["ask"]] == [4, 2]
+    assert [each["slot"] for each in found["unplug"]] == [4, 2]
     assert found["standby"] == [1]
-    assert found["verdict"]["reason"] == "Unplugging"
-    assert [each["status"] for each in found["verdict"]["conditions"]] == ["False", "True", "False"]
+    assert found["status"]["reason"] == "Unplugging"
+    assert [each["status"] for each in found["status"]["conditions"]] == ["False", "True", "False"]
     assert in_the_way(found) == ["UnplugPending"], "QEMU was started with -S"
     for slot in (1, 2, 4):
         assert not (await acpi.flags(slot)).removing
 
     shown = (await vcpuset("plan", "-f", "-", "--socket-root", root, text=manifest(2))).stdout
-    assert "Now:       ask the guest to give back slots 4, 2 (in this order)\nStand by:  slot 1\n" in shown
+    assert "Actions:   unplug slots 4, 2 (in this order)\nStandby:   slot 1\n" in shown
 
 
 async def test_only_queries_are_sent_whatever_is_declared(namespace_folder: Path) -> None:
@@ -157,9 +157,9 @@ async def test_everything_in_the_way_is_told_and_not_only_the_first(q35: Guest) 
     found = await planned(q35.monitors[0].parent.parent, manifest(1, spec=spec))
 
     assert in_the_way(found) == ["Suspended", "UnplugDisabled", "BootVCPUsKept", "WaitingForGuest"]
-    assert all(each["remedy"] for each in found["obstacles"])
-    assert found["verdict"]["reason"] == "Suspended"
-    assert (found["plug"], found["ask"], found["expected"]) == ([], [], None)
+    assert all(each["remedy"] for each in found["blockers"])
+    assert found["status"]["reason"] == "Suspended"
+    assert (found["plug"], found["unplug"], found["expected"]) == ([], [], None)
 
 
 async def test_requests_in_the_status_are_not_made_again_before_their_time(q35: Guest, control: Raw) -> None:
@@ -181,14 +181,14 @@ async def test_requests_in_the_status_are_not_made_again_before_their_time(q35: 
         return json.dumps({**body, "status": {"unplug": {"requests": [{**request, **more}]}}})
 
     waiting = await planned(root, printed(0))
-    assert waiting["ask"] == []
+    assert waiting["unplug"] == []
     assert "UnplugPending" in in_the_way(waiting)
-    assert any("Asked again at" in each["message"] for each in waiting["obstacles"])
+    assert any("The request is repeated at" in each["message"] for each in waiting["blockers"])
     refused = await planned(root, printed(0, answer="InUse"))
-    assert [each["slot"] for each in refused["ask"]] == [2], "the next candidate"
+    assert [each["slot"] for each in refused["unplug"]] == [2], "the next candidate"
     assert "UnplugRefused" in in_the_way(refused)
     older = await planned(root, printed(3600))
-    assert [each["slot"] for each in older["ask"]] == [3], "that was asked of an earlier QEMU"
+    assert [each["slot"] for each in older["unplug"]] == [3], "that was asked of an earlier QEMU"
 
 
 async def test_a_guest_that_left_cpus_offline_is_told_or_what_is_done_about_it(namespace_folder: Path) -> None:
@@ -206,8 +206,8 @@ async def test_a_guest_that_left_cpus_offline_is_told_or_what_is_done_about_it(n
         left = await planned(namespace_folder.parent, manifest(2, spec=agent % "false"))
         assert in_the_way(left) == ["GuestCPUsOffline"]
         assert left["guest"]["offlineCPUs"] == [1]
-        assert "udev rule" in left["obstacles"][0]["message"]
-        assert left["verdict"]["conditions"][3]["type"] == "GuestAgentConnected"
+        assert "udev rule" in left["blockers"][0]["message"]
+        assert left["status"]["conditions"][3]["type"] == "GuestAgentConnected"
 
         helped = await planned(namespace_folder.parent, manifest(2, spec=agent % "true"))
         assert (helped["bringOnline"], in_the_way(helped)) == ([1], [])
@@ -216,20 +216,20 @@ async def test_a_guest_that_left_cpus_offline_is_told_or_what_is_done_about_it(n
 
         missing = await planned(namespace_folder.parent, manifest(2, spec="guestAgent: {unix: {path: none}}"))
         assert in_the_way(missing) == ["Unreachable"]
-        assert missing["verdict"]["reason"] == "Converged"
+        assert missing["status"]["reason"] == "Converged"
 
 
 async def test_a_monitor_that_cannot_be_looked_at_ends_with_1_and_says_what_helps(namespace_folder: Path) -> None:
     root = namespace_folder.parent
     nothing = await planned(root, manifest(2), status=1)
-    assert (nothing["machine"], nothing["verdict"]["reason"]) == (None, "MonitorUnreachable")
+    assert (nothing["machine"], nothing["status"]["reason"]) == (None, "MonitorUnreachable")
     (namespace_folder / "file").touch()
     assert in_the_way(await planned(root, manifest(2, "file", spec="suspend: true"), status=1)) == [
         "InvalidMonitor",
         "Suspended",
     ]
     outside = await planned(root, manifest(2, "../x"), status=1)
-    assert "must not leave the namespace's folder" in outside["obstacles"][0]["message"]
+    assert "must not leave the namespace's directory" in outside["blockers"][0]["message"]
 
     result = await vcpuset("plan", "-f", "-", text=manifest(2), status=1)
     assert result.stderr.startswith("Error: VCPUSet team-a/web: ")
@@ -244,7 +244,7 @@ async def test_a_busy_and_a_hanging_monitor_are_told_apart(namespace_folder: Pat
         text = manifest(2).replace("monitor: {unix: {path: qmp0}}", spec)
         busy = await planned(root, text, "--timeout", "2", status=1)
         assert in_the_way(busy) == ["MonitorBusy"]
-        assert "vcpuset plan --monitor" in busy["obstacles"][0]["remedy"]
+        assert "vcpuset plan --monitor" in busy["blockers"][0]["remedy"]
         monitor.faults = {"query-status": Hang()}
         assert in_the_way(await planned(root, manifest(2), "--timeout", "2", status=1)) == ["MonitorTimeout"]
 
@@ -253,7 +253,7 @@ async def test_a_second_monitor_of_the_machine_can_be_looked_through(q35: Guest)
     async with raw(q35.monitors[0]):
         result = await vcpuset("plan", "-f", "-", "--monitor", q35.control, text=manifest(4))
     assert "plug slots 2, 3" in result.stdout
-    assert f"Looked through {q35.control}" in result.stdout
+    assert f"Observed through {q35.control}" in result.stdout
 
 
 async def test_of_two_sets_with_one_monitor_the_older_keeps_it(q35: Guest, tmp_path: Path) -> None:
@@ -263,16 +263,16 @@ async def test_of_two_sets_with_one_monitor_the_older_keeps_it(q35: Guest, tmp_p
     older["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
 
     younger, keeper = await plans(root, f"{manifest(3)}---\n{json.dumps(older)}")
-    assert younger["verdict"]["reason"] == "MonitorConflict"
-    assert "team-a/older" in younger["obstacles"][0]["message"]
+    assert younger["status"]["reason"] == "MonitorConflict"
+    assert "team-a/older" in younger["blockers"][0]["message"]
     assert younger["plug"] == []
     assert [each["slot"] for each in keeper["plug"]] == [2, 3]
     (tmp_path / "sets.yaml").write_text(f"{manifest(3)}---\n{manifest(4, name='db')}")
     first, second = await plans(root, "", "-f", tmp_path / "sets.yaml")
-    assert (first["verdict"]["reason"], second["verdict"]["reason"]) == ("Plugging", "MonitorConflict")
+    assert (first["status"]["reason"], second["status"]["reason"]) == ("Plugging", "MonitorConflict")
     assert "by their order here" in second["notes"][0]
     other_node, _ = await plans(root, f"{manifest(3, spec='nodeName: node-7')}---\n{manifest(4)}")
-    assert other_node["verdict"]["reason"] == "Plugging"
+    assert other_node["status"]["reason"] == "Plugging"
     assert "node-7" in other_node["notes"][0]
 
 
@@ -281,7 +281,7 @@ async def test_a_deleted_set_is_left_alone_and_its_monitor_is_the_next_one_s(q35
     times = "creationTimestamp: 2026-01-01T00:00:00Z, deletionTimestamp: 2026-01-02T00:00:00Z"
     deleted = manifest(3).replace("namespace: team-a", f"namespace: team-a, {times}")
     first, second = await plans(root, f"{deleted}---\n{manifest(4, name='db')}")
-    assert (first["verdict"]["reason"], second["verdict"]["reason"]) == ("Terminating", "Plugging")
+    assert (first["status"]["reason"], second["status"]["reason"]) == ("Terminating", "Plugging")
     assert in_the_way(first) == ["Terminating"]
 
 
@@ -291,7 +291,7 @@ async def test_a_file_that_cannot_be_used_ends_with_1_and_a_line_for_each_thing_
     result = await vcpuset("plan", "-f", path, status=1)
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
-        f"Error: {path}: VCPUSet web: spec.suspended is no field of a VCPUSet. Did you mean spec.suspend?",
+        f"Error: {path}: VCPUSet web: spec.suspended is not a field of VCPUSet. Did you mean spec.suspend?",
         f"Error: {path}: VCPUSet web: spec.vcpus is 0: declare from 1 to 4096.",
     ]
     path.write_bytes(b"\xff\xfe")
@@ -355,9 +355,9 @@ async def test_a_machine_whose_cpus_share_one_thread_can_only_grow(namespace_fol
         await Acpi(control).leave_legacy()
         found = await planned(namespace_folder.parent, manifest(1))
         assert in_the_way(found) == ["UnplugUnsupported"]
-        assert "all CPUs in one thread" in found["obstacles"][0]["message"]
-        assert "thread=multi" in found["obstacles"][0]["message"]
-        assert found["ask"] == []
+        assert "all CPUs in one thread" in found["blockers"][0]["message"]
+        assert "thread=multi" in found["blockers"][0]["message"]
+        assert found["unplug"] == []
 
 
 async def test_a_machine_that_is_not_made_yet_is_busy_until_it_is(namespace_folder: Path) -> None:
@@ -365,7 +365,7 @@ async def test_a_machine_that_is_not_made_yet_is_busy_until_it_is(namespace_fold
     async with Guest(None, smp="2,maxcpus=8", extra=["-preconfig"], socket_dir=namespace_folder) as guest:
         found = await planned(root, manifest(3), status=1)
         assert in_the_way(found) == ["MachineBusy"]
-        assert "x-exit-preconfig" in found["obstacles"][0]["message"]
+        assert "x-exit-preconfig" in found["blockers"][0]["message"]
         async with raw(guest.control) as control:
             await control.call("x-exit-preconfig")
         assert (await planned(root, manifest(3)))["plug"] == [{"slot": 2}]

@@ -346,7 +346,7 @@ async def test_an_unexpected_exception_is_logged_and_reported_and_wakes(
     assert isinstance(report.error, AgentUnreachable)
     assert "ZeroDivisionError('no such thing')" in str(report.error)
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "asking the guest of team-a/vm failed unexpectedly" in record.getMessage()
+    assert "querying the guest agent of team-a/vm failed unexpectedly" in record.getMessage()
     assert record.exc_info is not None
     caplog.clear()
 
@@ -452,13 +452,13 @@ def _nobody(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "prepare", "words"),
     [
-        ("../team-b/agent.sock", None, "must not leave the namespace's folder"),
-        ("vm/../../team-b/agent.sock", None, "must not leave the namespace's folder"),
+        ("../team-b/agent.sock", None, "must not leave the namespace's directory"),
+        ("vm/../../team-b/agent.sock", None, "must not leave the namespace's directory"),
         ("/run/agent.sock", None, "is absolute"),
         ("agent.sock", _link, "is a symbolic link, not a socket"),
-        ("linked/agent.sock", _folder_link, "is a symbolic link, not a folder"),
+        ("linked/agent.sock", _folder_link, "is a symbolic link, not a directory"),
         ("agent.sock", lambda folder: (folder / "agent.sock").touch(), "is a regular file, not a socket"),
-        ("agent.sock", None, "there is no team-a/agent.sock below the socket root (yet): is QEMU running?"),
+        ("agent.sock", None, "there is no team-a/agent.sock below the socket root (yet): check that QEMU is running"),
     ],
     ids=["parent", "parent inside", "absolute", "link", "linked folder", "file", "missing"],
 )

@@ -102,9 +102,9 @@ async def test_a_message_in_several_lines_is_not_waited_for_from_a_monitor_that_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("-monitor", "unix:{path},server=on,wait=off"), "(HMP); use -qmp in place of -monitor, or add mode=control"),
-        (("-chardev", CHARDEV, "-mon", "chardev=other"), "(HMP); use -qmp in place of -monitor, or add mode=control"),
-        (("-chardev", f"{CHARDEV},telnet=on", "-mon", "chardev=other"), "(HMP); use -qmp in place of -monitor"),
+        (("-monitor", "unix:{path},server=on,wait=off"), "(HMP); use -qmp instead of -monitor, or add mode=control"),
+        (("-chardev", CHARDEV, "-mon", "chardev=other"), "(HMP); use -qmp instead of -monitor, or add mode=control"),
+        (("-chardev", f"{CHARDEV},telnet=on", "-mon", "chardev=other"), "(HMP); use -qmp instead of -monitor"),
         (("-chardev", f"{CHARDEV},telnet=on", "-mon", "chardev=other,mode=control"), "remove telnet=on"),
         (("-chardev", f"{CHARDEV},tn3270=on", "-mon", "chardev=other,mode=control"), "tn3270=on"),
     ],
@@ -140,12 +140,14 @@ async def test_a_socket_that_says_nothing_may_be_no_monitor(
     namespace_folder: Path, connect: Connect, arguments: tuple[str, ...]
 ) -> None:
     async with machine(namespace_folder, *arguments) as (_, path):
-        with pytest.raises(MonitorBusy, match=r"this is no QMP monitor \(a guest agent's channel, a serial port\)"):
+        with pytest.raises(
+            MonitorBusy, match=r"this is not a QMP monitor \(but a guest agent's channel or a serial port\)"
+        ):
             await connect(path, open_seconds=SHORT)
 
 
 async def test_what_is_no_json_is_told_without_names_of_python(namespace_folder: Path, connect: Connect) -> None:
     for line in (b"\x80\r\n", b"login: \r\n", b"{'QMP': 1}\r\n"):
         async with FaultyMonitor(namespace_folder / "qmp", faults={GREETING: Bytes(line)}) as monitor:
-            with pytest.raises(MonitorUnreachable, match=r"does not speak QMP: a message that is no JSON$"):
+            with pytest.raises(MonitorUnreachable, match=r"does not speak QMP: a message that is not JSON$"):
                 await connect(monitor.path)

@@ -325,7 +325,7 @@ async def test_a_cpu_that_goes_between_two_queries_makes_the_observation_void(
         three = [*monitor.cpus.query_cpus_fast({}), cpu("/machine/peripheral/vcpu2", 77)]
         monitor.faults["query-cpus-fast"] = Says(three)
         session = await connect(monitor.path)
-        with pytest.raises(MachineUnsettled, match="CPUs came or went"):
+        with pytest.raises(MachineUnsettled, match="CPUs were plugged or unplugged"):
             await session.observe()
         machine = await session.observe()
         assert machine.vcpus == 2

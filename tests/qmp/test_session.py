@@ -188,7 +188,7 @@ async def test_a_closed_session_leaves_the_monitor_to_the_next_client(q35: Guest
 
 async def test_a_stale_socket_is_unreachable(q35: Guest, connect: Connect) -> None:
     q35.kill()
-    with pytest.raises(MonitorUnreachable, match=r"nothing listens at team-a/qmp0: is QEMU running"):
+    with pytest.raises(MonitorUnreachable, match=r"nothing listens at team-a/qmp0: check that QEMU is running"):
         await connect(q35.monitors[0])
 
 
@@ -211,7 +211,7 @@ async def test_a_socket_that_may_not_be_written_to_is_unreachable_with_a_remedy(
 
 async def test_a_monitor_that_another_client_holds_is_busy(q35: Guest, connect: Connect) -> None:
     async with raw(q35.monitors[0]):
-        with pytest.raises(MonitorBusy, match="holds this monitor, QEMU hangs, or this is no QMP monitor"):
+        with pytest.raises(MonitorBusy, match="holds this monitor, QEMU hangs, or this is not a QMP monitor"):
             await connect(q35.monitors[0], open_seconds=SHORT)
 
 
@@ -251,7 +251,7 @@ async def test_what_does_not_greet_in_qmp_is_unreachable(
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={GREETING: fault}) as monitor:
         cut = isinstance(fault, Close)
-        words = "closed the connection before the session began" if cut else "does not speak QMP"
+        words = "closed the connection before the session was established" if cut else "does not speak QMP"
         with pytest.raises(MonitorUnreachable, match=words) as raised:
             await connect(monitor.path, wakes)
         assert len(str(raised.value)) < 300
@@ -325,14 +325,14 @@ async def test_a_connection_that_is_closed_right_after_the_negotiation_is_unreac
     namespace_folder: Path, connect: Connect, wakes: Wakes
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"qmp_capabilities": Close(after_bytes=1000)}) as monitor:
-        with pytest.raises(MonitorUnreachable, match="closed the connection before the session began"):
+        with pytest.raises(MonitorUnreachable, match="closed the connection before the session was established"):
             await connect(monitor.path, wakes)
         assert wakes.count == 0
 
 
 async def test_a_monitor_that_greets_and_then_says_no_more_times_out(namespace_folder: Path, connect: Connect) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"qmp_capabilities": Hang()}) as monitor:
-        with pytest.raises(MonitorTimeout, match="greeted but did not negotiate"):
+        with pytest.raises(MonitorTimeout, match="sent a greeting, but did not negotiate"):
             await connect(monitor.path, open_seconds=SHORT)
 
 
@@ -367,7 +367,9 @@ async def test_a_command_without_a_reply_times_out_and_the_next_one_works(
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-cpus-fast": Hang(times=1)}) as monitor:
         session = await connect(monitor.path, command_seconds=1.0)
-        with pytest.raises(MonitorTimeout, match=r"has not answered a query within 1 s: see whether the QEMU process"):
+        with pytest.raises(
+            MonitorTimeout, match=r"has not answered a query within 1 s: check whether the QEMU process"
+        ):
             await session.observe()
         assert session.alive
         assert (await session.observe()).vcpus == 2
@@ -397,7 +399,7 @@ async def test_a_connection_that_breaks_during_a_command_is_unreachable_and_wake
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-cpus-fast": fault}) as monitor:
         session = await connect(monitor.path, wakes)
-        lost = "a query was answered: the other end closed it" if isinstance(fault, Close) else "query-cpus-fast"
+        lost = "a query was answered: it was closed by the other end" if isinstance(fault, Close) else "query-cpus-fast"
         with pytest.raises(MonitorUnreachable, match=lost) as raised:
             await session.observe()
         assert len(str(raised.value)) < 400
@@ -415,7 +417,7 @@ async def test_a_reply_that_is_cut_off_by_the_end_of_the_connection_is_a_loss(
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": Close(after_bytes=10)}) as monitor:
         session = await connect(monitor.path)
-        words = r"the connection to team-a/qmp broke before a query was answered: the other end closed it"
+        words = r"the connection to team-a/qmp broke before a query was answered: it was closed by the other end"
         with pytest.raises(MonitorUnreachable, match=words):
             await session.observe()
 
@@ -425,7 +427,7 @@ async def test_a_command_after_a_reply_with_which_the_connection_ended_is_told_i
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": AnsweredAndClosed()}) as monitor:
         session = await connect(monitor.path)
-        broken = "^the connection to team-a/qmp broke before a query was answered: the other end closed it$"
+        broken = "^the connection to team-a/qmp broke before a query was answered: it was closed by the other end$"
         with pytest.raises(MonitorUnreachable, match=broken):
             await session.observe()
 
@@ -434,7 +436,7 @@ async def test_an_error_reply_without_class_and_text_is_unreachable(namespace_fo
     faults: dict[str, Fault] = {"query-status": Halfway()}
     async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path)
-        with pytest.raises(MonitorUnreachable, match="gave no answer to query-status: QMP error reply is malformed"):
+        with pytest.raises(MonitorUnreachable, match="did not answer query-status: QMP error reply is malformed"):
             await session.observe()
 
 
@@ -731,7 +733,7 @@ async def test_a_tcp_port_without_a_listener_is_unreachable(connect: Connect) ->
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = unused.getsockname()
-        with pytest.raises(MonitorUnreachable, match=rf":{address[1]} refuses the connection: is QEMU.*policy"):
+        with pytest.raises(MonitorUnreachable, match=rf":{address[1]} refuses the connection: check that QEMU.*policy"):
             await connect(address)
 
 
@@ -749,5 +751,5 @@ async def test_a_tcp_host_that_takes_no_connection_is_unreachable() -> None:
                 waiting = queue.enter_context(socket.socket())
                 waiting.setblocking(False)
                 waiting.connect_ex(address)
-            with pytest.raises(MonitorUnreachable, match=r"did not take the connection: its host is away"):
+            with pytest.raises(MonitorUnreachable, match=r"did not accept the connection: its host is unreachable"):
                 await Session.open(TCPEndpoint(*address), lambda: None, open_seconds=SHORT)

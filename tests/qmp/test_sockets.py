@@ -169,7 +169,7 @@ def test_a_regular_file_is_invalid(root: Path) -> None:
 
 def test_a_folder_is_invalid(root: Path) -> None:
     (root / "team-a" / "qmp.sock").mkdir()
-    with pytest.raises(InvalidMonitor, match="is a folder, not a socket"):
+    with pytest.raises(InvalidMonitor, match="is a directory, not a socket"):
         open_socket(root, "team-a", "qmp.sock")
 
 
@@ -180,7 +180,7 @@ def test_a_device_is_invalid() -> None:
 
 def test_a_file_in_place_of_a_folder_is_invalid(root: Path) -> None:
     (root / "team-a" / "vms").touch()
-    with pytest.raises(InvalidMonitor, match=r"team-a/vms .*is a regular file, not a folder"):
+    with pytest.raises(InvalidMonitor, match=r"team-a/vms .*is a regular file, not a directory"):
         open_socket(root, "team-a", "vms/qmp.sock")
 
 

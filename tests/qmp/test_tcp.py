@@ -121,7 +121,7 @@ async def test_an_address_outside_the_list_is_not_connected_to_and_named_with_th
         listener.settimeout(0)
         words = await refusal(host, listener.getsockname()[1], elsewhere)
         assert host in words
-        assert "administrator add its network with --allow-tcp" in words
+        assert "add the network with --allow-tcp" in words
         with pytest.raises(BlockingIOError):
             listener.accept()
 
@@ -149,7 +149,9 @@ async def test_a_name_that_means_another_address_a_moment_later_leads_nowhere_el
 
 async def test_a_name_without_an_address_is_unreachable(resolver: Resolver) -> None:
     resolver.answers = [[]]
-    with pytest.raises(MonitorUnreachable, match=r"name of vm\.example:4444 leads to no address: it does not exist"):
+    with pytest.raises(
+        MonitorUnreachable, match=r"host name of vm\.example:4444 cannot be resolved: it does not exist"
+    ):
         await vcpus_at("vm.example", 4444, LOOPBACK)
 
 
@@ -170,7 +172,7 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
             *(Session.open(each, lambda: None, open_seconds=0.3) for each in endpoints), return_exceptions=True
         )
         assert {type(each) for each in outcomes} == {MonitorUnreachable}
-        assert "the name of 0.example:4444 leads to no address: it does not exist, or DNS" in str(outcomes[0])
+        assert "the host name of 0.example:4444 cannot be resolved: it does not exist, or DNS" in str(outcomes[0])
         assert await asyncio.to_thread(lambda: "a thread") == "a thread"
         assert await vcpus_at("vm.test", guest.tcp_address[1], LOOPBACK) == 1
     finally:
@@ -178,15 +180,15 @@ async def test_names_that_nobody_answers_for_hold_up_nothing_else(
 
 
 async def test_a_name_that_no_resolver_takes_is_unreachable() -> None:
-    with pytest.raises(MonitorUnreachable, match="leads to no address"):
+    with pytest.raises(MonitorUnreachable, match="cannot be resolved"):
         await vcpus_at(f"{'a' * 64}.example", 4444, LOOPBACK)
 
 
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.EACCES, "a network policy, a firewall or a route forbids it"),
-        (errno.EPERM, "a network policy, a firewall or a route forbids it"),
+        (errno.EACCES, "a network policy, firewall or route blocks the traffic"),
+        (errno.EPERM, "a network policy, firewall or route blocks the traffic"),
         (errno.EINVAL, "Invalid argument"),  # what IPv6 says to fe80::1, which needs a zone
         (errno.ENETUNREACH, "Network is unreachable"),
     ],
@@ -214,7 +216,7 @@ async def test_a_name_whose_addresses_all_refuse_is_told_once_with_the_addresses
         with pytest.raises(MonitorUnreachable) as caught:
             await vcpus_at("vm.example", port, LOOPBACK)
     assert str(caught.value).startswith(
-        f"vm.example:{port} (127.0.0.1, 127.0.0.2) refuses the connection: is QEMU running"
+        f"vm.example:{port} (127.0.0.1, 127.0.0.2) refuses the connection: check that QEMU is running"
     )
 
 
@@ -233,7 +235,7 @@ async def test_a_name_whose_addresses_fail_each_in_its_way_is_told_with_all_of_t
         await vcpus_at("vm.example", 1, LOOPBACK)
     assert str(caught.value) == (
         "vm.example:1 (127.0.0.1, 127.0.0.2) cannot be reached: Connection refused, "
-        "a network policy, a firewall or a route forbids it"
+        "a network policy, firewall or route blocks the traffic"
     )
 
 
@@ -260,8 +262,8 @@ async def test_a_host_that_is_away_is_told_in_one_way_whether_the_kernel_or_the_
         late = await unreachable(host, port, open_seconds=0.3)
         fenced = True
         assert await unreachable(host, port) == late
-    assert f"{port}{'' if host == '127.0.0.1' else ' (127.0.0.1)'} did not take the connection: its host is" in late
-    assert "a network policy, firewall or route stops what goes there, or another client holds the monitor" in late
+    assert f"{port}{'' if host == '127.0.0.1' else ' (127.0.0.1)'} did not accept the connection: its host is" in late
+    assert "a network policy, firewall or route blocks the traffic, or another client holds the monitor" in late
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ async def test_the_addresses_of_a_name_may_fail_in_any_order(
         resolver.answers = [answer]
         told.add(await unreachable("vm.example", 4444))
     assert len(told) == 1
-    assert ("did not take the connection" in told.pop()) == (errno.EHOSTUNREACH in numbers)
+    assert ("did not accept the connection" in told.pop()) == (errno.EHOSTUNREACH in numbers)
 
 
 async def test_a_name_that_leads_to_no_address_is_told_in_one_way_whatever_dns_does(
@@ -379,7 +381,7 @@ main(["inspect", "vm.example:4444", "--timeout", "0.3"])
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
-    assert "name of vm.example:4444 leads to no address" in ended.stderr
+    assert "host name of vm.example:4444 cannot be resolved" in ended.stderr
 
 
 async def test_monitors_serve_tcp_only_as_they_were_told_to(guest: Guest) -> None:

@@ -364,7 +364,7 @@ async def test_a_root_that_is_made_later_and_made_again_is_found(
     following.follow("one", "qmp.sock")
     async with running(following):
         for _ in range(2):
-            await until(lambda: "cannot be watched: No such file" in caplog.text, SECONDS, "a word about the root")
+            await until(lambda: "cannot watch the socket root" in caplog.text, SECONDS, "a word about the root")
             assert watched() == []
             (later / "team-a").mkdir(parents=True)
             await watching(later, later / "team-a")

@@ -58,8 +58,8 @@ async def serve_http(
             number = error.errno if isinstance(error, OSError) else None
             words = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
             raise VCPUSetError(
-                f"--http-address {where} cannot be served: {words}; give another one with --http-address (an empty "
-                "one: no HTTP)"
+                f"cannot listen on --http-address {where}: {words}; set another address with --http-address, or an "
+                "empty one to disable HTTP"
             ) from error
         yield
     finally:

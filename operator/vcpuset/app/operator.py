@@ -76,7 +76,7 @@ async def run(settings: Settings) -> None:
         try:
             await _run_once(settings, stop)
         except NotLeading as error:
-            logger.warning("%s; nothing is changed any more, standing by again", error)
+            logger.warning("%s; stopped changing machines, now a standby", error)
     logger.info("stopped")
 
 
@@ -217,7 +217,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         keep_from_collector()
         history.go_live()
         ready.set()
-        logger.info("serving %d VCPUSets (%s)", len(cache), scope.field_selector)
+        logger.info("managing %d VCPUSets (%s)", len(cache), scope.field_selector)
         owner.spawn(_sweep_for_ever(list_sets, settings.sweep_seconds, source.listed_again, freshness), "sweep")
         owner.spawn(
             run_workers(
@@ -326,7 +326,7 @@ async def _insist(list_sets: Callable[[], Awaitable[None]], what: str) -> None:
             await list_sets()
         except APIError as error:
             pause = pace.failed(error)
-            logger.warning("%s: %s%s; tried again in %.1f s", what, error, remedy(error), pause)
+            logger.warning("%s: %s%s; retrying in %.1f s", what, error, remedy(error), pause)
             await asyncio.sleep(pause)
         else:
             return

@@ -93,7 +93,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    _logger.critical("the program ends: %s", error or kind.__name__, exc_info=(kind, error, trace))
+    _logger.critical("the program exits: %s", error or kind.__name__, exc_info=(kind, error, trace))
 
 
 def _log_uncaught_of_thread(arguments: threading.ExceptHookArgs) -> None:

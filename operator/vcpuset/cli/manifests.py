@@ -99,7 +99,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
     problems: list[str] = []
     bodies = list(_bodies(_documents(text)))
     if not bodies:
-        raise InvalidManifest(["The file holds no VCPUSet."])
+        raise InvalidManifest(["The file contains no VCPUSet."])
     for where, body in bodies:
         wrong = list(_envelope_problems(body, namespace))
         if not wrong:
@@ -131,7 +131,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -171,16 +171,16 @@ def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
         return
     if body.get("kind") != KIND:
         found = f"is {body['kind']!r}" if "kind" in body else "is missing"
-        yield f"not a VCPUSet: kind {found}; leave out what is not of kind {KIND}."
+        yield f"not a VCPUSet: kind {found}; remove objects of other kinds."
         return
     if body.get("apiVersion") != API_VERSION:
         found = f"is {body['apiVersion']!r}" if "apiVersion" in body else "is missing"
-        yield f"apiVersion {found}: this version knows {API_VERSION} only."
+        yield f"apiVersion {found}: this version only supports {API_VERSION}."
         return
     yield from _unknown(body, ("apiVersion", "kind", "metadata", "spec", "status"), "")
     metadata = body.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("name") in (None, ""):
-        yield "metadata.name is missing: give the set a name."
+        yield "metadata.name is missing: set a name."
     elif not isinstance(metadata["name"], str):
         yield _no_text("metadata.name", metadata["name"])
     elif not isinstance(metadata.get("namespace", ""), str):
@@ -188,7 +188,7 @@ def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
     elif namespace and metadata.get("namespace", namespace) != namespace:
         yield f"metadata.namespace is {metadata['namespace']!r} and --namespace is {namespace!r}: leave one out."
     if not isinstance(body.get("spec"), dict):
-        yield "spec is missing: give it at least spec.vcpus and spec.monitor."
+        yield "spec is missing: set at least spec.vcpus and spec.monitor."
 
 
 def _spec_problems(spec: Mapping[str, Any]) -> Iterator[str]:
@@ -215,10 +215,10 @@ def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
             if isinstance(value, dict):
                 yield from _mapping_problems(value, kind, where)
             else:
-                yield f"{where} must be a mapping of fields, and is {_kind_of(value)}."
+                yield f"{where} must be a mapping of fields, but is {_kind_of(value)}."
         case Number(least, most):
             if isinstance(value, bool) or not isinstance(value, int):
-                yield f"{where} must be a whole number from {least} to {most}, and is {_kind_of(value)}."
+                yield f"{where} must be a whole number from {least} to {most}, but is {_kind_of(value)}."
             elif not least <= value <= most:
                 yield f"{where} is {value}: declare from {least} to {most}."
         case Choice(words):
@@ -228,7 +228,7 @@ def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
             assert isinstance(kind, type), "FIELDS has no other kinds"
             if not isinstance(value, kind):
                 yield (
-                    f"{where} must be true or false, and is {_kind_of(value)}."
+                    f"{where} must be true or false, but is {_kind_of(value)}."
                     if kind is bool
                     else _no_text(where, value)
                 )
@@ -245,11 +245,11 @@ def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     unix, tcp = spec["monitor"].get("unix"), spec["monitor"].get("tcp")
     if (unix is None) == (tcp is None):
         found = "neither" if unix is None else "both"
-        yield f"spec.monitor has {found} of unix and tcp: give exactly one."
+        yield f"spec.monitor has {found} of unix and tcp: set exactly one."
     elif tcp is not None and (tcp.get("tls") is None) != (tcp.get("insecure") is True):
         found = "neither" if tcp.get("tls") is None else "both"
         yield (
-            f"spec.monitor.tcp has {found} of tls and insecure: give tls with the Secret of a monitor on TLS, or "
+            f"spec.monitor.tcp has {found} of tls and insecure: set tls to the Secret of a TLS monitor, or "
             "insecure: true to accept a connection that is neither encrypted nor authenticated."
         )
     agent = spec.get("guestAgent")
@@ -261,14 +261,14 @@ def _unknown(value: Mapping[Any, Any], known: Iterable[str], prefix: str) -> Ite
     known = tuple(known)
     for name in value:
         if name not in known:
-            yield f"{prefix}{name} is no field of a VCPUSet.{_guess(name, known, prefix)}"
+            yield f"{prefix}{name} is not a field of VCPUSet.{_guess(name, known, prefix)}"
 
 
 def _guess(word: object, known: Iterable[str], prefix: str = "") -> str:
     by_lower = {each.lower(): each for each in known}
     lower = str(word).lower()
     near = difflib.get_close_matches(lower, by_lower, n=1) or [each for each in by_lower if each.startswith(lower)]
-    return f" Did you mean {prefix}{by_lower[near[0]]}?" if near else f" There are {', '.join(by_lower.values())}."
+    return f" Did you mean {prefix}{by_lower[near[0]]}?" if near else f" Known: {', '.join(by_lower.values())}."
 
 
 _KINDS: Final[Mapping[type, Callable[[Any], str]]] = {
@@ -276,7 +276,7 @@ _KINDS: Final[Mapping[type, Callable[[Any], str]]] = {
     list: lambda _: "a list",
     type(None): lambda _: "empty",
     bool: lambda value: "true" if value else "false",
-    str: lambda value: f"the text {value!r}" if len(value) < 80 else "a text",
+    str: lambda value: f"the string {value!r}" if len(value) < 80 else "a string",
 }
 
 
@@ -286,8 +286,8 @@ def _kind_of(value: object) -> str:
 
 def _no_text(where: str, value: object) -> str:
     """What is written as text, and is something else to YAML, such as 123 or yes."""
-    remedy = ": put it in quotes" if isinstance(value, int | float) else ""
-    return f"{where} must be text, and is {_kind_of(value)}{remedy}."
+    remedy = ": quote it" if isinstance(value, int | float) else ""
+    return f"{where} must be a string, but is {_kind_of(value)}{remedy}."
 
 
 def _name_of(body: object) -> str | None:

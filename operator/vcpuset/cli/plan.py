@@ -42,15 +42,15 @@ __all__ = ["Sources", "Study", "document", "page", "study"]
 _LISTED: Final = 8
 """As many slots are named one by one; more of them are told as ranges."""
 
-_NO_ROOT: Final = "Give plan the same --socket-root, or a monitor to look through with --monitor."
+_NO_ROOT: Final = "Pass the same --socket-root to plan, or a monitor with --monitor."
 
 _NO_CREDENTIALS: Final = (
-    "plan reads no Secrets: give it a folder with ca.crt, tls.crt and tls.key with --tls-credentials"
+    "plan reads no Secrets: pass a directory with ca.crt, tls.crt and tls.key with --tls-credentials"
 )
 
 _PERSISTENT: Final = (
-    "spec.monitor.connection is Persistent, so it may be the operator that holds the monitor. Give QEMU a second one "
-    "(-qmp) and look through that: vcpuset plan --monitor."
+    "spec.monitor.connection is Persistent, so the operator may hold the monitor. Add a second monitor to QEMU (-qmp) "
+    "and use it with vcpuset plan --monitor."
 )
 
 
@@ -207,7 +207,7 @@ def _unseen(vcpuset: VCPUSet, verdict: Verdict, sources: Sources) -> Iterator[Ob
 
 def _notes(manifest: Manifest, sources: Sources) -> Iterator[str]:
     if sources.monitor is not None:
-        yield f"Looked through {sources.monitor}; the operator uses the monitor that the set names."
+        yield f"Observed through {sources.monitor}; the operator uses the monitor in the VCPUSet."
     elif manifest.node is not None and isinstance(manifest.vcpuset.spec.monitor, UnixMonitor):
         yield f"spec.nodeName is {manifest.node}: the sockets are those of that node, so this has to be run there."
 
@@ -230,16 +230,16 @@ def _item(found: Study) -> dict[str, Any]:
         "monitor": _monitor(vcpuset),
         "machine": None if machine is None else machine_document(machine),
         "guest": None if machine is None else guest_document(found.guest, machine, None),
-        "declaredVCPUs": vcpuset.spec.vcpus,
+        "desiredVCPUs": vcpuset.spec.vcpus,
         "reachableVCPUs": None if work is None else work.goal.count,
         "plug": [] if work is None else [{"slot": slot.index} for slot in work.plug],
-        "ask": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
+        "unplug": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
         "standby": [] if work is None else [slot.index for slot in work.standby],
         "bringOnline": [] if work is None else list(work.bring_online),
-        "obstacles": [
+        "blockers": [
             {"reason": each.reason.value, "message": each.message, "remedy": each.remedy} for each in found.obstacles
         ],
-        "verdict": {
+        "status": {
             "reason": found.verdict.reason.value,
             "message": found.verdict.message,
             "conditions": [
@@ -263,12 +263,12 @@ def page(studies: Sequence[Study]) -> list[Block]:
         blocks.append(Heading(f"VCPUSet {found.vcpuset}"))
         blocks.append(Facts(list(_facts(found))))
         if found.obstacles:
-            blocks.append(Lines(["", "In the way:"]))
+            blocks.append(Lines(["", "Blockers:"]))
             for obstacle in found.obstacles:
                 blocks.append(Lines([Styled(obstacle.reason, "bold yellow")], indent=2))
-                blocks.append(Lines([obstacle.message, Styled(f"What helps: {obstacle.remedy}", "green")], indent=4))
+                blocks.append(Lines([obstacle.message, Styled(f"Remedy: {obstacle.remedy}", "green")], indent=4))
         else:
-            blocks.append(Lines(["", "Nothing stands in the way."]))
+            blocks.append(Lines(["", "No blockers."]))
         if found.notes:
             blocks.append(Lines(["", *found.notes]))
     return blocks
@@ -286,24 +286,24 @@ def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
     vcpuset, work = found.vcpuset, found.prospect
     yield "Monitor", _monitor(vcpuset)
     if work is None or found.look is None:
-        yield "Declared", _count(vcpuset.spec.vcpus)
+        yield "Desired", _count(vcpuset.spec.vcpus)
         if vcpuset.deleting:
-            yield "Now", "nothing: the set has been deleted"
+            yield "Actions", "none: the VCPUSet has been deleted"
         else:
             why = "no look at the machine" if found.failed else "its machine is another set's"
-            yield "Now", f"nothing: {why}"
+            yield "Actions", f"none: {why}"
     else:
         machine = found.look.machine
         yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"
         yield from guest_facts(found.guest, machine, None)
-        aim = "" if work.goal.count == vcpuset.spec.vcpus else f"; as things stand that comes to {work.goal.count}"
-        yield "Declared", f"{_count(vcpuset.spec.vcpus)}{aim}"
-        yield "Now", Styled("; ".join(_deeds(work)) or "nothing", "bold")
+        aim = "" if work.goal.count == vcpuset.spec.vcpus else f"; currently possible: {work.goal.count}"
+        yield "Desired", f"{_count(vcpuset.spec.vcpus)}{aim}"
+        yield "Actions", Styled("; ".join(_deeds(work)) or "none", "bold")
         if work.standby:
-            yield "Stand by", _slots(work.standby, in_order=bool(work.ask))
+            yield "Standby", _slots(work.standby, in_order=bool(work.ask))
     yield "Status", _told(found.verdict)
     if work is not None and work.expected is not None:
-        yield "And then", _told(work.expected)
+        yield "Expected", _told(work.expected)
 
 
 def _told(verdict: Verdict) -> Cell:
@@ -315,10 +315,10 @@ def _deeds(work: Prospect) -> Iterator[str]:
     if work.plug:
         yield f"plug {_slots(work.plug)}"
     if work.ask:
-        yield f"ask the guest to give back {_slots(work.ask, in_order=True)}"
+        yield f"unplug {_slots(work.ask, in_order=True)}"
     if work.bring_online:
         cpus = ", ".join(map(str, work.bring_online))
-        yield f"have the guest use its CPU{'s' if len(work.bring_online) > 1 else ''} {cpus}"
+        yield f"bring guest CPU{'s' if len(work.bring_online) > 1 else ''} {cpus} online"
 
 
 def _slots(slots: Sequence[Slot], *, in_order: bool = False) -> str:

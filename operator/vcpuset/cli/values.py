@@ -37,9 +37,9 @@ class Name(click.ParamType[str]):
         return value
 
 
-NAMESPACE: Final = Name("a namespace", _LABEL, "it has up to 63 lower-case letters, digits and '-'")
+NAMESPACE: Final = Name("a namespace", _LABEL, "use up to 63 lower-case letters, digits and '-'")
 _SUBDOMAIN: Final = rf"{_LABEL}(\.{_LABEL})*"
-_SUBDOMAIN_WORDS: Final = "it has up to 253 lower-case letters, digits, '-' and '.'"
+_SUBDOMAIN_WORDS: Final = "use up to 253 lower-case letters, digits, '-' and '.'"
 NODE: Final = Name("a node", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 LEASE: Final = Name("a Lease", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 

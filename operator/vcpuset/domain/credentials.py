@@ -45,13 +45,13 @@ class Credentials:
         missing = [name for name in (CA, CERTIFICATE, KEY) if not entries.get(name, b"").strip()]
         if missing:
             raise CredentialsUnavailable(
-                f"{source} has no {' and no '.join(missing)}: it takes {CA} (what signs QEMU's certificate), "
-                f"{CERTIFICATE} and {KEY} (the operator's own), as cert-manager writes them"
+                f"{source} has no {' and no '.join(missing)}: it needs {CA} (the CA of QEMU's certificate), "
+                f"{CERTIFICATE} and {KEY} (of the operator), as cert-manager writes them"
             )
         if (length := sum(len(entries[name]) for name in (CA, CERTIFICATE, KEY))) > MOST_BYTES:
             raise CredentialsUnavailable(
-                f"{source} holds too much to be a monitor's credentials: {CA}, {CERTIFICATE} and {KEY} have {length} "
-                f"bytes together, and {MOST_BYTES} may be; keep in {CA} only what signs QEMU's certificate"
+                f"{source} is too large: {CA}, {CERTIFICATE} and {KEY} have {length} bytes in total, and the limit is "
+                f"{MOST_BYTES}; only keep the CA of QEMU's certificate in {CA}"
             )
         return cls(source, entries[CA], entries[CERTIFICATE], entries[KEY])
 
@@ -77,7 +77,7 @@ class NoCredentials:
     remedy  what to tell who asks for some
     """
 
-    def __init__(self, remedy: str = "this process was given no credentials to connect with") -> None:
+    def __init__(self, remedy: str = "this process has no credentials") -> None:
         self._remedy = remedy
 
     async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:

@@ -56,23 +56,26 @@ class AgentReason(enum.StrEnum):
     NOT_ASKED = (
         "NotAsked",
         "Unknown",
-        "The agent was not asked yet, or cannot be: the guest gives CPUs back, or the machine does not run or is gone.",
+        (
+            "The agent has not been queried yet, or cannot be: the guest is unplugging CPUs, or the machine is not "
+            "running."
+        ),
     )
     NO_ANSWER = (
         "NoAnswer",
         "False",
-        "The agent did not answer in time: none runs in the guest, it hangs, or another client holds its socket.",
+        "The agent did not answer in time: it is not running, hangs, or another client holds its socket.",
     )
     UNREACHABLE = (
         "Unreachable",
         "False",
-        "The socket of spec.guestAgent cannot be opened, nobody listens there, or what answers is no guest agent.",
+        "The socket in spec.guestAgent cannot be opened, nothing listens there, or it is not a guest agent.",
     )
-    REFUSED = ("Refused", "False", "The agent answered with an error, for instance because a command is blocked there.")
+    REFUSED = ("Refused", "False", "The agent returned an error, for example because a command is blocked.")
     OTHER_MACHINE = (
         "OtherMachine",
         "False",
-        "The agent speaks of more vCPUs than QEMU has: spec.guestAgent names another machine's socket.",
+        "The agent reports more vCPUs than QEMU has: spec.guestAgent names the socket of another machine.",
     )
 
 

@@ -69,15 +69,17 @@ def network(text: str) -> Network:
         try:
             meant = ip_network(text, strict=False)
         except ValueError:
-            raise ValueError(f"{text!r} is no network: write one as 192.0.2.0/24 or 2001:db8::/32") from error
+            raise ValueError(
+                f"{text!r} is not a network: use CIDR notation such as 192.0.2.0/24 or 2001:db8::/32"
+            ) from error
         raise ValueError(
-            f"{text!r} has bits set behind its prefix: write {meant} for the network, or "
-            f"{meant[0].__class__(text.partition('/')[0])} for the one address"
+            f"{text!r} has host bits set: use {meant} for the network, or "
+            f"{meant[0].__class__(text.partition('/')[0])} for the single address"
         ) from error
     if isinstance(found, IPv6Network):
         if found.network_address.scope_id is not None:
             raise ValueError(
-                f"{text!r} has a zone, which a network has not: leave out %{found.network_address.scope_id}"
+                f"{text!r} has a zone, which is not allowed in a network: remove %{found.network_address.scope_id}"
             )
         for carrier, behind in _CARRIERS:
             if found.subnet_of(carrier):
@@ -98,7 +100,7 @@ def _carried_network(text: str, found: IPv6Network, carrier: IPv6Network, behind
     """Addresses in it are judged by the IPv4 address that they carry, so it stands for a network of those."""
     bits = found.prefixlen - carrier.prefixlen
     if bits > 32:
-        raise ValueError(f"{text!r} is a part of what leads to one IPv4 address: list that address")
+        raise ValueError(f"{text!r} is part of the range that maps to a single IPv4 address: use that address")
     return IPv4Network((int(found.network_address) >> behind & 0xFFFFFFFF, bits))
 
 

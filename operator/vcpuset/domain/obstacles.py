@@ -123,8 +123,9 @@ def _unplug_obstacles(
     elif real.activity is Activity.CHANGEABLE and real.run_state != "running":
         yield Obstacle(
             Reason.UNPLUG_PENDING,
-            f"The machine's run state is {real.run_state!r}: its guest takes requests, and answers once it goes on.",
-            "Let the machine go on (cont).",
+            f"The machine's run state is {real.run_state!r}: its guest accepts requests, and answers once it is "
+            "resumed.",
+            "Resume the machine (cont).",
         )
     asked_now = {cpu_of(slot) for slot in plan(spec, machine, requests, now=now).ask}
     alike: dict[tuple[Answer | None, datetime], list[Request]] = {}
@@ -139,24 +140,24 @@ def _open_requests(
     spec: Spec, answer: Answer | None, due: datetime, group: Sequence[Request], now: datetime
 ) -> Obstacle:
     asked_at = max(request.requested_at for request in group)
-    since = f"asked for {slot_list(group)} at {_moment(asked_at)}"
+    since = f"Unplug of {slot_list(group)} was requested at {_moment(asked_at)}"
     # What is due and yet not asked for is not wanted now: others are enough.
-    again = f" Asked again at {_moment(due)}." if due > now else ""
+    again = f" The request is repeated at {_moment(due)}." if due > now else ""
     if answer is None or not answer.refused:
         said = "has not answered" if answer is None else f"answered: {answer.words}"
         overdue = now >= asked_at + timedelta(seconds=spec.unplug.timeout_seconds)
         reason = Reason.UNPLUG_TIMED_OUT if overdue else Reason.UNPLUG_PENDING
-        return Obstacle(reason, f"The guest was {since} and {said}.{again}", reason.remedy)
+        return Obstacle(reason, f"{since}; the guest {said}.{again}", reason.remedy)
     reason = Reason.UNPLUG_UNSUPPORTED if answer is Answer.REJECTED else Reason.UNPLUG_REFUSED
-    return Obstacle(reason, f"The guest was {since}: {answer.words}.{again}", reason.remedy)
+    return Obstacle(reason, f"{since}: {answer.words}.{again}", reason.remedy)
 
 
 _AGENT_REMEDIES: Final[Mapping[AgentReason, str]] = MappingProxyType({
-    AgentReason.NOT_ASKED: "Wait until the machine runs, or let it go on.",
-    AgentReason.NO_ANSWER: "Start qemu-guest-agent in the guest, and let nobody else use its socket.",
-    AgentReason.UNREACHABLE: "Give QEMU the agent's channel at that path, or correct spec.guestAgent.",
+    AgentReason.NOT_ASKED: "Wait until the machine is running, or resume it.",
+    AgentReason.NO_ANSWER: "Start qemu-guest-agent in the guest, and use its socket only for the operator.",
+    AgentReason.UNREACHABLE: "Start QEMU with the agent's channel at that path, or correct spec.guestAgent.",
     AgentReason.REFUSED: "Allow guest-get-vcpus and guest-set-vcpus in the agent's configuration.",
-    AgentReason.OTHER_MACHINE: "Name the socket of this machine's agent in spec.guestAgent.",
+    AgentReason.OTHER_MACHINE: "Set spec.guestAgent to the socket of this machine's agent.",
 })  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _guest_obstacles(spec: Spec, machine: Machine, guest: GuestReport | None, no
 
 
 def _agent_obstacle(reason: AgentReason, message: str) -> Obstacle:
-    return Obstacle(reason, f"{message} Neither plug nor unplug needs it.", _AGENT_REMEDIES[reason])
+    return Obstacle(reason, f"{message} Plug and unplug work without it.", _AGENT_REMEDIES[reason])
 
 
 def _moment(time: datetime) -> str:

@@ -86,24 +86,28 @@ def goal(spec: Spec, machine: Machine) -> Goal:
         return Goal(
             present,
             Reason.HOTPLUG_UNSUPPORTED,
-            "the machine type does not support CPU hotplug: restart the VM with that count, or on another machine type",
+            "the machine type does not support CPU hotplug: restart the VM with the declared count, or with another "
+            "machine type",
         )
     if declared > machine.ceiling:
         return Goal(
             machine.ceiling,
             Reason.INSUFFICIENT_SLOTS,
-            f"the machine has no more than {machine.ceiling} vCPU slots: declare at most that, "
+            f"the machine has slots for {machine.ceiling} vCPUs: declare at most {machine.ceiling}, "
             "or restart the VM with a larger -smp maxcpus",
         )
     floor, reason, cause, way_out = _floor(spec.unplug, machine)
     if declared < floor:
-        return Goal(floor, reason, f"{cause}; it cannot come below {floor} vCPUs: declare at least that{way_out}")
+        return Goal(
+            floor, reason, f"{cause}, so the machine keeps at least {floor} vCPUs: declare at least {floor}{way_out}"
+        )
     step = max((slot.vcpus for slot in machine.slots), default=1)
     if misfit := (declared - present) % step:
         return Goal(
             declared - misfit,
             Reason.UNSUPPORTED_VCPU_COUNT,
-            f"CPUs come and go in cores of {step} vCPUs: declare {declared - misfit} or {declared - misfit + step}",
+            f"the machine only plugs whole cores of {step} vCPUs: declare {declared - misfit} or "
+            f"{declared - misfit + step}",
         )
     return Goal(declared)
 
@@ -125,13 +129,13 @@ def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str, str]:
         if machine.arch == "s390x":
             words, way_out = "QEMU cannot unplug CPUs of this machine", ", or restart the VM with fewer"
         elif machine.one_thread:
-            words = "QEMU runs all CPUs in one thread, where an unplug would end it"
+            words = "QEMU runs all CPUs in one thread, in which an unplug would crash it"
             way_out = ", or restart the VM with -accel tcg,thread=multi and without -icount"
         else:
             words, way_out = "slot 0 cannot be unplugged", ""
         return machine.floor, Reason.UNPLUG_UNSUPPORTED, words, way_out
     if unplug.policy is UnplugPolicy.DISABLED:
-        words = "spec.unplug.policy is Disabled, so vCPUs are only added"
+        words = "spec.unplug.policy is Disabled"
         return machine.vcpus, Reason.UNPLUG_DISABLED, words, ", or set it to Enabled"
     kept = sum(slot.vcpus for slot in unpluggable if slot.boot) if unplug.boot_vcpus is BootVCPUs.KEEP else 0
     if kept:

@@ -45,90 +45,90 @@ class Reason(enum.StrEnum):
         member.remedy = remedy
         return member
 
-    CONVERGED = ("Converged", (State.READY,), "QEMU has as many vCPUs as declared.", "\N{EN DASH}")
+    CONVERGED = ("Converged", (State.READY,), "QEMU has the declared number of vCPUs.", "\N{EN DASH}")
     PLUGGING = (
         "Plugging",
         (State.RECONCILING,),
-        "vCPUs are being plugged; if QEMU refuses one for now, the message has its words.",
-        "Wait. If QEMU names something that is in the way, remove it.",
+        "vCPUs are being plugged. If QEMU rejects one at the moment, the message contains its error.",
+        "Wait. If QEMU names a conflict, such as another device with the ID of a vCPU, remove it.",
     )
     UNPLUGGING = (
         "Unplugging",
         (State.RECONCILING,),
-        "The guest was asked to give vCPUs back.",
-        "Wait: a healthy guest does so within seconds.",
+        "Unplug requests were sent to the guest.",
+        "Wait: a healthy guest completes them within seconds.",
     )
     UNPLUG_PENDING = (
         "UnplugPending",
         (State.RECONCILING,),
-        "The guest has not answered yet.",
-        "Wait. A paused guest answers once it goes on.",
+        "The guest has not answered an unplug request yet.",
+        "Wait. A paused guest answers when it is resumed.",
     )
     WAITING_FOR_GUEST = (
         "WaitingForGuest",
         (State.RECONCILING,),
-        "The guest has not booted far enough for an unplug (or was booted with acpi=off and never will).",
-        "Wait until it has booted. A guest without ACPI has to be booted with it, or with fewer vCPUs.",
+        "The guest does not accept unplug requests: it is still booting, or was booted with acpi=off.",
+        "Wait until it has booted. Boot a guest without ACPI with ACPI, or with fewer vCPUs.",
     )
     UNPLUG_REFUSED = (
         "UnplugRefused",
         (State.RECONCILING, State.STALLED),
-        "The guest said no and no other candidate is left; repeated at most unplug.retrySeconds apart.",
-        "End what holds the CPUs in the guest (pinned or real-time tasks; its log tells), or declare more vCPUs.",
+        "The guest refused, and there is no other candidate; repeated at most unplug.retrySeconds apart.",
+        "Stop what uses the CPUs in the guest (pinned or real-time tasks; see its log), or declare more vCPUs.",
     )
     UNPLUG_TIMED_OUT = (
         "UnplugTimedOut",
         (State.STALLED,),
         "The guest has not answered within unplug.timeoutSeconds; repeated at most unplug.retrySeconds apart.",
-        "See whether the guest hangs or is paused. If it does not know CPU hot-unplug, declare what it has.",
+        "Check whether the guest hangs or is paused. If it does not support CPU hot-unplug, declare the present count.",
     )
     GUEST_CPUS_OFFLINE = (
         "GuestCPUsOffline",
         (State.RECONCILING,),
-        "QEMU has as many vCPUs as declared, but the guest has left some of them offline.",
-        "Set guestAgent.bringOnline, or give the guest a udev rule that brings new CPUs online.",
+        "QEMU has the declared number of vCPUs, but the guest has left some of them offline.",
+        "Set guestAgent.bringOnline, or add a udev rule to the guest that brings new CPUs online.",
     )
     MONITOR_UNREACHABLE = (
         "MonitorUnreachable",
         (State.RECONCILING,),
-        "Nobody answers at the address, it may not be opened, or no QMP monitor is there.",
-        "Start QEMU with a QMP monitor at that address, and let the operator's user open it.",
+        "Nothing listens at the address, the operator may not open it, or it is not a QMP monitor.",
+        "Start QEMU with a QMP monitor at that address, and allow the operator's user to open it.",
     )
     MONITOR_BUSY = (
         "MonitorBusy",
         (State.RECONCILING,),
-        "Connected, but no greeting: another client holds the monitor, QEMU hangs, or it is no QMP monitor.",
-        "Give the operator a QMP monitor of its own (QEMU takes -qmp several times), or see why QEMU hangs.",
+        "Connected, but no greeting: another client holds the monitor, QEMU hangs, or it is not a QMP monitor.",
+        "Give the operator a dedicated QMP monitor (QEMU accepts several -qmp), or check why QEMU hangs.",
     )
     MONITOR_TIMEOUT = (
         "MonitorTimeout",
         (State.RECONCILING,),
         "QEMU did not answer a command in time.",
-        "See whether the QEMU process is stopped, waits for storage, or has too little CPU time.",
+        "Check whether the QEMU process is stopped, waits for storage, or has too little CPU time.",
     )
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
         "The machine migrates, saves, restores, sleeps, or is in io-error or -preconfig: CPUs cannot be changed now.",
-        "Wait for the migration or snapshot to end; wake the guest; mend the storage (then cont); x-exit-preconfig.",
+        "Wait for the migration or snapshot to end; wake the guest; fix the storage (then cont); x-exit-preconfig.",
     )
     MACHINE_NOT_RUNNING = (
         "MachineNotRunning",
         (State.RECONCILING,),
-        "The machine is shut down, panicked, failed, or was migrated away.",
-        "Reset or restart the VM. After a migration, name the destination's monitor in spec.monitor.",
+        "The machine is shut down, has panicked or failed, or was migrated away.",
+        "Reset or restart the VM. After a migration, set spec.monitor to the monitor of the destination.",
     )
     INSUFFICIENT_SLOTS = (
         "InsufficientSlots",
         (State.STALLED,),
-        "More vCPUs are declared than the machine has slots for; it runs at its ceiling.",
+        "More vCPUs are declared than the machine has slots for; it runs with the maximum.",
         "Declare at most status.machine.maxVCPUs, or restart the VM with a larger -smp maxcpus.",
     )
     UNPLUG_UNSUPPORTED = (
         "UnplugUnsupported",
         (State.STALLED,),
-        "Fewer vCPUs are declared than the machine can come down to, or QEMU refuses to unplug; see the message.",
-        "Declare at least what the message names, or the present count, or restart the VM with fewer vCPUs.",
+        "Fewer vCPUs are declared than the machine can have, or QEMU rejects the unplug; see the message.",
+        "Declare at least the count in the message, or the present count, or restart the VM with fewer vCPUs.",
     )
     UNPLUG_DISABLED = (
         "UnplugDisabled",
@@ -140,49 +140,49 @@ class Reason(enum.StrEnum):
         "BootVCPUsKept",
         (State.STALLED,),
         "Fewer vCPUs are declared than the machine booted with, and unplug.bootVCPUs is Keep.",
-        "Declare at least what the message names, or set unplug.bootVCPUs to Unplug.",
+        "Declare at least the count in the message, or set unplug.bootVCPUs to Unplug.",
     )
     UNSUPPORTED_VCPU_COUNT = (
         "UnsupportedVCPUCount",
         (State.STALLED,),
-        "The machine plugs whole cores only, and the declared count does not fit; it runs at the next lower one.",
-        "Declare one of the two counts that the message names.",
+        "The machine only plugs whole cores, and the declared count does not fit; it runs with the next lower count.",
+        "Declare one of the two counts in the message.",
     )
     HOTPLUG_UNSUPPORTED = (
         "HotplugUnsupported",
         (State.STALLED,),
-        "The machine type cannot plug CPUs or has none (-M none), or QEMU refuses for good; the message has its words.",
-        "Restart the VM with the declared count, or with a machine type (on x86: q35 or pc) and firmware that can.",
+        "The machine type has no CPU hotplug or no CPUs, or QEMU rejects the change permanently; see the message.",
+        "Restart the VM with the declared count, or with a machine type (x86: q35, pc) and firmware that support it.",
     )
     MONITOR_CONFLICT = (
         "MonitorConflict",
         (State.STALLED,),
-        "An older VCPUSet names the same monitor, or another one of the same machine, and keeps the machine.",
-        "Delete one of the two, or give the younger one the monitor of another machine.",
+        "An older VCPUSet names the same monitor, or another monitor of the same machine, and keeps the machine.",
+        "Delete one of the two, or set the monitor of another machine for the younger one.",
     )
     CONTESTED = (
         "Contested",
         (State.STALLED,),
-        "Something else has changed the machine's vCPUs again and again; they are corrected at a slow pace.",
-        "Find what else has a monitor of this QEMU (another VCPUSet, operator or tool), and leave the count to one.",
+        "Another client has changed the machine's vCPUs repeatedly; they are corrected at a slow pace.",
+        "Find the other client with a monitor of this QEMU (VCPUSet, operator or tool), and leave the count to one.",
     )
     INVALID_MONITOR = (
         "InvalidMonitor",
         (State.STALLED,),
         "spec.monitor names something that this operator must not or cannot open.",
-        "Name a socket below the namespace's folder, without links, or an address in --allow-tcp; see the message.",
+        "Set a socket below the namespace's directory, without links, or an address in --allow-tcp; see the message.",
     )
     CREDENTIALS_UNAVAILABLE = (
         "CredentialsUnavailable",
         (State.STALLED,),
-        "A TLS monitor's Secret is missing or wrong, or one of the two ends does not accept the other's certificate.",
-        "Mend the Secret, the certificates, or what QEMU's tls-authz allows; the message says which.",
+        "The Secret of a TLS monitor is missing or invalid, or one end rejects the certificate of the other.",
+        "Correct the Secret, the certificates, or QEMU's tls-authz; see the message.",
     )
     UNSUPPORTED_SPEC = (
         "UnsupportedSpec",
         (State.STALLED,),
-        "The spec holds what this version of the operator cannot obey: machine and monitor are left alone.",
-        "Upgrade the operator, or correct the field that the message names.",
+        "The spec contains a value that this version of the operator does not support: it leaves the machine alone.",
+        "Upgrade the operator, or correct the field in the message.",
     )
     SUSPENDED = (
         "Suspended",
@@ -193,6 +193,6 @@ class Reason(enum.StrEnum):
     TERMINATING = (
         "Terminating",
         (State.HELD,),
-        "The VCPUSet has been deleted and a finalizer keeps its object; its machine is left as it is.",
-        "Nothing, or see why the owner of the finalizer does not remove it.",
+        "The VCPUSet has been deleted and a finalizer keeps the object; the machine is left as it is.",
+        "None needed, or check why the owner of the finalizer does not remove it.",
     )

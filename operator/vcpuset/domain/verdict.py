@@ -145,7 +145,7 @@ def judge(
         )
     if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
         migrates = machine.migrating or isinstance(blocked, Migrating)
-        why = "a migration runs" if migrates else "tried again until the machine runs (or is paused)"
+        why = "a migration is in progress" if migrates else "retrying until the machine is running or paused"
         return _verdict(
             Reason.MACHINE_BUSY,
             f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}."
@@ -175,15 +175,15 @@ def _count_matches(
     text = f"QEMU has {_vcpus(machine.vcpus)}, as declared"
     if spec.guest_agent is None:
         return _verdict(Reason.CONVERGED, f"{text}.{_may_leave(spec, requests)}", pace)
-    unknown = f"{text}; whether the guest uses them is not known:"
+    unknown = f"{text}; it is unknown whether the guest uses them:"
     if guest is None:
-        why = f"it cannot be asked while the machine's run state is {machine.run_state!r}"
+        why = f"it cannot be queried while the machine's run state is {machine.run_state!r}"
         return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if guest.cpus is None:
         return _verdict(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(spec, requests)}", pace)
     online = guest.cpus.online
     if online > machine.vcpus:
-        why = f"the guest agent speaks of {online} online, so spec.guestAgent names another machine's"
+        why = f"the agent reports {online} online CPUs, so spec.guestAgent names the socket of another machine"
         return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if online == machine.vcpus:
         return _verdict(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(spec, requests)}", pace)
@@ -208,14 +208,14 @@ def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
     text += "."
     if guest.resisted:
         words = sentence(next(iter(guest.resisted.values())))
-        text += f" It did not set {_listed('CPU', guest.resisted)} online: {words} The guest's log may say more."
+        text += f" It did not bring {_listed('CPU', guest.resisted)} online: {words} See the guest's log."
     elif offline and agent.bring_online:
-        text += " They are being set online, a few at a time."
+        text += " They are being brought online, a few at a time."
     elif offline:
-        text += f" Give the guest the udev rule {UDEV_RULE} or set spec.guestAgent.bringOnline."
+        text += f" Add the udev rule {UDEV_RULE} to the guest, or set spec.guestAgent.bringOnline."
     if missing > 0:
         text += (
-            " Its kernel has not taken up all that was plugged: see its log, and whether it was booted with maxcpus=, "
+            " Its kernel has not accepted all plugged vCPUs: check its log, and whether it was booted with maxcpus=, "
             "nr_cpus= or acpi=off."
         )
     return text
@@ -224,10 +224,12 @@ def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
 def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
     text = f"{_counts(spec, machine)}; "
     if isinstance(blocked, PermanentError):
-        return _verdict(Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU refuses for good: {blocked}.{_RESTART}", Pace.STEADY)
+        return _verdict(
+            Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU rejects the change permanently: {blocked}.{_RESTART}", Pace.STEADY
+        )
     if blocked is not None:
-        return _verdict(Reason.PLUGGING, f"{text}QEMU refuses for now: {blocked}.", Pace.RETRY)
-    return _verdict(Reason.PLUGGING, f"{text}a vCPU left again while others were plugged.", Pace.RETRY)
+        return _verdict(Reason.PLUGGING, f"{text}QEMU rejects the change at the moment: {blocked}.", Pace.RETRY)
+    return _verdict(Reason.PLUGGING, f"{text}a vCPU was unplugged while others were plugged.", Pace.RETRY)
 
 
 def _unplug_unfinished(
@@ -247,8 +249,8 @@ def _unplug_unfinished(
         words = "" if blocked is None else f" ({blocked})"
         return _verdict(
             Reason.WAITING_FOR_GUEST,
-            f"{counts}; the guest's ACPI does not take unplug requests yet{words}: it is still booting, "
-            "or was booted with acpi=off and cannot give CPUs back.",
+            f"{counts}; the guest does not accept unplug requests yet{words}: it is still booting, "
+            "or was booted with acpi=off and cannot unplug CPUs.",
             Pace.RETRY,
         )
     if not requests:
@@ -266,8 +268,8 @@ def _unplug_unfinished(
     every = again = f"The request is repeated every {_seconds(longest)}"
     if longest > FIRST_PAUSE:
         again = (
-            f"The request is repeated after {_seconds(FIRST_PAUSE)}, then each time after twice as long, "
-            f"up to {_seconds(longest)}"
+            f"The request is repeated after {_seconds(FIRST_PAUSE)}, then with doubling delays "
+            f"of up to {_seconds(longest)}"
         )
     rebooted = ""
     if reset is not None and reset >= deadline - 2 * timeout:
@@ -288,29 +290,29 @@ def _unplug_unfinished(
         return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
 
     if in_flight and not overdue and not (repeated and still_refused):
-        text = f"{counts}; the guest was asked to give back {slot_list(in_flight)} at {_time(in_flight)}"
+        text = f"{counts}; unplug of {slot_list(in_flight)} requested at {_time(in_flight)}"
         if refused:
-            text += f", after it had refused {_refusals(refused)}"
+            text += f", after the guest had refused {_refusals(refused)}"
         # A repetition is no news: otherwise each would cost a second write, when it gets no answer either.
         if all(
             request.answer is None and (request.attempts > 1 or now - request.requested_at >= PENDING_AFTER)
             for request in in_flight
         ):
-            return _verdict(Reason.UNPLUG_PENDING, f"{text}, and has not answered yet.{rebooted}", pace, due)
+            return _verdict(Reason.UNPLUG_PENDING, f"{text}; the guest has not answered yet.{rebooted}", pace, due)
         return _verdict(Reason.UNPLUGGING, f"{text}.", pace, due)
 
     if still_refused:
-        what = f"refused to give back {_refusals(refused)}" if refused else "refused"
-        asked = f", last for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
+        what = f"refused to unplug {_refusals(refused)}" if refused else "refused"
+        asked = f", last sent for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
         text = (
-            f"{counts}; the guest {what}, and there is no other candidate. Find out what holds the CPUs (pinned or "
-            f"real-time tasks; the guest's log tells), or declare more vCPUs. {again}{asked}.{rebooted}"
+            f"{counts}; the guest {what}, and there is no other candidate. Check what uses the CPUs (pinned or "
+            f"real-time tasks; see the guest's log), or declare more vCPUs. {again}{asked}.{rebooted}"
         )
         return _verdict(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
 
     text = (
-        f"{counts}; the guest has not given back {slot_list(in_flight)}, last asked at {_time(in_flight)}: it may "
-        f"hang, be paused, or not support CPU hot-unplug. A late answer is still taken. {again}.{rebooted}"
+        f"{counts}; the guest has not unplugged {slot_list(in_flight)}, last requested at {_time(in_flight)}: it may "
+        f"hang, be paused, or not support CPU hot-unplug. A late answer is still accepted. {again}.{rebooted}"
     )
     return _verdict(Reason.UNPLUG_TIMED_OUT, text, pace, due)
 
@@ -351,8 +353,8 @@ def conflict(holder: str) -> Verdict:
     """What is reported when an older set keeps the monitor."""
     return _verdict(
         Reason.MONITOR_CONFLICT,
-        f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or give this one another "
-        "monitor. It takes over as soon as the older one lets go.",
+        f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or set another monitor "
+        "for this one. This VCPUSet takes over as soon as the older one releases the monitor.",
         Pace.STEADY,
     )
 
@@ -364,8 +366,9 @@ def conflict_over_machine(holder: str, evidence: str) -> Verdict:
     """
     return _verdict(
         Reason.MONITOR_CONFLICT,
-        f"VCPUSet {holder} is older and names another monitor of the same machine ({evidence}): delete one of the two, "
-        "or give this one the monitor of another machine. It takes over as soon as the older one lets go.",
+        f"VCPUSet {holder} is older and names another monitor of the same machine ({evidence}): delete one of the "
+        "two, or set the monitor of another machine for this one. This VCPUSet takes over as soon as the older one "
+        "releases the machine.",
         Pace.STEADY,
     )
 
@@ -382,10 +385,10 @@ def contested(verdict: Verdict, spec: Spec, machine: Machine, contest: Contest) 
         return verdict
     return Verdict(
         Reason.CONTESTED,
-        f"{_counts(spec, machine)}; something else has changed them {CHANGES} times within {contest.window:g} s. See "
-        "what else has a monitor of this QEMU: another VCPUSet or operator, libvirt, a script. Until nothing else has "
-        f"changed them for {contest.window:g} s, they are corrected every {contest.pause:g} s at most; a change of the "
-        "spec is followed at once.",
+        f"{_counts(spec, machine)}; another client has changed them {CHANGES} times within {contest.window:g} s. "
+        "Check which other client uses a monitor of this QEMU: another VCPUSet or operator, libvirt, a script. Until "
+        f"there has been no such change for {contest.window:g} s, they are corrected at most every {contest.pause:g} "
+        "s. A change of the spec is applied at once.",
         State.STALLED,
         Pace.STEADY if verdict.pace is Pace.RETRY else verdict.pace,
         verdict.due,
@@ -396,8 +399,8 @@ def terminating() -> Verdict:
     """What is reported of a deleted set whose object is still there."""
     return _verdict(
         Reason.TERMINATING,
-        "This VCPUSet has been deleted: its machine is not changed any more, and its monitor is free. The object stays "
-        "until its finalizers (metadata.finalizers) are removed.",
+        "This VCPUSet has been deleted: its machine is no longer changed, and its monitor is released. The object "
+        "remains until its finalizers (metadata.finalizers) are removed.",
         Pace.STEADY,
     )
 
@@ -442,15 +445,17 @@ def _listed(noun: str, indexes: Iterable[int]) -> str:
 _WAY_OUT = {
     "postmigrate": " Name the destination's monitor in spec.monitor.",
     "guest-panicked": " Reset or restart the VM.",
-    "internal-error": " Reset or restart the VM; QEMU's own log tells what failed.",
+    "internal-error": " Reset or restart the VM, and see QEMU's log.",
     "shutdown": " Reset or restart the VM.",
-    "watchdog": " Reset the VM, or let it go on (cont).",
-    "io-error": " Mend the storage and let the machine go on (cont).",
+    "watchdog": " Reset the VM, or resume it (cont).",
+    "io-error": " Fix the storage and resume the machine (cont).",
     "suspended": " Wake the guest (system_wakeup).",
 }
 """What helps in a run state, where it is not waiting."""
 
-_RESTART = " Declare the present count, or restart the VM with the declared one or as a machine that can change it."
+_RESTART = (
+    " Declare the present count, or restart the VM with the declared count or with a machine type that supports this."
+)
 
 
 def _verdict(
@@ -480,8 +485,8 @@ def _may_leave(spec: Spec, requests: Sequence[Request]) -> str:
     in_flight = [request for request in requests if request.in_flight]
     if not in_flight:
         return ""
-    then = "." if spec.suspend else "; what leaves is plugged again."
-    return f" An earlier request may still take {slot_list(in_flight)} away{then}"
+    then = "." if spec.suspend else "; a vCPU that is unplugged this way is plugged again."
+    return f" An earlier request may still unplug {slot_list(in_flight)}{then}"
 
 
 def sentence(words: str) -> str:

@@ -271,7 +271,7 @@ class Cluster:
                     raise
             except ObjectGone as error:
                 raise APIError(
-                    f"the API server does not know {PLURAL}.{GROUP}: apply the folder crds/ of this version first"
+                    f"the API server does not know {PLURAL}.{GROUP}: apply the CRD in crds/ of this version first"
                 ) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -339,7 +339,7 @@ class Cluster:
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
         except _NO_JSON as error:
-            raise APIError(f"{what}: the answer is no JSON object: {error}") from error
+            raise APIError(f"{what}: the response is not a JSON object: {error}") from error
 
     async def _log_in_again(self, refused: ApiClient) -> None:
         """Put a client with credentials read anew in place of one whose credentials were refused."""
@@ -415,7 +415,7 @@ def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wir
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:
-        raise APIError(f"{what}: the answer is not what was asked for: {error}") from error
+        raise APIError(f"{what}: the response has an unexpected format: {error}") from error
 
 
 def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:

@@ -146,7 +146,7 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
         created_at = _created_at(metadata.creation_timestamp)
     except ValueError as error:  # a `msgspec.ValidationError` is one
         raise InvalidObject(
-            f"VCPUSet {describe(body)} cannot be understood by this version of the operator, "
+            f"VCPUSet {describe(body)} cannot be read by this version of the operator, "
             f"which leaves its machine alone: {_words(error, 'metadata')}"
         ) from error
     return VCPUSet(
@@ -203,7 +203,7 @@ def _words(error: Exception, where: str) -> str:
 
 def _created_at(stamp: str) -> datetime:
     if (time := _time(stamp)) is None:
-        raise ValueError(f"{stamp} is no time that can be used - at `$.creationTimestamp`")
+        raise ValueError(f"{stamp} is not a usable time - at `$.creationTimestamp`")
     return time
 
 
@@ -213,7 +213,7 @@ def _spec(raw: object) -> Spec:
         monitor = _monitor(wire.monitor)
     except ValueError as error:
         message = (
-            f"{_words(error, 'spec')}. This version of the operator cannot obey that and leaves the machine alone: "
+            f"{_words(error, 'spec')}. This version of the operator does not support it and leaves the machine alone: "
             "upgrade the operator, or correct the field."
         )
         return Spec(vcpus=_read(_fields(raw).get("vcpus"), int) or 0, monitor=Unsupported(message))

@@ -85,7 +85,7 @@ class Secrets:
         """
         # The schema demands it too. A name with "/" or ".." in it would lead to another namespace.
         if _NAME.fullmatch(name) is None:
-            raise CredentialsUnavailable(f"spec.monitor.tcp.tls.secretName: {name[:253]!r} is no name of a Secret")
+            raise CredentialsUnavailable(f"spec.monitor.tcp.tls.secretName: {name[:253]!r} is not a valid Secret name")
         copy = self._copy(uid, (namespace, name))
         in_doubt = doubted is not None and copy.content == doubted
         if isinstance(copy.content, Credentials) and not in_doubt and self._now() < self._away_until:
@@ -136,8 +136,8 @@ class Secrets:
             content = f"there is no {source}: create it, with ca.crt, tls.crt and tls.key"
         except Forbidden as error:
             content = (
-                f"{source} may not be read by this operator: have an administrator bind ClusterRole {ROLE} to its "
-                f"service account, with a RoleBinding in namespace {namespace} ({error})"
+                f"{source} may not be read by this operator: an administrator must bind the ClusterRole {ROLE} to "
+                f"its service account, with a RoleBinding in the namespace {namespace} ({error})"
             )
         except (APIError, TimeoutError) as error:
             words = str(error) or "no answer yet"
@@ -145,7 +145,7 @@ class Secrets:
             # With many Secrets, one wait for each would leave no time for the machines.
             self._away_until = self._now() + FRESH_SECONDS
             if isinstance(copy.content, Credentials):
-                _log.warning("%s cannot be read, so what it held goes on being used: %s", source, words)
+                _log.warning("%s cannot be read, using its previous contents: %s", source, words)
         # The same value stays the same object: what was made of it goes on being used too.
         if content != copy.content:
             copy.content = content

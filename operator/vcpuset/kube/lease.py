@@ -35,7 +35,7 @@ __all__ = ["Leadership", "own_identity", "since_boot"]
 JITTER: Final = 0.2
 """By what part the time between two tries of a standby differs at most, so that replicas do not try in step."""
 
-_STOPPED: Final = "the process was stopped for so long, or had too much else to do"
+_STOPPED: Final = "the process was stopped, or had too little CPU time"
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Leadership:
     def require(self) -> None:
         """Raise NotLeading unless this process may work."""
         if not self.leading:
-            raise NotLeading(f"{self} has not been renewed in time, so another replica may work by now")
+            raise NotLeading(f"{self} has not been renewed in time, so another replica may be the leader")
 
     async def acquire(self, heard: asyncio.Event) -> None:
         """Be a standby until the lease is free, then take it. Tried for ever; failures are logged, each kind once.
@@ -120,15 +120,15 @@ class Leadership:
                 async with asyncio.timeout(self._request_seconds):
                     held = await self._try(keeping=False)
             except TimeoutError:
-                self._tell(logging.WARNING, f"{self}: no answer within {self._request_seconds:g} s; tried again")
+                self._tell(logging.WARNING, f"{self}: no answer within {self._request_seconds:g} s; retrying")
             except Conflict:
                 heard.set()  # somebody was faster
             except APIError as error:
-                self._tell(logging.WARNING, f"{self}: {error}{_remedy(error)}; tried again")
+                self._tell(logging.WARNING, f"{self}: {error}{_remedy(error)}; retrying")
             else:
                 heard.set()
                 if held and self.leading:
-                    _log.info("leading: %s is held as %s", self, self.identity)
+                    _log.info("became leader: acquired %s as %s", self, self.identity)
                     return
             await asyncio.sleep(jittered(self._retry_seconds, JITTER))
 
@@ -152,11 +152,13 @@ class Leadership:
                 trouble = "the API server did not answer"
             except APIError as error:
                 trouble = f"{error}{_remedy(error)}"
-                _log.warning("%s: %s; tried again", self, trouble)
+                _log.warning("%s: %s; retrying", self, trouble)
             else:
                 if not held:
                     self._until = -math.inf
-                    raise NotLeading(f"{self} was taken by {_holder(self._seen) or 'somebody who gave it back'}")
+                    raise NotLeading(
+                        f"{self} was taken by {_holder(self._seen) or 'another holder, which released it'}"
+                    )
                 trouble = _STOPPED
 
     async def release(self) -> None:
@@ -176,9 +178,11 @@ class Leadership:
                 free = {"holderIdentity": "", "leaseDurationSeconds": 1, "acquireTime": now, "renewTime": now}
                 await self._cluster.replace_lease(self._namespace, self._name, lease, {**lease["spec"], **free})
         except (APIError, TimeoutError) as error:
-            _log.warning("%s could not be given back, so a standby waits for its end: %s", self, error or "no answer")
+            _log.warning(
+                "%s could not be released, so a standby has to wait until it expires: %s", self, error or "no answer"
+            )
         else:
-            _log.info("%s is given back", self)
+            _log.info("released %s", self)
 
     async def _try(self, *, keeping: bool) -> bool:
         """Take the lease or renew it; whether this process has it now.
@@ -217,7 +221,7 @@ class Leadership:
         # What the holder goes by, which need not be what this process would.
         seconds = spec.get("leaseDurationSeconds") or self._lease_seconds
         if holder and self._clock() < self._seen_at + seconds:
-            self._tell(logging.INFO, f"standing by: {self} is held by {holder}")
+            self._tell(logging.INFO, f"standby: {self} is held by {holder}")
             return False
         return True
 
@@ -255,5 +259,7 @@ def _now() -> str:
 
 def _remedy(error: APIError) -> str:
     return (
-        " (the Role vcpuset-leader-election in deploy/ grants what is needed)" if isinstance(error, Forbidden) else ""
+        " (the Role vcpuset-leader-election in deploy/ grants the required permissions)"
+        if isinstance(error, Forbidden)
+        else ""
     )

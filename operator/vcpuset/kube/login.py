@@ -31,7 +31,7 @@ __all__ = ["connection_info", "load_configuration"]
 _load_kube_config: Any = load_kube_config
 _load_incluster_config: Any = load_incluster_config
 
-_REMEDY: Final = "give --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
+_REMEDY: Final = "pass --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
 
 _errors: ContextVar[list[str] | None] = ContextVar("_errors", default=None)
 """What the loader has logged as errors in this login."""
@@ -107,7 +107,7 @@ async def _load_files(files: str, configuration: Configuration) -> None:
     # The loader has no public way to the user's entry.
     if loader._user and not configuration.api_key and not configuration.cert_file:
         raise ConfigException(
-            "the credentials of the user of its current context could not be got: "
+            "the credentials of the user of its current context could not be loaded: "
             f"{'; '.join(errors) or 'there is no token, certificate, exec plugin, or user name with password'}"
         )
 
@@ -116,7 +116,7 @@ def _words(error: Exception) -> str:
     match error:
         case TypeError() | AttributeError() | KeyError() | UnicodeDecodeError():
             # The loader does not check what it has read, and Python's words for that help no one.
-            return "it is no kubeconfig, or a field in it is missing or of another type"
+            return "it is not a kubeconfig, or a field is missing or has the wrong type"
         case _:
             # The loader shows where it failed, with all that the user's entry holds: tokens, passwords.
             return " ".join(re.sub(r"/\{.*\}", "", str(error), flags=re.DOTALL).split())
@@ -131,7 +131,7 @@ def _kubeconfig_files(explicit: Path | None) -> str | None:
     named = os.environ.get("KUBECONFIG")
     if named:
         if not any(Path(file).expanduser().is_file() for file in named.split(os.pathsep) if file):
-            raise APIError(f"KUBECONFIG names no file that exists ({named}): {_REMEDY}")
+            raise APIError(f"KUBECONFIG names no existing file ({named}): {_REMEDY}")
         return named
     default = Path("~/.kube/config").expanduser()
     return str(default) if default.is_file() else None

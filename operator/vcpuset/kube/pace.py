@@ -149,7 +149,7 @@ class Gate:
         pace = self._paces.setdefault(path, Pace())
         if pace.ended():
             _log.warning(
-                "watch %s: ended in less than %g s; taken up in %.1f s", path, STEADY_SECONDS, pace.wait_seconds()
+                "watch %s: ended in less than %g s; resuming in %.1f s", path, STEADY_SECONDS, pace.wait_seconds()
             )
         if (seconds := pace.wait_seconds()) > 0:
             await asyncio.sleep(seconds)
@@ -197,9 +197,9 @@ class Gate:
 
     def _tell(self, pace: Pace, error: APIError) -> None:
         pause = pace.failed(error)
-        _log.warning("%s%s; tried again in %.1f s", error, remedy(error), pause)
+        _log.warning("%s%s; retrying in %.1f s", error, remedy(error), pause)
 
 
 def remedy(error: APIError) -> str:
     """What helps, in brackets, if that is known from the kind of the error."""
-    return " (the roles in deploy/ grant what is needed)" if isinstance(error, Forbidden) else ""
+    return " (the roles in deploy/ grant the required permissions)" if isinstance(error, Forbidden) else ""

@@ -145,7 +145,7 @@ class Recorder:
             self.throttled += 1
             if self._buckets.refuse(vcpuset.uid) == 1:
                 _log.warning(
-                    "%s: Events are left out: it has had %d, and may have one more each %.0f s; first left out: %s: %s",
+                    "%s: dropping Events: rate limit exceeded (burst %d, then one every %.0f s); first dropped: %s: %s",
                     vcpuset,
                     BURST,
                     REFILL_SECONDS,
@@ -168,7 +168,7 @@ class Recorder:
             self._book.forget(oldest)
             self.dropped += oldest.count
             if self._overflow.begins(now):
-                _log.warning("Events are dropped, the oldest first: more than %d wait to be posted", QUEUE_LIMIT)
+                _log.warning("dropping the oldest Events: more than %d are waiting to be posted", QUEUE_LIMIT)
         at = self._clock()
         series = Series(
             key,
@@ -220,7 +220,7 @@ class Recorder:
         self._failures = 0
         if self._away_told:
             self._away_told = False
-            _log.info("Events are posted again; lost so far: %d", self.dropped)
+            _log.info("posting Events succeeds again; lost so far: %d", self.dropped)
         return PACE_SECONDS
 
     async def _post(self, series: Series, first: Occurrence) -> None:
@@ -251,14 +251,14 @@ class Recorder:
             self._lose(series, error)
         if self._away.begins(now):
             self._away_told = True
-            _log.warning("Events cannot be posted at the moment, and are tried again: %s", error)
+            _log.warning("posting Events failed, retrying: %s", error)
         self._failures += 1
         return max(BACKOFF.delay(self._failures), error.retry_after)
 
     def _lose(self, series: Series, error: APIError) -> None:
         self.dropped += series.count
         if self._losses.begins(asyncio.get_running_loop().time()):
-            _log.warning("an Event could not be posted: %s", error)
+            _log.warning("an Event was lost, because it could not be posted: %s", error)
 
     def _event(self, series: Series, first: Occurrence, count: int) -> dict[str, Any]:
         event: dict[str, Any] = {

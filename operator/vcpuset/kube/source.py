@@ -159,7 +159,7 @@ class Source:
                 await self._watch(halt, stop, ready)
             except APIError as error:
                 pace.ended()
-                _log.error("%s; begun anew in %.1f s", error, pace.wait_seconds())
+                _log.error("%s; restarting the watch in %.1f s", error, pace.wait_seconds())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pace.wait_seconds()):
                     await halt.wait()
@@ -198,7 +198,7 @@ class Source:
             await self._gate.close()
         if not served:
             raise APIError(
-                f"the API server does not serve {PLURAL}.{VERSION}.{GROUP}: apply the folder crds/ of this version"
+                f"the API server does not serve {PLURAL}.{VERSION}.{GROUP}: apply the CRD in crds/ of this version"
             )
 
     def _registry(self) -> kopf.OperatorRegistry:

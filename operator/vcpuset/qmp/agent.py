@@ -146,8 +146,8 @@ class Agent:
             await self.close()
             if self._client.strange is not None:
                 raise AgentUnreachable(
-                    f"{self._where} did not answer {translate.asked(command)} within {self._seconds:g} s but sent"
-                    " something else: this is no guest agent"
+                    f"{self._where} did not answer {translate.asked(command)} within {self._seconds:g} s, but sent"
+                    " other data: this is not a guest agent"
                 ) from self._client.strange
             raise translate.agent_silent(self._where, command, self._seconds) from error
         except Exception as error:
@@ -180,7 +180,7 @@ class _AgentClient(Client):
         number = secrets.randbits(53)
         self._writer.write(_DELIMITER)
         if await self.execute(_SYNC, {"id": number}) != number:
-            raise _NotAnAgent("another number than it was sent")
+            raise _NotAnAgent("a different number than the one sent")
         self._synced = True
         self.strange = None
 
@@ -209,7 +209,7 @@ class _AgentClient(Client):
         if "QMP" in msg:
             raise _NotAnAgent("the greeting of a QMP monitor")
         if "return" not in msg and "error" not in msg:
-            raise _NotAnAgent("a message that is no reply")
+            raise _NotAnAgent("a message that is not a reply")
         ident = msg.get("id")
         if not self._synced and not (isinstance(ident, str) and ident in self._pending):
             return  # For an earlier client, or the error that our 0xFF has caused.

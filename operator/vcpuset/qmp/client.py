@@ -82,11 +82,11 @@ class Stage(enum.Enum):
 _NOT_QMP = (
     (
         re.compile(rb"(\xff[^{Q]*)?QEMU \S+ monitor"),
-        "this is QEMU's monitor for people (HMP); use -qmp in place of -monitor, or add mode=control to -mon",
+        "this is QEMU's human monitor (HMP); use -qmp instead of -monitor, or add mode=control to -mon",
     ),
     (
         re.compile(rb"\xff[\xfa-\xfe]"),
-        "the chardev adds the bytes of a telnet connection; remove telnet=on (or tn3270=on)",
+        "the chardev uses the telnet protocol; remove telnet=on (or tn3270=on)",
     ),
 )
 """What QEMU sends in place of a greeting if it was told to, and what helps."""
@@ -339,10 +339,10 @@ def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
     try:
         found = json.loads(line)
     except RecursionError:
-        return None, "a message of too many levels"
+        return None, "a message with too many nested levels"
     except ValueError:
-        return None, next((why for pattern, why in _NOT_QMP if pattern.match(line)), "a message that is no JSON")
-    return (found, "") if isinstance(found, dict) else (None, "a message that is no JSON object")
+        return None, next((why for pattern, why in _NOT_QMP if pattern.match(line)), "a message that is not JSON")
+    return (found, "") if isinstance(found, dict) else (None, "a message that is not a JSON object")
 
 
 def _nothing() -> None:

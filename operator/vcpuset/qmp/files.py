@@ -127,6 +127,4 @@ def _discard(late: asyncio.Future[_T], discard: Callable[[_T], object]) -> None:
 
 
 def _unanswered(path: str) -> MonitorUnreachable:
-    return MonitorUnreachable(
-        f"the file system at {path} does not answer within {CALL_SECONDS:g} s: see to what is mounted there"
-    )
+    return MonitorUnreachable(f"the file system at {path} does not answer within {CALL_SECONDS:g} s: check the mount")

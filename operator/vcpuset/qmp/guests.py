@@ -146,8 +146,8 @@ class Guests:
         except AgentError as error:
             report = GuestReport(None, error)
         except Exception as error:  # noqa: BLE001 - a defect: logged with its traceback, and told in the status; a set waits for this answer
-            _log.exception("asking the guest of %s failed unexpectedly", vcpuset)
-            report = GuestReport(None, AgentUnreachable(f"asking the guest agent failed: {error!r}"))
+            _log.exception("querying the guest agent of %s failed unexpectedly", vcpuset)
+            report = GuestReport(None, AgentUnreachable(f"querying the guest agent failed: {error!r}"))
         loop = asyncio.get_running_loop()
         if report.cpus is None:
             pause = RETRY_SECONDS[min(guest.failures, len(RETRY_SECONDS) - 1)]
@@ -173,7 +173,8 @@ class Guests:
         field = "spec.guestAgent.unix.path"
         if self._socket_root is None:
             raise AgentUnreachable(
-                f"{field}: this operator was started without --socket-root; run one on the machine's node that has it"
+                f"{field}: this operator was started without --socket-root; run one with that flag on the machine's "
+                "node"
             )
         try:
             endpoint = await find_socket(self._socket_root, namespace, agent.path, field)

@@ -103,8 +103,8 @@ class Monitors:
             case UnixMonitor(path):
                 if self._socket_root is None:
                     raise InvalidMonitor(
-                        "spec.monitor.unix: this operator serves no unix monitors, since it was started without "
-                        "--socket-root; run one on the machine's node that has it"
+                        "spec.monitor.unix: this operator does not connect to unix monitors, because it was started "
+                        "without --socket-root; run an operator with that flag on the machine's node"
                     )
                 stamp: Stamp | None = None
                 try:

@@ -159,7 +159,9 @@ class Session:
                     raise endpoint.unanswered(client.addresses) from error
             if client.greeting is None:
                 raise translate.busy(self._where, _silence(endpoint, client.stage)) from error
-            raise MonitorTimeout(f"{self._where} greeted but did not negotiate within {seconds:g} s") from error
+            raise MonitorTimeout(
+                f"{self._where} sent a greeting, but did not negotiate within {seconds:g} s"
+            ) from error
         except VCPUSetError:
             await self.close()
             raise
@@ -215,7 +217,7 @@ class Session:
             slots = None
         else:
             if slots is None:
-                raise MachineUnsettled(f"{self._where}: CPUs came or went while they were counted")
+                raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
         self.answers_by_event_only = ost is None
         self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
         if self._uuid is None:  # One connection leads to one process, which keeps it.
@@ -292,10 +294,10 @@ class Session:
                 reply = await self._client.execute(command, arguments)
         except TimeoutError as error:
             outcome = "timeout"
-            late = "" if command.startswith("query-") else "; it may still carry it out"
+            late = "" if command.startswith("query-") else "; it may still execute it"
             raise MonitorTimeout(
                 f"{self._where} has not answered {translate.asked(command)} within {self._command_seconds:g} s{late}: "
-                "see whether the QEMU process is stopped, waits for storage or gets too little CPU time"
+                "check whether the QEMU process is stopped, waits for storage or has too little CPU time"
             ) from error
         except ExecuteError as error:
             outcome = "refused"
@@ -331,7 +333,7 @@ class Session:
             # Once: whoever sends one can send thousands.
             level = logging.DEBUG if self._puzzled else logging.WARNING
             self._puzzled = True
-            _log.log(level, "%s sent an ACPI_DEVICE_OST that is not understood: %s", self._where, error)
+            _log.log(level, "%s sent an invalid ACPI_DEVICE_OST event: %s", self._where, error)
             return
         if report is None:
             return
@@ -374,7 +376,5 @@ def _silence(endpoint: Endpoint, stage: Stage) -> str:
     if stage is Stage.SECURING:
         return "does not answer the TLS handshake"
     if isinstance(endpoint, TCPEndpoint) and endpoint.tls is None:
-        return (
-            "does not greet (as it does if it waits for TLS, which spec.monitor.tcp.tls and --tls-credentials are for)"
-        )
+        return "does not greet (or waits for TLS, which spec.monitor.tcp.tls and --tls-credentials enable)"
     return "does not greet"

@@ -56,7 +56,7 @@ Stamp = tuple[int, int, int]
 
 _KINDS = {
     stat.S_IFREG: "a regular file",
-    stat.S_IFDIR: "a folder",
+    stat.S_IFDIR: "a directory",
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
@@ -173,9 +173,9 @@ def open_socket(
     """
     name = f"{namespace}/{path}"
     if bad_segment(namespace):
-        raise InvalidMonitor(f"{namespace!r} cannot be the name of a namespace's folder")
+        raise InvalidMonitor(f"{namespace!r} cannot be the name of a namespace's directory")
     if path.startswith("/"):
-        raise InvalidMonitor(f"{field} {path!r} is absolute: give it relative to the namespace's folder")
+        raise InvalidMonitor(f"{field} {path!r} is absolute: it must be relative to the namespace's directory")
     segments = path.split("/")
     for segment in segments:
         if reason := bad_segment(segment):
@@ -244,7 +244,9 @@ def local_socket(path: Path) -> UnixEndpoint:
             f"there is no {path}: start QEMU with its socket there, or correct the path"
         ) from error
     except PermissionError as error:
-        raise MonitorUnreachable(f"{path} may not be looked up: run this as a user who may enter its folder") from error
+        raise MonitorUnreachable(
+            f"{path} may not be accessed: run this as a user with search permission on its directory"
+        ) from error
     except (OSError, ValueError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)
         raise MonitorUnreachable(f"{path} cannot be opened: {words}") from error
@@ -253,7 +255,7 @@ def local_socket(path: Path) -> UnixEndpoint:
     if kind != stat.S_IFSOCK:
         os.close(found)
         raise InvalidMonitor(
-            f"{path} is {_KINDS.get(kind, 'something else')}, not a socket: name the one that QEMU makes"
+            f"{path} is {_KINDS.get(kind, 'something else')}, not a socket: specify the socket that QEMU creates"
         )
     return UnixEndpoint(found, status, str(path), str(path), str(path))
 
@@ -263,7 +265,7 @@ def bad_segment(segment: str) -> str | None:
     if segment == "":
         return "has an empty segment"
     if segment in {".", ".."}:
-        return f"has a segment {segment!r}: it must not leave the namespace's folder"
+        return f"has a segment {segment!r}: it must not leave the namespace's directory"
     if "/" in segment or "\0" in segment:
         return "has a character that no file name can hold"
     try:
@@ -278,11 +280,13 @@ def _open_beneath(folder: int, segment: str, name: str) -> int:
     try:
         return os.open(segment, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError as error:
-        raise MonitorUnreachable(f"there is no {name} below the socket root (yet): is QEMU running?") from error
+        raise MonitorUnreachable(
+            f"there is no {name} below the socket root (yet): check that QEMU is running"
+        ) from error
     except PermissionError as error:
         raise MonitorUnreachable(
-            f"{name} below the socket root may not be opened: let the operator's user (uid {os.geteuid()}) enter"
-            " its folder"
+            f"{name} below the socket root may not be opened: give the operator's user (uid {os.geteuid()}) search"
+            " permission on its directory"
         ) from error
     except OSError as error:
         limit = "; raise the operator's limit of open files" if error.errno in {errno.EMFILE, errno.ENFILE} else ""

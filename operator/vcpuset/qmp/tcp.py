@@ -108,24 +108,23 @@ class TCPEndpoint:
     def without_address(self) -> MonitorUnreachable:
         """What it means that the name was not found, or not in time: DNS in trouble does both by turns."""
         return MonitorUnreachable(
-            f"the name of {self} leads to no address: it does not exist, or DNS does not answer; correct "
-            "spec.monitor.tcp.host, or the DNS"
+            f"the host name of {self} cannot be resolved: it does not exist, or DNS does not answer; correct "
+            "spec.monitor.tcp.host or DNS"
         )
 
     def unanswered(self, addresses: Sequence[AddrInfoType]) -> MonitorUnreachable:
         """What it means that no address has answered, or not within the deadline."""
         return MonitorUnreachable(
-            f"{self}{self._meaning(addresses)} did not take the connection: its host is away, a network policy, "
-            "firewall or route stops what goes there, or another client holds the monitor and others wait for it "
-            "already"
+            f"{self}{self._meaning(addresses)} did not accept the connection: its host is unreachable, a network "
+            "policy, firewall or route blocks the traffic, or another client holds the monitor and its queue is full"
         )
 
     def require_served(self) -> None:
         """Raises InvalidMonitor if no TCP monitor may be connected to at all."""
         if self.networks is not None and not self.networks.listed:
             raise InvalidMonitor(
-                f"spec.monitor.tcp: {self} cannot be served, since this operator was started without --allow-tcp and "
-                "so serves no TCP monitors; its administrator gives the network of the monitors with that flag"
+                f"spec.monitor.tcp: {self} is not allowed, because this operator was started without --allow-tcp; its "
+                "administrator must add the network of the monitor with that flag"
             )
 
     async def _look_up(self) -> Sequence[AddrInfoType]:
@@ -150,8 +149,8 @@ class TCPEndpoint:
         allowed = [each for each in found if self.networks.allow(each[4][0])]
         if not allowed:
             raise InvalidMonitor(
-                f"spec.monitor.tcp: {self}{self._meaning(found)} is not in a network that this operator may connect "
-                "to; name a monitor that is, or have the operator's administrator add its network with --allow-tcp"
+                f"spec.monitor.tcp: {self}{self._meaning(found)} is not in an allowed network; name a monitor in "
+                "an allowed network, or have the administrator of the operator add the network with --allow-tcp"
             )
         return allowed
 
@@ -162,8 +161,8 @@ class TCPEndpoint:
         where = f"{self}{self._meaning(tried)}"
         if failures == {errno.ECONNREFUSED}:
             return MonitorUnreachable(
-                f"{where} refuses the connection: is QEMU running? If it is, a network policy or firewall rejects what "
-                "goes there"
+                f"{where} refuses the connection: check that QEMU is running, and that no network policy or firewall "
+                "rejects the traffic"
             )
         words = ", ".join(sorted({_words(number) for number in failures})) or str(error)[:_LONGEST]
         return MonitorUnreachable(f"{where} cannot be reached: {words}")
@@ -179,7 +178,7 @@ class TCPEndpoint:
 
 def _words(number: int) -> str:
     if number in {errno.EACCES, errno.EPERM}:
-        return "a network policy, a firewall or a route forbids it"
+        return "a network policy, firewall or route blocks the traffic"
     return os.strerror(number)
 
 

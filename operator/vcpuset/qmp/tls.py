@@ -130,8 +130,8 @@ class Keys:
             bits = getattr(own.public_key(), "key_size", 0)
         if bits > _KEY_BITS:
             raise CredentialsUnavailable(
-                f"{CERTIFICATE} of {self._source} is for a key of more than {_KEY_BITS} bits, with which each "
-                f"connection would hold up other sets: take an EC key, or RSA of up to {_KEY_BITS} bits"
+                f"{CERTIFICATE} of {self._source} has a key of more than {_KEY_BITS} bits, which would delay other "
+                f"VCPUSets at each connection: use an EC key, or RSA of up to {_KEY_BITS} bits"
             )
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
@@ -145,7 +145,7 @@ class Keys:
         except OSError as error:
             limit = "; raise the operator's limit of open files" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
             raise CredentialsUnavailable(
-                f"{self._source} cannot be handed to OpenSSL: {error.strerror}{limit}"
+                f"{self._source} cannot be passed to OpenSSL: {error.strerror}{limit}"
             ) from error
 
     def require_valid(self) -> None:
@@ -155,12 +155,12 @@ class Keys:
         if now > end:
             raise CredentialsUnavailable(
                 f"the operator's certificate, {CERTIFICATE} of {self._source}, expired at {end:%Y-%m-%dT%H:%M:%SZ}: "
-                "renew it (if cert-manager should have: see its Certificate)"
+                "renew it (with cert-manager, check the status of the Certificate)"
             )
         if now < begin:
             raise CredentialsUnavailable(
-                f"the operator's certificate, {CERTIFICATE} of {self._source}, is valid only from "
-                f"{begin:%Y-%m-%dT%H:%M:%SZ} on: see whether the clocks agree"
+                f"the operator's certificate, {CERTIFICATE} of {self._source}, is not valid before "
+                f"{begin:%Y-%m-%dT%H:%M:%SZ}: check the clocks"
             )
 
     def options(self, server_name: str) -> dict[str, Any]:
@@ -200,49 +200,48 @@ class Keys:
         if code in _UNTRUSTED:
             return CredentialsUnavailable(
                 f"the certificate of {where} is not signed by {CA} of {self._source}: put the CA of QEMU's "
-                "server-cert.pem there, or give QEMU a certificate of that CA"
+                "server-cert.pem there, or use a certificate of that CA for QEMU"
             )
         if code in {_NAME_MISMATCH, _ADDRESS_MISMATCH}:
             return CredentialsUnavailable(
                 f"the certificate of {where} is not for {server_name}{_names(getattr(error, 'certificate', None))}: "
-                "give spec.monitor.tcp.tls.serverName (--tls-server-name) a name that it is for, or QEMU a certificate "
-                f"with {server_name} as subject alternative name"
+                "set spec.monitor.tcp.tls.serverName (--tls-server-name) to a name in the certificate, or use a "
+                f"certificate with {server_name} as subject alternative name for QEMU"
             )
         if code == _EXPIRED:
             return CredentialsUnavailable(
-                f"the certificate of {where} has expired (or a CA's on the way to {CA} of {self._source}): renew it; "
-                "QEMU reads it only when it starts"
+                f"the certificate of {where} has expired (or that of a CA between it and {CA} of {self._source}): "
+                "renew it and restart QEMU, which only reads it at start-up"
             )
         if code == _NOT_YET:
             return CredentialsUnavailable(
-                f"the certificate of {where} is not valid yet: see whether the clocks of its host and of the "
-                "operator's agree"
+                f"the certificate of {where} is not valid yet: check the clocks of its host and of the operator's host"
             )
         return CredentialsUnavailable(
-            f"the certificate of {where} is not accepted with {CA} of {self._source}: {error.verify_message}"
+            f"the certificate of {where} was rejected with {CA} of {self._source}: {error.verify_message}"
         )
 
     def _disagreement(self, where: str, reason: str) -> VCPUSetError:
         if reason in _NO_TLS:
             return InvalidMonitor(
-                f"{where} does not speak TLS: give QEMU's chardev tls-creds (see docs/monitors.md), or, to do without "
-                "encryption and authentication, the set spec.monitor.tcp.insecure in place of tls"
+                f"{where} does not speak TLS: set tls-creds on QEMU's chardev (see docs/monitors.md), or, to connect "
+                "without encryption and authentication, set spec.monitor.tcp.insecure instead of tls"
             )
         if _NOTHING_IN_COMMON.search(reason):
             # Whether QEMU's words come through before it resets the connection is a matter of luck.
             return _cut_short(where)
         if _REFUSED.search(reason):
             return CredentialsUnavailable(self._refusal(where, f"answered {reason}"))
-        return MonitorUnreachable(f"{where} and the operator do not agree on TLS: {reason}")
+        return MonitorUnreachable(f"{where} and the operator have no TLS parameters in common: {reason}")
 
     def _refusal(self, where: str, how: str) -> str:
         if not self._subject:
             return (
-                f"{where} refuses the operator's certificate ({how}): {CERTIFICATE} of {self._source} has an empty "
-                "subject, which QEMU takes from nobody; give it a common name"
+                f"{where} rejects the operator's certificate ({how}): {CERTIFICATE} of {self._source} has an empty "
+                "subject, which QEMU never accepts; set a common name"
             )
         return (
-            f"{where} refuses the operator's certificate ({how}): see that QEMU's ca-cert.pem holds the CA of "
+            f"{where} rejects the operator's certificate ({how}): check that QEMU's ca-cert.pem contains the CA of "
             f"{CERTIFICATE} of {self._source}, and that its tls-authz allows the certificate's name: "
             f"authz-simple,identity={_printable(self._subject.replace(',', ',,'))}"
         )
@@ -260,7 +259,7 @@ class Keys:
             yield
         except Exception as error:  # it raises more kinds than ValueError (InvalidVersion, DuplicateExtension, …)
             raise CredentialsUnavailable(
-                f"{name} of {self._source} holds no certificate in PEM that can be read: {_printable(str(error))}"
+                f"{name} of {self._source} contains no readable PEM certificate: {_printable(str(error))}"
             ) from error
 
     def _load(self, authorities: Sequence[x509.Certificate], credentials: Credentials) -> None:
@@ -282,9 +281,7 @@ class Keys:
                 ) from error
             except ssl.SSLError as error:
                 if error.reason in {"KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
-                    words = (
-                        f"{KEY} of {self._source} is not the key of its {CERTIFICATE}: store two that belong together"
-                    )
+                    words = f"{KEY} of {self._source} is not the key of its {CERTIFICATE}: store a matching pair"
                 else:
                     words = f"{CERTIFICATE} and {KEY} of {self._source} cannot be used: {error.reason or error}"
                 raise CredentialsUnavailable(words) from error
@@ -304,8 +301,8 @@ def keys_of(credentials: Credentials) -> Keys:
 
 def _cut_short(where: str) -> MonitorUnreachable:
     return MonitorUnreachable(
-        f"{where} closed the connection during the TLS handshake: QEMU is ending, or it allows no version of TLS from "
-        "1.2 on, or not with P-256 (see priority= of its tls-creds-x509, and the key of its certificate)"
+        f"{where} closed the connection during the TLS handshake: QEMU is shutting down, or does not allow TLS 1.2 "
+        "or newer, or P-256 (see priority= of its tls-creds-x509, and the key of its certificate)"
     )
 
 

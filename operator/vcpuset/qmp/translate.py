@@ -133,8 +133,8 @@ def says_no_hotplug(error: CommandError) -> bool:
 def busy(where: str, what: str = "does not greet") -> MonitorBusy:
     """Connected or queued, but what comes next, the greeting or a handshake before it, does not come."""
     return MonitorBusy(
-        f"{where} {what}: another client holds this monitor, QEMU hangs, or this is no QMP monitor (a guest agent's "
-        "channel, a serial port); give the operator a monitor of its own"
+        f"{where} {what}: another client holds this monitor, QEMU hangs, or this is not a QMP monitor (but a guest "
+        "agent's channel or a serial port); give the operator a dedicated monitor"
     )
 
 
@@ -164,9 +164,11 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
         case BlockingIOError():  # the listener's queue is full: others wait for the monitor already
             return busy(where)
         case ConnectionResetError() | BrokenPipeError() | EOFError():
-            return MonitorUnreachable(f"{where} closed the connection before the session began: is QEMU ending?")
+            return MonitorUnreachable(
+                f"{where} closed the connection before the session was established: check whether QEMU is shutting down"
+            )
         case ConnectionRefusedError() | FileNotFoundError():
-            return MonitorUnreachable(f"nothing listens at {where}: is QEMU running?")
+            return MonitorUnreachable(f"nothing listens at {where}: check that QEMU is running")
         case PermissionError():
             return MonitorUnreachable(
                 f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
@@ -174,7 +176,7 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
         case OSError():
             return MonitorUnreachable(f"{where} cannot be reached: {_brief(found)}")
         case NegotiationError():
-            return MonitorUnreachable(f"{where} greeted as QMP does, but did not accept qmp_capabilities")
+            return MonitorUnreachable(f"{where} sent a QMP greeting, but did not accept qmp_capabilities")
         case _:
             return MonitorUnreachable(f"{where} does not speak QMP: {_brief(found)}")
 
@@ -186,10 +188,10 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
     cause  what broke the connection, if that is known
     """
     if cause is None and isinstance(error, QMPError) and not isinstance(error, StateError):
-        return MonitorUnreachable(f"{where} gave no answer to {command}: {_brief(error)}")
+        return MonitorUnreachable(f"{where} did not answer {command}: {_brief(error)}")
     # Whether it shows when the command is sent or later, and whether as an end or a reset, is a matter of luck.
     if isinstance(cause or error, EOFError | ConnectionError | StateError):
-        command, why = asked(command), "the other end closed it"
+        command, why = asked(command), "it was closed by the other end"
     else:
         why = _brief(cause or error)
     return MonitorUnreachable(f"the connection to {where} broke before {command} was answered: {why}")
@@ -203,9 +205,9 @@ def agent_refusal(command: str, error: ExecuteError) -> AgentRefused:
 def agent_silent(where: str, command: str, seconds: float) -> AgentTimeout:
     """Connected or queued, and `command` was not answered."""
     return AgentTimeout(
-        f"{where} has not answered {asked(command)} within {seconds:g} s: no qemu-guest-agent runs in the guest, it"
-        " hangs, or another client holds the socket; start the agent in the guest, and let the operator alone use its"
-        " socket"
+        f"{where} has not answered {asked(command)} within {seconds:g} s: qemu-guest-agent is not running in the "
+        "guest, hangs, or another client holds its socket; start the agent in the guest, and use its socket only for "
+        "the operator"
     )
 
 
@@ -219,7 +221,7 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
         case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
             return AgentUnreachable(f"the connection to {where} was closed before {asked(command)} was answered")
         case ConnectionRefusedError() | FileNotFoundError():
-            return AgentUnreachable(f"nothing listens at {where}: is QEMU running?")
+            return AgentUnreachable(f"nothing listens at {where}: check that QEMU is running")
         case PermissionError():
             return AgentUnreachable(
                 f"{where} may not be connected to: give the operator's user (uid {os.geteuid()}) write access to it"
@@ -229,7 +231,7 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
         case MonitorUnreachable() as failure:  # the file system that the socket is on hangs
             return AgentUnreachable(str(failure))
         case failure:
-            return AgentUnreachable(f"{where} answered {command} with {_brief(failure)}: this is no guest agent")
+            return AgentUnreachable(f"{where} answered {command} with {_brief(failure)}: this is not a guest agent")
 
 
 def _brief(error: BaseException) -> str:

@@ -302,14 +302,14 @@ class SocketWatcher:
         (self._limited.add if limited else self._limited.discard)(folder)
         if limited and not were_limited:
             logger.warning(
-                "sockets below %s that come or go are not noticed at once, but by retries and resyncs: %s; raise "
-                "fs.inotify.max_user_watches or fs.inotify.max_user_instances (sysctl); tried again every %.0f s",
+                "cannot watch sockets below %s, so changes are only detected by retries and resyncs: %s; raise "
+                "fs.inotify.max_user_watches or fs.inotify.max_user_instances (sysctl); retrying every %.0f s",
                 self._root,
                 error,
                 OBSERVE_SECONDS,
             )
         elif were_limited and not self._limited:
-            logger.info("sockets below %s that come or go are noticed at once again", self._root)
+            logger.info("watching sockets below %s again", self._root)
 
         refused = error is not None and not limited
         if refused == (folder in self._refused):
@@ -318,8 +318,8 @@ class SocketWatcher:
         if folder:
             if refused:
                 logger.warning(
-                    "%s cannot be watched (%s): let the operator's user (uid %d) read that folder; until then machines "
-                    "that start or end in it are found by retries and resyncs",
+                    "cannot watch %s (%s): give the operator's user (uid %d) read permission on that directory; "
+                    "until then, machines that start or stop in it are only detected by retries and resyncs",
                     below(self._root, folder),
                     error and error.strerror,
                     os.geteuid(),
@@ -327,13 +327,13 @@ class SocketWatcher:
         elif refused:
             self._next = min(self._next, self._last + SOON_SECONDS)
             logger.warning(
-                "the socket root %s cannot be watched: %s; make that folder, it is looked up every %.0f s",
+                "cannot watch the socket root %s: %s; create that directory; retrying every %.0f s",
                 self._root,
                 error and error.strerror,
                 SOON_SECONDS,
             )
         else:
-            logger.info("the socket root %s is there", self._root)
+            logger.info("the socket root %s exists now", self._root)
 
 
 def _path(vcpuset: VCPUSet) -> str | None:

@@ -59,7 +59,7 @@ class TaskOwner:
             work.close()  # otherwise Python warns that it was never awaited
             if self._closing:
                 raise RuntimeError(f"background task {name!r} cannot start: its owner is closing")
-            raise ValueError(f"background task {name!r} cannot start: one of that name is running")
+            raise ValueError(f"background task {name!r} cannot start: a task with this name is running")
         task = asyncio.create_task(work, name=name)
         self._running[name] = task
         task.add_done_callback(self._see_end)
@@ -95,7 +95,7 @@ class TaskOwner:
         _, late = await asyncio.wait(tasks, timeout=self._close_seconds)
         for task in late:
             frames = task.get_stack(limit=1)
-            place = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "an unknown place"
+            place = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "an unknown location"
             logger.error(
                 "background task %r has not ended %g s after it was cancelled; it is at %s",
                 task.get_name(),

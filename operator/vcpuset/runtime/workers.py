@@ -130,7 +130,7 @@ async def _serve(
         outcome = await _run(handler, key)
         label = _settle(queue, key, outcome)
     except asyncio.CancelledError:
-        logger.warning("%s: pass cut off after %.1f s", key, loop.time() - started_at)
+        logger.warning("%s: reconciliation cancelled after %.1f s", key, loop.time() - started_at)
         queue.add(key)  # The work is not done. Ignored when the queue is shut down.
         raise
     finally:
@@ -170,7 +170,9 @@ def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
             return "retry"
         case _Crash(error):
             queue.add_rate_limited(key)
-            logger.error("%s: pass failed with a defect; it will be retried", key, exc_info=error)
+            logger.error(
+                "%s: reconciliation ended with an unexpected exception (a bug); it will be retried", key, exc_info=error
+            )
             return "crash"
         case _:
             assert_never(outcome)

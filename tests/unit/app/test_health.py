@@ -92,17 +92,17 @@ async def test_an_address_that_is_taken_is_an_error_with_the_remedy(served: Serv
         await served.serving().__aenter__()
 
     assert str(caught.value) == (
-        f"--http-address 127.0.0.1:{served.port} cannot be served: Address already in use; give another one with "
-        "--http-address (an empty one: no HTTP)"
+        f"cannot listen on --http-address 127.0.0.1:{served.port}: Address already in use; set another address with "
+        "--http-address, or an empty one to disable HTTP"
     )
 
 
 @pytest.mark.parametrize(
     ("host", "words"),
     [
-        ("192.0.2.1", "192.0.2.1:0 cannot be served: Cannot assign requested address;"),
-        ("2001:db8::1", "[2001:db8::1]:0 cannot be served: "),
-        ("..", "..:0 cannot be served: "),
+        ("192.0.2.1", "192.0.2.1:0: Cannot assign requested address;"),
+        ("2001:db8::1", "[2001:db8::1]:0: "),
+        ("..", "..:0: "),
     ],
 )
 async def test_an_address_that_is_not_of_this_host_is_an_error(host: str, words: str) -> None:

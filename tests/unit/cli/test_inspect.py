@@ -227,8 +227,8 @@ def test_what_is_neither_is_a_usage_error(text: str) -> None:
     ("name", "words"),
     [
         ("nowhere/qmp.sock", "start QEMU with its socket there, or correct the path."),
-        ("file", "is a regular file, not a socket: name the one that QEMU makes."),
-        (".", "is a folder, not a socket"),
+        ("file", "is a regular file, not a socket: specify the socket that QEMU creates."),
+        (".", "is a directory, not a socket"),
     ],
 )
 def test_what_is_no_socket_is_an_error_with_its_remedy(tmp_path: Path, name: str, words: str) -> None:

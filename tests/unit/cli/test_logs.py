@@ -160,4 +160,4 @@ def test_in_json_warnings_and_exceptions_that_nobody_caught_are_lines_too() -> N
     ):
         assert any(name == logger and text in message for name, message in told), f"{text} in {told}"
     assert entries[-1]["level"] == "CRITICAL"
-    assert entries[-1]["message"] == "the program ends: that is all"
+    assert entries[-1]["message"] == "the program exits: that is all"

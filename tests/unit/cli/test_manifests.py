@@ -146,15 +146,15 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        pytest.param("", "holds no VCPUSet", id="empty"),
-        pytest.param("# nothing\n---\n", "holds no VCPUSet", id="comments"),
-        pytest.param("kind: List\nitems: []", "holds no VCPUSet", id="empty-list"),
+        pytest.param("", "contains no VCPUSet", id="empty"),
+        pytest.param("# nothing\n---\n", "contains no VCPUSet", id="comments"),
+        pytest.param("kind: List\nitems: []", "contains no VCPUSet", id="empty-list"),
         pytest.param("a: [", "not YAML (or JSON): ", id="not-yaml"),
-        pytest.param("a: 1\na: 2", "'a' comes twice in line 2, column 1", id="a-key-twice"),
+        pytest.param("a: 1\na: 2", "duplicate key 'a' in line 2, column 1", id="a-key-twice"),
         pytest.param("!!python/object:os.system {}", "could not determine a constructor", id="python"),
         pytest.param("\x00", "special characters are not allowed", id="binary"),
         pytest.param(
-            "hello", "document 1: expected a VCPUSet, a mapping of fields, and found the text 'hello'", id="s"
+            "hello", "document 1: expected a VCPUSet, a mapping of fields, and found the string 'hello'", id="s"
         ),
         pytest.param("- 1", "found a list", id="list"),
         pytest.param("kind: Pod\nmetadata: {name: x}", "Pod x: not a VCPUSet: kind is 'Pod'", id="another-kind"),
@@ -163,17 +163,17 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param(BY_HAND.replace("name: web", "nam: web"), "metadata.name is missing", id="no-name"),
         pytest.param(
             BY_HAND.replace("name: web", "name: 123"),
-            "metadata.name must be text, and is 123: put it in quotes.",
+            "metadata.name must be a string, but is 123: quote it.",
             id="a-number-as-name",
         ),
         pytest.param(
             BY_HAND.replace("name: web", "name: yes"),
-            "metadata.name must be text, and is true: put it in quotes.",
+            "metadata.name must be a string, but is true: quote it.",
             id="a-yes-as-name",
         ),
         pytest.param(
             BY_HAND.replace("name: web", "name: web\n  namespace: 7"),
-            "metadata.namespace must be text, and is 7: put it in quotes.",
+            "metadata.namespace must be a string, but is 7: quote it.",
             id="a-number-as-namespace",
         ),
         pytest.param(BY_HAND.split("spec:", maxsplit=1)[0], "spec is missing", id="no-spec"),
@@ -182,24 +182,24 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param(changed(vcpus=0), "spec.vcpus is 0: declare from 1 to 4096", id="too-few"),
         pytest.param(changed(vcpus=4097), "spec.vcpus is 4097: declare from 1 to 4096", id="too-many"),
         pytest.param(
-            changed(vcpus="6"), "spec.vcpus must be a whole number from 1 to 4096, and is the text '6'", id="t"
+            changed(vcpus="6"), "spec.vcpus must be a whole number from 1 to 4096, but is the string '6'", id="t"
         ),
-        pytest.param(changed(vcpus=True), "and is true", id="vcpus-true"),
-        pytest.param(changed(vcpus=2.5), "and is 2.5", id="vcpus-broken"),
+        pytest.param(changed(vcpus=True), "but is true", id="vcpus-true"),
+        pytest.param(changed(vcpus=2.5), "but is 2.5", id="vcpus-broken"),
         pytest.param(changed(minVCPUs=5), "below spec.minVCPUs: declare at least 5", id="below-min"),
         pytest.param(changed(maxVCPUs=3), "above spec.maxVCPUs: declare at most 3", id="above-max"),
         pytest.param(changed(minVCPUs=4, maxVCPUs=3), "the first must not be more than the second", id="min-max"),
-        pytest.param(changed(vcpu=4), "spec.vcpu is no field of a VCPUSet. Did you mean spec.vcpus?", id="typo"),
+        pytest.param(changed(vcpu=4), "spec.vcpu is not a field of VCPUSet. Did you mean spec.vcpus?", id="typo"),
         pytest.param(changed(MaxVcpus=4), "Did you mean spec.maxVCPUs?", id="case"),
-        pytest.param(changed(colour="red"), "There are vcpus, minVCPUs, ", id="no-idea"),
+        pytest.param(changed(colour="red"), "Known: vcpus, minVCPUs, ", id="no-idea"),
         pytest.param(changed(unplug={"retry": 5}), "Did you mean spec.unplug.retrySeconds?", id="nested"),
-        pytest.param(f"{BY_HAND}\nstate: x", "state is no field of a VCPUSet. Did you mean status?", id="top"),
+        pytest.param(f"{BY_HAND}\nstate: x", "state is not a field of VCPUSet. Did you mean status?", id="top"),
         pytest.param(
             changed(unplug={"policy": "enabled"}), "choose Enabled or Disabled. Did you mean Enabled?", id="ch"
         ),
-        pytest.param(changed(unplug=5), "spec.unplug must be a mapping of fields, and is 5", id="no-mapping"),
-        pytest.param(changed(suspend="yes"), "spec.suspend must be true or false, and is the text 'yes'", id="bool"),
-        pytest.param(changed(monitor={}), "neither of unix and tcp: give exactly one", id="neither"),
+        pytest.param(changed(unplug=5), "spec.unplug must be a mapping of fields, but is 5", id="no-mapping"),
+        pytest.param(changed(suspend="yes"), "spec.suspend must be true or false, but is the string 'yes'", id="bool"),
+        pytest.param(changed(monitor={}), "neither of unix and tcp: set exactly one", id="neither"),
         pytest.param(
             changed(monitor={"unix": {"path": "a"}, "tcp": {"host": "h", "port": 1}}), "has both of", id="both"
         ),
@@ -223,7 +223,7 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
         pytest.param(changed(guestAgent={"unix": {"path": "web/qmp.sock"}}), "is the monitor's", id="agent"),
         pytest.param(
             BY_HAND.replace("name: web", "name: web\n  creationTimestamp: yesterday"),
-            "metadata.creationTimestamp: yesterday is no time",
+            "metadata.creationTimestamp: yesterday is not a usable time",
             id="creation",
         ),
     ],

@@ -141,8 +141,8 @@ def test_what_is_no_network_is_refused_with_the_remedy(vcpuset: Vcpuset) -> None
     assert result.exit_code == 2
     words = " ".join(result.output.split())
     assert "Invalid value for '--allow-tcp'" in words
-    assert "'10.0.0.1/8' has bits set behind its prefix" in words
-    assert "write 10.0.0.0/8" in words
+    assert "'10.0.0.1/8' has host bits set" in words
+    assert "use 10.0.0.0/8" in words
     assert vcpuset.settings is None
 
 
@@ -235,12 +235,12 @@ def test_a_bad_value_is_refused_with_the_name_of_its_flag(vcpuset: Vcpuset, flag
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--namespace", "Default", "'Default' cannot be the name of a namespace: it has up to 63 lower-case letters"),
+        ("--namespace", "Default", "'Default' cannot be the name of a namespace: use up to 63 lower-case letters"),
         ("--namespace", "a.b", "cannot be the name of a namespace"),
         ("--namespace", "a" * 64, "cannot be the name of a namespace"),
         ("--namespace", "a,b", "Repeat --namespace for each (in the environment: separate them by spaces)"),
         ("--allow-tcp", "10.0.0.0/8,192.0.2.0/24", "Repeat --allow-tcp for each (in the environment: separate them"),
-        ("--node-name", "Node_1", "'Node_1' cannot be the name of a node: it has up to 253 lower-case letters"),
+        ("--node-name", "Node_1", "'Node_1' cannot be the name of a node: use up to 253 lower-case letters"),
         ("--node-name", "node-1,node-2", "cannot be the name of a node"),
         ("--node-name", "a." * 127, "cannot be the name of a node"),
         ("--leader-elect-namespace", "kube_system", "cannot be the name of a namespace"),

@@ -78,7 +78,7 @@ def _status(url: str) -> int | None:
 async def test_without_an_api_server_it_goes_on_trying_says_so_and_is_not_ready(operator: OperatorProcess) -> None:
     line = await _complaint(operator)
 
-    assert "tried again in" in line
+    assert "retrying in" in line
     assert "WARNING" in line
     assert "secret-token" not in operator.text()
     assert await asyncio.to_thread(_status, f"{operator.url}/healthz") == 200
@@ -144,4 +144,4 @@ async def test_an_http_address_that_is_taken_ends_it_with_one_line_and_the_remed
 
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert f"CRITICAL vcpuset: --http-address 127.0.0.1:{port} cannot be served: Address already in use; give" in line
+    assert f"CRITICAL vcpuset: cannot listen on --http-address 127.0.0.1:{port}: Address already in use; set" in line

@@ -100,15 +100,15 @@ CASES = {
     ),
     "count matches, a request is still with the guest": (
         verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(5))]),
-        Said(Reason.CONVERGED, State.READY, Pace.WATCHED, "may still take slot 3 away"),
+        Said(Reason.CONVERGED, State.READY, Pace.WATCHED, "may still unplug slot 3"),
     ),
     "count matches, an old request is still with the guest": (
         verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(61))]),
-        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "may still take slot 3 away"),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "may still unplug slot 3"),
     ),
     "count matches, a request was made just now": (
         verdict_on(a_spec(4), FOUR, [a_request(3, at=ago(1))]),
-        Said(Reason.CONVERGED, State.READY, Pace.HELD, "may still take slot 3 away"),
+        Said(Reason.CONVERGED, State.READY, Pace.HELD, "may still unplug slot 3"),
     ),
     "count matches, and the guest uses them all": (
         verdict_on(with_agent(4), FOUR, guest=guest_with("++++")),
@@ -116,17 +116,19 @@ CASES = {
     ),
     "count matches, and the agent does not answer": (
         verdict_on(with_agent(4), FOUR, guest=GuestReport(None, AgentTimeout("no agent answers"))),
-        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "whether the guest uses them is not known: no agent answers."),
+        Said(
+            Reason.CONVERGED, State.READY, Pace.STEADY, "it is unknown whether the guest uses them: no agent answers."
+        ),
     ),
     "count matches, and the machine is paused": (
         verdict_on(with_agent(4), a_machine(plugged=[2, 3], run_state="paused")),
         Said(
-            Reason.CONVERGED, State.READY, Pace.STEADY, "it cannot be asked while the machine's run state is 'paused'"
+            Reason.CONVERGED, State.READY, Pace.STEADY, "it cannot be queried while the machine's run state is 'paused'"
         ),
     ),
     "count matches, and the agent is another machine's": (
         verdict_on(with_agent(4), FOUR, guest=guest_with("+++++")),
-        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "spec.guestAgent names another machine's"),
+        Said(Reason.CONVERGED, State.READY, Pace.STEADY, "spec.guestAgent names the socket of another machine"),
     ),
     "plugged, and the guest is taking them up": (
         verdict_on(with_agent(4), FOUR, guest=guest_with("++"), plugged=ago(1)),
@@ -138,7 +140,7 @@ CASES = {
             Reason.GUEST_CPUS_OFFLINE,
             State.RECONCILING,
             Pace.RETRY,
-            "the guest uses 2 of them and has left its CPUs 2-3 offline. Give the guest the udev rule SUBSYSTEM",
+            "the guest uses 2 of them and has left its CPUs 2-3 offline. Add the udev rule SUBSYSTEM",
             "Warning",
         ),
     ),
@@ -150,7 +152,7 @@ CASES = {
             Reason.GUEST_CPUS_OFFLINE,
             State.RECONCILING,
             Pace.RETRY,
-            "has left its CPU 3 offline. It did not set CPU 3 online: No such file. The guest's log may say more.",
+            "has left its CPU 3 offline. It did not bring CPU 3 online: No such file. See the guest's log.",
             "Warning",
         ),
     ),
@@ -160,7 +162,7 @@ CASES = {
             Reason.GUEST_CPUS_OFFLINE,
             State.RECONCILING,
             Pace.RETRY,
-            "does not know of 2. Its kernel has not taken up all that was plugged: see its log",
+            "does not know of 2. Its kernel has not accepted all plugged vCPUs: check its log",
             "Warning",
         ),
     ),
@@ -170,7 +172,7 @@ CASES = {
             Reason.GUEST_CPUS_OFFLINE,
             State.RECONCILING,
             Pace.RETRY,
-            "has left its CPUs 2-3 offline, and does not know of 2. They are being set online, a few at a time. Its",
+            "has left its CPUs 2-3 offline, and does not know of 2. They are being brought online, a few at a time.",
             "Warning",
         ),
     ),
@@ -200,7 +202,7 @@ CASES = {
     ),
     "a CPU left while others were plugged": (
         verdict_on(a_spec(6), FOUR),
-        Said(Reason.PLUGGING, State.RECONCILING, Pace.RETRY, "left again"),
+        Said(Reason.PLUGGING, State.RECONCILING, Pace.RETRY, "a vCPU was unplugged"),
     ),
     "asked": (
         verdict_on(a_spec(2), FOUR, [a_request(2), a_request(3)]),
@@ -208,7 +210,7 @@ CASES = {
             Reason.UNPLUGGING,
             State.RECONCILING,
             Pace.HELD,
-            "4 vCPUs present, 2 declared; the guest was asked to give back slots 2-3 at 2026-01-02T12:00:00Z.",
+            "4 vCPUs present, 2 declared; unplug of slots 2-3 requested at 2026-01-02T12:00:00Z.",
             due=5,
         ),
     ),
@@ -222,7 +224,7 @@ CASES = {
             Reason.UNPLUGGING,
             State.RECONCILING,
             Pace.HELD,
-            "after it had refused slot 3: device in use (_OST 0x81)",
+            "after the guest had refused slot 3: device in use (_OST 0x81)",
             due=3,
         ),
     ),
@@ -274,7 +276,7 @@ CASES = {
             Reason.UNPLUG_REFUSED,
             State.STALLED,
             Pace.STEADY,
-            "The request is repeated after 5 s, then each time after twice as long, up to 300 s.",
+            "The request is repeated after 5 s, then with doubling delays of up to 300 s.",
             "Warning",
             due=240,
         ),
@@ -294,7 +296,14 @@ CASES = {
         verdict_on(
             a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(300), reported=Reason.UNPLUG_REFUSED.value
         ),
-        Said(Reason.UNPLUG_REFUSED, State.STALLED, Pace.HELD, "last for slot 1 at 2026-01-02T12:00:00Z", "Warning", 10),
+        Said(
+            Reason.UNPLUG_REFUSED,
+            State.STALLED,
+            Pace.HELD,
+            "last sent for slot 1 at 2026-01-02T12:00:00Z",
+            "Warning",
+            10,
+        ),
     ),
     "refused, asked again, and no answer this time": (
         verdict_on(
@@ -304,7 +313,7 @@ CASES = {
             started=ago(400),
             reported=Reason.UNPLUG_REFUSED.value,
         ),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "has not given back slot 1", "Warning", due=240),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "has not unplugged slot 1", "Warning", due=240),
     ),
     "several refuse, with several words": (
         verdict_on(
@@ -327,7 +336,9 @@ CASES = {
     ),
     "no answer within timeoutSeconds": (
         verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(60), attempts=7)]),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "A late answer is still taken", "Warning", due=240),
+        Said(
+            Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.STEADY, "A late answer is still accepted", "Warning", due=240
+        ),
     ),
     "no answer, and the machine was reset meanwhile": (
         verdict_on(a_spec(1), SMALL, [a_request(1, at=ago(40), attempts=5)], started=ago(75), reset=ago(60)),
@@ -346,7 +357,7 @@ CASES = {
             Reason.UNPLUG_PENDING,
             State.RECONCILING,
             Pace.WATCHED,
-            "and has not answered yet. The machine was reset at 2026-01-02T11:59:51Z",
+            "the guest has not answered yet. The machine was reset at 2026-01-02T11:59:51Z",
             due=2,
         ),
     ),
@@ -366,7 +377,7 @@ CASES = {
         verdict_on(
             a_spec(1), SMALL, [a_request(1, at=ago(3), attempts=6)], started=ago(90), woken=[cpu_of(a_request(1))]
         ),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not given back slot 1", "Warning", due=2),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, Pace.WATCHED, "has not unplugged slot 1", "Warning", due=2),
     ),
     "another client has plugged while this pass did": (
         verdict_on(a_spec(3), FOUR, blocked=SlotTaken("device_add", "GenericError", WORDS)),
@@ -378,14 +389,12 @@ CASES = {
             Reason.SUSPENDED,
             State.HELD,
             Pace.WATCHED,
-            "while spec.suspend is set. An earlier request may still take slot 3 away.",
+            "while spec.suspend is set. An earlier request may still unplug slot 3.",
         ),
     ),
     "count matches, suspended while a request is still with the guest": (
         verdict_on(a_spec(4, suspend=True), FOUR, [a_request(3, at=ago(5))]),
-        Said(
-            Reason.CONVERGED, State.READY, Pace.WATCHED, "as declared. An earlier request may still take slot 3 away."
-        ),
+        Said(Reason.CONVERGED, State.READY, Pace.WATCHED, "as declared. An earlier request may still unplug slot 3."),
     ),
     "what is due but not wanted is nothing to come back for": (
         verdict_on(a_spec(3), FOUR, [a_request(n, at=ago(at), attempts=7) for n, at in ((2, 400), (3, 100))]),
@@ -397,11 +406,11 @@ CASES = {
     ),
     "migrating": (
         verdict_on(a_spec(6), a_machine(migrating=True)),
-        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration runs"),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration is in progress"),
     ),
     "device_add says that a migration runs": (
         verdict_on(a_spec(6), FOUR, blocked=Migrating("device_add", "GenericError", WORDS)),
-        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration runs"),
+        Said(Reason.MACHINE_BUSY, State.RECONCILING, Pace.RETRY, "a migration is in progress"),
     ),
     "saving": (
         verdict_on(a_spec(6), a_machine(run_state="save-vm")),
@@ -421,7 +430,7 @@ CASES = {
     ),
     "at the ceiling, but one may leave": (
         verdict_on(a_spec(9), a_machine(plugged=range(2, 8)), [a_request(7, at=ago(4))]),
-        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.WATCHED, "may still take slot 7 away", "Warning"),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, Pace.WATCHED, "may still unplug slot 7", "Warning"),
     ),
     "at the floor": (
         verdict_on(a_spec(1), a_machine(plugged=[2], arch="s390x")),
@@ -456,16 +465,16 @@ CASES = {
         Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, Pace.STEADY, "'shutdown'", "Warning"),
     ),
     "another set has another monitor of the machine": (
-        conflict_over_machine("default/elder", "one process listens at both"),
-        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "(one process listens at both): delete", "Warning"),
+        conflict_over_machine("default/elder", "one process listens on both"),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, Pace.STEADY, "(one process listens on both): delete", "Warning"),
     ),
     "something else changes the machine, which is at its count now": (
         contested(verdict_on(a_spec(2), a_machine()), a_spec(2), a_machine(), Contest(60)),
-        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "something else has changed them 5 times", "Warning"),
+        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "another client has changed them 5 times", "Warning"),
     ),
     "something else changes the machine, and it is not to be corrected yet": (
         contested(verdict_on(a_spec(4), a_machine()), a_spec(4), a_machine(), Contest(60)),
-        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "2 vCPUs present, 4 declared; something else", "Warning"),
+        Said(Reason.CONTESTED, State.STALLED, Pace.STEADY, "2 vCPUs present, 4 declared; another client", "Warning"),
     ),
     "something else changes the machine, and it cannot be corrected": (
         contested(verdict_on(a_spec(9), a_machine(boot=range(8))), a_spec(9), a_machine(boot=range(8)), Contest(60)),

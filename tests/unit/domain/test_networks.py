@@ -119,14 +119,14 @@ def test_a_network_of_addresses_that_carry_ipv4_ones_is_the_network_of_those(tex
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [
-        ("10.0.0.1/8", "write 10.0.0.0/8 for the network, or 10.0.0.1 for the one address"),
-        ("2001:db8::1/32", "write 2001:db8::/32 for the network, or 2001:db8::1 for the one address"),
-        ("10.0.0.0/33", "is no network: write one as 192.0.2.0/24"),
-        ("vm.example.com", "is no network"),
-        ("", "is no network"),
-        ("10.0.0.0/8,10.1.0.0/16", "is no network"),
-        ("fe80::%eth0/64", "leave out %eth0"),
-        ("2002:a00:1::/64", "list that address"),
+        ("10.0.0.1/8", "use 10.0.0.0/8 for the network, or 10.0.0.1 for the single address"),
+        ("2001:db8::1/32", "use 2001:db8::/32 for the network, or 2001:db8::1 for the single address"),
+        ("10.0.0.0/33", "is not a network: use CIDR notation such as 192.0.2.0/24"),
+        ("vm.example.com", "is not a network"),
+        ("", "is not a network"),
+        ("10.0.0.0/8,10.1.0.0/16", "is not a network"),
+        ("fe80::%eth0/64", "remove %eth0"),
+        ("2002:a00:1::/64", "use that address"),
     ],
 )
 def test_what_is_no_network_is_refused_with_the_remedy(text: str, remedy: str) -> None:

@@ -122,7 +122,7 @@ def test_a_request_says_what_came_of_it_and_when_it_falls_due(request_: Request,
     assert found.reason is reason
     assert "slot 3" in found.message
     assert words in found.message
-    assert "Asked again at 2026-01-02T12:0" in found.message or "12:1" in found.message
+    assert "The request is repeated at 2026-01-02T12:0" in found.message or "12:1" in found.message
 
 
 def test_requests_of_one_moment_with_one_answer_are_told_together() -> None:
@@ -154,7 +154,7 @@ def test_an_agent_that_cannot_be_asked_is_told(report: GuestReport, reason: Agen
     (found,) = in_the_way(a_spec(4, agent=AGENT), FOUR, guest=report)
 
     assert found.reason is reason
-    assert found.message.endswith("Neither plug nor unplug needs it.")
+    assert found.message.endswith("Plug and unplug work without it.")
     assert found.remedy
 
 

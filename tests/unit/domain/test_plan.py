@@ -40,7 +40,7 @@ class Goals:
         pytest.param(Goals(a_spec(2), a_machine(), 2), id="as many as there are"),
         pytest.param(Goals(a_spec(1), a_machine(), 1), id="down to slot 0, boot CPUs included"),
         pytest.param(
-            Goals(a_spec(9), a_machine(), 8, Reason.INSUFFICIENT_SLOTS, "no more than 8 vCPU slots"),
+            Goals(a_spec(9), a_machine(), 8, Reason.INSUFFICIENT_SLOTS, "slots for 8 vCPUs"),
             id="above the ceiling",
         ),
         pytest.param(

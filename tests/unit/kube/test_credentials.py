@@ -173,7 +173,7 @@ async def test_without_a_copy_an_outage_is_told_and_the_secret_tried_again(reade
     ("refusal", "words"),
     [
         (ObjectGone("HTTP 404"), "there is no Secret team-a/monitor"),
-        (Forbidden("HTTP 403: no"), "bind ClusterRole vcpuset-monitor-credentials to its service account"),
+        (Forbidden("HTTP 403: no"), "must bind the ClusterRole vcpuset-monitor-credentials to its service account"),
     ],
 )
 async def test_a_secret_that_is_gone_or_forbidden_is_used_no_longer(
@@ -190,7 +190,7 @@ async def test_a_secret_that_is_gone_or_forbidden_is_used_no_longer(
 
 @pytest.mark.parametrize("name", ["../../team-b/secrets/monitor", "..", "a/b", "A", "a%2fb", "a?b", "a\n", ""])
 async def test_a_name_that_leads_elsewhere_is_never_asked_for(reader: Reader, name: str) -> None:
-    assert "is no name of a Secret" in await reader.why_not(secret=("team-a", name))
+    assert "is not a valid Secret name" in await reader.why_not(secret=("team-a", name))
     assert reader.server.reads == []
 
 

@@ -150,8 +150,8 @@ async def test_a_set_gets_a_burst_of_new_events_and_then_one_in_a_while(warnings
     assert recorder.throttled == 100 - BURST + 9
     assert recorder.dropped == 0
     (warning,) = warnings()
-    assert warning.startswith("default/web-0: Events are left out: it has had 25, and may have one more each 300 s;")
-    assert warning.endswith("first left out: Reason25: note 25")
+    assert warning.startswith("default/web-0: dropping Events: rate limit exceeded (burst 25, then one every 300 s);")
+    assert warning.endswith("first dropped: Reason25: note 25")
 
 
 async def test_counting_needs_no_tokens_and_a_spec_that_never_rests_is_counted_in_the_end() -> None:

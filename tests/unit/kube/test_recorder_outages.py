@@ -48,9 +48,9 @@ async def test_events_outlast_an_api_server_that_is_away_for_minutes_and_the_log
     assert server.counts()["set 0"] == 2
     assert recorder.dropped == 0
     assert warnings() == [
-        "Events cannot be posted at the moment, and are tried again: POST …: HTTP 503: etcd is away",
+        "posting Events failed, retrying: POST …: HTTP 503: etcd is away",
     ]
-    assert caplog.text.count("Events are posted again; lost so far: 0") == 1
+    assert caplog.text.count("posting Events succeeds again; lost so far: 0") == 1
     during = [at for at in server.times("POST") if at < 420]
     assert len(during) < 90, "not a flood of requests"
 
@@ -96,7 +96,7 @@ async def test_an_event_that_is_refused_for_ever_is_given_up_and_holds_up_no_oth
         await asyncio.sleep(GIVE_UP_SECONDS)
 
     assert (recorder.dropped, recorder.waiting) == (1, 0)
-    assert "an Event could not be posted: HTTP 403: forbidden" in warnings()
+    assert "an Event was lost, because it could not be posted: HTTP 403: forbidden" in warnings()
     assert max(server.times("BAD")) <= GIVE_UP_SECONDS + 60
 
 
@@ -155,4 +155,4 @@ async def test_what_will_be_refused_again_is_not_tried_again(
 
     assert len(server.requests) == 50
     assert (recorder.dropped, recorder.waiting) == (50, 0)
-    assert warnings() == [f"an Event could not be posted: {error}"]
+    assert warnings() == [f"an Event was lost, because it could not be posted: {error}"]

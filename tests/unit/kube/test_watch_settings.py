@@ -59,7 +59,7 @@ current-context: a
 
 
 async def test_without_credentials_the_error_says_where_they_can_come_from(no_credentials: Path) -> None:
-    with pytest.raises(APIError, match="give --kubeconfig FILE, set KUBECONFIG, or run in a pod"):
+    with pytest.raises(APIError, match="pass --kubeconfig FILE, set KUBECONFIG, or run in a pod"):
         await load_configuration(None)
 
 
@@ -72,19 +72,19 @@ async def test_kubeconfig_variable_that_names_no_file_is_an_error(
     no_credentials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", "/absent/one:/absent/two")
-    with pytest.raises(APIError, match="KUBECONFIG names no file that exists"):
+    with pytest.raises(APIError, match="KUBECONFIG names no existing file"):
         await load_configuration(None)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        pytest.param(b"", "it is no kubeconfig", id="empty"),
-        pytest.param(b"127.0.0.1 localhost", "it is no kubeconfig", id="a text"),
-        pytest.param(b"[]", "it is no kubeconfig", id="a list"),
-        pytest.param(b"a: \xff", "it is no kubeconfig", id="not UTF-8"),
+        pytest.param(b"", "it is not a kubeconfig", id="empty"),
+        pytest.param(b"127.0.0.1 localhost", "it is not a kubeconfig", id="a text"),
+        pytest.param(b"[]", "it is not a kubeconfig", id="a list"),
+        pytest.param(b"a: \xff", "it is not a kubeconfig", id="not UTF-8"),
         pytest.param(b"{", "expected the node content", id="not YAML"),
-        pytest.param(b"clusters: 3", "it is no kubeconfig", id="no contexts"),
+        pytest.param(b"clusters: 3", "it is not a kubeconfig", id="no contexts"),
         pytest.param(
             kubeconfig("https://h").replace("cluster: a, user", "cluster: b, user").encode(),
             "Expected object with name b",
@@ -92,7 +92,7 @@ async def test_kubeconfig_variable_that_names_no_file_is_an_error(
         ),
         pytest.param(
             kubeconfig("https://h").replace("cluster: a, user: a", "cluster: a, user: b").encode(),
-            "a field in it is missing",
+            "a field is missing",
             id="unknown user",
         ),
         pytest.param(kubeconfig("").encode(), "has no server", id="no server"),
@@ -159,7 +159,9 @@ async def test_credentials_that_cannot_be_used_are_an_error_instead_of_an_anonym
 ) -> None:
     file = no_credentials / "config"
     file.write_text(kubeconfig("https://h", user=user))
-    with pytest.raises(APIError, match="could not be got: there is no token, certificate, exec plugin, or user name"):
+    with pytest.raises(
+        APIError, match="could not be loaded: there is no token, certificate, exec plugin, or user name"
+    ):
         await connection_info(file)
 
 

@@ -59,7 +59,7 @@ def test_a_machine_that_is_changed_again_and_again_is_reported_and_left_as_it_is
     assert world.status().vcpus == qemu.vcpus
     assert world.recorder.events[-1] == ("Warning", "Contested")
     message = world.status().conditions[0].message
-    assert f"{qemu.vcpus} vCPUs present, 4 declared; something else has changed them" in message
+    assert f"{qemu.vcpus} vCPUs present, 4 declared; another client has changed them" in message
 
 
 def test_a_fight_goes_on_at_a_slow_pace_and_costs_few_writes_and_one_event(world: World, qemu: Qemu) -> None:

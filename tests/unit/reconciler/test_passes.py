@@ -388,7 +388,7 @@ def test_a_raised_target_does_not_overshoot_and_a_late_departure_is_plugged_agai
     world.apply("web", vcpus=6)
     world.advance(5)
     assert (qemu.vcpus, world.true_conditions()) == (6, ["Ready"])
-    assert "may still take slots 2-5 away" in world.status().conditions[0].message
+    assert "may still unplug slots 2-5" in world.status().conditions[0].message
 
     qemu.guest = Guest.PROMPT
     qemu.guest_works()

@@ -46,7 +46,7 @@ def test_the_younger_set_yields_before_it_changes_anything(world: World, qemu: Q
     assert (world.reason("younger"), world.true_conditions("younger")) == ("MonitorConflict", ["Stalled"])
     message = world.status("younger").conditions[0].message
     assert "VCPUSet default/elder is older and names another monitor of the same machine" in message
-    words = "its own -uuid" if qemu.has_uuid else "one process listens at both"
+    words = "its own -uuid" if qemu.has_uuid else "one process listens on both"
     assert words in message
 
 
@@ -196,7 +196,7 @@ def test_a_kept_connection_that_qemu_shows_on_another_one_of_its_monitors_is_pro
     world.advance(300)
     assert (qemu.vcpus, qemu.changes) == (4, 1)
     assert world.true_conditions("elder") == ["Ready"]
-    assert "QEMU shows the connections of both" in world.status("younger").conditions[0].message
+    assert "QEMU reports the connections of both" in world.status("younger").conditions[0].message
 
     qemu.disconnect()
     world.advance(100)

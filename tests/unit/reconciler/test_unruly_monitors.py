@@ -127,7 +127,7 @@ def test_a_monitor_whose_cpus_can_never_be_counted_is_reported(world: LawfulWorl
     ready = world.status().ready
     assert ready is not None
     assert (ready.reason, world.sessions_held) == ("MonitorUnreachable", 0)
-    assert "CPUs came or went while they were counted" in ready.message
+    assert "CPUs were plugged or unplugged during the observation" in ready.message
 
     qemu.settles_each = 1
     world.advance(31)
@@ -148,7 +148,7 @@ def test_a_monitor_that_was_away_has_its_time_to_settle_again(world: LawfulWorld
 
     assert world.true_conditions() == ["Ready"]
     told = [each.status.ready.message for each in world.api.writes[writes:] if each.status.ready is not None]
-    assert not [words for words in told if "came or went" in words]
+    assert not [words for words in told if "during the observation" in words]
 
 
 def test_a_cpu_that_is_just_leaving_is_waited_for_without_a_word(world: LawfulWorld, qemu: Qemu) -> None:

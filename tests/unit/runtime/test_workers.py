@@ -362,7 +362,7 @@ async def test_a_pass_that_outlasts_the_grace_period_is_cut_off_and_said_so(
     assert now() == 11
     assert observer.passes == [("cancelled", 11)]
     assert queue.statistics().processing == 0
-    assert "ns/slow: pass cut off after 11.0 s" in caplog.text
+    assert "ns/slow: reconciliation cancelled after 11.0 s" in caplog.text
 
 
 async def test_cancelled_workers_leave_their_key_to_their_successors() -> None:
