@@ -48,7 +48,7 @@ test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 
 test-quick: ## Run the tests that need neither a cluster nor a guest
 	$(call set-up,system venv promtool)
-	VCPUSET_TEST_EFFORT=quick $(PY) -m pytest -n $(WORKERS) tests/unit tests/qmp $(ARGS)
+	VCPUSET_TEST_EFFORT=quick $(PY) -m pytest -n $$(($$(nproc) + 1)) tests/unit tests/qmp $(ARGS)
 
 test-long: ## Run all tests and search for longer, as before a release
 	$(call set-up)

@@ -303,7 +303,8 @@ async def test_the_program_takes_the_options_that_values_make(kind: str) -> None
     )
     assert len(arguments) >= 11
     # The options are looked at in turn, and the last one is refused.
-    told = CliRunner().invoke(main, [*arguments, "--kubeconfig=/does/not/exist"])
+    expanded = [each.replace("$(NODE_NAME)", "node-1") for each in arguments]  # as the kubelet does
+    told = CliRunner().invoke(main, [*expanded, "--kubeconfig=/does/not/exist"])
     assert told.exit_code == 2
     assert "File '/does/not/exist' does not exist" in told.output
 
