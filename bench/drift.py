@@ -234,7 +234,7 @@ def compared(seconds: float, base: float) -> str:
 
 def table(times: Times) -> str:
     """The result as Markdown."""
-    lines = ["| a CPU or QEMU was | way | median | min | max | to the poll |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| event | method | median | min | max | relative to polling |", "| --- | --- | --- | --- | --- | --- |"]
     for event in EVENTS:
         base = statistics.median(times[event, POLL.name])
         for way in WAYS:

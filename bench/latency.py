@@ -91,7 +91,7 @@ async def settle(guest: Guest, target: int) -> None:
 
 def table(times: dict[tuple[str, int], list[float]], ways: list[str]) -> str:
     """The result as Markdown."""
-    lines = ["| change | way | median | min | max | to raw |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| change | method | median | min | max | relative to raw |", "| --- | --- | --- | --- | --- | --- |"]
     for target, name in ((HIGH, f"{LOW} → {HIGH}"), (LOW, f"{HIGH} → {LOW}")):
         base = statistics.median(times["raw", target])
         for way in ways:
@@ -164,7 +164,9 @@ async def measure(rounds: int) -> None:
     print()
     for target, name in ((HIGH, "plug"), (LOW, "unplug")):
         requests, status, events = (statistics.median(column) for column in zip(*writes[target], strict=True))
-        print(f"{name}: {requests:.0f} API requests a change: {status:.0f} status writes, {events:.0f} Events (median)")
+        print(
+            f"{name}: {requests:.0f} API requests per change: {status:.0f} status writes, {events:.0f} Events (median)"
+        )
     print(f"operator's resident memory: {memory:.0f} MB")
 
 

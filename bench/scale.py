@@ -407,7 +407,18 @@ def standing(outcomes: Sequence[Outcome]) -> str:
         megabytes = f"{each.megabytes:.0f} MB ({each.peak:.0f})"
         quiet = "-" if math.isnan(each.quiet_seconds) else f"{each.quiet_seconds:.0f} s"
         rows.append([f"{each.sets}", each.way, startup, cost, quiet, f"{each.resync_seconds} s", *idle, megabytes])
-    head = ["sets", "way", "start-up", "CPU a set", "quiet", "resync", "idle CPU", "looks", "CPU a look", "writes"]
+    head = [
+        "sets",
+        "operator",
+        "start-up",
+        "CPU per set",
+        "quiet",
+        "resync",
+        "idle CPU",
+        "observations",
+        "CPU each",
+        "writes",
+    ]
     head += ["RSS (peak)"]
     return markdown(head, rows)
 
@@ -433,8 +444,8 @@ def changing(outcomes: Sequence[Outcome]) -> str:
                     f"{statistics.fmean(each.cpu_ms for each in bursts):.1f} ms",
                 ]
             )
-    head = ["sets", "way", "changes at once", "patches took", "carried out", "p50", "p99", "last"]
-    head += ["status writes a change (most)", "CPU a change"]
+    head = ["sets", "operator", "changes at once", "patches took", "carried out", "p50", "p99", "last"]
+    head += ["status writes per change (max)", "CPU per change"]
     return markdown(head, rows)
 
 
@@ -456,7 +467,7 @@ def targets(outcomes: Sequence[Outcome]) -> str:
             (each.observed == each.sets, f"{each.observed} of {each.sets} observed"),
             (carried_out == asked, f"{carried_out} of {asked} changes carried out"),
             (not each.wrong, f"{each.wrong} statuses wrong at the end"),
-            (most <= MOST_STATUS_WRITES, f"at most {most} status writes a change, of {MOST_STATUS_WRITES}"),
+            (most <= MOST_STATUS_WRITES, f"at most {most} status writes per change, of {MOST_STATUS_WRITES}"),
             (each.megabytes <= most_memory(each.sets), f"{each.megabytes:.0f} of {most_memory(each.sets):.0f} MB"),
         ]
         if each.idle is not None:

@@ -69,4 +69,4 @@ async def resize(client: QMPClient, target: int) -> int:
         if len(present) == target:
             return target
         await asyncio.sleep(POLL_SECONDS)
-    raise kopf.TemporaryError(f"the guest has not given back {len(present) - target} CPUs", delay=5)
+    raise kopf.TemporaryError(f"the guest has not unplugged {len(present) - target} CPUs", delay=5)

@@ -102,7 +102,7 @@ _T = TypeVar("_T")
 def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
     """Refuse an empty value: it would mean the current folder, or every namespace."""
     if any(str(each) in {"", "."} for each in (value if isinstance(value, tuple) else (value,)) if each is not None):
-        raise click.BadParameter("must not be empty, nor the current folder", ctx, param)
+        raise click.BadParameter("must not be empty or the current directory", ctx, param)
     return value
 
 
@@ -110,7 +110,7 @@ def _label_selector(ctx: click.Context, param: click.Parameter, value: str | Non
     """Refuse what the API server would refuse at each list and each watch."""
     if value and _LABEL_SELECTOR.fullmatch(value) is None:
         raise click.BadParameter(
-            f"{value!r} is no label selector, such as team=shop,tier in (web, cache),!legacy", ctx, param
+            f"{value!r} is not a label selector, such as team=shop,tier in (web, cache),!legacy", ctx, param
         )
     return value or None
 

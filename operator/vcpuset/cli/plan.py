@@ -195,7 +195,7 @@ async def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
 
 def _unseen(vcpuset: VCPUSet, verdict: Verdict, sources: Sources) -> Iterator[Obstacle]:
     if isinstance(vcpuset.spec.monitor, UnixMonitor) and sources.socket_root is None and sources.monitor is None:
-        message = f"Where {_monitor(vcpuset)} is cannot be told without the operator's --socket-root."
+        message = f"The location of {_monitor(vcpuset)} is unknown without the operator's --socket-root."
         yield Obstacle(verdict.reason, message, _NO_ROOT)
     elif verdict.reason is Reason.MONITOR_BUSY and vcpuset.spec.connection is Connection.PERSISTENT:
         yield Obstacle(verdict.reason, verdict.message, _PERSISTENT)
@@ -290,7 +290,7 @@ def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
         if vcpuset.deleting:
             yield "Actions", "none: the VCPUSet has been deleted"
         else:
-            why = "no look at the machine" if found.failed else "its machine is another set's"
+            why = "the machine was not observed" if found.failed else "the machine belongs to another VCPUSet"
             yield "Actions", f"none: {why}"
     else:
         machine = found.look.machine

@@ -209,7 +209,7 @@ def guest_cpus(reply: object) -> GuestCPUs:
             raise Malformed(f"more than {_MOST_CPUS} CPUs")
         logical_id = _member(entry, "logical-id", int)
         if not 0 <= logical_id <= _LARGEST or logical_id in found:
-            raise Malformed(f"'logical-id' {reprlib.repr(logical_id)}, which is negative, huge or comes twice")
+            raise Malformed(f"'logical-id' {reprlib.repr(logical_id)}, which is negative, too large or a duplicate")
         can_offline = "can-offline" in entry and _member(entry, "can-offline", bool)
         found[logical_id] = GuestCPU(logical_id, _member(entry, "online", bool), can_offline)
     if not found:

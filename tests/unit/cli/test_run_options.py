@@ -158,7 +158,7 @@ def test_what_an_api_server_refuses_as_a_label_selector_is_refused_at_the_start(
     result = vcpuset.run("--label-selector", selector)
 
     assert result.exit_code == 2
-    assert "is no label selector" in " ".join(result.output.split())
+    assert "is not a label selector" in " ".join(result.output.split())
     assert vcpuset.settings is None
 
 
