@@ -244,7 +244,7 @@ async def test_a_monitor_cannot_be_moved_onto_the_agents_socket(sets: Sets) -> N
     patch = json.dumps({"spec": {"monitor": {"unix": {"path": "vm/agent.sock"}}}})
     refusal = await sets.refused("patch", "vcs", "vm", "--type=merge", "-p", patch)
     assert "spec.guestAgent.unix.path: Invalid value" in refusal
-    assert "must be another socket than the monitor's" in refusal
+    assert "must not be the socket of the monitor" in refusal
 
 
 async def test_a_count_that_disappears_from_an_applied_manifest_is_refused_and_the_old_one_stays(sets: Sets) -> None:
@@ -334,16 +334,16 @@ async def test_kubectl_get_shows_both_counts_and_why_they_differ(sets: Sets) -> 
 
 async def test_kubectl_explain_tells_what_a_field_does(sets: Sets) -> None:
     everything = " ".join((await sets.kubectl("explain", "vcs", "--recursive=false")).split())
-    assert "deleting the VCPUSet leaves the machine as it is" in everything
+    assert "Deleting the VCPUSet leaves the machine as it is" in everything
     policy = " ".join((await sets.kubectl("explain", "vcs.spec.unplug.policy")).split())
     assert "ENUM: Enabled Disabled" in policy
-    assert "the machine only grows" in policy
+    assert "vCPUs are only added" in policy
     connection = " ".join((await sets.kubectl("explain", "vcs.spec.monitor.connection")).split())
     assert "ENUM: OnDemand Persistent" in connection
-    assert "nobody else can use this monitor then" in connection
+    assert "no other client can use this monitor" in connection
     agent = " ".join((await sets.kubectl("explain", "vcs.spec.guestAgent")).split())
     assert "Ready waits for that number" in agent
-    assert "costs neither plug nor unplug" in agent
+    assert "does not block plug or unplug" in agent
     assert "bringOnline <boolean>" in agent
 
 

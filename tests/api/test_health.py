@@ -141,7 +141,7 @@ async def test_a_watch_that_freezes_while_lists_succeed_is_an_illness_until_it_r
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        pytest.param(Refuse(403), "the roles in deploy/ grant what is needed", id="no-right-to-watch"),
+        pytest.param(Refuse(403), "the roles in deploy/ grant the required permissions", id="no-right-to-watch"),
         pytest.param(InTurn([Refuse(500), Refuse(503)]), "HTTP 50", id="server-errors"),
         pytest.param(Ends(), "ended in less than", id="ends-at-once"),
     ],

@@ -335,7 +335,7 @@ async def test_who_may_not_read_the_lease_is_told_what_grants_it(
             await standby.end()
     assert not standby.heard.is_set(), "a standby without rights is not ready"
     assert "cannot get resource" in caplog.text
-    assert "the Role vcpuset-leader-election in deploy/ grants what is needed" in caplog.text
+    assert "the Role vcpuset-leader-election in deploy/ grants the required permissions" in caplog.text
 
 
 async def test_in_a_namespace_that_is_not_there_a_standby_goes_on_trying(

@@ -35,7 +35,7 @@ def watches(asked: Asked) -> bool:
             InTurn([Refuse(500), Refuse(503, retry_after=1), Refuse(504)]), about_sets, "HTTP 503", id="server-errors"
         ),
         pytest.param(Refuse(401), about_sets, "the credentials are not accepted", id="unauthorized"),
-        pytest.param(Refuse(403), about_sets, "the roles in deploy/ grant what is needed", id="forbidden"),
+        pytest.param(Refuse(403), about_sets, "the roles in deploy/ grant the required permissions", id="forbidden"),
         pytest.param(InTurn([Refuse(404), Refuse(409), Refuse(410)]), about_sets, "injected by the test", id="gone"),
         pytest.param(
             InTurn([Cut(), Cut(within_a_line=True), Ends()]), watches, "ended in less than", id="watch-cut-at-once"

@@ -98,7 +98,7 @@ async def test_an_operator_without_rights_says_what_helps_and_works_as_soon_as_i
             times=TIMES,
         )
         try:
-            pid = await begins(operator, "the roles in deploy/ grant what is needed")
+            pid = await begins(operator, "the roles in deploy/ grant the required permissions")
             account = f"--serviceaccount={user.namespace}:late"
             await control_plane.kubectl("create", "rolebinding", "late", "--clusterrole=cluster-admin", account, *there)
             await user.wait_ready("vm")

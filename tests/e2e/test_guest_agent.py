@@ -233,11 +233,11 @@ async def test_an_agent_that_is_killed_costs_neither_plug_nor_unplug_and_is_hear
                 "Converged",
                 READY,
                 "as declared; it is unknown whether the guest uses them",
-                "no qemu-guest-agent runs in the guest",
+                "qemu-guest-agent is not running in the guest",
                 vcpus=vcpus,
             )
             assert seen.condition(AGENT)["reason"] == "NoAnswer"
-            assert "no qemu-guest-agent runs in the guest" in seen.condition(AGENT)["message"]
+            assert "qemu-guest-agent is not running in the guest" in seen.condition(AGENT)["message"]
             assert "onlineVCPUs" not in seen.status
             await guest.wait_online(vcpus)
 
@@ -303,7 +303,9 @@ async def test_a_socket_that_is_missing_or_another_machines_is_reported_until_th
             await guest.wait_online(vcpus)
 
         await user.change("vm", guestAgent=agent_at("other.sock"))
-        await shows(user, "vm", "Converged", READY, "speaks of 2 online", "names another machine's", vcpus=1)
+        await shows(
+            user, "vm", "Converged", READY, "reports 2 online CPUs", "names the socket of another machine", vcpus=1
+        )
         await agent_is(user, "vm", "OtherMachine")
 
         await user.change("vm", guestAgent=agent_at("ga.sock"))

@@ -121,7 +121,7 @@ class Replicas:
     async def is_held_by(self, replica: Replica) -> bool:
         """Whether the Lease names it."""
         holder = (await self.lease())["holderIdentity"]
-        return bool(holder) and f"is held as {holder}" in replica.process.text()
+        return bool(holder) and f" as {holder}" in replica.process.text()
 
     async def led_by(self, replica: Replica) -> None:
         """Wait until a replica leads."""

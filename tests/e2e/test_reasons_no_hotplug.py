@@ -63,7 +63,7 @@ async def test_a_machine_type_without_cpu_hotplug_is_ready_at_its_own_count_and_
             for words in (
                 f"2 vCPUs present, {declared} declared",
                 "the machine type does not support CPU hotplug",
-                "restart the VM with that count, or on another machine type",
+                "restart the VM with the declared count, or with another machine type",
             ):
                 assert words in seen.message
         assert await count(guest.control) == 2

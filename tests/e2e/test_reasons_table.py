@@ -63,9 +63,9 @@ REMEDIES = {
     "grow-only": "or set it to Enabled",
     "boot-kept": "or set it to Unplug",
     "ppc64": "declare 2 or 4",
-    "riscv64": "restart the VM with that count, or on another machine type",
+    "riscv64": "restart the VM with the declared count, or with another machine type",
     "no-secret": "/monitor: create it, with ca.crt, tls.crt and tls.key",
-    "younger": "delete one of the two, or give this one another monitor",
+    "younger": "delete one of the two, or set another monitor for this one",
 }
 """What the message of a set says that helps."""
 

@@ -249,7 +249,7 @@ async def test_silence_stalls_after_the_timeout_and_a_late_answer_is_still_taken
             STALLED,
             "2 vCPUs present, 1 declared",
             "has not unplugged slot 1",
-            "late answer is still taken",
+            "late answer is still accepted",
             "up to 3600 s",
             vcpus=2,
         )

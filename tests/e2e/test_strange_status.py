@@ -127,7 +127,7 @@ async def test_what_a_later_version_wrote_is_read_as_far_as_it_can_be_and_what_c
             await user.change("vm", unplug={"policy": "Enabled"})
             await shows(user, "vm", "Converged", READY, vcpus=6)
             assert unsupported(operator) == 0
-            assert "cannot be understood" not in operator.text()
+            assert "cannot be read by this version" not in operator.text()
             operator.require_running()
 
 

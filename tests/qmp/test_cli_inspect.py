@@ -136,7 +136,7 @@ async def test_a_monitor_on_tls_takes_a_folder_of_credentials(tmp_path: Path) ->
         failed = await vcpuset("inspect", monitor, *options, status=1)
         assert f"{folder}/tls.key cannot be read: Is a directory" in failed.stderr
         failed = await vcpuset("inspect", monitor, "--timeout", "0.5", status=1)
-        assert "if it waits for TLS, which spec.monitor.tcp.tls and --tls-credentials are for" in failed.stderr
+        assert "or waits for TLS, which spec.monitor.tcp.tls and --tls-credentials enable" in failed.stderr
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ async def test_a_message_in_several_lines_is_not_waited_for_from_a_monitor_that_
 ) -> None:
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": Bytes(b"{\r\n")}) as monitor:
         session = await connect(monitor.path)
-        with pytest.raises(MonitorUnreachable, match="a message that is no JSON"):
+        with pytest.raises(MonitorUnreachable, match="a message that is not JSON"):
             await session.observe()
 
 

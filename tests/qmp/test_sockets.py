@@ -210,7 +210,7 @@ def test_a_folder_that_may_not_be_entered_is_unreachable_with_a_remedy(root: Pat
     root.chmod(0o755)
     with listening(vms / "qmp.sock"):
         vms.chmod(0)
-        with unprivileged(), pytest.raises(MonitorUnreachable, match=r"may not be opened: let the operator's user"):
+        with unprivileged(), pytest.raises(MonitorUnreachable, match=r"may not be opened: give the operator's user"):
             open_socket(root, "team-a", "vms/qmp.sock")
         vms.chmod(0o755)
 

@@ -541,7 +541,7 @@ async def test_a_limit_of_the_kernel_is_logged_once_and_tried_until_there_is_spa
         await watching(root, root / "team-a")
         await until(lambda: caplog.messages, SECONDS, "a word about the end of it")
         (word,) = caplog.messages
-        assert "noticed at once again" in word
+        assert "watching sockets below" in word
 
 
 async def test_a_file_name_that_is_no_text_hinders_nothing(root: Path, following: Following) -> None:
