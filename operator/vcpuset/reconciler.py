@@ -425,19 +425,22 @@ class Reconciler:
             step = self._plan(vcpuset, track, machine, requests)
 
         requests = _still_wanted(vcpuset, machine, requests)
+        unsent = loop.time() >= until and blocked is None and any(cpu_of(slot) in track.unsent for slot in step.ask)
         assert track.contest is not None
-        track.contest.left(machine, [request.slot for request in requests if request.in_flight])
+        leaving = [request.slot for request in requests if request.in_flight]
+        track.contest.left(machine, leaving, unfinished=unfinished or unsent)
         if unfinished:
             # The next pass goes on at once, after those of the other sets.
-            verdict = replace(plugging(vcpuset.spec, machine, step.goal), due=self._clock())
+            verdict = replace(self._plugging(vcpuset, track, machine, step.goal), due=self._clock())
             await self._report(vcpuset, machine, requests, verdict)
             return verdict
         verdict = self._judge(vcpuset, track, machine, requests, blocked)
+        if unsent:
+            # The same; until all have been asked for, what this one has written says it best.
+            return replace(verdict, pace=Pace.HELD, due=self._clock())
         if step.ask and blocked is None:
-            # The time is up, QEMU rejects one after the other, or its CPUs are others than before. The next pass goes
-            # on, in its turn; until all have been asked for, what this one has written says it best.
-            pause = 0.0 if track.unsent and loop.time() >= until else LOOK_SECONDS
-            return replace(verdict, due=self._clock() + timedelta(seconds=pause))
+            # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on.
+            return replace(verdict, due=self._clock() + timedelta(seconds=LOOK_SECONDS))
         guest: GuestReport | None = None
         may_be_asked = vcpuset.spec.guest_agent is not None and machine.run_state == "running"
         if may_be_asked and (machine.vcpus <= step.goal.count or verdict.pace is Pace.STEADY):
@@ -551,7 +554,7 @@ class Reconciler:
         """Fill free slots until the goal is reached or the time is up; if that takes long, say so meanwhile."""
         filling = asyncio.ensure_future(self._fill(vcpuset, track, session, machine, aim, until))
         announcement, work = await asyncio.gather(
-            self._announce_plug(vcpuset, machine, requests, aim, filling), filling, return_exceptions=True
+            self._announce_plug(vcpuset, track, machine, requests, aim, filling), filling, return_exceptions=True
         )
         track.plugged_at = asyncio.get_running_loop().time()
         for outcome in (work, announcement):
@@ -565,6 +568,7 @@ class Reconciler:
     async def _announce_plug(
         self,
         vcpuset: VCPUSet,
+        track: _Track,
         machine: Machine,
         requests: Sequence[Request],
         aim: Goal,
@@ -580,7 +584,7 @@ class Reconciler:
             if filling.done():
                 return vcpuset
         # With this machine's uuid go this machine's requests, not those that the status has of another one.
-        return await self._report(vcpuset, machine, requests, plugging(vcpuset.spec, machine, aim))
+        return await self._report(vcpuset, machine, requests, self._plugging(vcpuset, track, machine, aim))
 
     async def _fill(
         self, vcpuset: VCPUSet, track: _Track, session: Session, machine: Machine, aim: Goal, until: float
@@ -695,7 +699,13 @@ class Reconciler:
             guest=guest,
             plugged=self._at(track.plugged_at),
         )
-        if blocked is None and track.contest is not None and track.contest.contested:
+        return verdict if blocked is not None else self._or_contested(vcpuset, track, machine, verdict)
+
+    def _plugging(self, vcpuset: VCPUSet, track: _Track, machine: Machine, aim: Goal) -> Verdict:
+        return self._or_contested(vcpuset, track, machine, plugging(vcpuset.spec, machine, aim))
+
+    def _or_contested(self, vcpuset: VCPUSet, track: _Track, machine: Machine, verdict: Verdict) -> Verdict:
+        if track.contest is not None and track.contest.contested:
             return contested(verdict, vcpuset.spec, machine, track.contest)
         return verdict
 

@@ -46,6 +46,8 @@ class Contest:
     _last: float | None = None
     """When the contested machine was last changed, by something else or by a correction; None: it is not contested."""
     _corrected: float = 0.0
+    _unfinished: bool = False
+    """Whether the correction under way goes on in the next pass."""
 
     @property
     def window(self) -> float:
@@ -62,14 +64,16 @@ class Contest:
 
         subject   the spec and the QEMU that all this is about
         wrong     the machine is not at its count
-        reported  an earlier process has said that they are contested
+        reported  the status says that they are contested; counts for the first pass of a process
         """
         if subject != self._subject:
+            first = self._subject is None
             self._subject, self._left, self._last = subject, None, None
             self._changes.clear()
-            if reported:
+            if reported and first:
                 self._last = self._corrected = now
         if wrong and self._changed(machine):
+            self._unfinished = False
             self._changes = [*self._changes[1 - CHANGES :], now]
             many = len(self._changes) == CHANGES and now <= self._changes[0] + self.window
             if many or self._last is not None:
@@ -87,7 +91,7 @@ class Contest:
 
     def may_correct(self, now: float) -> bool:
         """Whether a pass may change the machine."""
-        return not self.contested or now >= self._corrected + self.pause
+        return not self.contested or self._unfinished or now >= self._corrected + self.pause
 
     def corrects(self, now: float) -> None:
         """A pass is about to change the machine."""
@@ -95,9 +99,13 @@ class Contest:
         if self.contested:
             self._last = now
 
-    def left(self, machine: Machine, leaving: Iterable[int]) -> None:
-        """A pass ends; `leaving` are the slots that the guest may still free, since it was asked to."""
-        self._left, self._leaving = _threads(machine), frozenset(leaving)
+    def left(self, machine: Machine, leaving: Iterable[int], *, unfinished: bool = False) -> None:
+        """A pass ends.
+
+        leaving     the slots that the guest may still free, since it was asked to
+        unfinished  the pass had no time for all that it had to do
+        """
+        self._left, self._leaving, self._unfinished = _threads(machine), frozenset(leaving), unfinished
 
     def _changed(self, machine: Machine) -> bool:
         if self._left is None:

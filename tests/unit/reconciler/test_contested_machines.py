@@ -189,3 +189,56 @@ def test_two_sets_of_one_machine_that_nothing_tells_do_not_fight_for_ever(empty_
 
     assert qemu.changes - before <= 20
     assert "Contested" in {world.reason("a"), world.reason("b")}
+
+
+def test_a_correction_that_takes_long_is_carried_through_in_later_passes(world: World, qemu: Qemu) -> None:
+    for _ in range(CHANGES):
+        takes(world, qemu)
+    qemu.take_away(2)
+    qemu.take_away(1)
+    qemu.seconds["device_add"] = 1.5
+    events = len(world.recorder.events)
+    world.advance(PAUSE + 2 * RESYNC_SECONDS)
+
+    assert qemu.vcpus == 4
+    assert shown(world) == CONTESTED
+    assert world.recorder.events[events:] == []
+
+
+def test_unplug_requests_that_take_long_are_all_sent_in_one_correction(world: World, qemu: Qemu) -> None:
+    for _ in range(CHANGES):
+        plugs(world, qemu)
+    plugs(world, qemu)
+    plugs(world, qemu)
+    qemu.seconds["device_del"] = 1.5
+    world.advance(PAUSE + 2 * RESYNC_SECONDS)
+
+    assert qemu.vcpus == 4
+    assert shown(world) == CONTESTED
+
+
+def test_a_correction_that_takes_long_is_not_carried_through_against_further_changes(world: World, qemu: Qemu) -> None:
+    for _ in range(CHANGES):
+        takes(world, qemu)
+    qemu.take_away(2)
+    qemu.take_away(1)
+    qemu.seconds["device_add"] = 1.5
+    plugged = qemu.changes
+    for _ in range(int(PAUSE + 2 * RESYNC_SECONDS)):
+        world.advance(1)
+        if qemu.vcpus > 1:
+            qemu.take_away(max(qemu.cpus))
+
+    assert 2 <= qemu.changes - plugged <= 4
+
+
+def test_another_qemu_starts_from_nothing(world: World, qemu: Qemu) -> None:
+    for _ in range(CHANGES):
+        takes(world, qemu)
+    assert shown(world) == CONTESTED
+    qemu.power_on()
+    world.wake()
+    world.run_due()
+
+    assert qemu.vcpus == 4
+    assert shown(world) == ("Converged", ["Ready"])

@@ -281,3 +281,13 @@ def test_unplug_requests_that_a_pass_had_no_time_for_are_withdrawn_when_they_are
 
     assert large.latched == {MANY - 1, MANY - 2, MANY - 3}
     assert [each.slot for each in large_world.status().pending_unplugs] == [MANY - 3, MANY - 2, MANY - 1]
+
+
+def test_unplug_requests_that_take_long_are_sent_without_pauses_to_a_guest_that_grants_each_at_once(
+    large_world: LawfulWorld, large: Qemu
+) -> None:
+    large.seconds["device_del"] = 1.5
+    large_world.apply("web", vcpus=1)
+    large_world.advance((MANY - 1) * 1.5 + MANY * 2 * NEXT_TURN_SECONDS)
+
+    assert (len(large.cpus), large_world.true_conditions()) == (1, ["Ready"])
