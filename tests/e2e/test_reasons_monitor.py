@@ -89,7 +89,9 @@ async def test_a_tcp_port_that_nobody_listens_at_is_unreachable(operator: Operat
 
 async def test_a_tcp_address_outside_the_allowed_networks_is_invalid(operator: OperatorProcess, user: User) -> None:
     await user.create("vm", 2, ("192.0.2.10", 4444))
-    await shows(user, "vm", "InvalidMonitor", STALLED, "192.0.2.10:4444 is not in a network", "--allow-tcp", vcpus=None)
+    await shows(
+        user, "vm", "InvalidMonitor", STALLED, "192.0.2.10:4444 is not in an allowed network", "--allow-tcp", vcpus=None
+    )
 
 
 async def test_what_does_not_speak_qmp_is_unreachable(folder: Path, operator: OperatorProcess, user: User) -> None:

@@ -113,7 +113,7 @@ def test_a_path_that_could_leave_the_folder_or_names_nothing_is_invalid(root: Pa
 
 @pytest.mark.parametrize("namespace", ["", ".", "..", "team-a/vms", "team-a\0"])
 def test_a_namespace_that_is_no_single_folder_is_invalid(root: Path, namespace: str) -> None:
-    with pytest.raises(InvalidMonitor, match="namespace's folder"):
+    with pytest.raises(InvalidMonitor, match="namespace's directory"):
         open_socket(root, namespace, "qmp.sock")
 
 
