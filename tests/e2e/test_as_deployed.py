@@ -90,21 +90,22 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
                 else:
                     host, port = machine.tcp_address
                     body = manifest(user.namespace, name)
-                    body["spec"]["monitor"] = {"tcp": {"host": host, "port": port, "tls": {"secretName": "monitor"}}}
+                    tcp = {"host": host, "port": port, "tls": {"secretName": "monitor"}}
+                    body["spec"]["monitor"] = {"tcp": tcp, "connection": "Persistent"}
                     answer = await control_plane.request("POST", f"{API}/namespaces/{user.namespace}/vcpusets", body)
                     assert answer.status == 201, answer.body
             for name, machine in machines.items():
                 await user.wait_ready(name)
                 await user.change(name, vcpus=4)
                 await user.wait_ready(name)
-                # Converged twice for one declaration, so that there is an Event with a count.
+                # Converged twice for one generation, so that there is an Event with a count.
                 machine.kill()
-                await user.touch(name)
+                for socket in machine.monitors:
+                    socket.unlink()
                 await user.wait_reason(name, "MonitorUnreachable")
                 await machine.start()
                 for socket in machine.monitors:
                     shared(socket)
-                await user.touch(name)
                 await until_count(machine, 4)
                 await user.wait_ready(name)
             yield World(control_plane, nodes, user, machines)

@@ -565,6 +565,7 @@ async def test_a_folder_that_may_not_be_read_is_told_of_once_and_hinders_nobody(
     try:
         async with running(following):
             await watching(root, root / "team-a")
+            await until(lambda: "team-b" in caplog.text, 60, "the warning")  # it names the user of that moment
             os.seteuid(0)
             listen(root / "team-b/qmp.sock")
             listen(root / "team-a/qmp.sock")
