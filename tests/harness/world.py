@@ -44,10 +44,13 @@ def manifest(
         address = {"unix": {"path": str(monitor or f"{name}.sock")}}
     if connection is not None:
         address["connection"] = connection
+    metadata: dict[str, Any] = {"namespace": namespace, "name": name}
+    if labels:
+        metadata["labels"] = dict(labels)
     return {
         "apiVersion": "vcpuset.dev/v1alpha1",
         "kind": "VCPUSet",
-        "metadata": {"namespace": namespace, "name": name, "labels": dict(labels or {})},
+        "metadata": metadata,
         "spec": {"vcpus": vcpus, "monitor": address, **spec},
     }
 

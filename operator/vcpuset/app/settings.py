@@ -53,7 +53,7 @@ class Settings:
     workers: int = 64
     """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server: when a thousand sets
     change together, the number of those that wait at once decides how soon the last one is done. At most three
-    quarters are sets whose monitors hung in their last pass, so that these do not hold up the others."""
+    quarters are sets whose last pass was slow, so that these do not hold up the others."""
 
     resync_seconds: int = 60
     """How often a machine is looked at without an occasion, in seconds, 10 % more or less. Changes that others make

@@ -193,8 +193,8 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_WORKERS",
     show_envvar=True,
-    help="Maximum number of concurrent reconciliations. At most three quarters of them are for monitors that hung "
-    "before.",
+    help="Maximum number of concurrent reconciliations. At most three quarters of them are for VCPUSets whose "
+    "monitors hang or answer slowly.",
 )
 @click.option(
     "--resync-seconds",
