@@ -1,8 +1,10 @@
 """No spelling of a path, no link and no race leads to a socket of another namespace."""
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -284,6 +286,40 @@ def test_swapping_folder_and_link_all_the_time_never_leads_to_the_other_namespac
         finally:
             stop.set()
             swapper.join()
+
+
+@pytest.mark.parametrize("seconds", [300_000_000_000, -100_000_000_000])
+def test_a_socket_whose_owner_has_set_it_to_an_impossible_time_is_of_no_known_age(
+    root: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """A tmpfs keeps such times; where the tests run, the file system may not."""
+    path = root / "team-a" / "qmp.sock"
+    fstat = os.fstat
+
+    def dated(descriptor: int) -> os.stat_result:
+        fields = list(fstat(descriptor))
+        fields[stat.ST_MTIME] = seconds
+        return os.stat_result(fields, {"st_mtime": float(seconds), "st_mtime_ns": seconds * 10**9})
+
+    with listening(path):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", dated)
+            endpoint = open_socket(root, "team-a", "qmp.sock")
+        with endpoint:
+            assert endpoint.made_at is None
+
+
+def test_what_goes_stale_once_it_was_opened_is_unreachable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, when the server does not know it any more."""
+    with listening(root / "team-a" / "qmp.sock"):
+
+        def stale(_: int) -> os.stat_result:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", stale)
+            with pytest.raises(MonitorUnreachable, match="cannot be examined: Stale"):
+                open_socket(root, "team-a", "qmp.sock")
 
 
 def test_a_path_longer_than_a_socket_address_can_be_connected_to(root: Path) -> None:

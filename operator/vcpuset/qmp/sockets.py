@@ -71,13 +71,13 @@ class UnixEndpoint:
     An open session does not need it any more.
 
     identity  device and inode of the socket; unique only for as long as the endpoint is open
-    made_at   when the socket was made (its mtime, which nothing moves later), UTC
+    made_at   when the socket was made (its mtime, which only its owner moves later), UTC; None: not known
     stamp     which socket this is among those that ever stood at its path
     """
 
     def __init__(self, descriptor: int, status: os.stat_result, name: str, lane: str, path: str) -> None:
         self.identity = (status.st_dev, status.st_ino)
-        self.made_at = datetime.fromtimestamp(status.st_mtime, UTC)
+        self.made_at = _time(status.st_mtime)
         self.stamp = stamp_of(status)
         self._descriptor = descriptor
         self._name = name
@@ -293,9 +293,20 @@ def _open_beneath(folder: int, segment: str, name: str) -> int:
         raise MonitorUnreachable(f"{name} below the socket root cannot be opened: {error.strerror}{limit}") from error
 
 
+def _time(seconds: float) -> datetime | None:
+    """A file's time; None: its owner has set one beyond the calendar."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
 def _require(descriptor: int, kind: int, name: str) -> os.stat_result:
     """The status of an open file, which has to be of this kind."""
-    status = os.fstat(descriptor)
+    try:
+        status = os.fstat(descriptor)
+    except OSError as error:  # on a network file system it may have gone by now
+        raise MonitorUnreachable(f"{name} below the socket root cannot be examined: {error.strerror}") from error
     found = stat.S_IFMT(status.st_mode)
     if found != kind:
         raise InvalidMonitor(
