@@ -273,7 +273,8 @@ def _unplug_unfinished(
         )
     rebooted = ""
     if reset is not None and reset >= deadline - 2 * timeout:
-        rebooted = f" The machine was reset at {_moment(reset)}: its guest may still be booting."
+        # Without the time: a machine that resets again and again would cost a write for each.
+        rebooted = " The machine was reset meanwhile: its guest may still be booting."
 
     # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
     repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
