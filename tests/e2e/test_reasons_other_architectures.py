@@ -44,7 +44,7 @@ async def test_s390x_takes_cpus_and_never_gives_them_back(folder: Path, operator
             STALLED,
             "3 vCPUs present, 2 declared",
             "QEMU cannot unplug CPUs of this machine",
-            "below 3 vCPUs",
+            "at least 3 vCPUs",
             vcpus=3,
         )
         assert seen.pending == []
@@ -90,6 +90,6 @@ async def test_ppc64_comes_and_goes_in_whole_cores(folder: Path, operator: Opera
         )
         await user.change("vm", vcpus=1)
         seen = await shows(
-            user, "vm", "UnplugUnsupported", STALLED, "slot 0 cannot be unplugged", "below 2 vCPUs", vcpus=2
+            user, "vm", "UnplugUnsupported", STALLED, "slot 0 cannot be unplugged", "at least 2 vCPUs", vcpus=2
         )
         assert seen.pending == []
