@@ -593,14 +593,14 @@ class Reconciler:
         taken: set[int] = set()
         blocked: CommandError | None = None
         while chosen := first_fit(machine.free, aim.count - machine.vcpus, taken):
-            blocked = None
             for slot in chosen:
                 if self._superseded(vcpuset) or loop.time() >= until:
                     # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted: what this
                     # pass then reports is refused. The next one starts from the newest object.
-                    return await self._observe(track, session), None
+                    return await self._observe(track, session), blocked
                 try:
                     await session.plug(slot)
+                    blocked = None
                 except SlotTaken as error:
                     # Another client was faster: observe again, another free slot does as well.
                     taken.add(slot.index)

@@ -8,6 +8,7 @@ import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
+from vcpuset.domain.errors import SlotTaken
 from vcpuset.qmp.monitors import TURN_SECONDS
 from vcpuset.reconciler import NEXT_TURN_SECONDS
 
@@ -202,6 +203,24 @@ def test_a_fill_in_many_passes_writes_progress_now_and_then_only(
     ]
     assert world.recorder.events[told:] == [("Normal", "Plugging"), ("Normal", "Converged")]
     assert world.sessions_held == 0
+
+
+def test_slots_that_turn_out_to_be_taken_are_reported_and_tried_less_and_less_often_also_if_that_takes_long(
+    empty_machine_world: LawfulWorld, empty_machine: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = empty_machine_world
+
+    def taken(slot: int, device_id: str) -> None:
+        world.spend(1.5)
+        raise SlotTaken("device_add", "GenericError", f"CPU {slot} exists")
+
+    monkeypatch.setattr(empty_machine, "device_add", taken)
+    world.apply("web", vcpus=MANY)
+    passes = world.passes
+    world.advance(600)
+
+    assert "CPU 1 exists" in world.status().conditions[0].message
+    assert world.passes - passes <= 600 / 15 + 10
 
 
 def test_a_fill_that_is_quick_takes_one_pass_and_one_write_however_many_cpus_it_plugs(
