@@ -108,6 +108,7 @@ REQUIREMENTS: Final = (
     Requirement(
         "setpriv, to terminate child processes with their parent", "util-linux", "util-linux", _has_program("setpriv")
     ),
+    Requirement("ip, for tests of a TCP monitor whose host is gone", "iproute2", "iproute", _has_program("ip")),
     Requirement("certificate authorities, for downloads", "ca-certificates", "ca-certificates", _has_certificates),
     Requirement(
         "libfaketime, to set the clock of an operator in tests",
