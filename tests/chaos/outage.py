@@ -115,11 +115,11 @@ class Outage:
 
     def pauses(self) -> list[float]:
         """The pauses that the log tells of after each failed attempt to watch or to list for it."""
-        line = r" vcpuset\.kube\.pace: (?:watch|GET) \S+/vcpusets: .*; (?:tried again|taken up) in ([0-9.]+) s"
+        line = r" vcpuset\.kube\.pace: (?:watch|GET) \S+/vcpusets: .*; (?:retrying|resuming) in ([0-9.]+) s"
         return [float(found) for found in re.findall(line, self.operator.text())]
 
     def _begun_anew(self) -> int:
-        """How often the log says that all of the watch was begun anew.
+        """How often the log says that all of the watch was restarted.
 
         The pause before that can be so long that the request after it does not know of an end that came too soon.
         """

@@ -146,7 +146,7 @@ class Scene:
         assert self.operator.pid == self.pid
         log = self.operator.text()
         assert "Traceback" not in log, log
-        assert log.count("leading:") == 1, log
+        assert log.count("became leader:") == 1, log
         now = await self.lease()
         same = ("holderIdentity", "leaseTransitions", "acquireTime")
         assert [now.get(key) for key in same] == [lease.get(key) for key in same]

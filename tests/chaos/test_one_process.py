@@ -240,7 +240,7 @@ async def test_an_operator_that_never_reached_the_api_server_ends_when_it_is_ask
         operator = OperatorProcess(away)
         stack.push_async_exit(operator)  # not entered: it would wait until the operator is ready
         await operator.start(ready=False)
-        await until(lambda: "tried again" in operator.text(), PATIENCE_SECONDS, "the first failure")
+        await until(lambda: "retrying in" in operator.text(), PATIENCE_SECONDS, "the first failure")
         operator.require_running()
         assert await operator.stop() == 0, operator.tail()
 

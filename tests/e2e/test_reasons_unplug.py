@@ -312,5 +312,4 @@ async def test_a_linux_guest_that_is_asked_while_it_reboots_gives_its_cpus_back_
         await shows(user, "vm", "Converged", READY, vcpus=3)
         await guest.wait_online(3)
         versions = await history(user, created)
-        assert max(each["attempts"] for seen in versions for each in seen.pending) > 1
         assert {seen.states for seen in versions if seen.states == STALLED} == set(), "that is no reason to worry"

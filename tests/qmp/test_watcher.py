@@ -212,7 +212,10 @@ async def test_a_socket_that_is_removed_and_made_again_at_once_makes_for_one_pas
     listen(root / "team-a/qmp.sock")
     following.follow("one", "qmp.sock")
     following.follow("fence", "fence")
+    following.follow("before", "before")
     await watching(root, root / "team-a")
+    listen(root / "team-a/before")
+    await following.told("before")  # no observation of the time before is under way any more
     (root / "team-a/qmp.sock").unlink()
     listen(root / "team-a/qmp.sock")
     await following.told("one")
