@@ -76,7 +76,7 @@ Block = Heading | Facts | Grid | Lines
 
 def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> None:
     """Print a result to standard output: the page as a table, or the document."""
-    if sys.stdout is None:  # closed by whoever started this
+    if sys.stdout is None:  # closed by the process that started this one
         return
     match output:
         case "json":

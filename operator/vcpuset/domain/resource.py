@@ -161,7 +161,7 @@ class Request:
 
 
 CONDITION_TYPES: Final = ("Ready", "Reconciling", "Stalled", "GuestAgentConnected")
-"""The conditions that are the operator's. All others belong to whoever wrote them."""
+"""The conditions that are the operator's. All others belong to their writers."""
 
 
 @dataclass(frozen=True, slots=True)
