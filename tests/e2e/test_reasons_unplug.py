@@ -312,4 +312,7 @@ async def test_a_linux_guest_that_is_asked_while_it_reboots_gives_its_cpus_back_
         await shows(user, "vm", "Converged", READY, vcpus=3)
         await guest.wait_online(3)
         versions = await history(user, created)
+        assert len({each["requestedAt"] for seen in versions for each in seen.pending}) > 1, (
+            "no repetition was recorded"
+        )
         assert {seen.states for seen in versions if seen.states == STALLED} == set(), "that is no reason to worry"

@@ -223,6 +223,18 @@ async def test_a_socket_that_is_removed_and_made_again_at_once_makes_for_one_pas
     await following.told("fence")
 
 
+async def test_what_a_pass_has_found_gone_already_makes_for_no_second_one(root: Path, following: Following) -> None:
+    """The loss of a session tells of a QEMU's end before its socket goes."""
+    listen(root / "team-a/qmp.sock")
+    following.follow("one", "qmp.sock")
+    following.follow("fence", "fence")
+    await watching(root, root / "team-a")
+    (root / "team-a/qmp.sock").unlink()
+    following.make_pass("one")
+    listen(root / "team-a/fence")
+    await following.told("fence")
+
+
 @pytest.mark.parametrize("remove", [shutil.rmtree, lambda folder: folder.rename(folder.parent / "away")])
 async def test_a_folder_that_goes_takes_its_sockets_with_it(
     root: Path, following: Following, remove: Callable[[Path], None]

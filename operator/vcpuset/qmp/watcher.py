@@ -253,17 +253,22 @@ class SocketWatcher:
                 }
                 if not wanted:
                     continue
+                found = dict(self._found)
                 try:
                     sight = await files.call(lane, lane, partial(_observe, self._root, wanted, self._inotify))
                 except MonitorUnreachable:
                     self._touch(each for each in wanted if not files.hangs(lane, below(self._root, each)))
                 else:
-                    self._learn(wanted, sight)
+                    self._learn(wanted, sight, found)
         finally:
             del self._observing[namespace]
             self._stir.set()
 
-    def _learn(self, wanted: dict[str, list[str]], sight: _Sight) -> None:
+    def _learn(self, wanted: dict[str, list[str]], sight: _Sight, found: dict[UID, Stamp | None]) -> None:
+        """Take up what an observation has shown.
+
+        found  what the passes had found when it began
+        """
         for way in {way for folder in wanted for way in _ways(folder)}:
             self._watch(way, sight.watches.get(way))
             if way not in self._below:  # no set has a socket there any more
@@ -276,9 +281,13 @@ class SocketWatcher:
                 if path in self._sets:
                     self._observed[path] = stamp
                 for uid in self._sets.get(path, ()):
-                    if self._found.get(uid, stamp) != stamp:  # Where no pass has looked yet, one is due anyway.
+                    if self._found.get(uid, stamp) == stamp:  # Where no pass has looked yet, one is due anyway.
+                        continue
+                    if self._found[uid] is found.get(uid):
                         self._found[uid] = stamp
                         self._changed(uid)
+                    else:  # A pass has found it meanwhile, and may have done so later.
+                        self._touch({folder})
 
     def _watch(self, folder: str, watch: int | None) -> None:
         """The folder is watched by this; a watch that none needs any more is removed."""
