@@ -95,7 +95,7 @@ class Textbook:
             **os.environ,
             "KUBECONFIG": str(control_plane.kubeconfig),
             "SOCKET_ROOT": str(root),
-            "LOOK_SECONDS": str(resync_seconds),
+            "POLL_SECONDS": str(resync_seconds),
         }
         self._child: Child | None = None
 

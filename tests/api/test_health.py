@@ -22,7 +22,7 @@ from harness.faultproxy import Asked, FaultProxy, Passes
 from harness.processes import free_port
 from harness.wait import until
 from harness.world import User
-from vcpuset.app import operator, vitals
+from vcpuset.app import liveness, operator
 from vcpuset.app.settings import Settings
 from vcpuset.reconciler import Reconciler
 from vcpuset.runtime.workers import Done
@@ -92,7 +92,7 @@ async def running(kubeconfig: Path, namespace: str) -> AsyncIterator[Running]:
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some seconds in place of some minutes."""
-    monkeypatch.setattr(vitals, "BEHIND_SECONDS", BEHIND_SECONDS)
+    monkeypatch.setattr(liveness, "BEHIND_SECONDS", BEHIND_SECONDS)
 
 
 def is_watch(asked: Asked) -> bool:
@@ -169,7 +169,8 @@ async def test_a_watch_that_fails_and_is_tried_again_is_no_illness_and_the_lists
 
             async def is_told() -> bool:
                 return any(
-                    record.name == "vcpuset.kube.pace" and words in record.getMessage() for record in caplog.records
+                    record.name == "vcpuset.kube.transport" and words in record.getMessage()
+                    for record in caplog.records
                 )
 
             await until(is_told, WAIT, "the failed watch in the log")
@@ -251,7 +252,7 @@ async def test_a_pass_that_is_stuck_is_an_illness(
         return Done()
 
     monkeypatch.setattr(Reconciler, "reconcile", hang)
-    monkeypatch.setattr(vitals, "STUCK_SECONDS", 1.0)
+    monkeypatch.setattr(liveness, "STUCK_SECONDS", 1.0)
     async with running(control_plane.kubeconfig, namespace) as process:
         assert await process.get("/healthz") == (200, "ok\n")
         await user.create("one", 2, "one.sock")

@@ -23,8 +23,8 @@ WAIT = 180.0
 DECLARED = 4
 BEFORE = ("keeps", "drifts", "grows", "goes", "leaves")
 TIMES = {
-    "kube.pace.ANSWER_SECONDS": 6.0,
-    "kube.pace.BACKOFF.base_seconds": 0.25,
+    "kube.transport.ANSWER_SECONDS": 6.0,
+    "kube.transport.BACKOFF.base_seconds": 0.25,
     "kube.cluster.REQUEST_SECONDS": 4.0,
     "kube.source.SILENT_SECONDS": 10.0,
 }

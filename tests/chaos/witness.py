@@ -16,7 +16,7 @@ from harness.qmp import raw
 
 __all__ = ["Witness"]
 
-LOOK_SECONDS = 0.02
+POLL_SECONDS = 0.02
 REMEMBERED = 100
 
 
@@ -60,7 +60,7 @@ class Witness:
                 async with raw(monitor) as client:
                     while True:
                         self._note(await client.count())
-                        await asyncio.sleep(LOOK_SECONDS)
+                        await asyncio.sleep(POLL_SECONDS)
             self._note(None)
 
     def _note(self, count: int | None) -> None:

@@ -55,11 +55,11 @@ async def test_what_a_guest_refused_is_told_with_when_it_is_asked_again_and_what
         assert found["status"]["reason"] == "UnplugRefused"
         assert found["status"]["message"] == refused.message
         assert (found["plug"], found["unplug"], found["standby"]) == ([], [], [])
-        (obstacle,) = found["blockers"]
-        assert obstacle["reason"] == "UnplugRefused"
-        assert "slot 1" in obstacle["message"]
-        assert "device busy (_OST 0x82)" in obstacle["message"]
-        assert "The request is repeated at" in obstacle["message"]
+        (blocker,) = found["blockers"]
+        assert blocker["reason"] == "UnplugRefused"
+        assert "slot 1" in blocker["message"]
+        assert "device busy (_OST 0x82)" in blocker["message"]
+        assert "The request is repeated at" in blocker["message"]
 
         shown = await _vcpuset("inspect", guest.monitors[1], "-f", "-", text=printed)
         assert shown["slots"][1]["pendingUnplug"] == {**request, "requestedAt": request["requestedAt"][:19] + "Z"}

@@ -1,6 +1,6 @@
 """`vcpuset` with some of its times set otherwise: what takes minutes in a cluster need not do so in a test.
 
-    python -m harness.hurried vcpuset.kube.pace.ANSWER_SECONDS=3 vcpuset.kube.pace.BACKOFF.base_seconds=0.2 -- run …
+    python -m harness.hurried vcpuset.kube.transport.ANSWER_SECONDS=3 vcpuset.qmp.client.READ_LIMIT=9 -- run …
 
 The names are those of constants in modules, or of their fields. One that there is not is an error, so that no test goes
 on waiting for a constant that was renamed.

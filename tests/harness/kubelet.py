@@ -37,7 +37,7 @@ from harness.processes import CommandFailed
 
 __all__ = ["ALLOW_LOOPBACK", "Node", "Nodes", "cluster", "install"]
 
-LOOK_SECONDS: Final = 0.1
+POLL_SECONDS: Final = 0.1
 ROLLOUT_SECONDS: Final = 120.0
 
 Manifest = Mapping[str, Any]
@@ -166,7 +166,7 @@ class Nodes:
                 answer = await self._control_plane.request("GET", "/api/v1/pods")
                 if answer.status == 200:
                     await self._take(answer.body["items"])
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _take(self, manifests: Sequence[Manifest]) -> None:
         listed = {str(each["metadata"]["uid"]): each for each in manifests}

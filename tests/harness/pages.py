@@ -22,7 +22,7 @@ import yaml
 from prometheus_client.core import Metric
 
 from harness.cache import REPOSITORY
-from vcpuset.app.census import Snapshot
+from vcpuset.app.collectors import Snapshot
 from vcpuset.app.history import History
 from vcpuset.app.metrics import QMP_COMMANDS, Metrics
 from vcpuset.domain.guest import AgentReason

@@ -20,7 +20,7 @@ from harness.volumes import VolumeMissing, Volumes, field
 
 __all__ = ["Pod"]
 
-LOOK_SECONDS: Final = 0.1
+POLL_SECONDS: Final = 0.1
 RESTART_SECONDS: Final = 1.0
 """Until a container that has ended is started again; from 10 s to 5 min in a cluster."""
 EAGER_SECONDS: Final = 0.5
@@ -204,7 +204,7 @@ class Pod:
                 await self._child.stop(timeout=self._manifest["spec"]["terminationGracePeriodSeconds"])
                 break
             await self._report(ready=readiness.passed)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         if self._grace is None:
             self.restarts += 1
             self._waiting = "CrashLoopBackOff"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from vcpuset.domain.assessment import assess
 from vcpuset.domain.machine import Activity, Machine
-from vcpuset.domain.plan import first_fit, goal, plan
+from vcpuset.domain.plan import first_fit, plan, target_for
 from vcpuset.domain.requests import asked, cpu_of, still_open
 from vcpuset.domain.resource import BootVCPUs, Spec, UnixMonitor, Unplug, UnplugPolicy
-from vcpuset.domain.verdict import judge
 
 __all__ = ["check_decisions"]
 
@@ -34,22 +34,22 @@ def check_decisions(machine: Machine) -> None:
 
 
 def _check(spec: Spec, machine: Machine) -> None:
-    aim = goal(spec, machine)
+    target = target_for(spec, machine)
     step = plan(spec, machine, (), now=NOW)
-    assert machine.floor <= aim.count <= machine.ceiling
-    assert aim.count <= spec.vcpus or machine.vcpus >= aim.count, "more than declared are plugged"
-    assert (aim.count == spec.vcpus) == (aim.reason is None)
+    assert machine.floor <= target.count <= machine.ceiling
+    assert target.count <= spec.vcpus or machine.vcpus >= target.count, "more than declared are plugged"
+    assert (target.count == spec.vcpus) == (target.reason is None)
     assert not (step.plug and step.ask)
     if machine.activity is not Activity.CHANGEABLE:
         assert not step.plug
         assert not step.ask
 
-    chosen = first_fit(step.plug, aim.count - machine.vcpus, ())
+    chosen = first_fit(step.plug, target.count - machine.vcpus, ())
     assert all(slot.path is None for slot in chosen)
-    assert machine.vcpus + sum(slot.vcpus for slot in chosen) <= max(aim.count, machine.vcpus)
+    assert machine.vcpus + sum(slot.vcpus for slot in chosen) <= max(target.count, machine.vcpus)
 
     assert all(slot.path is not None and slot.index != 0 for slot in step.ask)
-    assert not step.ask or machine.vcpus - sum(slot.vcpus for slot in step.ask) >= aim.count
+    assert not step.ask or machine.vcpus - sum(slot.vcpus for slot in step.ask) >= target.count
     assert spec.unplug.policy is UnplugPolicy.ENABLED or not step.ask
     assert spec.unplug.boot_vcpus is BootVCPUs.UNPLUG or not any(slot.boot for slot in step.ask)
 
@@ -61,5 +61,7 @@ def _check(spec: Spec, machine: Machine) -> None:
     for request in book:
         assert 1 <= len(request.path) <= 1024
         assert 0 <= request.thread_id <= INT64
-    verdict = judge(spec, machine, aim, book, started=NOW if book else None, blocked=None, reported=None, now=NOW)
-    assert 0 < len(verdict.message) < 32768
+    assessment = assess(
+        spec, machine, target, book, started=NOW if book else None, blocked=None, reported=None, now=NOW
+    )
+    assert 0 < len(assessment.message) < 32768

@@ -22,9 +22,9 @@ from qmp.fuzzing import Case, Distort, feed, settled
 from qmp.peer import CLOSE, Asked, Entry, Step, connected
 from qmp.reading import Failure, Reading
 from qmp.recordings import Message, Recording, load
+from vcpuset.domain.assessment import failure
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.machine import Machine
-from vcpuset.domain.verdict import failure
 from vcpuset.qmp.session import Session
 
 pytestmark = pytest.mark.looptime
@@ -147,7 +147,7 @@ class Story:
         outcome = await settled(opening)
         self._new_commands()
         right = self._reading().opened()
-        self._judge("open", outcome, right, None)
+        self._assess("open", outcome, right, None)
         return outcome if isinstance(outcome, Session) else None
 
     async def observe(self, session: Session) -> Machine | None:
@@ -159,7 +159,7 @@ class Story:
         seen = outcome
         if isinstance(outcome, Machine):
             seen = reading.plain(outcome)
-        self._judge("observe", seen, right, "Machine")
+        self._assess("observe", seen, right, "Machine")
         self._results.append(("observe", asked))
         if not isinstance(outcome, Machine):
             return None
@@ -183,7 +183,7 @@ class Story:
             # A refusal that can be about the id has a second try, whose outcome counts.
             for each in asked:
                 right = reading_.carried_out(each)
-            self._judge("change", outcome, right, None)
+            self._assess("change", outcome, right, None)
             self._results.append(("change", asked))
         return outcome is None
 
@@ -220,7 +220,7 @@ class Story:
         self._asked = len(found)
         return new
 
-    def _judge(self, what: str, outcome: object, right: Sequence[object], success: str | None) -> None:
+    def _assess(self, what: str, outcome: object, right: Sequence[object], success: str | None) -> None:
         if isinstance(outcome, Exception):
             assert isinstance(outcome, VCPUSetError), f"{what}: {outcome!r}"
             assert any(isinstance(each, Failure) and each.fits(outcome) for each in right), (what, outcome, right)

@@ -192,7 +192,7 @@ async def hold(case: Case) -> None:
             asked = [entry for entry in peer.transcript if isinstance(entry, Asked)]
             read = Reading(peer.transcript, started)
             right = [returned(reply) for reply in read.reply(asked[0])]
-            judge(case, outcome, [LOST if isinstance(each, list) and each != [NUMBER] else each for each in right])
+            assess(case, outcome, [LOST if isinstance(each, list) and each != [NUMBER] else each for each in right])
             if not isinstance(outcome, Agent):
                 return
             agent = outcome
@@ -209,7 +209,7 @@ async def hold(case: Case) -> None:
                 assert list(seen) == sorted(seen)
                 assert outcome.online == sum(online for online, _ in seen.values())
                 assert outcome.offline == tuple(number for number, (online, _) in seen.items() if not online)
-            judge(case, outcome, [each if not isinstance(each, dict) else [each] for each in sense])
+            assess(case, outcome, [each if not isinstance(each, dict) else [each] for each in sense])
             if isinstance(outcome, AgentUnreachable | AgentTimeout):
                 return
 
@@ -234,7 +234,7 @@ async def hold(case: Case) -> None:
         assert left, "the connection was left open"
 
 
-def judge(case: Case, outcome: object, right: Sequence[object]) -> None:
+def assess(case: Case, outcome: object, right: Sequence[object]) -> None:
     """An error is one of those that are right; no error is right if a value is."""
     if isinstance(outcome, Exception):
         assert isinstance(outcome, AgentError), repr(outcome)
@@ -289,7 +289,7 @@ def check_online(case: Case, outcome: object, read: Reading, asked: Sequence[Ask
         assert not left
         assert outcome.keys() == refused
         assert all(0 < len(words) <= 201 and words.isprintable() for words in outcome.values())
-    judge(case, outcome, right)
+    assess(case, outcome, right)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -25,11 +25,11 @@ from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
-from vcpuset.qmp import allowance, files
+from vcpuset.qmp import files, ratelimiter
 from vcpuset.qmp import guests as guests_module
 from vcpuset.qmp.agent import AGENT_SECONDS
-from vcpuset.qmp.allowance import WAKES_AT_ONCE, WAKES_PER_SECOND
 from vcpuset.qmp.guests import RETRY_SECONDS, Guests
+from vcpuset.qmp.ratelimiter import WAKES_AT_ONCE, WAKES_PER_SECOND
 
 pytestmark = pytest.mark.looptime
 
@@ -525,8 +525,8 @@ async def test_a_guest_that_says_something_else_each_time_may_not_wake_without_e
 async def test_an_agent_whose_failure_is_told_later_is_asked_again_all_the_same(
     guests: Guests, woken: Woken, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allowance, "WAKES_AT_ONCE", 1)
-    monkeypatch.setattr(allowance, "WAKES_PER_SECOND", 0.5)
+    monkeypatch.setattr(ratelimiter, "WAKES_AT_ONCE", 1)
+    monkeypatch.setattr(ratelimiter, "WAKES_PER_SECOND", 0.5)
     woken.then = lambda: guests.ask(a_set(), TWO)
     async with FaultyAgent(path, faults={GET: SecondFails()}):
         await answer(guests, woken, a_set(), TWO)

@@ -43,7 +43,7 @@ from harness.qmp import Raw, raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorTimeout, MonitorUnreachable
-from vcpuset.qmp import allowance, client
+from vcpuset.qmp import client, ratelimiter
 from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
@@ -673,8 +673,8 @@ async def test_many_events_at_once_wake_few_times(namespace_folder: Path, connec
 async def test_a_guest_that_makes_events_without_end_has_a_limited_number_of_wakes_and_a_loss_is_told_all_the_same(
     namespace_folder: Path, connect: Connect, wakes: Wakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allowance, "WAKES_AT_ONCE", 3)
-    monkeypatch.setattr(allowance, "WAKES_PER_SECOND", 0.0001)
+    monkeypatch.setattr(ratelimiter, "WAKES_AT_ONCE", 3)
+    monkeypatch.setattr(ratelimiter, "WAKES_PER_SECOND", 0.0001)
     async with FaultyMonitor(namespace_folder / "qmp") as monitor:
         session = await connect(monitor.path, wakes)
         for number in range(1, 4):

@@ -1,7 +1,7 @@
 """What the process does, as Prometheus metrics, with the names of controller-runtime and client-go where they have one.
 
 Everything here is a fixed number of series: no label is taken from what users write. What there is to say of the sets
-themselves is in `history` (what has become of changes) and `census` (how they are now).
+themselves is in `history` (what has become of changes) and `collectors` (how they are now).
 """
 
 from __future__ import annotations

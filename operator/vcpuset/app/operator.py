@@ -18,12 +18,12 @@ from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 
-from vcpuset.app.census import Census
+from vcpuset.app.collectors import SetCollector
 from vcpuset.app.health import serve_http
 from vcpuset.app.history import History
+from vcpuset.app.liveness import unhealthy_reason
 from vcpuset.app.metrics import Metrics, measure_lag
 from vcpuset.app.settings import Settings
-from vcpuset.app.vitals import illness
 from vcpuset.domain.backoff import ExponentialBackoff, jittered
 from vcpuset.domain.errors import APIError, NotLeading
 from vcpuset.domain.resource import UID, VCPUSet
@@ -32,10 +32,10 @@ from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.credentials import Secrets
 from vcpuset.kube.freshness import CHECK_SECONDS, Freshness
 from vcpuset.kube.lease import Leadership, own_identity
-from vcpuset.kube.pace import Pace, remedy
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
+from vcpuset.kube.transport import RetryBackoff, remedy
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Outcome
@@ -140,7 +140,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
             queue.renew(before.uid)
 
     cache = Cache(moved)
-    census = Census(lambda: cache, history.waits, settings.metrics_set_limit)
+    collector = SetCollector(lambda: cache, history.waits, settings.metrics_set_limit)
     freshness = Freshness(lambda namespace: source.is_failing(namespace))
     metrics.watch_freshness(freshness)
     recorder = Recorder(cluster)
@@ -195,10 +195,10 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     ready = asyncio.Event()
 
     def ill() -> str | None:
-        return illness(queue.statistics(), settings.workers, freshness)
+        return unhealthy_reason(queue.statistics(), settings.workers, freshness)
 
     async def exposition() -> bytes:
-        return metrics.exposition() + await census.exposition()
+        return metrics.exposition() + await collector.exposition()
 
     http: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
     if settings.http_address is not None:
@@ -320,7 +320,7 @@ async def _sweep_for_ever(
 
 async def _insist(list_sets: Callable[[], Awaitable[None]], what: str) -> None:
     """List the sets, however long the API server is away."""
-    pace = Pace()
+    pace = RetryBackoff()
     while True:
         try:
             await list_sets()

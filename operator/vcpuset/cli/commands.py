@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import click
 
-from vcpuset.cli.look import TIMEOUT_SECONDS, monitor_address, read_credentials
+from vcpuset.cli.observation import TIMEOUT_SECONDS, monitor_address, read_credentials
 from vcpuset.cli.values import NAMESPACE
+from vcpuset.domain.assessment import sentence
 from vcpuset.domain.errors import VCPUSetError
-from vcpuset.domain.verdict import sentence
 from vcpuset.qmp.tcp import TCPEndpoint
 
 if TYPE_CHECKING:
@@ -195,10 +195,10 @@ def plan(
     except VCPUSetError as error:
         raise click.ClickException(sentence(str(error))) from error
     sources = planning.Sources(socket_root, monitor, timeout, credentials, tls_server_name)
-    studies = asyncio.run(planning.study(manifests, sources))
-    show(output, planning.document(studies), planning.page(studies))
-    if failed := [each for each in studies if each.failed]:
-        _end([f"VCPUSet {each.vcpuset}: {each.obstacles[0].message} {each.obstacles[0].remedy}" for each in failed])
+    results = asyncio.run(planning.preview_all(manifests, sources))
+    show(output, planning.document(results), planning.page(results))
+    if failed := [each for each in results if each.failed]:
+        _end([f"VCPUSet {each.vcpuset}: {each.blockers[0].message} {each.blockers[0].remedy}" for each in failed])
 
 
 def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:

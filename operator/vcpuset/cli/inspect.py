@@ -9,14 +9,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from vcpuset.cli.look import Look, ask_guest, open_monitor, take_look
+from vcpuset.cli.observation import Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.render import Block, Cell, Facts, Grid, Lines, Styled
+from vcpuset.domain.assessment import sentence
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.guest import AgentReason, GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine, Ost, Slot
 from vcpuset.domain.requests import CPU, carried_over, cpu_of
 from vcpuset.domain.resource import Request, VCPUSet
-from vcpuset.domain.verdict import sentence
 from vcpuset.qmp.sockets import find_local_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 

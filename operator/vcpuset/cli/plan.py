@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, reach
-from vcpuset.cli.look import Given, Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.manifests import Manifest
+from vcpuset.cli.observation import Given, Look, ask_guest, open_monitor, take_look
 from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
+from vcpuset.domain.assessment import Assessment, conflict, failure, terminating
+from vcpuset.domain.blockers import Blocker, blocker_of
 from vcpuset.domain.credentials import Credentials, NoCredentials
 from vcpuset.domain.errors import (
     AgentUnreachable,
@@ -26,18 +28,16 @@ from vcpuset.domain.errors import (
 )
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Slot
-from vcpuset.domain.obstacles import Obstacle, obstacle_of
-from vcpuset.domain.prospect import Prospect, prospect
+from vcpuset.domain.preview import PlanPreview, preview
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import conditions
 from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
-from vcpuset.domain.verdict import Verdict, conflict, failure, terminating
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, find_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.runtime.claims import Claims
 
-__all__ = ["Sources", "Study", "document", "page", "study"]
+__all__ = ["PlanResult", "Sources", "document", "page", "preview_all"]
 
 _LISTED: Final = 8
 """As many slots are named one by one; more of them are told as ranges."""
@@ -79,12 +79,12 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class PlanResult:
     """What is to be said of one manifest.
 
     look      None: the machine could not be looked at, is another set's, or the set has been deleted
     guest     what the guest's agent says; None: not asked
-    prospect  None: as `look`
+    preview  None: as `look`
     failed    whether the monitor should have been looked at and could not
     notes     what a reader should bear in mind
     """
@@ -92,9 +92,9 @@ class Study:
     manifest: Manifest
     look: Look | None
     guest: GuestReport | None
-    prospect: Prospect | None
-    verdict: Verdict
-    obstacles: tuple[Obstacle, ...]
+    preview: PlanPreview | None
+    assessment: Assessment
+    blockers: tuple[Blocker, ...]
     failed: bool
     notes: tuple[str, ...]
     now: datetime
@@ -105,8 +105,8 @@ class Study:
         return self.manifest.vcpuset
 
 
-async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
-    """A study of each manifest, in their order."""
+async def preview_all(manifests: Sequence[Manifest], sources: Sources) -> list[PlanResult]:
+    """The preview of each manifest, in their order."""
     claims: Claims[UID] = Claims()
     by_uid = {each.vcpuset.uid: each for each in manifests}
     for manifest in manifests:
@@ -114,11 +114,11 @@ async def study(manifests: Sequence[Manifest], sources: Sources) -> list[Study]:
             claims.claim(manifest.vcpuset.uid, manifest.vcpuset.seniority, await _keys(manifest, sources))
     found = []
     for manifest in manifests:
-        holder = claims.senior(manifest.vcpuset.uid)
+        holder = claims.conflicting_owner(manifest.vcpuset.uid)
         if manifest.vcpuset.deleting:
             found.append(_left_alone(manifest, terminating()))
         elif holder is None:
-            found.append(await _study(manifest, sources))
+            found.append(await _preview(manifest, sources))
         else:
             found.append(_yielding(manifest, by_uid[holder]))
     return found
@@ -143,34 +143,38 @@ async def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
     return keys
 
 
-def _yielding(manifest: Manifest, holder: Manifest) -> Study:
-    verdict = conflict(str(holder.vcpuset))
+def _yielding(manifest: Manifest, holder: Manifest) -> PlanResult:
+    assessment = conflict(str(holder.vcpuset))
     notes = []
     if not (manifest.created and holder.created):
         notes.append("Not both say when they were created: those that do count as older, others by their order here.")
-    return _left_alone(manifest, verdict, notes)
+    return _left_alone(manifest, assessment, notes)
 
 
-def _left_alone(manifest: Manifest, verdict: Verdict, notes: Sequence[str] = ()) -> Study:
-    obstacle = obstacle_of(verdict)
-    return Study(manifest, None, None, None, verdict, (obstacle,), failed=False, notes=tuple(notes), now=_clock())
+def _left_alone(manifest: Manifest, assessment: Assessment, notes: Sequence[str] = ()) -> PlanResult:
+    blocker = blocker_of(assessment)
+    return PlanResult(
+        manifest, None, None, None, assessment, (blocker,), failed=False, notes=tuple(notes), now=_clock()
+    )
 
 
-async def _study(manifest: Manifest, sources: Sources) -> Study:
+async def _preview(manifest: Manifest, sources: Sources) -> PlanResult:
     vcpuset = manifest.vcpuset
     notes = tuple(_notes(manifest, sources))
     try:
         look = await take_look(await _endpoint(vcpuset, sources), sources.seconds)
     except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
-        verdict = failure(error)
-        unseen = tuple(_unseen(vcpuset, verdict, sources))
-        return Study(manifest, None, None, None, verdict, unseen, failed=True, notes=notes, now=_clock())
+        assessment = failure(error)
+        unseen = tuple(_unseen(vcpuset, assessment, sources))
+        return PlanResult(manifest, None, None, None, assessment, unseen, failed=True, notes=notes, now=_clock())
     guest: GuestReport | None = None
     if vcpuset.spec.guest_agent is not None and look.machine.run_state == "running":
         guest = await ask_guest(_agent_socket(vcpuset, sources), sources.seconds)
     now = _clock()
-    found = prospect(vcpuset, look.machine, guest, now)
-    return Study(manifest, look, guest, found, found.verdict, found.obstacles, failed=False, notes=notes, now=now)
+    found = preview(vcpuset, look.machine, guest, now)
+    return PlanResult(
+        manifest, look, guest, found, found.assessment, found.blockers, failed=False, notes=notes, now=now
+    )
 
 
 async def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
@@ -193,16 +197,16 @@ async def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
     return await find_socket(sources.socket_root, vcpuset.namespace, vcpuset.spec.guest_agent.path, field)
 
 
-def _unseen(vcpuset: VCPUSet, verdict: Verdict, sources: Sources) -> Iterator[Obstacle]:
+def _unseen(vcpuset: VCPUSet, assessment: Assessment, sources: Sources) -> Iterator[Blocker]:
     if isinstance(vcpuset.spec.monitor, UnixMonitor) and sources.socket_root is None and sources.monitor is None:
         message = f"The location of {_monitor(vcpuset)} is unknown without the operator's --socket-root."
-        yield Obstacle(verdict.reason, message, _NO_ROOT)
-    elif verdict.reason is Reason.MONITOR_BUSY and vcpuset.spec.connection is Connection.PERSISTENT:
-        yield Obstacle(verdict.reason, verdict.message, _PERSISTENT)
+        yield Blocker(assessment.reason, message, _NO_ROOT)
+    elif assessment.reason is Reason.MONITOR_BUSY and vcpuset.spec.connection is Connection.PERSISTENT:
+        yield Blocker(assessment.reason, assessment.message, _PERSISTENT)
     else:
-        yield obstacle_of(verdict)
+        yield blocker_of(assessment)
     if vcpuset.spec.suspend:
-        yield Obstacle(Reason.SUSPENDED, "spec.suspend is set: nothing would be changed.", Reason.SUSPENDED.remedy)
+        yield Blocker(Reason.SUSPENDED, "spec.suspend is set: nothing would be changed.", Reason.SUSPENDED.remedy)
 
 
 def _notes(manifest: Manifest, sources: Sources) -> Iterator[str]:
@@ -216,13 +220,13 @@ def _clock() -> datetime:
     return datetime.now(UTC)
 
 
-def document(studies: Sequence[Study]) -> dict[str, Any]:
+def document(results: Sequence[PlanResult]) -> dict[str, Any]:
     """The result for programs."""
-    return {"items": [_item(each) for each in studies]}
+    return {"items": [_item(each) for each in results]}
 
 
-def _item(found: Study) -> dict[str, Any]:
-    work, vcpuset = found.prospect, found.vcpuset
+def _item(found: PlanResult) -> dict[str, Any]:
+    work, vcpuset = found.preview, found.vcpuset
     machine = None if found.look is None else found.look.machine
     return {
         "namespace": vcpuset.namespace,
@@ -231,20 +235,20 @@ def _item(found: Study) -> dict[str, Any]:
         "machine": None if machine is None else machine_document(machine),
         "guest": None if machine is None else guest_document(found.guest, machine, None),
         "desiredVCPUs": vcpuset.spec.vcpus,
-        "reachableVCPUs": None if work is None else work.goal.count,
+        "reachableVCPUs": None if work is None else work.target.count,
         "plug": [] if work is None else [{"slot": slot.index} for slot in work.plug],
         "unplug": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
         "standby": [] if work is None else [slot.index for slot in work.standby],
         "bringOnline": [] if work is None else list(work.bring_online),
         "blockers": [
-            {"reason": each.reason.value, "message": each.message, "remedy": each.remedy} for each in found.obstacles
+            {"reason": each.reason.value, "message": each.message, "remedy": each.remedy} for each in found.blockers
         ],
         "status": {
-            "reason": found.verdict.reason.value,
-            "message": found.verdict.message,
+            "reason": found.assessment.reason.value,
+            "message": found.assessment.message,
             "conditions": [
                 {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
-                for each in conditions(vcpuset, found.verdict, machine, found.guest, found.now)
+                for each in conditions(vcpuset, found.assessment, machine, found.guest, found.now)
             ],
         },
         "expected": None
@@ -254,19 +258,19 @@ def _item(found: Study) -> dict[str, Any]:
     }
 
 
-def page(studies: Sequence[Study]) -> list[Block]:
+def page(results: Sequence[PlanResult]) -> list[Block]:
     """The result for people."""
     blocks: list[Block] = []
-    for number, found in enumerate(studies):
+    for number, found in enumerate(results):
         if number:
             blocks.append(Lines([""]))
         blocks.append(Heading(f"VCPUSet {found.vcpuset}"))
         blocks.append(Facts(list(_facts(found))))
-        if found.obstacles:
+        if found.blockers:
             blocks.append(Lines(["", "Blockers:"]))
-            for obstacle in found.obstacles:
-                blocks.append(Lines([Styled(obstacle.reason, "bold yellow")], indent=2))
-                blocks.append(Lines([obstacle.message, Styled(f"Remedy: {obstacle.remedy}", "green")], indent=4))
+            for blocker in found.blockers:
+                blocks.append(Lines([Styled(blocker.reason, "bold yellow")], indent=2))
+                blocks.append(Lines([blocker.message, Styled(f"Remedy: {blocker.remedy}", "green")], indent=4))
         else:
             blocks.append(Lines(["", "No blockers."]))
         if found.notes:
@@ -282,8 +286,8 @@ _COLOURS: Final[Mapping[State, str]] = {
 }
 
 
-def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
-    vcpuset, work = found.vcpuset, found.prospect
+def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
+    vcpuset, work = found.vcpuset, found.preview
     yield "Monitor", _monitor(vcpuset)
     if work is None or found.look is None:
         yield "Desired", _count(vcpuset.spec.vcpus)
@@ -296,22 +300,22 @@ def _facts(found: Study) -> Iterator[tuple[str, Cell]]:
         machine = found.look.machine
         yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"
         yield from guest_facts(found.guest, machine, None)
-        aim = "" if work.goal.count == vcpuset.spec.vcpus else f"; currently possible: {work.goal.count}"
-        yield "Desired", f"{_count(vcpuset.spec.vcpus)}{aim}"
+        target = "" if work.target.count == vcpuset.spec.vcpus else f"; currently possible: {work.target.count}"
+        yield "Desired", f"{_count(vcpuset.spec.vcpus)}{target}"
         yield "Actions", Styled("; ".join(_deeds(work)) or "none", "bold")
         if work.standby:
             yield "Standby", _slots(work.standby, in_order=bool(work.ask))
-    yield "Status", _told(found.verdict)
+    yield "Status", _told(found.assessment)
     if work is not None and work.expected is not None:
         yield "Expected", _told(work.expected)
 
 
-def _told(verdict: Verdict) -> Cell:
-    true = "" if verdict.state is State.HELD else f" ({verdict.state.value}=True)"
-    return Styled(f"{verdict.reason}{true}: {verdict.message}", _COLOURS[verdict.state])
+def _told(assessment: Assessment) -> Cell:
+    true = "" if assessment.state is State.HELD else f" ({assessment.state.value}=True)"
+    return Styled(f"{assessment.reason}{true}: {assessment.message}", _COLOURS[assessment.state])
 
 
-def _deeds(work: Prospect) -> Iterator[str]:
+def _deeds(work: PlanPreview) -> Iterator[str]:
     if work.plug:
         yield f"plug {_slots(work.plug)}"
     if work.ask:

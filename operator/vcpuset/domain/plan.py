@@ -22,11 +22,11 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.requests import CPU, cpu_of, due_at
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, Unplug, UnplugPolicy
 
-__all__ = ["Goal", "Plan", "first_fit", "goal", "plan"]
+__all__ = ["Plan", "Target", "first_fit", "plan", "target_for"]
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class Target:
     """The count to bring a machine to.
 
     count    the reachable count that is nearest to the declared one
@@ -43,11 +43,11 @@ class Goal:
 class Plan:
     """What one pass does: at most one of the two is not empty.
 
-    plug  free slots to fill, in this order, until `goal.count` vCPUs are present; the rest stands by
+    plug  free slots to fill, in this order, until `target.count` vCPUs are present; the rest stands by
     ask   occupied slots to ask the guest for, in this order; each holds a CPU that may be asked for now
     """
 
-    goal: Goal
+    target: Target
     plug: tuple[Slot, ...] = ()
     ask: tuple[Slot, ...] = ()
 
@@ -66,31 +66,31 @@ def plan(
     requests      those still open
     woken, moved  what is known of the guest since, as in `due_at`
     """
-    aim = goal(spec, machine)
+    target = target_for(spec, machine)
     if spec.suspend or machine.activity is not Activity.CHANGEABLE:
-        return Plan(aim)
-    if machine.vcpus < aim.count:
-        return Plan(aim, plug=machine.free)
-    if machine.vcpus > aim.count and machine.guest_takes_unplugs:
+        return Plan(target)
+    if machine.vcpus < target.count:
+        return Plan(target, plug=machine.free)
+    if machine.vcpus > target.count and machine.guest_takes_unplugs:
         due = {cpu_of(each) for each in requests if due_at(each, spec.unplug, woken=woken, moved=moved) <= now}
-        return Plan(aim, ask=tuple(_to_ask(spec.unplug, machine, aim.count, requests, due)))
-    return Plan(aim)
+        return Plan(target, ask=tuple(_to_ask(spec.unplug, machine, target.count, requests, due)))
+    return Plan(target)
 
 
-def goal(spec: Spec, machine: Machine) -> Goal:
+def target_for(spec: Spec, machine: Machine) -> Target:
     """What the declared count comes to on this machine."""
     declared, present = spec.vcpus, machine.vcpus
     if machine.slots is None:
         if declared == present:
-            return Goal(present)
-        return Goal(
+            return Target(present)
+        return Target(
             present,
             Reason.HOTPLUG_UNSUPPORTED,
             "the machine type does not support CPU hotplug: restart the VM with the declared count, or with another "
             "machine type",
         )
     if declared > machine.ceiling:
-        return Goal(
+        return Target(
             machine.ceiling,
             Reason.INSUFFICIENT_SLOTS,
             f"the machine has slots for {machine.ceiling} vCPUs: declare at most {machine.ceiling}, "
@@ -98,18 +98,18 @@ def goal(spec: Spec, machine: Machine) -> Goal:
         )
     floor, reason, cause, way_out = _floor(spec.unplug, machine)
     if declared < floor:
-        return Goal(
+        return Target(
             floor, reason, f"{cause}, so the machine keeps at least {floor} vCPUs: declare at least {floor}{way_out}"
         )
     step = max((slot.vcpus for slot in machine.slots), default=1)
     if misfit := (declared - present) % step:
-        return Goal(
+        return Target(
             declared - misfit,
             Reason.UNSUPPORTED_VCPU_COUNT,
             f"the machine only plugs whole cores of {step} vCPUs: declare {declared - misfit} or "
             f"{declared - misfit + step}",
         )
-    return Goal(declared)
+    return Target(declared)
 
 
 def first_fit(free: Iterable[Slot], missing: int, taken: Collection[int]) -> list[Slot]:

@@ -1,4 +1,4 @@
-"""What a VCPUSet's status says: a verdict as conditions, and the numbers beside them.
+"""What a VCPUSet's status says: an assessment as conditions, and the numbers beside them.
 
 The conditions follow the kstatus rules (sigs.k8s.io/cli-utils, pkg/kstatus): Ready, Reconciling and Stalled stand in
 this order, are always all three present, and Reconciling and Stalled are never both True. A set with a guest agent has
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from vcpuset.domain.assessment import Assessment, RequeuePolicy, sentence
 from vcpuset.domain.guest import AgentReason, GuestReport
 from vcpuset.domain.machine import Machine
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import Condition, Request, Status, VCPUSet
-from vcpuset.domain.verdict import Pace, Verdict, sentence
 
 __all__ = ["AGENT", "conditions", "is_progress", "observed", "opened_at"]
 
@@ -77,9 +77,9 @@ def observed(
 
 
 def conditions(
-    vcpuset: VCPUSet, verdict: Verdict, machine: Machine | None, guest: GuestReport | None, now: datetime
+    vcpuset: VCPUSet, assessment: Assessment, machine: Machine | None, guest: GuestReport | None, now: datetime
 ) -> tuple[Condition, ...]:
-    """The conditions of a verdict; `lastTransitionTime` moves only when a condition's status does."""
+    """The conditions of an assessment; `lastTransitionTime` moves only when a condition's status does."""
     since = {condition.type: condition for condition in vcpuset.status.conditions}
 
     def condition(kind: str, status: str, reason: str, message: str) -> Condition:
@@ -88,8 +88,8 @@ def conditions(
         return Condition(kind, status, reason, message[:MESSAGE_LIMIT], moved, vcpuset.generation)
 
     def of(state: State) -> Condition:
-        status = "True" if verdict.state is state else "False"
-        return condition(state.value, status, verdict.reason.value, verdict.message)
+        status = "True" if assessment.state is state else "False"
+        return condition(state.value, status, assessment.reason.value, assessment.message)
 
     found = (of(State.READY), of(State.RECONCILING), of(State.STALLED))
     if vcpuset.spec.guest_agent is None:
@@ -108,13 +108,18 @@ def conditions(
 _WITH_THE_GUEST = frozenset({Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})
 
 
-def is_progress(old: Status, new: Status, pace: Pace) -> bool:
+def is_progress(old: Status, new: Status, pace: RequeuePolicy) -> bool:
     """Whether the change is mere progress of a plug or unplug under way, which may be reported later.
 
     Not progress: another generation, the end, bad news (what is tried again at `pace`).
     """
     before, after = old.ready, new.ready
-    if before is None or after is None or old.observed_generation != new.observed_generation or pace is Pace.RETRY:
+    if (
+        before is None
+        or after is None
+        or old.observed_generation != new.observed_generation
+        or pace is RequeuePolicy.RETRY
+    ):
         return False
     if before.reason == after.reason == Reason.CONTESTED:
         return True

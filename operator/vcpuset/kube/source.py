@@ -6,7 +6,7 @@ annotations and finalizers, and act on edges where this operator compares states
 
 kopf ends when watching fails in a way that it thinks final: the resource is not served (any more), a list is refused,
 the watch says that it has failed. Here nothing that an API server says is final: kopf is begun anew, at a growing pace
-(`vcpuset.kube.pace`), and machines are kept meanwhile at what was declared last.
+(`vcpuset.kube.transport`), and machines are kept meanwhile at what was declared last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vcpuset.kube.cluster import Scope, unheard
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
 from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.login import connection_info
-from vcpuset.kube.pace import Gate, Pace
+from vcpuset.kube.transport import RetryBackoff, ThrottledTransport
 
 __all__ = ["Source", "watch_settings"]
 
@@ -116,7 +116,7 @@ class Source:
         self._cache = cache
         self._changed = changed
         self._freshness = freshness
-        self._gate = Gate(lists or asyncio.Lock(), self._note_list, requested)
+        self._gate = ThrottledTransport(lists or asyncio.Lock(), self._note_list, requested)
         self._listed: set[str] = set()
         self.listed_again = asyncio.Event()
         """Set when the watch could not go on from where it was and began anew with a list: sets that were deleted
@@ -152,7 +152,7 @@ class Source:
             await asyncio.shield(watching)
 
     async def _watch_for_ever(self, halt: asyncio.Event, stop: asyncio.Event, ready: asyncio.Event) -> None:
-        pace = Pace()
+        pace = RetryBackoff()
         while not halt.is_set():
             pace.began()
             try:

@@ -1,4 +1,4 @@
-"""Talking to QEMU and to the agents of its guests: the only room that imports `qemu.qmp`.
+"""Talking to QEMU and to the agents of its guests: the only package that imports `qemu.qmp`.
 
 sockets     from what a VCPUSet names to an endpoint that cannot be swapped for another one
 monitors    the monitors of all sets, and the sessions that are kept between passes
@@ -6,7 +6,7 @@ session     one monitor connection: observe, plug, unplug, what the guest answer
 peer        what the kernel tells of the other end of a connection
 agent       one conversation with a guest agent
 guests      what the guests of all sets say, asked for beside the passes
-allowance   how often guests and agents may wake a pass
+ratelimiter how often guests and agents may wake a pass
 watcher     a monitor's socket that comes, goes or is replaced
 files       calls to file systems, which may hang
 client      `qemu.qmp`'s client with what a long-running program needs of it

@@ -19,7 +19,7 @@ from vcpuset.domain.machine import Machine
 from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, GuestAgent, VCPUSet
 from vcpuset.qmp.agent import Agent
-from vcpuset.qmp.allowance import Allowance
+from vcpuset.qmp.ratelimiter import RateLimiter
 from vcpuset.qmp.sockets import find_socket
 
 __all__ = ["AT_ONCE", "RETRY_SECONDS", "Guests"]
@@ -65,7 +65,7 @@ class _Guest:
     awaited: bool = False
     again: asyncio.TimerHandle | None = None
     news: asyncio.TimerHandle | None = None
-    wakes: Allowance = field(default_factory=Allowance)
+    wakes: RateLimiter = field(default_factory=RateLimiter)
 
 
 class Guests:

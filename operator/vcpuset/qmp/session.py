@@ -32,9 +32,9 @@ from vcpuset.domain.errors import (
 )
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
 from vcpuset.qmp import replies, translate
-from vcpuset.qmp.allowance import Allowance
 from vcpuset.qmp.client import Client, Stage
 from vcpuset.qmp.peer import Link, Peer
+from vcpuset.qmp.ratelimiter import RateLimiter
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
@@ -90,7 +90,7 @@ class Session:
         self._closed = False
         self._puzzled = False
         self._waking: asyncio.TimerHandle | None = None
-        self._allowance = Allowance()
+        self._wake_limiter = RateLimiter()
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
         self._answers: dict[int, Answer] = {}
@@ -360,7 +360,7 @@ class Session:
 
     def _wake_soon(self) -> None:
         if self._waking is None:
-            self._wake_in(SETTLE_SECONDS + self._allowance.delay())
+            self._wake_in(SETTLE_SECONDS + self._wake_limiter.delay())
 
     def _wake_in(self, seconds: float) -> None:
         self._waking = asyncio.get_running_loop().call_later(seconds, self._wake_now)

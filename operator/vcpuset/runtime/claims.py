@@ -52,7 +52,7 @@ class Claims(Generic[C]):
             self._drop(claimant, key)
         return touched
 
-    def senior(
+    def conflicting_owner(
         self, claimant: C, key: Hashable | None = None, *, rival: Callable[[C], bool] = lambda _: True
     ) -> C | None:
         """The most senior other claimant that comes before this one; None: this one holds what it claims.

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from unit.domain.builders import NOW, a_machine, a_request, a_set, ago
 from vcpuset.cli.inspect import Inspection, document, ost_words, page
-from vcpuset.cli.look import Look, monitor_address
 from vcpuset.cli.main import main
+from vcpuset.cli.observation import Look, monitor_address
 from vcpuset.cli.render import Facts, Grid, Lines, Styled, printable
 from vcpuset.domain.errors import AgentTimeout
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from vcpuset.domain.assessment import Assessment, assess
 from vcpuset.domain.errors import CommandError
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
-from vcpuset.domain.plan import goal
+from vcpuset.domain.plan import target_for
 from vcpuset.domain.report import opened_at
 from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
@@ -25,7 +26,6 @@ from vcpuset.domain.resource import (
     UnplugPolicy,
     VCPUSet,
 )
-from vcpuset.domain.verdict import Verdict, judge
 
 __all__ = [
     "NOW",
@@ -35,8 +35,8 @@ __all__ = [
     "a_slot",
     "a_spec",
     "ago",
+    "assessment_on",
     "thread_of",
-    "verdict_on",
 ]
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
@@ -139,7 +139,7 @@ def a_set(spec: Spec | None = None, *, generation: int = 1, status: Status = NEV
     return VCPUSet(UID("uid-web"), "default", "web", generation, "7", ago(3600), spec or a_spec(2), status)
 
 
-def verdict_on(
+def assessment_on(
     spec: Spec,
     machine: Machine,
     requests: Iterable[Request] = (),
@@ -153,19 +153,19 @@ def verdict_on(
     reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
-) -> Verdict:
-    """`judge` at the end of a pass. `started` is by default when the earliest of the requests was made."""
+) -> Assessment:
+    """`assess` at the end of a pass. `started` is by default when the earliest of the requests was made."""
     requests = tuple(requests)
-    aim = goal(spec, machine)
+    target = target_for(spec, machine)
     if started is None and requests:
         started = min(request.requested_at for request in requests)
     status = replace(Status(), observed_generation=1, unplug_started_at=started)
-    return judge(
+    return assess(
         spec,
         machine,
-        aim,
+        target,
         requests,
-        started=opened_at(status, 1, requests, machine.vcpus - aim.count, now),
+        started=opened_at(status, 1, requests, machine.vcpus - target.count, now),
         blocked=blocked,
         reported=reported,
         now=now,

@@ -8,7 +8,7 @@ import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.domain.plan import goal, plan
+from vcpuset.domain.plan import plan, target_for
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, UnplugPolicy
 
@@ -98,10 +98,10 @@ class Goals:
     ],
 )
 def test_the_goal_is_the_reachable_count_nearest_to_the_declared_one(case: Goals) -> None:
-    aim = goal(case.spec, case.machine)
+    target = target_for(case.spec, case.machine)
 
-    assert (aim.count, aim.reason) == (case.count, case.reason)
-    assert case.says in aim.message
+    assert (target.count, target.reason) == (case.count, case.reason)
+    assert case.says in target.message
 
 
 @dataclass
@@ -238,4 +238,4 @@ def test_a_plan_names_the_slots_to_plug_and_to_ask_for(case: Steps) -> None:
 
     assert [slot.index for slot in step.plug] == case.plug
     assert [slot.index for slot in step.ask] == case.ask
-    assert step.goal == goal(case.spec, case.machine)
+    assert step.target == target_for(case.spec, case.machine)

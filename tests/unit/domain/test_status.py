@@ -1,4 +1,4 @@
-"""From a verdict to a status: conditions, transitions, and what may be written later."""
+"""From an assessment to a status: conditions, transitions, and what may be written later."""
 
 from __future__ import annotations
 
@@ -7,43 +7,47 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, verdict_on
+from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, assessment_on
+from vcpuset.domain.assessment import Assessment, RequeuePolicy, slot_list
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.domain.plan import goal
+from vcpuset.domain.plan import target_for
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import conditions, is_progress, observed, opened_at
 from vcpuset.domain.resource import Condition, GuestAgent, Status
-from vcpuset.domain.verdict import Pace, Verdict, slot_list
 
 __all__: list[str] = []
 
-READY = Verdict(Reason.CONVERGED, "QEMU has 2 vCPUs, as declared.", State.READY, Pace.STEADY)
-WORKING = Verdict(Reason.PLUGGING, "plugging 2.", State.RECONCILING, Pace.HELD)
-STUCK = Verdict(Reason.INSUFFICIENT_SLOTS, "slots for 8.", State.STALLED, Pace.STEADY)
-IDLE = Verdict(Reason.SUSPENDED, "nothing is changed.", State.HELD, Pace.STEADY)
+READY = Assessment(Reason.CONVERGED, "QEMU has 2 vCPUs, as declared.", State.READY, RequeuePolicy.STEADY)
+WORKING = Assessment(Reason.PLUGGING, "plugging 2.", State.RECONCILING, RequeuePolicy.HELD)
+STUCK = Assessment(Reason.INSUFFICIENT_SLOTS, "slots for 8.", State.STALLED, RequeuePolicy.STEADY)
+IDLE = Assessment(Reason.SUSPENDED, "nothing is changed.", State.HELD, RequeuePolicy.STEADY)
 
 
 @pytest.mark.parametrize(
-    ("verdict", "true"),
+    ("assessment", "true"),
     [(READY, ["Ready"]), (WORKING, ["Reconciling"]), (STUCK, ["Stalled"]), (IDLE, [])],
-    ids=lambda value: value.reason.value if isinstance(value, Verdict) else None,
+    ids=lambda value: value.reason.value if isinstance(value, Assessment) else None,
 )
-def test_the_three_conditions_stand_in_order_and_at_most_one_is_true(verdict: Verdict, true: list[str]) -> None:
-    made = made_from((), verdict, 3, NOW)
+def test_the_three_conditions_stand_in_order_and_at_most_one_is_true(assessment: Assessment, true: list[str]) -> None:
+    made = made_from((), assessment, 3, NOW)
 
     assert [condition.type for condition in made] == ["Ready", "Reconciling", "Stalled"]
     assert [condition.type for condition in made if condition.status == "True"] == true
     assert {condition.status for condition in made} <= {"True", "False"}
     assert {(each.reason, each.message, each.observed_generation) for each in made} == {
-        (verdict.reason.value, verdict.message, 3)
+        (assessment.reason.value, assessment.message, 3)
     }
 
 
-def made_from(before: tuple[Condition, ...], verdict: Verdict, generation: int, now: datetime) -> tuple[Condition, ...]:
+def made_from(
+    before: tuple[Condition, ...], assessment: Assessment, generation: int, now: datetime
+) -> tuple[Condition, ...]:
     """The conditions of a set without a guest agent."""
-    return conditions(a_set(generation=generation, status=Status(conditions=before)), verdict, a_machine(), None, now)
+    return conditions(
+        a_set(generation=generation, status=Status(conditions=before)), assessment, a_machine(), None, now
+    )
 
 
 def _since(made: tuple[Condition, ...]) -> dict[str, datetime]:
@@ -213,8 +217,8 @@ def test_the_time_out_counts_from_the_first_request_of_the_generation(
 
 
 def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
-    verdict = Verdict(reason, f"{vcpus} present.", reason.states[0], Pace.HELD)
-    return Status(generation, vcpus, conditions=made_from((), verdict, generation, NOW))
+    assessment = Assessment(reason, f"{vcpus} present.", reason.states[0], RequeuePolicy.HELD)
+    return Status(generation, vcpus, conditions=made_from((), assessment, generation, NOW))
 
 
 @pytest.mark.parametrize(
@@ -234,11 +238,11 @@ def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
     ],
 )
 def test_progress_is_a_plug_or_an_unplug_that_goes_on(old: Status, new: Status, progress: bool) -> None:
-    assert is_progress(old, new, Pace.HELD) is progress
+    assert is_progress(old, new, RequeuePolicy.HELD) is progress
 
 
 def test_a_plug_that_failed_and_is_tried_again_is_no_progress() -> None:
-    assert not is_progress(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), Pace.RETRY)
+    assert not is_progress(_status(Reason.PLUGGING), _status(Reason.PLUGGING, vcpus=5), RequeuePolicy.RETRY)
 
 
 # --- words --------------------------------------------------------------------------------------------------------
@@ -260,7 +264,9 @@ def test_slots_are_named_as_ranges(slots: list[int], text: str) -> None:
 
 
 def test_a_change_for_the_worse_is_a_warning_also_when_it_is_no_stall() -> None:
-    refused = verdict_on(a_spec(1), a_machine(boot=[0], plugged=[1]), [a_request(1, at=ago(1), answer=Answer.IN_USE)])
+    refused = assessment_on(
+        a_spec(1), a_machine(boot=[0], plugged=[1]), [a_request(1, at=ago(1), answer=Answer.IN_USE)]
+    )
 
     assert refused.state is State.RECONCILING
     assert refused.event_type == "Warning"
@@ -269,4 +275,4 @@ def test_a_change_for_the_worse_is_a_warning_also_when_it_is_no_stall() -> None:
 
 
 def test_the_declared_count_is_the_goal_when_nothing_stands_in_its_way() -> None:
-    assert goal(a_spec(4), a_machine()).message == ""
+    assert target_for(a_spec(4), a_machine()).message == ""

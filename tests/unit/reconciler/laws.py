@@ -38,19 +38,19 @@ from typing_extensions import override
 from unit.reconciler.model import Qemu
 from unit.reconciler.standins import LOSS_SECONDS
 from unit.reconciler.world import START, World
+from vcpuset.domain.assessment import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Activity, Machine, Slot
-from vcpuset.domain.plan import goal
+from vcpuset.domain.plan import target_for
 from vcpuset.domain.requests import CPU, FIRST_PAUSE, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, Request, Unplug, VCPUSet
-from vcpuset.domain.verdict import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
-from vcpuset.reconciler import LOOK_SECONDS, NEXT_TURN_SECONDS, PROGRESS_SECONDS, ROUNDS
+from vcpuset.reconciler import NEXT_TURN_SECONDS, POLL_SECONDS, PROGRESS_SECONDS, ROUNDS
 from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]
 
-AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + LOOK_SECONDS + 2 * NEXT_TURN_SECONDS
+AT_WORK_SECONDS = max(PENDING_AFTER, TAKE_UP_TIME).total_seconds() + POLL_SECONDS + 2 * NEXT_TURN_SECONDS
 """How long an OnDemand set may hold the monitor after the last sign of work."""
 
 MOST_LOOKS = ROUNDS + 2
@@ -352,7 +352,7 @@ class LawfulWorld(World):
                 assert unsent == [], "never sent, and said to be with the guest"
             self._judge_progress(vcpuset)
         on_demand = vcpuset.spec.connection is Connection.ON_DEMAND
-        looks_again = self.next_pass <= self.loop.now + (NEXT_TURN_SECONDS if qemu.settled else LOOK_SECONDS)
+        looks_again = self.next_pass <= self.loop.now + (NEXT_TURN_SECONDS if qemu.settled else POLL_SECONDS)
         for session in self.sessions:
             assert self._news == qemu.news or session.gathering or looks_again, "an event was not looked at"
             if on_demand:
@@ -360,7 +360,7 @@ class LawfulWorld(World):
                 seconds = vcpuset.spec.unplug.timeout_seconds if by_event_only else 0
                 assert self.loop.now <= self._at_work + max(seconds, AT_WORK_SECONDS), "the monitor is held for nothing"
                 turn = EVENTS_TURN_SECONDS if by_event_only else TURN_SECONDS
-                assert self.loop.now <= session.opened_at + turn + LOOK_SECONDS, "nobody else gets a turn"
+                assert self.loop.now <= session.opened_at + turn + POLL_SECONDS, "nobody else gets a turn"
         if not self.sessions and not on_demand and self._calm and qemu.reachable:
             assert self.loop.now <= self._cut_at + LOSS_SECONDS, "a Persistent set without its session"
 
@@ -378,8 +378,8 @@ class LawfulWorld(World):
     def _judge_progress(self, vcpuset: VCPUSet) -> None:
         """Whatever can be done has been done, and what is waited for will wake somebody."""
         machine, ready = self.qemu.machine(), vcpuset.status.ready
-        target = goal(vcpuset.spec, machine).count
-        soon = self.loop.now + LOOK_SECONDS + NEXT_TURN_SECONDS
+        target = target_for(vcpuset.spec, machine).count
+        soon = self.loop.now + POLL_SECONDS + NEXT_TURN_SECONDS
         if ready is not None and ready.reason in {"Plugging", "Unplugging"}:
             waits = self.next_pass <= soon or self.guests_being_asked
             assert waits or machine.vcpus > target, f"{ready.reason}, and nobody looks"
@@ -450,4 +450,4 @@ class LawfulWorld(World):
         return self._working_on
 
     def _target(self) -> int:
-        return goal(self._spec().spec, self.qemu.machine()).count
+        return target_for(self._spec().spec, self.qemu.machine()).count

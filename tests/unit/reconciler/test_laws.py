@@ -18,7 +18,7 @@ from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import AgentMode, Guest, Qemu
 from unit.reconciler.world import RESYNC_SECONDS
 from vcpuset.domain.contest import PAUSE_RESYNCS, WINDOW_RESYNCS
-from vcpuset.domain.plan import goal
+from vcpuset.domain.plan import target_for
 from vcpuset.domain.resource import Connection
 
 __all__ = ["TestAnythingMayHappen", "TestAsTheGuestPleases"]
@@ -165,9 +165,9 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
             world.advance(CONTESTED_SECONDS)
 
         vcpuset, machine = world.vcpuset(), qemu.machine()
-        aim = goal(vcpuset.spec, machine)
-        assert machine.vcpus == aim.count
-        assert world.reason() == (aim.reason or "Converged")
+        target = target_for(vcpuset.spec, machine)
+        assert machine.vcpus == target.count
+        assert world.reason() == (target.reason or "Converged")
         assert vcpuset.status.vcpus == machine.vcpus
         assert (world.true_conditions()[:1] == ["Ready"]) == (machine.vcpus == vcpuset.spec.vcpus)
         if vcpuset.spec.guest_agent is not None:

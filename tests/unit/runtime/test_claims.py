@@ -20,7 +20,7 @@ def claims() -> Claims[str]:
 def test_who_claims_alone_holds(claims: Claims[str]) -> None:
     assert claims.claim("a", 1, ["socket"]) == set()
 
-    assert claims.senior("a") is None
+    assert claims.conflicting_owner("a") is None
 
 
 @pytest.mark.parametrize("order", [("elder", "younger"), ("younger", "elder")])
@@ -28,8 +28,8 @@ def test_the_more_senior_holds_whoever_comes_first(claims: Claims[str], order: t
     age = {"elder": 1, "younger": 2}
     told = [claims.claim(name, age[name], ["socket"]) for name in order]
 
-    assert claims.senior("elder") is None
-    assert claims.senior("younger") == "elder"
+    assert claims.conflicting_owner("elder") is None
+    assert claims.conflicting_owner("younger") == "elder"
     assert told == [set(), {order[0]}]
 
 
@@ -47,8 +47,8 @@ def test_letting_go_tells_all_who_share_and_the_next_holds(claims: Claims[str]) 
     claims.claim("elsewhere", 9, ["other"])
 
     assert claims.release("a") == {"b", "c"}
-    assert claims.senior("b") is None
-    assert claims.senior("c") == "b"
+    assert claims.conflicting_owner("b") is None
+    assert claims.conflicting_owner("c") == "b"
 
 
 def test_moving_to_another_key_tells_the_old_and_the_new_neighbours(claims: Claims[str]) -> None:
@@ -58,9 +58,9 @@ def test_moving_to_another_key_tells_the_old_and_the_new_neighbours(claims: Clai
     claims.claim("same", 4, ["common"])
 
     assert claims.claim("mover", 1, ["there", "common"]) == {"old", "new"}
-    assert claims.senior("old") is None
-    assert claims.senior("new") == "mover"
-    assert claims.senior("same") == "mover"
+    assert claims.conflicting_owner("old") is None
+    assert claims.conflicting_owner("new") == "mover"
+    assert claims.conflicting_owner("same") == "mover"
 
 
 def test_of_several_rivals_the_most_senior_is_named(claims: Claims[str]) -> None:
@@ -68,23 +68,23 @@ def test_of_several_rivals_the_most_senior_is_named(claims: Claims[str]) -> None
     claims.claim("older", 2, ["path"])
     claims.claim("young", 3, ["path", "inode"])
 
-    assert claims.senior("young") == "oldest"
+    assert claims.conflicting_owner("young") == "oldest"
     claims.release("oldest")
-    assert claims.senior("young") == "older"
+    assert claims.conflicting_owner("young") == "older"
 
 
 def test_one_shared_key_of_several_is_enough(claims: Claims[str]) -> None:
     claims.claim("elder", 1, ["path-1", "inode"])
     claims.claim("younger", 2, ["path-2", "inode"])
 
-    assert claims.senior("younger") == "elder"
+    assert claims.conflicting_owner("younger") == "elder"
 
 
 def test_who_claims_nothing_has_no_rival_and_may_let_go(claims: Claims[str]) -> None:
-    assert claims.senior("nobody") is None
+    assert claims.conflicting_owner("nobody") is None
     assert claims.release("nobody") == set()
     claims.claim("a", 1, [])
-    assert claims.senior("a") is None
+    assert claims.conflicting_owner("a") is None
 
 
 def test_after_letting_go_a_claim_can_be_made_again(claims: Claims[str]) -> None:
@@ -93,7 +93,7 @@ def test_after_letting_go_a_claim_can_be_made_again(claims: Claims[str]) -> None
     claims.release("elder")
 
     assert claims.claim("elder", 1, ["socket"]) == {"younger"}
-    assert claims.senior("younger") == "elder"
+    assert claims.conflicting_owner("younger") == "elder"
 
 
 KEYS = st.sets(st.sampled_from("xyz"))
@@ -117,7 +117,7 @@ def test_everybody_whose_standing_changed_was_told(steps: list[tuple[int, set[st
             told = claims.claim(name, name, keys)
             held[name] = keys
         after = {each: standing(each) for each in held}
-        assert {each: claims.senior(each) for each in held} == after
+        assert {each: claims.conflicting_owner(each) for each in held} == after
         changed = {each for each in held if each in before and before[each] != after[each]} - {name}
         assert changed <= told
         before = after
@@ -127,9 +127,9 @@ def test_one_key_can_be_asked_for_alone(claims: Claims[str]) -> None:
     claims.claim("elder", 1, ["inode"])
     claims.claim("younger", 2, ["path", "inode"])
 
-    assert claims.senior("younger", "path") is None
-    assert claims.senior("younger", "inode") == "elder"
-    assert claims.senior("younger", "unknown") is None
+    assert claims.conflicting_owner("younger", "path") is None
+    assert claims.conflicting_owner("younger", "inode") == "elder"
+    assert claims.conflicting_owner("younger", "unknown") is None
     assert claims.has("younger", "path")
     assert not claims.has("elder", "path")
     assert not claims.has("nobody", "path")
@@ -139,6 +139,6 @@ def test_a_claimant_that_means_something_else_by_a_key_is_no_rival(claims: Claim
     for seniority, name in enumerate(("stranger", "elder", "younger")):
         claims.claim(name, seniority, ["name"])
 
-    assert claims.senior("younger") == "stranger"
-    assert claims.senior("younger", rival=lambda other: other != "stranger") == "elder"
-    assert claims.senior("elder", rival=lambda other: other != "stranger") is None
+    assert claims.conflicting_owner("younger") == "stranger"
+    assert claims.conflicting_owner("younger", rival=lambda other: other != "stranger") == "elder"
+    assert claims.conflicting_owner("elder", rival=lambda other: other != "stranger") is None

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago
+from vcpuset.domain.blockers import Blocker, blockers
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import AgentReason, GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.domain.obstacles import Obstacle, obstacles
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import BootVCPUs, GuestAgent, Request, Spec, UnplugPolicy
 
@@ -22,11 +22,11 @@ AGENT = GuestAgent("agent.sock")
 
 def in_the_way(
     spec: Spec, machine: Machine, requests: Iterable[Request] = (), guest: GuestReport | None = None
-) -> list[Obstacle]:
-    return list(obstacles(spec, machine, tuple(requests), guest, now=NOW))
+) -> list[Blocker]:
+    return list(blockers(spec, machine, tuple(requests), guest, now=NOW))
 
 
-def reasons(found: Iterable[Obstacle]) -> list[str]:
+def reasons(found: Iterable[Blocker]) -> list[str]:
     return [each.reason.value for each in found]
 
 

@@ -19,7 +19,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import UID, VCPUSet
 
-__all__ = ["UNREPORTED", "Census", "Snapshot"]
+__all__ = ["UNREPORTED", "SetCollector", "Snapshot"]
 
 UNREPORTED: Final = "Unreported"
 """In place of a reason: this process, or an earlier one, has not reported on the present spec yet."""
@@ -90,7 +90,7 @@ class Snapshot:
         return 0.0 if ready.observed_generation == vcpuset.generation else self._waits.get(vcpuset.uid, 0.0)
 
 
-class Census:
+class SetCollector:
     """Writes the metrics of the sets.
 
     sets   those that this process serves, now

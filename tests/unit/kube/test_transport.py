@@ -9,14 +9,21 @@ import pytest
 
 from vcpuset.domain.errors import APIError
 from vcpuset.kube.cluster import LONGEST_RETRY_AFTER, refusal
-from vcpuset.kube.pace import LONGEST_SECONDS, STEADY_SECONDS, UNTRIED_SECONDS, Gate, Pace, remedy
+from vcpuset.kube.transport import (
+    LONGEST_SECONDS,
+    STEADY_SECONDS,
+    UNTRIED_SECONDS,
+    RetryBackoff,
+    ThrottledTransport,
+    remedy,
+)
 
 __all__: list[str] = []
 
 pytestmark = pytest.mark.looptime
 
 
-async def pauses(pace: Pace, failures: int) -> list[float]:
+async def pauses(pace: RetryBackoff, failures: int) -> list[float]:
     """How long each of so many failures has the next attempt wait; the waits are kept."""
     found = []
     for _ in range(failures):
@@ -27,11 +34,11 @@ async def pauses(pace: Pace, failures: int) -> list[float]:
 
 
 async def test_the_first_attempt_waits_for_nothing() -> None:
-    assert Pace().wait_seconds() == 0
+    assert RetryBackoff().wait_seconds() == 0
 
 
 async def test_pauses_double_with_jitter_up_to_half_a_minute() -> None:
-    found = await pauses(Pace(), 9)
+    found = await pauses(RetryBackoff(), 9)
     for number, pause in enumerate(found):
         longest = min(2.0**number, LONGEST_SECONDS)
         assert longest / 2 <= pause <= longest
@@ -39,7 +46,7 @@ async def test_pauses_double_with_jitter_up_to_half_a_minute() -> None:
 
 
 async def test_a_pause_that_is_over_is_not_waited_for_again() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     pace.failed()
     await asyncio.sleep(LONGEST_SECONDS)
     assert pace.wait_seconds() == 0
@@ -54,18 +61,18 @@ async def test_the_server_may_ask_for_a_longer_pause_up_to_the_longest() -> None
     def asks_for(seconds: str) -> APIError:
         return refusal("GET /", 429, {"Retry-After": seconds}, b"")
 
-    pace = Pace()
+    pace = RetryBackoff()
     pace.failed(asks_for("12"))
     assert pace.wait_seconds() == 12
     pace.failed(asks_for("3600"))
     assert pace.wait_seconds() == LONGEST_RETRY_AFTER <= LONGEST_SECONDS
     pace.failed(asks_for("9" * 400))
     assert pace.wait_seconds() == LONGEST_RETRY_AFTER
-    assert Pace().failed(APIError("HTTP 500")) <= 1
+    assert RetryBackoff().failed(APIError("HTTP 500")) <= 1
 
 
 async def test_what_ends_at_once_again_and_again_is_taken_up_more_and_more_slowly() -> None:
-    pace, found = Pace(), []
+    pace, found = RetryBackoff(), []
     for _ in range(6):
         pace.began()
         assert pace.ended()
@@ -76,7 +83,7 @@ async def test_what_ends_at_once_again_and_again_is_taken_up_more_and_more_slowl
 
 
 async def test_what_has_lasted_is_taken_up_at_once_and_earlier_failures_are_forgotten() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     await pauses(pace, 5)
     pace.began()
     await asyncio.sleep(STEADY_SECONDS)
@@ -86,7 +93,7 @@ async def test_what_has_lasted_is_taken_up_at_once_and_earlier_failures_are_forg
 
 
 async def test_one_success_is_enough_where_nothing_has_to_last() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     await pauses(pace, 5)
     assert pace.is_failing()
     pace.succeeded()
@@ -95,14 +102,14 @@ async def test_one_success_is_enough_where_nothing_has_to_last() -> None:
 
 
 async def test_what_was_never_tried_or_goes_well_is_not_failing() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     assert not pace.is_failing()
     pace.began()
     assert not pace.is_failing()
 
 
 async def test_what_fails_and_is_tried_again_is_failing_until_it_has_lasted() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     for _ in range(20):
         pace.failed()
         await asyncio.sleep(LONGEST_SECONDS)
@@ -116,7 +123,7 @@ async def test_what_fails_and_is_tried_again_is_failing_until_it_has_lasted() ->
 
 
 async def test_what_begins_and_ends_at_once_again_and_again_is_failing() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     for _ in range(5):
         pace.began()
         await asyncio.sleep(STEADY_SECONDS / 2)
@@ -125,14 +132,14 @@ async def test_what_begins_and_ends_at_once_again_and_again_is_failing() -> None
 
 
 async def test_what_has_failed_and_is_not_tried_any_more_is_not_failing_but_stuck() -> None:
-    pace = Pace()
+    pace = RetryBackoff()
     pace.failed()
     await asyncio.sleep(UNTRIED_SECONDS)
     assert not pace.is_failing()
 
 
 async def test_what_earlier_logins_have_closed_is_not_kept() -> None:
-    gate = Gate(asyncio.Lock(), lambda _: None, lambda _method, _code: None)
+    gate = ThrottledTransport(asyncio.Lock(), lambda _: None, lambda _method, _code: None)
     for _ in range(20):
         session = gate.session(kopf.ConnectionInfo(server="https://127.0.0.1:1", insecure=True))
         await session.close()

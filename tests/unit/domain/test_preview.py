@@ -11,7 +11,7 @@ from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Slot
 from vcpuset.domain.plan import plan
-from vcpuset.domain.prospect import Prospect, prospect
+from vcpuset.domain.preview import PlanPreview, preview
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import carried_over
 from vcpuset.domain.resource import GuestAgent, Spec, Status
@@ -21,8 +21,8 @@ __all__: list[str] = []
 FOUR = a_machine(plugged=[2, 3])
 
 
-def ahead(spec: Spec, status: Status | None = None, guest: GuestReport | None = None) -> Prospect:
-    return prospect(a_set(spec, status=status or Status()), FOUR, guest, NOW)
+def ahead(spec: Spec, status: Status | None = None, guest: GuestReport | None = None) -> PlanPreview:
+    return preview(a_set(spec, status=status or Status()), FOUR, guest, NOW)
 
 
 def indexes(slots: tuple[Slot, ...]) -> list[int]:
@@ -34,10 +34,10 @@ def test_a_plug_fills_the_lowest_free_slots_and_ends_converged() -> None:
 
     assert indexes(found.plug) == [4, 5]
     assert indexes(found.standby) == [6, 7]
-    assert found.verdict.reason is Reason.PLUGGING
+    assert found.assessment.reason is Reason.PLUGGING
     assert found.expected is not None
     assert found.expected.reason is Reason.CONVERGED
-    assert found.obstacles == ()
+    assert found.blockers == ()
 
 
 def test_an_unplug_asks_the_highest_plugged_first_and_ends_converged() -> None:
@@ -45,7 +45,7 @@ def test_an_unplug_asks_the_highest_plugged_first_and_ends_converged() -> None:
 
     assert indexes(found.ask) == [3]
     assert indexes(found.standby) == [2, 1]
-    assert found.verdict.reason is Reason.UNPLUGGING
+    assert found.assessment.reason is Reason.UNPLUGGING
     assert found.expected is not None
     assert found.expected.reason is Reason.CONVERGED
 
@@ -53,18 +53,18 @@ def test_an_unplug_asks_the_highest_plugged_first_and_ends_converged() -> None:
 def test_more_than_the_slots_is_filled_to_the_ceiling_and_ends_stalled() -> None:
     found = ahead(a_spec(100))
 
-    assert found.goal.count == 8
+    assert found.target.count == 8
     assert indexes(found.plug) == [4, 5, 6, 7]
     assert found.expected is not None
     assert found.expected.state is State.STALLED
-    assert [each.reason for each in found.obstacles] == [Reason.INSUFFICIENT_SLOTS]
+    assert [each.reason for each in found.blockers] == [Reason.INSUFFICIENT_SLOTS]
 
 
 def test_a_machine_as_declared_has_nothing_done_to_it() -> None:
     found = ahead(a_spec(4))
 
     assert (found.plug, found.ask, found.standby, found.expected) == ((), (), (), None)
-    assert found.verdict.reason is Reason.CONVERGED
+    assert found.assessment.reason is Reason.CONVERGED
 
 
 def test_requests_in_the_status_are_not_made_twice_and_those_of_another_qemu_are_void() -> None:
@@ -73,8 +73,8 @@ def test_requests_in_the_status_are_not_made_twice_and_those_of_another_qemu_are
 
     assert [request.slot for request in found.requests] == [3]
     assert found.ask == ()
-    assert found.verdict.reason is Reason.UNPLUG_PENDING
-    assert [each.reason for each in found.obstacles] == [Reason.UNPLUG_PENDING]
+    assert found.assessment.reason is Reason.UNPLUG_PENDING
+    assert [each.reason for each in found.blockers] == [Reason.UNPLUG_PENDING]
 
 
 def test_a_refused_cpu_is_replaced_by_the_next() -> None:
@@ -82,7 +82,7 @@ def test_a_refused_cpu_is_replaced_by_the_next() -> None:
     found = ahead(a_spec(3), status)
 
     assert indexes(found.ask) == [2]
-    assert [each.reason for each in found.obstacles] == [Reason.UNPLUG_REFUSED]
+    assert [each.reason for each in found.blockers] == [Reason.UNPLUG_REFUSED]
 
 
 def test_cpus_that_the_guest_left_offline_are_brought_online_if_the_set_says_so() -> None:
@@ -91,7 +91,7 @@ def test_cpus_that_the_guest_left_offline_are_brought_online_if_the_set_says_so(
 
     found = ahead(willing, guest=report)
     assert found.bring_online == (3,)
-    assert found.verdict.reason is Reason.GUEST_CPUS_OFFLINE
+    assert found.assessment.reason is Reason.GUEST_CPUS_OFFLINE
     assert found.expected is not None
     assert found.expected.reason is Reason.CONVERGED
     assert ahead(a_spec(4, agent=GuestAgent("agent.sock")), guest=report).bring_online == ()
@@ -115,7 +115,7 @@ def test_what_is_foreseen_is_what_the_operators_own_plan_does(
     requests = tuple(a_request(slot, boot=slot == 1, at=ago(age), answer=answer) for slot in sorted(asked))
     status = Status(pending_unplugs=requests)
 
-    found = prospect(a_set(spec, status=status), machine, None, NOW)
+    found = preview(a_set(spec, status=status), machine, None, NOW)
 
     step = plan(spec, machine, carried_over(status, machine, NOW), now=NOW)
     assert found.ask == step.ask
@@ -123,4 +123,4 @@ def test_what_is_foreseen_is_what_the_operators_own_plan_does(
     assert bool(found.plug) == bool(step.plug)
     assert not {slot.index for slot in found.standby} & {slot.index for slot in (*found.plug, *found.ask)}
     if not (found.plug or found.ask) and machine.vcpus != vcpus:
-        assert found.obstacles, "if a pass would not act, something is in the way"
+        assert found.blockers, "if a pass would not act, something is in the way"

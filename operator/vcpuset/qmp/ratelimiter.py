@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 
-__all__ = ["WAKES_AT_ONCE", "WAKES_PER_SECOND", "Allowance"]
+__all__ = ["WAKES_AT_ONCE", "WAKES_PER_SECOND", "RateLimiter"]
 
 WAKES_AT_ONCE = 100
 """More than any change of CPUs needs."""
@@ -18,7 +18,7 @@ WAKES_PER_SECOND = 5.0
 """How fast the allowance grows again."""
 
 
-class Allowance:
+class RateLimiter:
     """A token bucket on the event loop's clock."""
 
     def __init__(self) -> None:

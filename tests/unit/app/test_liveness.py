@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vcpuset.app.vitals import STUCK_SECONDS, illness
+from vcpuset.app.liveness import STUCK_SECONDS, unhealthy_reason
 from vcpuset.domain.resource import UID
 from vcpuset.kube.freshness import BEHIND_SECONDS, CHECK_SECONDS, Freshness
 from vcpuset.runtime.workqueue import QueueStatistics
@@ -34,22 +34,22 @@ LONG = STUCK_SECONDS + 1
     ],
 )
 def test_what_a_restart_would_not_mend_is_no_illness(queue: QueueStatistics) -> None:
-    assert illness(queue, 4, Freshness()) is None
+    assert unhealthy_reason(queue, 4, Freshness()) is None
 
 
 def test_a_pass_that_does_not_move_is_an_illness() -> None:
-    assert illness(replace(IDLE, processing=1, longest_still_seconds=LONG), 4, Freshness()) == (
+    assert unhealthy_reason(replace(IDLE, processing=1, longest_still_seconds=LONG), 4, Freshness()) == (
         "a reconciliation has made no progress for 181 s"
     )
 
 
 def test_all_workers_occupied_by_passes_that_do_not_move_is_an_illness() -> None:
     stuck = replace(IDLE, depth=9, processing=4, longest_still_seconds=LONG, untaken_seconds=LONG)
-    assert illness(stuck, 4, Freshness()) is not None
+    assert unhealthy_reason(stuck, 4, Freshness()) is not None
 
 
 def test_a_set_that_waits_beside_an_idle_worker_is_an_illness() -> None:
-    assert illness(replace(IDLE, depth=1, processing=3, untaken_seconds=LONG), 4, Freshness()) == (
+    assert unhealthy_reason(replace(IDLE, depth=1, processing=3, untaken_seconds=LONG), 4, Freshness()) == (
         "no reconciliation has started for 181 s although a set is waiting and 1 of 4 workers are idle"
     )
 
@@ -62,11 +62,11 @@ def test_a_watch_that_brings_nothing_although_it_does_not_fail_is_an_illness() -
     freshness = Freshness(monotonic=lambda: now)
     freshness.listed(PRESENT, {UID("web"): "7"})
     while now <= BEHIND_SECONDS:
-        assert illness(IDLE, 4, freshness) is None
+        assert unhealthy_reason(IDLE, 4, freshness) is None
         now += CHECK_SECONDS
         freshness.listed(PRESENT, {})
 
-    why = illness(IDLE, 4, freshness)
+    why = unhealthy_reason(IDLE, 4, freshness)
 
     assert why is not None
     assert why.startswith(
@@ -81,5 +81,5 @@ def test_a_watch_that_fails_and_is_tried_again_is_no_illness() -> None:
     while now <= 10 * BEHIND_SECONDS:
         now += CHECK_SECONDS
         freshness.listed(PRESENT, {})
-        assert illness(IDLE, 4, freshness) is None
+        assert unhealthy_reason(IDLE, 4, freshness) is None
     assert freshness.behind_seconds > BEHIND_SECONDS

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from unit.domain.builders import NOW, a_request, a_set, a_spec, ago
-from vcpuset.app.census import UNREPORTED, Census, Snapshot
+from vcpuset.app.collectors import UNREPORTED, SetCollector, Snapshot
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import UID, Condition, Status, VCPUSet
@@ -131,10 +131,10 @@ def test_no_set_has_more_than_six_series() -> None:
 
 async def test_the_text_is_that_of_the_sets_at_hand() -> None:
     sets: list[VCPUSet] = []
-    census = Census(lambda: sets, dict, 10)
-    before = (await census.exposition()).decode()
+    collector = SetCollector(lambda: sets, dict, 10)
+    before = (await collector.exposition()).decode()
     sets.append(named("web", "Ready", "Converged"))
-    after = (await census.exposition()).decode()
+    after = (await collector.exposition()).decode()
 
     assert "default" not in before
     names = {sample.labels.get("name") for family in text_string_to_metric_families(after) for sample in family.samples}

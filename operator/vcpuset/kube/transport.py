@@ -23,7 +23,7 @@ from vcpuset.domain.errors import APIError, Forbidden
 from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal
 from vcpuset.kube.codec import PLURAL
 
-__all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "Gate", "Pace", "remedy"]
+__all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "RetryBackoff", "ThrottledTransport", "remedy"]
 
 LONGEST_SECONDS: Final = 30.0
 """No pause between two attempts to reach the API server is longer."""
@@ -43,7 +43,7 @@ ANSWER_SECONDS: Final = 30.0
 _log = logging.getLogger(__name__)
 
 
-class Pace:
+class RetryBackoff:
     """When something that can fail, or can last too short a time, may be tried again. Times are the loop's."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Pace:
         return pause
 
 
-class Gate:
+class ThrottledTransport:
     """Makes kopf's HTTP sessions, whose requests all pass through here: a pace for each path, one list at a time.
 
     lists      held while a list is asked for and read; the operator's own lists hold it too
@@ -105,7 +105,7 @@ class Gate:
         self._lists = lists
         self._listed = listed
         self._requested = requested
-        self._paces: dict[str, Pace] = {}
+        self._paces: dict[str, RetryBackoff] = {}
         self._sessions: list[aiohttp.ClientSession] = []
 
     def session(self, info: kopf.ConnectionInfo) -> aiohttp.ClientSession:
@@ -146,7 +146,7 @@ class Gate:
         """Send a request when it is due. What fails is raised, or returned, as it came."""
         path = request.url.path
         # A list and the watch that follows it share one: neither comes to rest without the other.
-        pace = self._paces.setdefault(path, Pace())
+        pace = self._paces.setdefault(path, RetryBackoff())
         if pace.ended():
             _log.warning(
                 "watch %s: ended in less than %g s; resuming in %.1f s", path, STEADY_SECONDS, pace.wait_seconds()
@@ -171,7 +171,12 @@ class Gate:
         return response
 
     async def _send(
-        self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType, pace: Pace, *, watch: bool = False
+        self,
+        request: aiohttp.ClientRequest,
+        handler: aiohttp.ClientHandlerType,
+        pace: RetryBackoff,
+        *,
+        watch: bool = False,
     ) -> aiohttp.ClientResponse:
         what = f"{'watch' if watch else request.method} {request.url.path}"
         code = NO_ANSWER
@@ -195,7 +200,7 @@ class Gate:
             self._tell(pace, refusal(what, response.status, response.headers, raw))
         return response
 
-    def _tell(self, pace: Pace, error: APIError) -> None:
+    def _tell(self, pace: RetryBackoff, error: APIError) -> None:
         pause = pace.failed(error)
         _log.warning("%s%s; retrying in %.1f s", error, remedy(error), pause)
 

@@ -12,14 +12,14 @@ from typing import Final
 from vcpuset.kube.freshness import BEHIND_SECONDS, Freshness
 from vcpuset.runtime.workqueue import QueueStatistics
 
-__all__ = ["STUCK_SECONDS", "illness"]
+__all__ = ["STUCK_SECONDS", "unhealthy_reason"]
 
 STUCK_SECONDS: Final = 180.0
 """Work of which nothing was heard for so long is stuck. Each wait in a pass has a deadline, the longest 20 s, and the
 end of each QMP command is heard of; so a pass over a machine that answers each of them slowly may take longer."""
 
 
-def illness(queue: QueueStatistics, workers: int, freshness: Freshness) -> str | None:
+def unhealthy_reason(queue: QueueStatistics, workers: int, freshness: Freshness) -> str | None:
     """Why the process should be started anew; None: it is well."""
     if queue.longest_still_seconds > STUCK_SECONDS:
         return f"a reconciliation has made no progress for {queue.longest_still_seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What an observation means: one verdict for every situation that a set can be in.
+"""What an observation means: one assessment for every situation that a set can be in.
 
 Messages hold nothing that changes from one look to the next without news (no elapsed times), since each change of a
 status is a write. Each says what would help, where anything would.
@@ -28,7 +28,7 @@ from vcpuset.domain.errors import (
 )
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine
-from vcpuset.domain.plan import Goal
+from vcpuset.domain.plan import Target
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import CPU, FIRST_PAUSE, due_at
 from vcpuset.domain.resource import GuestAgent, Request, Spec
@@ -37,13 +37,13 @@ __all__ = [
     "PENDING_AFTER",
     "TAKE_UP_TIME",
     "UDEV_RULE",
-    "Pace",
-    "Verdict",
+    "Assessment",
+    "RequeuePolicy",
+    "assess",
     "conflict",
     "conflict_over_machine",
     "contested",
     "failure",
-    "judge",
     "plugging",
     "sentence",
     "slot_list",
@@ -69,7 +69,7 @@ UDEV_RULE = 'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0",
 """Without it Linux on x86 leaves a hot-added CPU offline; RHEL and Ubuntu ship it, Debian does not."""
 
 
-class Pace(enum.Enum):
+class RequeuePolicy(enum.Enum):
     """How soon the machine is looked at again."""
 
     HELD = "held"
@@ -83,7 +83,7 @@ class Pace(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Assessment:
     """What one pass found.
 
     due  when something falls due before the next look at `pace` would be taken; None: nothing
@@ -92,19 +92,19 @@ class Verdict:
     reason: Reason
     message: str
     state: State
-    pace: Pace
+    pace: RequeuePolicy
     due: datetime | None = None
 
     @property
     def event_type(self) -> Literal["Normal", "Warning"]:
-        """The type of the Kubernetes Event for a change to this verdict."""
+        """The type of the Kubernetes Event for a change to this assessment."""
         return "Warning" if self.state is State.STALLED or self.reason in _WORRYING else "Normal"
 
 
-def judge(
+def assess(
     spec: Spec,
     machine: Machine,
-    goal: Goal,
+    target: Target,
     requests: Sequence[Request],
     *,
     started: datetime | None,
@@ -116,7 +116,7 @@ def judge(
     reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
-) -> Verdict:
+) -> Assessment:
     """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing.
 
     started   when the first request of this generation was made
@@ -129,16 +129,16 @@ def judge(
     plugged   when a CPU was last plugged
     """
     if machine.activity is Activity.OVER:
-        return _verdict(
+        return _assessment(
             Reason.MACHINE_NOT_RUNNING,
             f"The machine's run state is {machine.run_state!r}: its CPUs cannot be changed until it runs again."
             f"{_WAY_OUT.get(machine.run_state, '')}",
-            Pace.STEADY,
+            RequeuePolicy.STEADY,
         )
     if machine.vcpus == spec.vcpus:
         return _count_matches(spec, machine, guest, plugged, _pace(spec, machine, requests, moved, now), requests, now)
     if spec.suspend:
-        return _verdict(
+        return _assessment(
             Reason.SUSPENDED,
             f"{_counts(spec, machine)}; nothing is changed while spec.suspend is set.{_may_leave(spec, requests)}",
             _pace(spec, machine, requests, moved, now),
@@ -146,21 +146,21 @@ def judge(
     if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
         migrates = machine.migrating or isinstance(blocked, Migrating)
         why = "a migration is in progress" if migrates else "retrying until the machine is running or paused"
-        return _verdict(
+        return _assessment(
             Reason.MACHINE_BUSY,
             f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}."
             f"{_WAY_OUT.get(machine.run_state, '')}",
-            Pace.RETRY,
+            RequeuePolicy.RETRY,
         )
-    if machine.vcpus < goal.count:
+    if machine.vcpus < target.count:
         return _plug_failed(spec, machine, blocked)
-    if machine.vcpus > goal.count:
+    if machine.vcpus > target.count:
         pace = _pace(spec, machine, requests, moved, now)
         dues = [due_at(request, spec.unplug, woken=woken, moved=moved) for request in requests]
         return _unplug_unfinished(spec, machine, requests, started, dues, reset, blocked, reported, pace, now)
-    assert goal.reason is not None, "the goal is met and is not the declared count"
-    text = f"{_counts(spec, machine)}; {goal.message}.{_may_leave(spec, requests)}"
-    return _verdict(goal.reason, text, _pace(spec, machine, requests, moved, now))
+    assert target.reason is not None, "the target is met and is not the declared count"
+    text = f"{_counts(spec, machine)}; {target.message}.{_may_leave(spec, requests)}"
+    return _assessment(target.reason, text, _pace(spec, machine, requests, moved, now))
 
 
 def _count_matches(
@@ -168,31 +168,35 @@ def _count_matches(
     machine: Machine,
     guest: GuestReport | None,
     plugged: datetime | None,
-    pace: Pace,
+    pace: RequeuePolicy,
     requests: Sequence[Request],
     now: datetime,
-) -> Verdict:
+) -> Assessment:
     text = f"QEMU has {_vcpus(machine.vcpus)}, as declared"
     if spec.guest_agent is None:
-        return _verdict(Reason.CONVERGED, f"{text}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{text}.{_may_leave(spec, requests)}", pace)
     unknown = f"{text}; it is unknown whether the guest uses them:"
     if guest is None:
         why = f"it cannot be queried while the machine's run state is {machine.run_state!r}"
-        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if guest.cpus is None:
-        return _verdict(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(spec, requests)}", pace)
     online = guest.cpus.online
     if online > machine.vcpus:
         why = f"the agent reports {online} online CPUs, so spec.guestAgent names the socket of another machine"
-        return _verdict(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
     if online == machine.vcpus:
-        return _verdict(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(spec, requests)}", pace)
     text = f"{text}; the guest uses {online} of them"
     if plugged is not None and now < plugged + TAKE_UP_TIME:
-        return _verdict(Reason.PLUGGING, f"{text} so far.", Pace.HELD, now + TAKE_UP_LOOK)
+        return _assessment(Reason.PLUGGING, f"{text} so far.", RequeuePolicy.HELD, now + TAKE_UP_LOOK)
     if spec.suspend and spec.guest_agent.bring_online:
-        return _verdict(Reason.SUSPENDED, f"{text}; nothing is changed while spec.suspend is set.", Pace.STEADY)
-    return _verdict(Reason.GUEST_CPUS_OFFLINE, f"{text}{_offline(spec.guest_agent, guest, machine.vcpus)}", Pace.RETRY)
+        return _assessment(
+            Reason.SUSPENDED, f"{text}; nothing is changed while spec.suspend is set.", RequeuePolicy.STEADY
+        )
+    return _assessment(
+        Reason.GUEST_CPUS_OFFLINE, f"{text}{_offline(spec.guest_agent, guest, machine.vcpus)}", RequeuePolicy.RETRY
+    )
 
 
 def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
@@ -221,15 +225,19 @@ def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
     return text
 
 
-def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Verdict:
+def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Assessment:
     text = f"{_counts(spec, machine)}; "
     if isinstance(blocked, PermanentError):
-        return _verdict(
-            Reason.HOTPLUG_UNSUPPORTED, f"{text}QEMU rejects the change permanently: {blocked}.{_RESTART}", Pace.STEADY
+        return _assessment(
+            Reason.HOTPLUG_UNSUPPORTED,
+            f"{text}QEMU rejects the change permanently: {blocked}.{_RESTART}",
+            RequeuePolicy.STEADY,
         )
     if blocked is not None:
-        return _verdict(Reason.PLUGGING, f"{text}QEMU rejects the change at the moment: {blocked}.", Pace.RETRY)
-    return _verdict(Reason.PLUGGING, f"{text}a vCPU was unplugged while others were plugged.", Pace.RETRY)
+        return _assessment(
+            Reason.PLUGGING, f"{text}QEMU rejects the change at the moment: {blocked}.", RequeuePolicy.RETRY
+        )
+    return _assessment(Reason.PLUGGING, f"{text}a vCPU was unplugged while others were plugged.", RequeuePolicy.RETRY)
 
 
 def _unplug_unfinished(
@@ -241,21 +249,21 @@ def _unplug_unfinished(
     reset: datetime | None,
     blocked: CommandError | None,
     reported: str | None,
-    pace: Pace,
+    pace: RequeuePolicy,
     now: datetime,
-) -> Verdict:
+) -> Assessment:
     counts = _counts(spec, machine)
     if not machine.guest_takes_unplugs or isinstance(blocked, GuestNotReady):
         words = "" if blocked is None else f" ({blocked})"
-        return _verdict(
+        return _assessment(
             Reason.WAITING_FOR_GUEST,
             f"{counts}; the guest does not accept unplug requests yet{words}: it is still booting, "
             "or was booted with acpi=off and cannot unplug CPUs.",
-            Pace.RETRY,
+            RequeuePolicy.RETRY,
         )
     if not requests:
         # The machine has changed since the pass decided what to do: the next one decides.
-        return _verdict(Reason.UNPLUGGING, f"{counts}; unplug requests follow.", Pace.RETRY)
+        return _assessment(Reason.UNPLUGGING, f"{counts}; unplug requests follow.", RequeuePolicy.RETRY)
     timeout = timedelta(seconds=spec.unplug.timeout_seconds)
     deadline = now if started is None else started + timeout
     overdue = now >= deadline
@@ -263,7 +271,7 @@ def _unplug_unfinished(
     refused = [request for request in requests if not request.in_flight]
     # What is due already and was not asked for is not wanted now: nothing to come back for.
     due = min((at for at in (*dues, deadline) if at > now), default=None)
-    expected = pace is not Pace.STEADY
+    expected = pace is not RequeuePolicy.STEADY
     longest = timedelta(seconds=spec.unplug.retry_seconds)
     every = again = f"The request is repeated every {_seconds(longest)}"
     if longest > FIRST_PAUSE:
@@ -288,7 +296,7 @@ def _unplug_unfinished(
     if len(rejected) == len(refused) and (not in_flight or rejected_again):
         words = "" if blocked is None else f": {blocked}"
         text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}.{_RESTART} {every}."
-        return _verdict(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
+        return _assessment(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
 
     if in_flight and not overdue and not (repeated and still_refused):
         text = f"{counts}; unplug of {slot_list(in_flight)} requested at {_time(in_flight)}"
@@ -299,8 +307,8 @@ def _unplug_unfinished(
             request.answer is None and (request.attempts > 1 or now - request.requested_at >= PENDING_AFTER)
             for request in in_flight
         ):
-            return _verdict(Reason.UNPLUG_PENDING, f"{text}; the guest has not answered yet.{rebooted}", pace, due)
-        return _verdict(Reason.UNPLUGGING, f"{text}.", pace, due)
+            return _assessment(Reason.UNPLUG_PENDING, f"{text}; the guest has not answered yet.{rebooted}", pace, due)
+        return _assessment(Reason.UNPLUGGING, f"{text}.", pace, due)
 
     if still_refused:
         what = f"refused to unplug {_refusals(refused)}" if refused else "refused"
@@ -309,27 +317,29 @@ def _unplug_unfinished(
             f"{counts}; the guest {what}, and there is no other candidate. Check what uses the CPUs (pinned or "
             f"real-time tasks; see the guest's log), or declare more vCPUs. {again}{asked}.{rebooted}"
         )
-        return _verdict(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
+        return _assessment(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
 
     text = (
         f"{counts}; the guest has not unplugged {slot_list(in_flight)}, last requested at {_time(in_flight)}: it may "
         f"hang, be paused, or not support CPU hot-unplug. A late answer is still accepted. {again}.{rebooted}"
     )
-    return _verdict(Reason.UNPLUG_TIMED_OUT, text, pace, due)
+    return _assessment(Reason.UNPLUG_TIMED_OUT, text, pace, due)
 
 
-def plugging(spec: Spec, machine: Machine, goal: Goal) -> Verdict:
+def plugging(spec: Spec, machine: Machine, target: Target) -> Assessment:
     """What is reported while CPUs are plugged."""
-    return _verdict(Reason.PLUGGING, f"{_counts(spec, machine)}; plugging {goal.count - machine.vcpus}.", Pace.HELD)
+    return _assessment(
+        Reason.PLUGGING, f"{_counts(spec, machine)}; plugging {target.count - machine.vcpus}.", RequeuePolicy.HELD
+    )
 
 
-def failure(error: VCPUSetError) -> Verdict:
+def failure(error: VCPUSetError) -> Assessment:
     """What is reported when the machine could not be looked at."""
     # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew. But
     # what this version cannot obey takes another spec.
-    pace = Pace.STEADY if isinstance(error, UnsupportedSpec) else Pace.RETRY
+    pace = RequeuePolicy.STEADY if isinstance(error, UnsupportedSpec) else RequeuePolicy.RETRY
     help_ = " End -preconfig (x-exit-preconfig)." if isinstance(error, Preconfig) else ""
-    return _verdict(_failed(error), f"{sentence(str(error))}{help_}", pace)
+    return _assessment(_failed(error), f"{sentence(str(error))}{help_}", pace)
 
 
 def _failed(error: VCPUSetError) -> Reason:
@@ -350,27 +360,27 @@ def _failed(error: VCPUSetError) -> Reason:
             return Reason.MONITOR_UNREACHABLE
 
 
-def conflict(holder: str) -> Verdict:
+def conflict(holder: str) -> Assessment:
     """What is reported when an older set keeps the monitor."""
-    return _verdict(
+    return _assessment(
         Reason.MONITOR_CONFLICT,
         f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or set another monitor "
         "for this one. This VCPUSet takes over as soon as the older one releases the monitor.",
-        Pace.STEADY,
+        RequeuePolicy.STEADY,
     )
 
 
-def conflict_over_machine(holder: str, evidence: str) -> Verdict:
+def conflict_over_machine(holder: str, evidence: str) -> Assessment:
     """What is reported when an older set has another monitor of the same machine.
 
     evidence  by what that is told
     """
-    return _verdict(
+    return _assessment(
         Reason.MONITOR_CONFLICT,
         f"VCPUSet {holder} is older and names another monitor of the same machine ({evidence}): delete one of the "
         "two, or set the monitor of another machine for this one. This VCPUSet takes over as soon as the older one "
         "releases the machine.",
-        Pace.STEADY,
+        RequeuePolicy.STEADY,
     )
 
 
@@ -380,29 +390,29 @@ _HIDDEN_BY_CONTEST = frozenset(
 """What would be reported by turns while something else undoes what the operator does."""
 
 
-def contested(verdict: Verdict, spec: Spec, machine: Machine, contest: Contest) -> Verdict:
+def contested(assessment: Assessment, spec: Spec, machine: Machine, contest: Contest) -> Assessment:
     """What is reported of a machine that something else changes again and again; what else is wrong comes first."""
-    if verdict.reason not in _HIDDEN_BY_CONTEST:
-        return verdict
-    return Verdict(
+    if assessment.reason not in _HIDDEN_BY_CONTEST:
+        return assessment
+    return Assessment(
         Reason.CONTESTED,
         f"{_counts(spec, machine)}; another client has changed them {CHANGES} times within {contest.window:g} s. "
         "Check which other client uses a monitor of this QEMU: another VCPUSet or operator, libvirt, a script. Until "
         f"there has been no such change for {contest.window:g} s, they are corrected at most every {contest.pause:g} "
         "s. A change of the spec is applied at once.",
         State.STALLED,
-        Pace.STEADY if verdict.pace is Pace.RETRY else verdict.pace,
-        verdict.due,
+        RequeuePolicy.STEADY if assessment.pace is RequeuePolicy.RETRY else assessment.pace,
+        assessment.due,
     )
 
 
-def terminating() -> Verdict:
+def terminating() -> Assessment:
     """What is reported of a deleted set whose object is still there."""
-    return _verdict(
+    return _assessment(
         Reason.TERMINATING,
         "This VCPUSet has been deleted: its machine is no longer changed, and its monitor is released. The object "
         "remains until its finalizers (metadata.finalizers) are removed.",
-        Pace.STEADY,
+        RequeuePolicy.STEADY,
     )
 
 
@@ -459,14 +469,16 @@ _RESTART = (
 )
 
 
-def _verdict(
-    reason: Reason, message: str, pace: Pace, due: datetime | None = None, *, stalled: bool = False
-) -> Verdict:
+def _assessment(
+    reason: Reason, message: str, pace: RequeuePolicy, due: datetime | None = None, *, stalled: bool = False
+) -> Assessment:
     state = State.STALLED if stalled else reason.states[0]
-    return Verdict(reason, message, state, pace, due)
+    return Assessment(reason, message, state, pace, due)
 
 
-def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: datetime | None, now: datetime) -> Pace:
+def _pace(
+    spec: Spec, machine: Machine, requests: Sequence[Request], moved: datetime | None, now: datetime
+) -> RequeuePolicy:
     """How closely requests with the guest are followed, whether they are still wanted or not.
 
     A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
@@ -475,11 +487,11 @@ def _pace(spec: Spec, machine: Machine, requests: Sequence[Request], moved: date
     """
     asked = [request.requested_at for request in requests if request.in_flight]
     if not asked:
-        return Pace.STEADY
+        return RequeuePolicy.STEADY
     active = max(asked) if moved is None else max(*asked, moved)
     if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
-        return Pace.STEADY
-    return Pace.HELD if now < active + PENDING_AFTER or machine.ost is None else Pace.WATCHED
+        return RequeuePolicy.STEADY
+    return RequeuePolicy.HELD if now < active + PENDING_AFTER or machine.ost is None else RequeuePolicy.WATCHED
 
 
 def _may_leave(spec: Spec, requests: Sequence[Request]) -> str:

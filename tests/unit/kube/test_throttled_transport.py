@@ -11,8 +11,8 @@ import pytest
 from aiohttp import web
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.kube import pace
-from vcpuset.kube.pace import Gate
+from vcpuset.kube import transport
+from vcpuset.kube.transport import ThrottledTransport
 
 __all__: list[str] = []
 
@@ -48,10 +48,10 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
+async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ThrottledTransport]:
     """A gate whose pauses are short."""
-    monkeypatch.setattr(pace, "BACKOFF", ExponentialBackoff(base_seconds=0.001, cap_seconds=0.01))
-    made = Gate(asyncio.Lock(), lambda _: None, lambda _method, _code: None)
+    monkeypatch.setattr(transport, "BACKOFF", ExponentialBackoff(base_seconds=0.001, cap_seconds=0.01))
+    made = ThrottledTransport(asyncio.Lock(), lambda _: None, lambda _method, _code: None)
     yield made
     await made.close()
 
@@ -65,7 +65,7 @@ async def ask(session: aiohttp.ClientSession, server: Server, path: str, code: i
 
 @pytest.mark.parametrize("path", ["/api", "/apis", DISCOVERY])
 async def test_what_kopf_asks_before_it_watches_has_not_failed_any_more_once_it_is_answered(
-    server: Server, gate: Gate, path: str
+    server: Server, gate: ThrottledTransport, path: str
 ) -> None:
     session = gate.session(kopf.ConnectionInfo(server=server.url))
     for _ in range(4):
@@ -77,7 +77,9 @@ async def test_what_kopf_asks_before_it_watches_has_not_failed_any_more_once_it_
     assert gate.is_failing("any")
 
 
-async def test_a_list_that_succeeds_says_nothing_of_the_watch_that_follows_it(server: Server, gate: Gate) -> None:
+async def test_a_list_that_succeeds_says_nothing_of_the_watch_that_follows_it(
+    server: Server, gate: ThrottledTransport
+) -> None:
     session = gate.session(kopf.ConnectionInfo(server=server.url))
     await ask(session, server, SETS, 503)
     await ask(session, server, SETS, 200)
