@@ -5,7 +5,7 @@ looks, plugs or asks for CPUs all at once, waits for the guest, and puts the cou
 slow on purpose; the timer looks as often as the other operator does. It knows one kind of monitor, and nothing of what
 can go wrong.
 
-Run by `kopf run`, with SOCKET_ROOT (the folder with a folder of sockets for each namespace) and POLL_SECONDS.
+Run by `kopf run`, with SOCKET_ROOT (the folder with a folder of sockets for each namespace) and RESYNC_SECONDS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["changed", "look"]
 
 GROUP, VERSION, PLURAL = "vcpuset.dev", "v1alpha1", "vcpusets"
 SOCKET_ROOT = Path(os.environ["SOCKET_ROOT"])
-POLL_SECONDS = float(os.environ["POLL_SECONDS"])
+RESYNC_SECONDS = float(os.environ["RESYNC_SECONDS"])
 GUEST_SECONDS = 10.0
 POLL_SECONDS = 0.25
 
@@ -34,7 +34,7 @@ async def changed(spec: kopf.Spec, namespace: str | None, patch: kopf.Patch, **_
     patch.status["vcpus"] = await bring(spec, namespace or "")
 
 
-@kopf.timer(GROUP, VERSION, PLURAL, interval=POLL_SECONDS, initial_delay=POLL_SECONDS)
+@kopf.timer(GROUP, VERSION, PLURAL, interval=RESYNC_SECONDS, initial_delay=RESYNC_SECONDS)
 async def look(spec: kopf.Spec, namespace: str | None, patch: kopf.Patch, **_: Any) -> None:
     """It is time for a look."""
     patch.status["vcpus"] = await bring(spec, namespace or "")

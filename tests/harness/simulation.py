@@ -57,6 +57,7 @@ class Simulation:
         ]
         self._child: Child | None = None
         self._read = 0
+        self._own_files = 0
 
     @property
     def pid(self) -> int:
@@ -72,6 +73,10 @@ class Simulation:
         self._read += len(whole_lines + end)
         words = (line.split() for line in whole_lines.decode().splitlines())
         return [Counted(each[0], int(each[1]), float(each[2])) for each in words if len(each) == 3]
+
+    def connections(self) -> int:
+        """How many monitors have a client."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir())) - self._own_files
 
     async def __aenter__(self) -> Self:
         self._journal.touch()
@@ -89,6 +94,7 @@ class Simulation:
         except BaseException:
             await child.stop()
             raise
+        self._own_files += self.connections()
         return self
 
     async def __aexit__(
