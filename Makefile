@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test test-quick test-long check docs bench bench-drift bench-scale
+.PHONY: help setup demo test test-quick test-long check docs bench bench-quick bench-drift bench-scale bench-watches
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -70,6 +70,10 @@ bench: ## Compare the operator's speed with raw QMP on one guest
 	$(call set-up,$(to-run))
 	@$(PY) bench/latency.py $(ARGS)
 
+bench-quick: ## Measure in three minutes what a change and an observation cost the operator
+	$(call set-up,$(to-run))
+	@$(PY) -m bench.quick
+
 bench-drift: ## Measure how fast changes by other clients are corrected
 	$(call set-up,$(to-run))
 	@$(PY) -m bench.drift $(ARGS)
@@ -77,3 +81,7 @@ bench-drift: ## Measure how fast changes by other clients are corrected
 bench-scale: ## Measure one operator with thousands of VCPUSets and simulated machines
 	$(call set-up,$(to-run))
 	@$(PY) -m bench.scale $(ARGS)
+
+bench-watches: ## Measure what the watches of up to 1,000 agents cost the API server
+	$(call set-up,$(to-run))
+	@$(PY) -m bench.watches $(ARGS)

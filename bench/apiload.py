@@ -7,13 +7,15 @@ say more about this process, which shares two cores with all that it measures.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import re
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
@@ -95,6 +97,17 @@ class Audit:
         ]
 
 
+@functools.cache
+def _trust(certificate: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificate))
+
+
+Request = tuple[str, str, Mapping[str, Any]]
+"""Method, path and body."""
+
+Send = Callable[[Sequence[Request]], Awaitable[None]]
+
+
 class Connection:
     """A kept HTTP/1.1 connection to an API server."""
 
@@ -104,10 +117,10 @@ class Connection:
         self._headers = headers
 
     @classmethod
-    async def open(cls, control_plane: ControlPlane, trust: ssl.SSLContext) -> Self:
+    async def open(cls, control_plane: ControlPlane) -> Self:
         """Connect as the user who may do everything."""
         host, _, port = control_plane.url.removeprefix("https://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), ssl=trust)
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=_trust(control_plane.certificate))
         return cls(
             reader, writer, f"Host: {host}\r\nAuthorization: Bearer {control_plane.token}\r\nUser-Agent: {AGENT}\r\n"
         )
@@ -150,55 +163,59 @@ class Connection:
 
 
 class Load:
-    """Somebody who makes and changes many sets of one namespace as fast as the API server takes them.
-
-    All requests of a call are sent at once, over connections that are there already. What this process does after that,
-    and when, holds up nothing.
-    """
+    """Somebody who makes and changes many sets of one namespace as fast as the API server takes them."""
 
     def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
         self._control_plane = control_plane
         self._namespace = namespace
-        self._path = f"{API}/namespaces/{namespace}/vcpusets"
-        self._connections: list[Connection] = []
-
-    async def __aenter__(self) -> Self:
-        trust = ssl.create_default_context(cafile=str(self._control_plane.certificate))
-        self._connections = [await Connection.open(self._control_plane, trust) for _ in range(CONNECTIONS)]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for connection in self._connections:
-            connection.close()
+        self.path = f"{API}/namespaces/{namespace}/vcpusets"
 
     async def create(self, sets: Mapping[str, int], **spec: Any) -> None:
         """Make sets of so many vCPUs, each with its monitor at `<name>.sock`; `spec` as for `manifest`."""
         bodies = (manifest(self._namespace, name, vcpus, **spec) for name, vcpus in sets.items())
-        await self._send([("POST", self._path, body) for body in bodies])
+        async with self.connected() as send:
+            await send([("POST", self.path, body) for body in bodies])
 
     async def change(self, sets: Mapping[str, int]) -> None:
         """Declare so many vCPUs for these sets."""
-        await self._send(
-            [("PATCH", f"{self._path}/{name}", {"spec": {"vcpus": vcpus}}) for name, vcpus in sets.items()]
-        )
+        patches = [("PATCH", f"{self.path}/{name}", {"spec": {"vcpus": vcpus}}) for name, vcpus in sets.items()]
+        async with self.connected() as send:
+            await send(patches)
 
     async def sets(self) -> Iterable[Mapping[str, Any]]:
         """All sets as they are now."""
-        self._connections[0].send("GET", self._path)
-        found: list[Mapping[str, Any]] = msgspec.json.decode(await self._connections[0].answer())["items"]
-        return found
+        connection = await Connection.open(self._control_plane)
+        with contextlib.closing(connection):
+            connection.send("GET", self.path)
+            found: list[Mapping[str, Any]] = msgspec.json.decode(await connection.answer())["items"]
+            return found
 
-    async def _send(self, requests: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
-        shares = [(each, requests[number::CONNECTIONS]) for number, each in enumerate(self._connections)]
-        for connection, share in shares:
-            for request in share:
-                connection.send(*request)
+    @contextlib.asynccontextmanager
+    async def connected(
+        self, connections: int = CONNECTIONS
+    ) -> AsyncIterator[Callable[[Sequence[Request]], Awaitable[None]]]:
+        """Connections, and what sends requests over them: all at once, and then waits for the answers.
 
-        async def read(connection: Connection, answers: int) -> None:
-            for _ in range(answers):
-                await connection.answer()
+        What this process does after sending, and when, holds up nothing. The connections are made for each use because
+        the API server closes those that are idle.
+        """
+        opened = [await Connection.open(self._control_plane) for _ in range(connections)]
 
-        async with asyncio.timeout(REQUEST_SECONDS):
-            await asyncio.gather(*(read(connection, len(share)) for connection, share in shares))
+        async def send(requests: Sequence[Request]) -> None:
+            shares = [(each, requests[number::connections]) for number, each in enumerate(opened)]
+            for connection, share in shares:
+                for request in share:
+                    connection.send(*request)
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await asyncio.gather(*(_read(connection, len(share)) for connection, share in shares))
+
+        try:
+            yield send
+        finally:
+            for connection in opened:
+                connection.close()
+
+
+async def _read(connection: Connection, answers: int) -> None:
+    for _ in range(answers):
+        await connection.answer()

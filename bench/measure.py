@@ -307,7 +307,7 @@ class Run:
         return round(sum(map(float, counts)))
 
     def _say(self, what: str) -> None:
-        say(self._outcome.way, self._outcome.sets, what)
+        say(f"{self._outcome.way}, {self._outcome.sets} sets: {what}")
 
     async def _until(self, holds: Callable[[], bool]) -> bool:
         """Whether it came to hold within the time."""
@@ -347,7 +347,7 @@ async def measure(
             simulation = await stack.enter_async_context(
                 Simulation(root / namespace, sets, cpus=(LOW, HIGH), slots=SLOTS, logs=root / "log")
             )
-            load = await stack.enter_async_context(Load(control_plane, namespace))
+            load = Load(control_plane, namespace)
             flags = (f"--resync-seconds={resync_seconds}", f"--namespace={namespace}")
             serving: OperatorProcess = (
                 Textbook(control_plane, namespace, root, resync_seconds)
@@ -356,7 +356,6 @@ async def measure(
             )
             run = Run(outcome, serving, load, Audit(control_plane), simulation, limit)
             await load.create(run.declared, connection=WAYS[way])
-            say(way, sets, "the sets are created")
             begun = time.time()
             await stack.enter_async_context(serving)
             await run.startup(begun)
@@ -375,10 +374,9 @@ async def measure(
     return outcome
 
 
-def say(way: str, sets: int, what: str) -> None:
-    """Progress."""
-    load = os.getloadavg()[0]
-    print(f"{time.strftime('%H:%M:%S')} load {load:4.1f} {way}, {sets} sets: {what}", flush=True)
+def say(what: str) -> None:
+    """Progress, and how busy the machine is."""
+    print(f"{time.strftime('%H:%M:%S')} load {os.getloadavg()[0]:4.1f} {what}", flush=True)
 
 
 def percentile(ascending: Sequence[float], part: float) -> float:

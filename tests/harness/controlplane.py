@@ -151,6 +151,13 @@ class ControlPlane:
             await self._apiserver.stop(timeout=30)
         self._apiserver = None
 
+    @property
+    def pids(self) -> tuple[int, int]:
+        """The process ids of the API server and of etcd."""
+        assert self._apiserver is not None
+        assert self._etcd is not None
+        return self._apiserver.pid, self._etcd.pid
+
     async def replace_service_account_key(self) -> None:
         """Have service accounts' tokens signed by another key once the API server is started anew.
 
