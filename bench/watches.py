@@ -154,9 +154,7 @@ async def measure(agents: int, sets: int) -> list[str]:
             await cost("", [{"spec": {"vcpus": vcpus}} for vcpus in counts]),
         ]
         restarted = watches.began - agents
-        say(
-            f"{agents} agents: {restarted} watches were restarted, {costs[0]} per status write, {costs[1]} per spec change"
-        )
+        say(f"{agents} agents: {costs[0]} per status write, {costs[1]} per spec change, {restarted} restarted")
     added = (megabytes - before) / agents * 1000
     return [f"{agents}", *costs, f"{idle * 100:.1f} %", f"{megabytes:.0f} MB ({added:.0f} KB each)", f"{restarted}"]
 
