@@ -1,21 +1,19 @@
-"""One level-triggered pass: observe a machine, decide, act, observe again, report.
+"""One level-triggered pass: observe a machine, plan, plug or request unplugs, observe again, report.
 
 A pass knows nothing of what woke it: a changed spec, an event of QEMU, a timer and a restart of the operator are all
 the same. What a successor must know, the unplug requests in flight, stands in the object's status and is written
-before a request is made; everything else is read from the machine. So the operator may die at any point.
+before a request is sent; everything else is read from the machine. So the operator may die at any point.
 
-What is kept in memory only makes passes better, never right: the session while a guest works on requests (or always, if
-the set says so), what the machine's `_OST` reports were before this process asked, and what the guest itself last said.
+Beside it: `controller` (when a pass comes), `ownership` (which of two sets has a monitor), `reporter` (status, Events),
+and in `domain` the values: `Findings` → `Plan` → `Assessment`, and the `Ledger` of requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from secrets import token_hex
 
 from vcpuset.domain.assessment import (
     Assessment,
@@ -28,808 +26,415 @@ from vcpuset.domain.assessment import (
     plugging,
     terminating,
 )
-from vcpuset.domain.backoff import jittered
 from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import (
-    APIError,
     CommandError,
-    Conflict,
     CredentialsUnavailable,
     DeviceGone,
     InvalidMonitor,
     MachineUnsettled,
     MonitorError,
     MonitorUnreachable,
-    ObjectGone,
     PermanentError,
     SlotTaken,
     TransientError,
     VCPUSetError,
 )
+from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestReport
-from vcpuset.domain.machine import Answer, Machine, Ost
-from vcpuset.domain.plan import Plan, Target, first_fit, plan, target_for
+from vcpuset.domain.machine import Machine, Slot
+from vcpuset.domain.plan import Plan, first_fit, plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.report import AGENT, conditions, is_progress, observed, opened_at
-from vcpuset.domain.requests import CPU, answered, asked, carried_over, cpu_of, revived, still_open, withdrawn
-from vcpuset.domain.resource import UID, Connection, Request, Status, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
+from vcpuset.domain.requests import Ledger, cpu_of, requested
+from vcpuset.domain.resource import UID, Request, VCPUSet
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Cluster
-from vcpuset.kube.recorder import Recorder
+from vcpuset.ownership import Ownership, address_of
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
-from vcpuset.runtime.claims import Claims
-from vcpuset.runtime.logcontext import log_context
-from vcpuset.runtime.workers import Done, Result, Retry
+from vcpuset.reporter import Reporter, ReportState
 from vcpuset.runtime.workqueue import SLOW_SECONDS
 
-__all__ = ["Reconciler"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["POLL_SECONDS", "Later", "Memory", "Pass", "Services"]
 
 POLL_SECONDS = 1.0
-"""How often a machine is looked at while its guest works on requests, or its CPUs move, should no event come."""
-
-NEXT_TURN_SECONDS = 0.02
-"""How soon a session is followed by the next one where a monitor is wanted for long. Others who wait are first."""
+"""How often a machine is observed while its guest works on requests, or its CPUs move, should no event come."""
 
 UNSETTLED_SECONDS = 5.0
-"""For how long CPUs may come or go at each look before it is reported as a monitor that cannot be used.
+"""For how long CPUs may come or go at each observation before it is reported as a monitor that cannot be used.
 
 QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`; then comes its event.
 """
 
 ROUNDS = 32
-"""How often one pass asks for CPUs, if QEMU rejects them: for others in their place."""
+"""How often one pass requests unplugs, if QEMU rejects them: of others in their place."""
 
 ANNOUNCE_SECONDS = 0.5
 """A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
 
-PROGRESS_SECONDS = (3.0, 10.0, 30.0)
-"""How long after a status write mere progress is written: later and later while one change goes on.
-
-A change that takes less than three seconds thus costs a fixed number of writes, however many CPUs it moves.
-"""
-
 
 @dataclass
-class _SetState:
-    """What this process remembers of one set.
+class Memory:
+    """What this process remembers of one set between passes. It makes passes better, never right.
 
-    sent        the requests that this process made, with the slot's `_OST` report that stood before
-    unsent      the requests that this process has recorded, or has tried to, and not sent: what was recorded before
-    rejected    what QEMU said to those that it rejected
-    heard       what the guest has answered; the status need not say so yet, and another session has not heard it
-    written_at  loop time of the last status write
-    progress    how many writes the change under way has cost for progress alone
-    unsettled   loop time of the first look in a row that could not count the CPUs
+    unsettled   loop time of the first observation in a row that could not count the CPUs
     vcpus       the last count
-    woken       CPUs whose guest may take requests now, since something has happened after theirs was made
     moved_at    loop time when a CPU was last seen to leave
     reset       when the machine was last reset, as far as a session has heard
-    speechless  the guest's agent did not answer when it was last asked
-    plugged_at  loop time when this process last plugged one, or the guest then took one up
+    plugged_at  loop time when this process last plugged a CPU, or the guest then took one up
     online      how many the guest used when it last said so
-    process     the QEMU process, as far as the host tells
-    contest     whether something else changes the machine
-    tried       a pass has been to its end
-    yielded_to  the older set that had another monitor of the same machine when this one last looked
-    deferred    that set has been asked to look first, since it does not seem to have it any more
-    since       address of the monitor and `Machine.since` of the QEMU that the status is about; None: this process has
-                not brought it up to date
+    speechless  the guest's agent did not answer when it was last queried
+    resynced    the first resync is due, or was
     """
 
-    sent: dict[CPU, Ost | None] = field(default_factory=dict)
-    unsent: dict[CPU, Request | None] = field(default_factory=dict)
-    rejected: dict[CPU, CommandError] = field(default_factory=dict)
-    heard: dict[CPU, Answer] = field(default_factory=dict)
-    written_at: float = 0.0
-    progress: int = 0
+    contest: Contest
+    ledger: Ledger = field(default_factory=Ledger)
+    report: ReportState = field(default_factory=ReportState)
     unsettled: float | None = None
     vcpus: int = 0
-    woken: set[CPU] = field(default_factory=set)
     moved_at: float | None = None
     reset: datetime | None = None
-    speechless: bool = False
     plugged_at: float | None = None
     online: int = 0
-    process: Hashable | None = None
-    contest: Contest | None = None
-    tried: bool = False
-    yielded_to: UID | None = None
-    deferred: bool = False
-    since: tuple[Hashable, datetime | None] | None = None
+    speechless: bool = False
+    resynced: bool = False
 
 
-class _ElderFirst(Exception):
-    """An older set may have a monitor of the same machine, and is to look first."""
+@dataclass(frozen=True)
+class Services:
+    """What the passes of all sets share.
 
-
-class Reconciler:
-    """Brings the machine of a VCPUSet to its declared count, one pass at a time.
-
-    The work queue hands a set to one pass at a time, so nothing here is locked.
+    enqueue  has a set observed soon
     """
 
-    def __init__(
-        self,
-        *,
-        cache: Cache,
-        cluster: Cluster,
-        recorder: Recorder,
-        monitors: Monitors,
-        guests: Guests,
-        enqueue: Callable[[UID], None],
-        resync_seconds: float,
-        clock: Callable[[], datetime],
-        node_name: str | None = None,
-    ) -> None:
-        self._cache = cache
-        self._cluster = cluster
-        self._recorder = recorder
-        self._monitors = monitors
-        self._guests = guests
-        self._enqueue = enqueue
-        self._resync_seconds = resync_seconds
-        self._clock = clock
-        self._node_name = node_name
-        self._claims: Claims[UID] = Claims()
-        """On monitors."""
-        self._machines: Claims[UID] = Claims()
-        """On what the monitors lead to; each stands until the monitor leads elsewhere, or cannot be reached."""
-        self._states: dict[UID, _SetState] = {}
+    cache: Cache
+    reporter: Reporter
+    monitors: Monitors
+    guests: Guests
+    ownership: Ownership
+    enqueue: Callable[[UID], None]
+    clock: Callable[[], datetime]
 
-    def changed(self, uid: UID) -> None:
-        """Note that the cache has news of this set (or has dropped it); called for every such change."""
-        # Before those who wait for its monitor: it may have a session to close.
-        self._enqueue(uid)
-        vcpuset = self._cache.get(uid)
-        if vcpuset is None:
-            for touched in self._claims.release(uid):
-                self._enqueue(touched)
-            self._release_machine(uid)
-        elif not self._claims.has(uid, _address(vcpuset)):
-            # Otherwise the claims of its last pass stand, the one on the socket's inode among them.
-            self._claim(vcpuset, _address(vcpuset))
-            self._release_machine(uid)
 
-    async def reconcile(self, uid: UID) -> Result:
-        """One pass. Raises nothing that it expects; what it returns says when to come back."""
-        vcpuset = self._cache.get(uid) or self._cache.terminating(uid)
-        if vcpuset is None or vcpuset.deleting:
-            # Deleted, or another operator's now: the machine stays as it is.
-            self._release_machine(uid)
-            await self._guests.forget(uid)
-            await self._monitors.forget(uid)
-            # The deletion may have come while a pass was waiting for its socket, and claimed it after that.
-            for touched in self._claims.release(uid):
-                self._enqueue(touched)
-        if vcpuset is None:
-            self._states.pop(uid, None)
-            return Done()
-        fields = {"vcpuset": vcpuset.name, "node": self._node_name, "pass": token_hex(4)}
-        with log_context(namespace=vcpuset.namespace, **fields):
-            try:
-                return await self._pass(vcpuset)
-            finally:
-                self._states.setdefault(uid, _SetState()).tried = True
+class Later(Exception):
+    """This pass ends without a report; the next one is to come soon."""
 
-    async def _pass(self, vcpuset: VCPUSet) -> Result:
-        uid = vcpuset.uid
+
+class Pass:
+    """One pass over one set.
+
+    vcpuset   the set as this pass began with it, or has last written it
+    session   with its monitor, once that is open
+    machine   as last observed
+    contest   whether something else changes the machine
+    until     loop time after which the rest is left to the next pass, so that other sets have their turn
+    """
+
+    session: Session
+    machine: Machine
+    blocked: CommandError | None = None
+    """Why QEMU did not do what this pass wanted; None: it did, or nothing was wanted."""
+
+    def __init__(self, services: Services, vcpuset: VCPUSet, memory: Memory) -> None:
+        self.services = services
+        self.vcpuset = vcpuset
+        self.memory = memory
+        self.uid = vcpuset.uid
+        self.ledger = memory.ledger
+        self.contest = memory.contest
+        self.loop = asyncio.get_running_loop()
+        self.until = self.loop.time() + SLOW_SECONDS
+
+    async def run(self) -> Assessment:
+        """Raises Later, and APIError if the status could not be written."""
+        if self.vcpuset.deleting:
+            return await self._report(terminating())
+        if self.vcpuset.spec.guest_agent is None:
+            await self.services.guests.forget(self.uid)
         try:
-            assessment = await self._converge(vcpuset)
-        except MachineUnsettled:
-            # A CPU is just leaving, and its event is to come. What this pass has done is done; the next one sees what
-            # came of it.
-            return Done(requeue_after=POLL_SECONDS)
-        except _ElderFirst:
-            await self._monitors.release(uid)
-            return Done(requeue_after=POLL_SECONDS)
-        except ObjectGone:
-            # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
-            await self._monitors.release(uid)
-            return Done(requeue_after=jittered(self._resync_seconds, 0.1))
-        except Conflict as error:
-            # Nothing is lost: the next pass starts from the machine and from the newest object. That may be long in
-            # coming when the watch is broken, and others may want the monitor.
-            await self._lend(vcpuset)
-            return Retry(error)
-        except APIError as error:
-            # The same; but the API server can be away for long, and others may want the monitor.
-            logger.warning("%s; retrying", error)
-            await self._lend(vcpuset)
-            return Retry(error, at_least=error.retry_after)
-        if assessment.pace is not RequeuePolicy.HELD:
-            await self._lend(vcpuset)
-        elif vcpuset.spec.connection is Connection.ON_DEMAND and await self._monitors.end_turn(uid):
-            # All that this session has heard is in the report; the next one shall miss as little as can be.
-            return Done(requeue_after=NEXT_TURN_SECONDS)
-        return self._come_back(assessment)
-
-    async def _lend(self, vcpuset: VCPUSet) -> None:
-        """Give other clients of the monitor their turn, unless the set keeps it for its events."""
-        if vcpuset.spec.connection is Connection.ON_DEMAND:
-            await self._monitors.release(vcpuset.uid)
-
-    async def _converge(self, vcpuset: VCPUSet) -> Assessment:
-        if vcpuset.deleting:
-            return await self._report_unseen(vcpuset, terminating())
-        if vcpuset.spec.guest_agent is None:
-            await self._guests.forget(vcpuset.uid)
-        try:
-            session = await self._take_monitor(vcpuset)
-            if isinstance(session, Assessment):
-                await self._monitors.release(vcpuset.uid)
-                self._release_machine(vcpuset.uid)
-                return await self._report_unseen(vcpuset, session)
+            if (owner := await self._open()) is not None:
+                await self.services.monitors.release(self.uid)
+                self.services.ownership.release_machine(self.uid)
+                return await self._report(conflict(self._name(owner)))
             try:
-                return await self._bring_to_count(vcpuset, session)
+                return await self._converge()
             finally:
-                self._remember_answers(vcpuset.uid, session)
+                # The session may end with this pass, and nobody else is told what it has heard meanwhile.
+                self.ledger.hear(self.session.answer)
         except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
-            if self._may_settle(vcpuset, error):
-                raise
-            # The last command may or may not have run: close, and look before anything is repeated.
-            await self._monitors.release(vcpuset.uid)
-            if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):
-                self._release_machine(vcpuset.uid)
-            # The pass may have written since; its requests must not be written over.
-            newest = self._cache.get(vcpuset.uid) or vcpuset
-            return await self._report_unseen(newest, failure(error))
+            return await self._report(await self._failed(error))
 
-    def _remember_answers(self, uid: UID, session: Session) -> None:
-        """The session may end with this pass, and what it has heard meanwhile is told to nobody else."""
-        state, newest = self._states.get(uid), self._cache.get(uid)
-        if state is None or newest is None:
-            return
-        for request in newest.status.pending_unplugs:
-            if (told := session.answer(request.slot)) is not None:
-                state.heard[cpu_of(request)] = told
-
-    def _may_settle(self, vcpuset: VCPUSet, error: VCPUSetError) -> bool:
-        state = self._states.setdefault(vcpuset.uid, _SetState())
-        if not isinstance(error, MachineUnsettled):
-            state.unsettled = None
-            return False
-        now = asyncio.get_running_loop().time()
-        if state.unsettled is None:
-            state.unsettled = now
-        return now < state.unsettled + UNSETTLED_SECONDS
-
-    async def _take_monitor(self, vcpuset: VCPUSet) -> Session | Assessment:
-        """The session with the set's machine, or why this set may not have one."""
-        # What stands at the address is looked up anew each time; the address itself is known without a look.
-        if (holder := self._claims.conflicting_owner(vcpuset.uid, _address(vcpuset))) is not None:
-            # Nor is it known any more what stands there: an inode of old may be another machine's by now.
-            self._claim(vcpuset, _address(vcpuset))
-            return self._yield_to(holder)
+    async def _open(self) -> UID | None:
+        """Open a session with the set's monitor, or take the kept one; returns the older set that has it instead."""
+        ownership = self.services.ownership
+        if (owner := ownership.owner_of_address(self.vcpuset)) is not None:
+            return owner
         try:
-            endpoint_context = await self._monitors.resolve(vcpuset)
+            resolved = await self.services.monitors.resolve(self.vcpuset)
         except (InvalidMonitor, MonitorError):
             # The inode that was there is not this set's any more.
-            self._claim(vcpuset, _address(vcpuset))
+            ownership.claim_monitor(self.vcpuset)
             raise
-        with endpoint_context as endpoint:
-            # A socket can have several names (hard links): the inode tells.
-            self._claim(vcpuset, _address(vcpuset), endpoint.identity)
-            if (holder := self._claims.conflicting_owner(vcpuset.uid)) is not None:
-                return self._yield_to(holder)
-            return await self._monitors.session(vcpuset.uid, endpoint)
-
-    def _claim(self, vcpuset: VCPUSet, *keys: Hashable) -> None:
-        for touched in self._claims.claim(vcpuset.uid, vcpuset.seniority, keys):
-            self._enqueue(touched)
-
-    def _claim_machine(
-        self, vcpuset: VCPUSet, state: _SetState, session: Session, machine: Machine
-    ) -> tuple[UID, str] | None:
-        """The older set that has another monitor of this machine, and by what that is told; None: there is none.
-
-        What is told by its uuid stays within a namespace: QEMU says what its uuid is, and whoever plays a QEMU can say
-        the same. A process and one of its threads name one machine; the process alone does not, since it can have made
-        the sockets of many, as libvirt does. A connection that is kept, and that QEMU shows on another one, is QEMU's.
-        """
-        uid, peer, thread = vcpuset.uid, session.peer, machine.first_thread
-        state.process = peer.process
-        evidence: dict[Hashable, str] = {}
-        if thread is not None and peer.process is not None:
-            evidence[peer.process, machine.uuid, thread] = "one process listens on both"
-        if thread is not None and machine.uuid is not None:
-            evidence[vcpuset.namespace, peer.host, machine.uuid, thread] = (
-                f"both report UUID {machine.uuid} and the same host threads; if these are two machines, start each "
-                "with its own -uuid"
-            )
-        shared = "QEMU reports the connections of both"
-        if peer.link is not None and vcpuset.spec.connection is Connection.PERSISTENT:
-            evidence[peer.link] = shared
-        for link in machine.connections:
-            # Not of a younger set: what QEMU says may take a machine from the set that names it, and from no other one.
-            if (first := self._machines.first(link)) is not None and first < vcpuset.seniority:
-                evidence[link] = shared
-        for touched in self._machines.claim(uid, vcpuset.seniority, evidence):
-            self._enqueue(touched)
-        for key, words in evidence.items():
-            holder = self._machines.conflicting_owner(
-                uid, key, rival=lambda other: not self._differ(state.process, other)
-            )
-            if holder is not None:
-                return holder, words
+        with resolved as endpoint:
+            if (owner := ownership.claim_monitor(self.vcpuset, endpoint.identity)) is not None:
+                return owner
+            self.session = await self.services.monitors.session(self.uid, endpoint)
         return None
 
-    def _differ(self, process: Hashable | None, other: UID) -> bool:
-        """Whether another set's machine is known to be another process."""
-        theirs = self._states[other].process
-        return process is not None and theirs is not None and process != theirs
-
-    def _release_machine(self, uid: UID) -> None:
-        for touched in self._machines.release(uid):
-            self._enqueue(touched)
-
-    def _let_elder_look(self, vcpuset: VCPUSet, state: _SetState) -> None:
-        """A set that had yielded does not take over before the older one has had its turn.
-
-        Both come back at once when QEMU or the operator is started again; to act first would be to fight.
-        """
-        ready = vcpuset.status.ready
-        if state.yielded_to is not None:
-            if self._cache.get(state.yielded_to) is not None and not state.deferred:
-                state.deferred = True
-                self._enqueue(state.yielded_to)
-                raise _ElderFirst
-            state.yielded_to, state.deferred = None, False
-        elif ready is not None and ready.reason == Reason.MONITOR_CONFLICT:
-            for other in self._cache:
-                if other.seniority < vcpuset.seniority and not self._states.get(other.uid, _SetState()).tried:
-                    raise _ElderFirst
-
-    def _yield_to(self, holder: UID) -> Assessment:
-        return conflict(str(self._cache.get(holder) or holder))
-
-    async def _bring_to_count(self, vcpuset: VCPUSet, session: Session) -> Assessment:
+    async def _converge(self) -> Assessment:
         """Observe, plan, act, observe again, report."""
-        state = self._states.setdefault(vcpuset.uid, _SetState())
-        machine = await self._observe(state, session)
-        if (found := self._claim_machine(vcpuset, state, session, machine)) is not None:
-            holder, evidence = found
-            if state.yielded_to != holder:
-                # What this set has done until now, the older one has to see.
-                self._enqueue(holder)
-            state.yielded_to, state.deferred = holder, False
-            await self._monitors.release(vcpuset.uid)
-            assessment = conflict_over_machine(str(self._cache.get(holder) or holder), evidence)
-            return await self._report_unseen(vcpuset, assessment)
-        self._let_elder_look(vcpuset, state)
-        requests = self._known_requests(vcpuset, state, session, machine)
-        blocked: CommandError | None = None
-        # A pass has a budget of time, so that other sets have their turn: whoever uses it up is slow.
-        loop = asyncio.get_running_loop()
-        until = loop.time() + SLOW_SECONDS
-        unfinished = False
-
-        step = self._plan(vcpuset, state, machine, requests)
-        step = self._paced(vcpuset, state, session, machine, step)
+        await self._observe()
+        found = self.services.ownership.claim_machine(self.vcpuset, self.session.peer, self.machine)
+        if found is not None:
+            owner, evidence = found
+            await self.services.monitors.release(self.uid)
+            return await self._report(conflict_over_machine(self._name(owner), evidence))
+        if self.services.ownership.older_comes_first(self.vcpuset):
+            await self.services.monitors.release(self.uid)
+            raise Later
+        self._hear()
+        findings = self._findings()
+        step = self._unless_contested(findings, plan(findings))
         if step.plug:
-            vcpuset, machine, blocked = await self._plug(vcpuset, state, session, machine, requests, step.target, until)
-            requests = still_open(requests, machine, self._clock())
-            unfinished = machine.vcpus < step.target.count and blocked is None and loop.time() >= until
-            if machine.vcpus >= step.target.count:
-                # Another client has plugged what was missing, or more: that a slot was taken blocks nothing any more.
-                blocked = None
-        rounds = ROUNDS
-        while rounds and step.ask and blocked is None:
-            now_asked = {cpu_of(slot) for slot in step.ask}
-            vcpuset, requests, blocked = await self._ask(vcpuset, state, session, machine, requests, step)
-            # Whatever else there is to ask for has come meanwhile, and can wait for the next pass.
-            rounds = rounds - 1 if now_asked & state.rejected.keys() and loop.time() < until else 0
-            machine = await self._observe(state, session)
-            requests = still_open(requests, machine, self._clock())
-            step = self._plan(vcpuset, state, machine, requests)
-
-        requests = _still_wanted(vcpuset, machine, requests)
-        unsent = loop.time() >= until and blocked is None and any(cpu_of(slot) in state.unsent for slot in step.ask)
-        assert state.contest is not None
-        leaving = [request.slot for request in requests if request.in_flight]
-        state.contest.left(machine, leaving, unfinished=unfinished or unsent)
-        if unfinished:
+            await self._plug(findings)
+        elif step.unplug:
+            await self._unplug(step.unplug)
+        findings = self._findings()
+        out_of_time = self.blocked is None and self.loop.time() >= self.until
+        rest = plan(findings) if self.blocked is None and (out_of_time or step.unplug) else Plan()
+        unfinished = out_of_time and bool((step.plug and rest.plug) or (step.unplug and rest.unplug))
+        self.contest.left(self.machine, [each.slot for each in findings.in_flight], unfinished=unfinished)
+        if unfinished and rest.plug:
             # The next pass goes on at once, after those of the other sets.
-            assessment = replace(self._plugging(vcpuset, state, machine, step.target), due=self._clock())
-            await self._report(vcpuset, machine, requests, assessment)
-            return assessment
-        assessment = self._assess(vcpuset, state, machine, requests, blocked)
-        if unsent:
-            # The same; until all have been asked for, what this one has written says it best.
-            return replace(assessment, pace=RequeuePolicy.HELD, due=self._clock())
-        if step.ask and blocked is None:
+            going_on = self._or_contested(plugging(findings), findings)
+            return await self._report(replace(going_on, due=findings.now), findings)
+        assessment = self._assess(findings)
+        if unfinished:
+            # The same; until all requests have been sent, what this pass has recorded says it best.
+            return replace(assessment, policy=RequeuePolicy.HOLD, due=findings.now)
+        if step.unplug and rest.unplug:
             # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on.
-            return replace(assessment, due=self._clock() + timedelta(seconds=POLL_SECONDS))
-        guest: GuestReport | None = None
-        may_be_asked = vcpuset.spec.guest_agent is not None and machine.run_state == "running"
-        if may_be_asked and (machine.vcpus <= step.target.count or assessment.pace is RequeuePolicy.STEADY):
-            # Not while the guest gives CPUs back: it has enough to do, and each answer would be out of date.
-            guest = self._guests.ask(vcpuset, machine, surplus=machine.vcpus > step.target.count)
-            self._note_progress(state, guest)
-            if self._speaks_again(state, guest) and (still := {cpu_of(request) for request in requests}):
-                # Its requests are due at once; nothing else would bring the next pass so soon.
-                state.woken |= still
-                self._enqueue(vcpuset.uid)
-            if guest is None and machine.vcpus == vcpuset.spec.vcpus:
-                # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
-                return assessment
-            assessment = self._assess(vcpuset, state, machine, requests, blocked, guest)
-        await self._report(vcpuset, machine, requests, assessment, guest)
-        return assessment
+            return replace(assessment, due=findings.now + timedelta(seconds=POLL_SECONDS))
+        return await self._report_with_guest(assessment, findings)
 
-    def _paced(self, vcpuset: VCPUSet, state: _SetState, session: Session, machine: Machine, step: Plan) -> Plan:
-        """The plan, or none while a contested machine is not to be changed."""
-        now = asyncio.get_running_loop().time()
-        contest = state.contest = state.contest or Contest(self._resync_seconds)
-        qemu = (session.peer.process, machine.first_thread, machine.uuid, machine.since)
-        contest.observed(
-            (vcpuset.generation, qemu),
-            machine,
-            now,
-            wrong=machine.vcpus != step.target.count and not vcpuset.spec.suspend,
-            reported=self._reported(vcpuset) == Reason.CONTESTED,
-        )
-        if not step.plug and not step.ask:
-            return step
-        if not contest.may_correct(now):
-            return Plan(step.target)
-        contest.corrects(now)
-        return step
+    async def _observe(self) -> None:
+        """Observe the machine. A request whose CPU is gone has been carried out."""
+        machine = self.machine = await self.session.observe()
+        memory = self.memory
+        memory.unsettled = None
+        if machine.vcpus < memory.vcpus:
+            memory.moved_at = self.loop.time()
+        memory.vcpus = machine.vcpus
+        if self.ledger.observe(self.vcpuset.status, address_of(self.vcpuset), machine, self.services.clock()):
+            memory.report.carried_out = True
 
-    async def _observe(self, state: _SetState, session: Session) -> Machine:
-        machine = await session.observe()
-        state.unsettled = None
-        if machine.vcpus < state.vcpus:
-            state.moved_at = asyncio.get_running_loop().time()
-        state.vcpus = machine.vcpus
-        return machine
-
-    def _note_progress(self, state: _SetState, guest: GuestReport | None) -> None:
-        """A guest that goes on to take up what was plugged has not left the rest offline."""
-        if guest is not None and guest.cpus is not None:
-            if guest.cpus.online > state.online and state.plugged_at is not None:
-                state.plugged_at = asyncio.get_running_loop().time()
-            state.online = guest.cpus.online
-
-    def _speaks_again(self, state: _SetState, guest: GuestReport | None) -> bool:
-        """Whether the guest's agent answers and did not when it was asked before."""
-        if guest is None:
-            return False
-        before, state.speechless = state.speechless, guest.cpus is None
-        return before and not state.speechless
-
-    def _known_requests(
-        self, vcpuset: VCPUSet, state: _SetState, session: Session, machine: Machine
-    ) -> tuple[Request, ...]:
-        """The requests in the status that are still open, with what the guest has answered since."""
-        # Times of the clock tell only what an earlier process has left: the clock may be set.
-        # Another monitor of the same QEMU has another socket: by that nothing can be told.
-        known = state.since is not None and state.since[0] == _address(vcpuset)
-        same = state.since == (_address(vcpuset), machine.since) if known else None
-        present = {cpu_of(slot) for slot in machine.occupied}
-        state.unsent = {cpu: earlier for cpu, earlier in state.unsent.items() if cpu in present}
-        status = replace(vcpuset.status, pending_unplugs=withdrawn(vcpuset.status.pending_unplugs, state.unsent))
-        requests = carried_over(status, machine, self._clock(), same=same)
-        # A CPU that is gone never comes back as the same: its entries would only grow the book.
-        still_there = {cpu_of(request) for request in requests}
-        state.sent = {cpu: report for cpu, report in state.sent.items() if cpu in still_there}
-
-        def answer(request: Request) -> Answer | None:
-            cpu = cpu_of(request)
-            if cpu in state.rejected:
-                return Answer.REJECTED
-            told = session.answer(request.slot)
-            # A report that stood before this process asked is about something older. When an earlier process asked,
-            # none can be dated, so none counts but that the guest is at work: whatever came of it would replace that.
-            report = (machine.ost or {}).get(request.slot)
-            if told is None and report is not None:
-                earlier = cpu not in state.sent
-                if report.answer is Answer.IN_PROGRESS if earlier else report != state.sent[cpu]:
-                    told = report.answer
-            return told or state.heard.get(cpu)
-
-        requests = answered(requests, answer)
-        state.heard = {cpu_of(request): request.answer for request in requests if request.answer is not None}
-        if (reset_at := session.take_reset()) is not None:
+    def _hear(self) -> None:
+        """Take in what the guest has said since the last pass."""
+        self.ledger.hear(self.session.answer, self.machine)
+        if (reset_at := self.session.take_reset()) is not None:
             # The guest that had these requests is gone, and another one boots.
-            state.reset = self._at(reset_at)
-            state.woken |= still_there
-        state.woken = (state.woken | revived(status.pending_unplugs, requests)) & still_there
-        requests = _still_wanted(vcpuset, machine, requests)
-        refused = {cpu_of(request) for request in requests if not request.in_flight}
-        state.rejected = {cpu: error for cpu, error in state.rejected.items() if cpu in refused}
-        return requests
+            self.memory.reset = self._at(reset_at)
+            self.ledger.hurry_up()
 
-    async def _plug(
-        self,
-        vcpuset: VCPUSet,
-        state: _SetState,
-        session: Session,
-        machine: Machine,
-        requests: Sequence[Request],
-        target: Target,
-        until: float,
-    ) -> tuple[VCPUSet, Machine, CommandError | None]:
-        """Fill free slots until the target is reached or the time is up; if that takes long, say so meanwhile."""
-        filling = asyncio.ensure_future(self._fill(vcpuset, state, session, machine, target, until))
-        announcement, work = await asyncio.gather(
-            self._announce_plug(vcpuset, state, machine, requests, target, filling), filling, return_exceptions=True
-        )
-        state.plugged_at = asyncio.get_running_loop().time()
-        for outcome in (work, announcement):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        assert isinstance(announcement, VCPUSet)
-        assert isinstance(work, tuple)
-        machine, blocked = work
-        return announcement, machine, blocked
+    # --- plug -------------------------------------------------------------------------------------------------------
 
-    async def _announce_plug(
-        self,
-        vcpuset: VCPUSet,
-        state: _SetState,
-        machine: Machine,
-        requests: Sequence[Request],
-        target: Target,
-        filling: asyncio.Future[tuple[Machine, CommandError | None]],
-    ) -> VCPUSet:
-        reported = self._reported(vcpuset)
-        if reported in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
+    async def _plug(self, findings: Findings) -> None:
+        """Fill free slots until the target is reached or the time is up; if that takes long, report it meanwhile."""
+        filling = asyncio.ensure_future(self._fill(findings.target.count))
+        announcing = asyncio.ensure_future(self._announce_plug(findings, filling))
+        await asyncio.gather(filling, announcing, return_exceptions=True)
+        self.memory.plugged_at = self.loop.time()
+        filling.result()
+        announcing.result()
+        if self.machine.vcpus >= findings.target.count:
+            # Another client has plugged what was missing, or more: that a slot was taken blocks nothing any more.
+            self.blocked = None
+
+    async def _fill(self, target: int) -> None:
+        taken: set[int] = set()
+        while chosen := first_fit(self.machine.free, target - self.machine.vcpus, taken):
+            self.blocked = None
+            for slot in chosen:
+                if self._stops():
+                    break
+                try:
+                    await self.session.plug(slot)
+                    self.memory.report.carried_out = True
+                except CommandError as error:
+                    self.blocked = error
+                    break
+            await self._observe()
+            if not isinstance(self.blocked, SlotTaken) or self._stops():
+                return
+            # Another client was faster: another free slot does as well.
+            taken.add(slot.index)
+
+    async def _announce_plug(self, findings: Findings, filling: asyncio.Future[None]) -> None:
+        if findings.reported in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
             # A repeated attempt; if it ends as the one before, nothing is to be written at all.
-            return vcpuset
-        if reported != Reason.CONVERGED:
+            return
+        if findings.reported != Reason.CONVERGED:
             # Nothing that the status says of this generation is wrong, and what comes of the plug is a better report.
             await asyncio.wait({filling}, timeout=ANNOUNCE_SECONDS)
             if filling.done():
-                return vcpuset
-        # With this machine's uuid go this machine's requests, not those that the status has of another one.
-        return await self._report(vcpuset, machine, requests, self._plugging(vcpuset, state, machine, target))
+                return
+        await self._report(self._or_contested(plugging(findings), findings), findings)
 
-    async def _fill(
-        self, vcpuset: VCPUSet, state: _SetState, session: Session, machine: Machine, target: Target, until: float
-    ) -> tuple[Machine, CommandError | None]:
-        loop = asyncio.get_running_loop()
-        taken: set[int] = set()
-        blocked: CommandError | None = None
-        while chosen := first_fit(machine.free, target.count - machine.vcpus, taken):
-            for slot in chosen:
-                if self._superseded(vcpuset) or loop.time() >= until:
-                    # Hundreds take seconds, and it may be another owner's by now, or fewer may be wanted: what this
-                    # pass then reports is refused. The next one starts from the newest object.
-                    return await self._observe(state, session), blocked
-                try:
-                    await session.plug(slot)
-                    blocked = None
-                except SlotTaken as error:
-                    # Another client was faster: observe again, another free slot does as well.
-                    taken.add(slot.index)
-                    blocked = error
-                    break
-                except CommandError as error:
-                    return await self._observe(state, session), error
-            machine = await self._observe(state, session)
-            if blocked is None:
-                break
-        return machine, blocked
+    # --- unplug -----------------------------------------------------------------------------------------------------
 
-    async def _ask(
-        self,
-        vcpuset: VCPUSet,
-        state: _SetState,
-        session: Session,
-        machine: Machine,
-        requests: Sequence[Request],
-        step: Plan,
-    ) -> tuple[VCPUSet, tuple[Request, ...], CommandError | None]:
-        """Record the requests, then send them."""
-        before = {cpu_of(request): request for request in requests}
-        with_guest = {cpu for cpu, request in before.items() if request.in_flight}
-        if not before:
-            # What the status says of an earlier start is about requests that were never sent.
-            vcpuset = replace(vcpuset, status=replace(vcpuset.status, unplug_started_at=None))
-        requests = asked(requests, step.ask, self._clock(), state.woken)
-        # The record comes before the request, since a successor must not send it twice. Whatever ends this pass (the
-        # record may be stored although its write fails), what was not sent is known.
-        state.unsent |= {cpu_of(slot): before.get(cpu_of(slot)) for slot in step.ask}
-        assessment = self._assess(vcpuset, state, machine, requests, None)
-        vcpuset = await self._report(vcpuset, machine, requests, assessment, must=True)
-        blocked: CommandError | None = None
-        loop = asyncio.get_running_loop()
-        until = loop.time() + SLOW_SECONDS
-        for slot in step.ask:
-            if self._superseded(vcpuset) or loop.time() >= until:
-                # The next pass starts from the newest object; fewer may be too many by then, or none.
+    async def _unplug(self, slots: tuple[Slot, ...]) -> None:
+        """Record the requests and send them; and those for others in place of each that QEMU rejects."""
+        for _ in range(ROUNDS):
+            rejected = await self._request(slots)
+            await self._observe()
+            # Whatever else there is to request has come meanwhile, and can wait for the next pass.
+            if self.blocked is not None or not rejected or self.loop.time() >= self.until:
+                return
+            slots = plan(self._findings()).unplug
+            if not slots:
+                return
+
+    async def _request(self, slots: tuple[Slot, ...]) -> bool:
+        """Returns whether QEMU rejected any of the requests."""
+        now = self.services.clock()
+        requests = requested(self.ledger.requests, slots, now, self.ledger.early)
+        # The record comes before the request, since a successor must not send it twice.
+        findings = self._findings(requests, now)
+        await self._report(self._assess(findings), findings, must=True)
+        recorded = {cpu_of(request): request for request in requests}
+        rejected = False
+        for slot in slots:
+            if self._stops():
                 break
-            cpu = cpu_of(slot)
-            del state.unsent[cpu]
-            state.rejected.pop(cpu, None)
-            state.heard.pop(cpu, None)
-            state.woken.discard(cpu)
-            state.sent[cpu] = (machine.ost or {}).get(slot.index)
+            request, with_guest = recorded[cpu_of(slot)], self.ledger.with_guest(slot)
+            withdraw = self.ledger.send(request, (self.machine.ost or {}).get(slot.index))
             try:
-                await session.unplug(slot)
+                await self.session.unplug(slot)
             except DeviceGone:
                 continue
             except TransientError as error:
                 # The guest is not up, or a migration began: neither this request nor the rest was made.
-                state.unsent[cpu] = before.get(cpu)
-                blocked = error
+                withdraw()
+                self.blocked = error
                 break
             except CommandError as error:
                 # That a repetition is refused says nothing of the request that the guest has already; only what can
                 # never succeed cannot have been taken before.
-                if cpu not in with_guest or isinstance(error, PermanentError):
-                    state.rejected[cpu] = error
-        requests = answered(requests, lambda request: Answer.REJECTED if cpu_of(request) in state.rejected else None)
-        return vcpuset, withdrawn(requests, state.unsent), blocked
+                if not with_guest or isinstance(error, PermanentError):
+                    self.ledger.reject(request, error)
+                    rejected = True
+        return rejected
 
-    def _superseded(self, vcpuset: VCPUSet) -> bool:
-        """Whether the set has gone, or declares something else, since this pass began."""
-        newest = self._cache.get(vcpuset.uid)
-        return newest is None or newest.generation != vcpuset.generation
+    def _stops(self) -> bool:
+        """Whether the rest is left to the next pass: the set has gone or declares something else, or time is up."""
+        newest = self.services.cache.get(self.uid)
+        superseded = newest is None or newest.generation != self.vcpuset.generation
+        return superseded or self.loop.time() >= self.until
 
-    def _plan(self, vcpuset: VCPUSet, state: _SetState, machine: Machine, requests: Sequence[Request]) -> Plan:
-        moved = self._at(state.moved_at)
-        return plan(vcpuset.spec, machine, requests, now=self._clock(), woken=state.woken, moved=moved)
+    # --- what is known, what it means, what is reported -------------------------------------------------------------
 
-    def _assess(
-        self,
-        vcpuset: VCPUSet,
-        state: _SetState,
-        machine: Machine,
-        requests: Sequence[Request],
-        blocked: CommandError | None,
-        guest: GuestReport | None = None,
-    ) -> Assessment:
-        now = self._clock()
-        target = target_for(vcpuset.spec, machine)
-        assessment = assess(
-            vcpuset.spec,
-            machine,
-            target,
-            requests,
-            started=opened_at(vcpuset.status, vcpuset.generation, requests, machine.vcpus - target.count, now),
-            blocked=blocked or next(iter(state.rejected.values()), None),
-            reported=self._reported(vcpuset),
-            now=now,
-            woken=state.woken,
-            moved=self._at(state.moved_at),
-            reset=state.reset,
-            guest=guest,
-            plugged=self._at(state.plugged_at),
+    def _findings(self, about_to_send: tuple[Request, ...] | None = None, now: datetime | None = None) -> Findings:
+        """What this pass knows now, or once these requests are recorded."""
+        vcpuset, memory, ledger = self.vcpuset, self.memory, self.ledger
+        found = Findings(
+            spec=vcpuset.spec,
+            machine=self.machine,
+            now=now or self.services.clock(),
+            reported=vcpuset.status.reason_for(vcpuset.generation),
+            blocked=self.blocked or ledger.rejection,
+            early=ledger.early,
+            moved=self._at(memory.moved_at),
+            reset=memory.reset,
+            plugged=self._at(memory.plugged_at),
         )
-        return assessment if blocked is not None else self._or_contested(vcpuset, state, machine, assessment)
+        if found.surplus <= 0:
+            ledger.forget_refusals()
+        requests = ledger.requests if about_to_send is None else about_to_send
+        started = ledger.started(requests, vcpuset.generation, found.surplus, found.now)
+        return replace(found, requests=requests, started=started)
 
-    def _plugging(self, vcpuset: VCPUSet, state: _SetState, machine: Machine, target: Target) -> Assessment:
-        return self._or_contested(vcpuset, state, machine, plugging(vcpuset.spec, machine, target))
+    def _assess(self, findings: Findings) -> Assessment:
+        assessment = assess(findings)
+        return assessment if self.blocked is not None else self._or_contested(assessment, findings)
 
-    def _or_contested(self, vcpuset: VCPUSet, state: _SetState, machine: Machine, assessment: Assessment) -> Assessment:
-        if state.contest is not None and state.contest.contested:
-            return contested(assessment, vcpuset.spec, machine, state.contest)
+    def _or_contested(self, assessment: Assessment, findings: Findings) -> Assessment:
+        return contested(assessment, findings, self.contest) if self.contest.contested else assessment
+
+    def _unless_contested(self, findings: Findings, step: Plan) -> Plan:
+        """The plan, or an empty one while a contested machine is not to be changed."""
+        now, machine = self.loop.time(), self.machine
+        qemu = (self.session.peer.process, machine.first_thread, machine.uuid, machine.since)
+        self.contest.observed(
+            (self.vcpuset.generation, qemu),
+            machine,
+            now,
+            wrong=findings.surplus != 0 and not findings.spec.suspend,
+            reported=findings.reported == Reason.CONTESTED,
+        )
+        if not step.plug and not step.unplug:
+            return step
+        if not self.contest.may_correct(now):
+            return Plan()
+        self.contest.corrects(now)
+        return step
+
+    async def _report_with_guest(self, assessment: Assessment, findings: Findings) -> Assessment:
+        """Report, with what the guest says of its CPUs if it can be queried now."""
+        spec, machine = findings.spec, findings.machine
+        # Not while the guest unplugs CPUs: it has enough to do, and each answer would be out of date.
+        at_rest = findings.surplus <= 0 or assessment.policy is RequeuePolicy.RESYNC
+        if spec.guest_agent is not None and machine.run_state == "running" and at_rest:
+            guest = self.services.guests.ask(self.vcpuset, machine, surplus=findings.surplus > 0)
+            self._note_guest(guest)
+            if guest is None and machine.vcpus == spec.vcpus:
+                # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
+                return assessment
+            findings = replace(self._findings(), guest=guest)
+            assessment = self._assess(findings)
+        return await self._report(assessment, findings)
+
+    def _note_guest(self, guest: GuestReport | None) -> None:
+        if guest is None:
+            return
+        memory = self.memory
+        speaks_again = memory.speechless and guest.cpus is not None
+        memory.speechless = guest.cpus is None
+        if speaks_again and self.ledger.requests:
+            # Its requests are due at once; nothing else would bring the next pass so soon.
+            self.ledger.hurry_up()
+            self.services.enqueue(self.uid)
+        if guest.cpus is not None:
+            if guest.cpus.online > memory.online and memory.plugged_at is not None:
+                # A guest that goes on to take up what was plugged has not left the rest offline.
+                memory.plugged_at = self.loop.time()
+            memory.online = guest.cpus.online
+
+    async def _failed(self, error: VCPUSetError) -> Assessment:
+        memory, now = self.memory, self.loop.time()
+        if isinstance(error, MachineUnsettled):
+            # A CPU is just leaving, and its event is to come: the next pass sees what came of it.
+            memory.unsettled = now if memory.unsettled is None else memory.unsettled
+            if now < memory.unsettled + UNSETTLED_SECONDS:
+                raise Later
+        memory.unsettled = None
+        # The last command may or may not have run: close, and observe before anything is repeated.
+        await self.services.monitors.release(self.uid)
+        if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):
+            self.services.ownership.release_machine(self.uid)
+        return failure(error)
+
+    async def _report(
+        self, assessment: Assessment, findings: Findings | None = None, *, must: bool = False
+    ) -> Assessment:
+        """Report; without findings the last observation stands."""
+        self.vcpuset = await self.services.reporter.report(
+            self.vcpuset, assessment, self.memory.report, findings, must=must
+        )
         return assessment
+
+    def _name(self, owner: UID) -> str:
+        return str(self.services.cache.get(owner) or owner)
 
     def _at(self, loop_time: float | None) -> datetime | None:
         """A loop time as a time of the clock, which may have been set since."""
-        if loop_time is None:
-            return None
-        return self._clock() - timedelta(seconds=asyncio.get_running_loop().time() - loop_time)
-
-    def _reported(self, vcpuset: VCPUSet) -> str | None:
-        """The reason that the status gives for this generation."""
-        ready = vcpuset.status.ready
-        return ready.reason if ready is not None and ready.observed_generation == vcpuset.generation else None
-
-    async def _report_unseen(self, vcpuset: VCPUSet, assessment: Assessment) -> Assessment:
-        """Report without an observation: the counts and requests of the last one stand."""
-        await self._report(vcpuset, None, vcpuset.status.pending_unplugs, assessment)
-        return assessment
-
-    async def _report(
-        self,
-        vcpuset: VCPUSet,
-        machine: Machine | None,
-        requests: Sequence[Request],
-        assessment: Assessment,
-        guest: GuestReport | None = None,
-        *,
-        must: bool = False,
-    ) -> VCPUSet:
-        """Bring the status up to date if it is not; returns the set as it stands now.
-
-        must  write progress too, instead of leaving it to a later pass
-        """
-        now = self._clock()
-        surplus = 0 if machine is None else machine.vcpus - target_for(vcpuset.spec, machine).count
-        started = opened_at(vcpuset.status, vcpuset.generation, requests, surplus, now)
-        status = observed(vcpuset, machine, requests, started, guest)
-        status = replace(status, conditions=conditions(vcpuset, assessment, machine, guest, now))
-        state = self._states.setdefault(vcpuset.uid, _SetState())
-        since = state.since if machine is None else (_address(vcpuset), machine.since)
-        if status == vcpuset.status:
-            state.since = since
-            return vcpuset
-        loop_time = asyncio.get_running_loop().time()
-        progress = is_progress(vcpuset.status, status, assessment.pace)
-        if progress and not must:
-            pause = PROGRESS_SECONDS[min(state.progress, len(PROGRESS_SECONDS) - 1)]
-            if loop_time < state.written_at + pause:
-                return vcpuset
-        with self._cache.expecting(vcpuset.uid, status):
-            written = await self._cluster.write_status(vcpuset, status)
-            # It may have gone meanwhile: the watch can tell that before this answer comes. And the answer can be the
-            # first to show a field that the watch leaves out, since it began before the definition was upgraded.
-            known = self._cache.get(vcpuset.uid) or self._cache.terminating(vcpuset.uid)
-            if known is not None and self._cache.put(written):
-                self._enqueue(vcpuset.uid)
-        state.written_at, state.since = loop_time, since
-        state.progress = state.progress + 1 if progress else 0
-        self._announce(written, vcpuset.status, assessment)
-        return written
-
-    def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment) -> None:
-        """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
-        old, new = _facts(before), _facts(vcpuset.status)
-        status = vcpuset.status
-        # So soon done that nothing was said meanwhile.
-        resized = status.observed_generation != before.observed_generation and status.vcpus != before.vcpus
-        if old[:3] != new[:3] or resized:
-            level = logging.WARNING if assessment.event_type == "Warning" else logging.INFO
-            logger.log(level, "%s: %s", assessment.reason, assessment.message)
-            self._recorder.record(
-                vcpuset,
-                type=assessment.event_type,
-                reason=assessment.reason,
-                action="Reconcile",
-                note=assessment.message,
-            )
-        agent = status.condition(AGENT)
-        if agent is not None and agent.status != "Unknown" and old[3:] != new[3:]:
-            good = agent.status == "True"
-            logger.log(logging.INFO if good else logging.WARNING, "GuestAgent%s: %s", agent.reason, agent.message)
-            self._recorder.record(
-                vcpuset,
-                type="Normal" if good else "Warning",
-                reason=f"GuestAgent{agent.reason}",
-                action="AskGuest",
-                note=agent.message,
-            )
-
-    def _come_back(self, assessment: Assessment) -> Result:
-        match assessment.pace:
-            case RequeuePolicy.RETRY:
-                return Retry(VCPUSetError(f"{assessment.reason}: {assessment.message}"))
-            case RequeuePolicy.HELD | RequeuePolicy.WATCHED:
-                seconds = POLL_SECONDS
-            case RequeuePolicy.STEADY:
-                seconds = jittered(self._resync_seconds, 0.1)
-        if assessment.due is not None:
-            seconds = min(seconds, max(0.0, (assessment.due - self._clock()).total_seconds()))
-        return Done(requeue_after=seconds)
-
-
-def _still_wanted(vcpuset: VCPUSet, machine: Machine, requests: tuple[Request, ...]) -> tuple[Request, ...]:
-    """Without the refused ones if nothing is to be given back (any more): who said no may be asked afresh."""
-    if machine.vcpus > target_for(vcpuset.spec, machine).count:
-        return requests
-    return tuple(request for request in requests if request.in_flight)
-
-
-def _facts(status: Status) -> list[tuple[str, str]]:
-    """What of each condition is worth an Event when it changes."""
-    return [(condition.reason, condition.status) for condition in status.conditions]
-
-
-def _address(vcpuset: VCPUSet) -> tuple[str, ...]:
-    """The monitor's address as the set spells it; known also while nothing is there."""
-    match vcpuset.spec.monitor:
-        case UnixMonitor(path):
-            return ("unix", vcpuset.namespace, path)
-        case TCPMonitor(host, port, tls):
-            # As TCPEndpoint.identity has it.
-            return ("tcp", host, str(port), "" if tls is None else vcpuset.namespace)
-        case Unsupported():
-            # Nobody else's: it holds no monitor.
-            return ("unsupported", vcpuset.uid)
+        return None if loop_time is None else self.services.clock() - timedelta(seconds=self.loop.time() - loop_time)

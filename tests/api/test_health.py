@@ -24,7 +24,7 @@ from harness.wait import until
 from harness.world import User
 from vcpuset.app import liveness, operator
 from vcpuset.app.settings import Settings
-from vcpuset.reconciler import Reconciler
+from vcpuset.controller import Controller
 from vcpuset.runtime.workers import Done
 
 __all__: list[str] = []
@@ -251,7 +251,7 @@ async def test_a_pass_that_is_stuck_is_an_illness(
         await released.wait()
         return Done()
 
-    monkeypatch.setattr(Reconciler, "reconcile", hang)
+    monkeypatch.setattr(Controller, "reconcile", hang)
     monkeypatch.setattr(liveness, "STUCK_SECONDS", 1.0)
     async with running(control_plane.kubeconfig, namespace) as process:
         assert await process.get("/healthz") == (200, "ok\n")

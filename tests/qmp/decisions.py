@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from vcpuset.domain.assessment import assess
+from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Activity, Machine
-from vcpuset.domain.plan import first_fit, plan, target_for
-from vcpuset.domain.requests import asked, cpu_of, still_open
+from vcpuset.domain.plan import first_fit, plan
+from vcpuset.domain.requests import cpu_of, requested, still_open
 from vcpuset.domain.resource import BootVCPUs, Spec, UnixMonitor, Unplug, UnplugPolicy
 
 __all__ = ["check_decisions"]
@@ -34,34 +36,31 @@ def check_decisions(machine: Machine) -> None:
 
 
 def _check(spec: Spec, machine: Machine) -> None:
-    target = target_for(spec, machine)
-    step = plan(spec, machine, (), now=NOW)
+    found = Findings(spec=spec, machine=machine, now=NOW)
+    target, step = found.target, plan(found)
     assert machine.floor <= target.count <= machine.ceiling
     assert target.count <= spec.vcpus or machine.vcpus >= target.count, "more than declared are plugged"
     assert (target.count == spec.vcpus) == (target.reason is None)
-    assert not (step.plug and step.ask)
+    assert not (step.plug and step.unplug)
     if machine.activity is not Activity.CHANGEABLE:
         assert not step.plug
-        assert not step.ask
+        assert not step.unplug
 
     chosen = first_fit(step.plug, target.count - machine.vcpus, ())
     assert all(slot.path is None for slot in chosen)
     assert machine.vcpus + sum(slot.vcpus for slot in chosen) <= max(target.count, machine.vcpus)
 
-    assert all(slot.path is not None and slot.index != 0 for slot in step.ask)
-    assert not step.ask or machine.vcpus - sum(slot.vcpus for slot in step.ask) >= target.count
-    assert spec.unplug.policy is UnplugPolicy.ENABLED or not step.ask
-    assert spec.unplug.boot_vcpus is BootVCPUs.UNPLUG or not any(slot.boot for slot in step.ask)
+    assert all(slot.path is not None and slot.index != 0 for slot in step.unplug)
+    assert not step.unplug or machine.vcpus - sum(slot.vcpus for slot in step.unplug) >= target.count
+    assert spec.unplug.policy is UnplugPolicy.ENABLED or not step.unplug
+    assert spec.unplug.boot_vcpus is BootVCPUs.UNPLUG or not any(slot.boot for slot in step.unplug)
 
-    book = asked((), step.ask, NOW)
-    assert len({cpu_of(request) for request in book}) == len(step.ask)
-    assert still_open(book, machine, NOW) == book
-    again = plan(spec, machine, book, now=NOW)
-    assert not again.ask, "asked for twice"
-    for request in book:
+    requests = requested((), step.unplug, NOW)
+    assert len({cpu_of(request) for request in requests}) == len(step.unplug)
+    assert still_open(requests, machine, NOW) == requests
+    found = replace(found, requests=requests, started=NOW if requests else None)
+    assert not plan(found).unplug, "requested twice"
+    for request in requests:
         assert 1 <= len(request.path) <= 1024
         assert 0 <= request.thread_id <= INT64
-    assessment = assess(
-        spec, machine, target, book, started=NOW if book else None, blocked=None, reported=None, now=NOW
-    )
-    assert 0 < len(assessment.message) < 32768
+    assert 0 < len(assess(found).message) < 32768

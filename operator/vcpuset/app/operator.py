@@ -24,6 +24,7 @@ from vcpuset.app.history import History
 from vcpuset.app.liveness import unhealthy_reason
 from vcpuset.app.metrics import Metrics, measure_lag
 from vcpuset.app.settings import Settings
+from vcpuset.controller import Controller
 from vcpuset.domain.backoff import ExponentialBackoff, jittered
 from vcpuset.domain.errors import APIError, NotLeading
 from vcpuset.domain.resource import UID, VCPUSet
@@ -40,7 +41,7 @@ from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Outcome
 from vcpuset.qmp.watcher import SocketWatcher
-from vcpuset.reconciler import Reconciler
+from vcpuset.reporter import Reporter
 from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
 from vcpuset.runtime.workqueue import WorkQueue
@@ -172,20 +173,23 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         found=None if watcher is None else watcher.found,
     )
     guests = Guests(settings.socket_root, queue.add, permit=permit)
-    reconciler = Reconciler(
+
+    def clock() -> datetime:
+        return datetime.now(UTC)
+
+    controller = Controller(
         cache=cache,
-        cluster=cluster,
-        recorder=recorder,
+        reporter=Reporter(cache, cluster, recorder, clock, queue.add),
         monitors=monitors,
         guests=guests,
         enqueue=queue.add,
         resync_seconds=settings.resync_seconds,
-        clock=lambda: datetime.now(UTC),
+        clock=clock,
         node_name=settings.node_name,
     )
 
     def changed(uid: UID) -> None:
-        reconciler.changed(uid)
+        controller.changed(uid)
         if watcher is not None:
             watcher.follow(uid, cache.get(uid))
 
@@ -221,7 +225,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         owner.spawn(_sweep_for_ever(list_sets, settings.sweep_seconds, source.listed_again, freshness), "sweep")
         owner.spawn(
             run_workers(
-                queue, reconciler.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
+                queue, controller.reconcile, count=settings.workers, grace_seconds=GRACE_SECONDS, observer=metrics
             ),
             "workers",
         )

@@ -15,7 +15,7 @@ from vcpuset.domain.assessment import sentence
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.guest import AgentReason, GuestReport
 from vcpuset.domain.machine import Activity, Answer, Machine, Ost, Slot
-from vcpuset.domain.requests import CPU, carried_over, cpu_of
+from vcpuset.domain.requests import CPU, Ledger, cpu_of
 from vcpuset.domain.resource import Request, VCPUSet
 from vcpuset.qmp.sockets import find_local_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -70,8 +70,8 @@ class Inspection:
         """The set's requests that hold for this machine."""
         if self.vcpuset is None:
             return {}
-        open_ones = carried_over(self.vcpuset.status, self.machine, self.now)
-        return {cpu_of(request): request for request in open_ones}
+        ledger = Ledger.of(self.vcpuset.status, self.machine, self.now)
+        return {cpu_of(request): request for request in ledger.requests}
 
     @property
     def void(self) -> tuple[Request, ...]:

@@ -30,7 +30,7 @@ from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Slot
 from vcpuset.domain.preview import PlanPreview, preview
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import conditions
+from vcpuset.domain.report import status_of
 from vcpuset.domain.resource import TLS, UID, Connection, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.sockets import Endpoint, UnixEndpoint, find_socket
@@ -235,9 +235,9 @@ def _item(found: PlanResult) -> dict[str, Any]:
         "machine": None if machine is None else machine_document(machine),
         "guest": None if machine is None else guest_document(found.guest, machine, None),
         "desiredVCPUs": vcpuset.spec.vcpus,
-        "reachableVCPUs": None if work is None else work.target.count,
+        "reachableVCPUs": None if work is None else work.findings.target.count,
         "plug": [] if work is None else [{"slot": slot.index} for slot in work.plug],
-        "unplug": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.ask],
+        "unplug": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.unplug],
         "standby": [] if work is None else [slot.index for slot in work.standby],
         "bringOnline": [] if work is None else list(work.bring_online),
         "blockers": [
@@ -248,7 +248,9 @@ def _item(found: PlanResult) -> dict[str, Any]:
             "message": found.assessment.message,
             "conditions": [
                 {"type": each.type, "status": each.status, "reason": each.reason, "message": each.message}
-                for each in conditions(vcpuset, found.assessment, machine, found.guest, found.now)
+                for each in status_of(
+                    vcpuset, found.assessment, None if work is None else work.findings, found.now
+                ).conditions
             ],
         },
         "expected": None
@@ -300,11 +302,15 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
         machine = found.look.machine
         yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"
         yield from guest_facts(found.guest, machine, None)
-        target = "" if work.target.count == vcpuset.spec.vcpus else f"; currently possible: {work.target.count}"
+        target = (
+            ""
+            if work.findings.target.count == vcpuset.spec.vcpus
+            else f"; currently possible: {work.findings.target.count}"
+        )
         yield "Desired", f"{_count(vcpuset.spec.vcpus)}{target}"
         yield "Actions", Styled("; ".join(_deeds(work)) or "none", "bold")
         if work.standby:
-            yield "Standby", _slots(work.standby, in_order=bool(work.ask))
+            yield "Standby", _slots(work.standby, in_order=bool(work.unplug))
     yield "Status", _told(found.assessment)
     if work is not None and work.expected is not None:
         yield "Expected", _told(work.expected)
@@ -318,8 +324,8 @@ def _told(assessment: Assessment) -> Cell:
 def _deeds(work: PlanPreview) -> Iterator[str]:
     if work.plug:
         yield f"plug {_slots(work.plug)}"
-    if work.ask:
-        yield f"unplug {_slots(work.ask, in_order=True)}"
+    if work.unplug:
+        yield f"unplug {_slots(work.unplug, in_order=True)}"
     if work.bring_online:
         cpus = ", ".join(map(str, work.bring_online))
         yield f"bring guest CPU{'s' if len(work.bring_online) > 1 else ''} {cpus} online"

@@ -1,20 +1,19 @@
 """What an observation means: one assessment for every situation that a set can be in.
 
-Messages hold nothing that changes from one look to the next without news (no elapsed times), since each change of a
-status is a write. Each says what would help, where anything would.
+Messages hold nothing that changes from one observation to the next without news (no elapsed times), since each change
+of a status is a write. Each says what would help, where anything would.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from vcpuset.domain.contest import CHANGES, Contest
 from vcpuset.domain.errors import (
-    CommandError,
     CredentialsUnavailable,
     GuestNotReady,
     InvalidMonitor,
@@ -26,12 +25,12 @@ from vcpuset.domain.errors import (
     UnsupportedSpec,
     VCPUSetError,
 )
+from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestReport
-from vcpuset.domain.machine import Activity, Answer, Machine
-from vcpuset.domain.plan import Target
+from vcpuset.domain.machine import Activity, Answer
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.requests import CPU, FIRST_PAUSE, due_at
-from vcpuset.domain.resource import GuestAgent, Request, Spec
+from vcpuset.domain.requests import FIRST_PAUSE
+from vcpuset.domain.resource import GuestAgent, Request
 
 __all__ = [
     "PENDING_AFTER",
@@ -62,37 +61,37 @@ TAKE_UP_TIME = timedelta(seconds=3)
 A Linux guest under TCG takes 0.2 to 0.6 s, and 1.8 s on a loaded host, if it has a rule that brings CPUs online.
 """
 
-TAKE_UP_LOOK = timedelta(seconds=0.25)
-"""How soon such a guest is asked again."""
+TAKE_UP_POLL = timedelta(seconds=0.25)
+"""How soon such a guest is queried again."""
 
 UDEV_RULE = 'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"'
 """Without it Linux on x86 leaves a hot-added CPU offline; RHEL and Ubuntu ship it, Debian does not."""
 
 
 class RequeuePolicy(enum.Enum):
-    """How soon the machine is looked at again."""
+    """When a set is observed again, if nothing happens before."""
 
-    HELD = "held"
-    """The guest is at work: the session is kept for its events, and a look is taken every second."""
-    WATCHED = "watched"
-    """The guest takes its time over requests: a look every second, and the monitor is free for others in between."""
+    HOLD = "hold"
+    """Every second: the guest is at work. The session is kept for its events."""
+    POLL = "poll"
+    """Every second: the guest takes its time. The monitor is free for other clients in between."""
     RETRY = "retry"
-    """Something should pass: with a growing back-off."""
-    STEADY = "steady"
-    """Nothing is expected: at the next resync."""
+    """After a growing back-off: what is wrong should pass."""
+    RESYNC = "resync"
+    """At the next resync: nothing is expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """What one pass found.
 
-    due  when something falls due before the next look at `pace` would be taken; None: nothing
+    due  when something falls due before `policy` would have the machine observed; None: nothing
     """
 
     reason: Reason
     message: str
     state: State
-    pace: RequeuePolicy
+    policy: RequeuePolicy
     due: datetime | None = None
 
     @property
@@ -101,102 +100,69 @@ class Assessment:
         return "Warning" if self.state is State.STALLED or self.reason in _WORRYING else "Normal"
 
 
-def assess(
-    spec: Spec,
-    machine: Machine,
-    target: Target,
-    requests: Sequence[Request],
-    *,
-    started: datetime | None,
-    blocked: CommandError | None,
-    reported: str | None,
-    now: datetime,
-    woken: Collection[CPU] = (),
-    moved: datetime | None = None,
-    reset: datetime | None = None,
-    guest: GuestReport | None = None,
-    plugged: datetime | None = None,
-) -> Assessment:
-    """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing.
-
-    started   when the first request of this generation was made
-    reported  the reason that stands in the status for this generation; None: none does
-    blocked   why QEMU did not do what this pass wanted; None: it did, or nothing was wanted
-    woken     CPUs whose requests are due after the first pause, as in `due_at`
-    moved     when a CPU was last seen to leave
-    reset     when the machine was last reset; None: that is not known
-    guest     what the guest says of these CPUs; None: it was not asked
-    plugged   when a CPU was last plugged
-    """
+def assess(findings: Findings) -> Assessment:
+    """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing."""
+    spec, machine, target = findings.spec, findings.machine, findings.target
     if machine.activity is Activity.OVER:
         return _assessment(
             Reason.MACHINE_NOT_RUNNING,
             f"The machine's run state is {machine.run_state!r}: its CPUs cannot be changed until it runs again."
-            f"{_WAY_OUT.get(machine.run_state, '')}",
-            RequeuePolicy.STEADY,
+            f"{_REMEDIES.get(machine.run_state, '')}",
+            RequeuePolicy.RESYNC,
         )
     if machine.vcpus == spec.vcpus:
-        return _count_matches(spec, machine, guest, plugged, _pace(spec, machine, requests, moved, now), requests, now)
+        return _count_matches(findings)
     if spec.suspend:
         return _assessment(
             Reason.SUSPENDED,
-            f"{_counts(spec, machine)}; nothing is changed while spec.suspend is set.{_may_leave(spec, requests)}",
-            _pace(spec, machine, requests, moved, now),
+            f"{_counts(findings)}; nothing is changed while spec.suspend is set.{_may_leave(findings)}",
+            _while_requested(findings),
         )
-    if machine.activity is Activity.BUSY or isinstance(blocked, Migrating):
-        migrates = machine.migrating or isinstance(blocked, Migrating)
+    if machine.activity is Activity.BUSY or isinstance(findings.blocked, Migrating):
+        migrates = machine.migrating or isinstance(findings.blocked, Migrating)
         why = "a migration is in progress" if migrates else "retrying until the machine is running or paused"
         return _assessment(
             Reason.MACHINE_BUSY,
-            f"{_counts(spec, machine)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}."
-            f"{_WAY_OUT.get(machine.run_state, '')}",
+            f"{_counts(findings)}; CPUs cannot be changed in run state {machine.run_state!r}: {why}."
+            f"{_REMEDIES.get(machine.run_state, '')}",
             RequeuePolicy.RETRY,
         )
-    if machine.vcpus < target.count:
-        return _plug_failed(spec, machine, blocked)
-    if machine.vcpus > target.count:
-        pace = _pace(spec, machine, requests, moved, now)
-        dues = [due_at(request, spec.unplug, woken=woken, moved=moved) for request in requests]
-        return _unplug_unfinished(spec, machine, requests, started, dues, reset, blocked, reported, pace, now)
+    if findings.surplus < 0:
+        return _plug_failed(findings)
+    if findings.surplus > 0:
+        return _unplug_unfinished(findings)
     assert target.reason is not None, "the target is met and is not the declared count"
-    text = f"{_counts(spec, machine)}; {target.message}.{_may_leave(spec, requests)}"
-    return _assessment(target.reason, text, _pace(spec, machine, requests, moved, now))
+    text = f"{_counts(findings)}; {target.message}.{_may_leave(findings)}"
+    return _assessment(target.reason, text, _while_requested(findings))
 
 
-def _count_matches(
-    spec: Spec,
-    machine: Machine,
-    guest: GuestReport | None,
-    plugged: datetime | None,
-    pace: RequeuePolicy,
-    requests: Sequence[Request],
-    now: datetime,
-) -> Assessment:
+def _count_matches(findings: Findings) -> Assessment:
+    spec, machine, guest, now = findings.spec, findings.machine, findings.guest, findings.now
+    may_leave, policy = _may_leave(findings), _while_requested(findings)
     text = f"QEMU has {_vcpus(machine.vcpus)}, as declared"
     if spec.guest_agent is None:
-        return _assessment(Reason.CONVERGED, f"{text}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{text}.{may_leave}", policy)
     unknown = f"{text}; it is unknown whether the guest uses them:"
     if guest is None:
         why = f"it cannot be queried while the machine's run state is {machine.run_state!r}"
-        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{may_leave}", policy)
     if guest.cpus is None:
-        return _assessment(Reason.CONVERGED, f"{unknown} {guest.error}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {guest.error}.{may_leave}", policy)
     online = guest.cpus.online
     if online > machine.vcpus:
         why = f"the agent reports {online} online CPUs, so spec.guestAgent names the socket of another machine"
-        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{unknown} {why}.{may_leave}", policy)
     if online == machine.vcpus:
-        return _assessment(Reason.CONVERGED, f"{text}, and the guest uses them all.{_may_leave(spec, requests)}", pace)
+        return _assessment(Reason.CONVERGED, f"{text}, and the guest uses them all.{may_leave}", policy)
     text = f"{text}; the guest uses {online} of them"
-    if plugged is not None and now < plugged + TAKE_UP_TIME:
-        return _assessment(Reason.PLUGGING, f"{text} so far.", RequeuePolicy.HELD, now + TAKE_UP_LOOK)
+    if findings.plugged is not None and now < findings.plugged + TAKE_UP_TIME:
+        return _assessment(Reason.PLUGGING, f"{text} so far.", RequeuePolicy.HOLD, now + TAKE_UP_POLL)
     if spec.suspend and spec.guest_agent.bring_online:
         return _assessment(
-            Reason.SUSPENDED, f"{text}; nothing is changed while spec.suspend is set.", RequeuePolicy.STEADY
+            Reason.SUSPENDED, f"{text}; nothing is changed while spec.suspend is set.", RequeuePolicy.RESYNC
         )
-    return _assessment(
-        Reason.GUEST_CPUS_OFFLINE, f"{text}{_offline(spec.guest_agent, guest, machine.vcpus)}", RequeuePolicy.RETRY
-    )
+    text += _offline(spec.guest_agent, guest, machine.vcpus)
+    return _assessment(Reason.GUEST_CPUS_OFFLINE, text, RequeuePolicy.RETRY)
 
 
 def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
@@ -225,35 +191,25 @@ def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
     return text
 
 
-def _plug_failed(spec: Spec, machine: Machine, blocked: CommandError | None) -> Assessment:
-    text = f"{_counts(spec, machine)}; "
+def _plug_failed(findings: Findings) -> Assessment:
+    text, blocked = f"{_counts(findings)}; ", findings.blocked
     if isinstance(blocked, PermanentError):
         return _assessment(
             Reason.HOTPLUG_UNSUPPORTED,
             f"{text}QEMU rejects the change permanently: {blocked}.{_RESTART}",
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
         )
     if blocked is not None:
-        return _assessment(
-            Reason.PLUGGING, f"{text}QEMU rejects the change at the moment: {blocked}.", RequeuePolicy.RETRY
-        )
-    return _assessment(Reason.PLUGGING, f"{text}a vCPU was unplugged while others were plugged.", RequeuePolicy.RETRY)
+        text += f"QEMU rejects the change at the moment: {blocked}."
+    else:
+        text += "a vCPU was unplugged while others were plugged."
+    return _assessment(Reason.PLUGGING, text, RequeuePolicy.RETRY)
 
 
-def _unplug_unfinished(
-    spec: Spec,
-    machine: Machine,
-    requests: Sequence[Request],
-    started: datetime | None,
-    dues: Sequence[datetime],
-    reset: datetime | None,
-    blocked: CommandError | None,
-    reported: str | None,
-    pace: RequeuePolicy,
-    now: datetime,
-) -> Assessment:
-    counts = _counts(spec, machine)
-    if not machine.guest_takes_unplugs or isinstance(blocked, GuestNotReady):
+def _unplug_unfinished(findings: Findings) -> Assessment:
+    requests, blocked, reported, now = findings.requests, findings.blocked, findings.reported, findings.now
+    unplug, counts = findings.spec.unplug, _counts(findings)
+    if not findings.machine.guest_takes_unplugs or isinstance(blocked, GuestNotReady):
         words = "" if blocked is None else f" ({blocked})"
         return _assessment(
             Reason.WAITING_FOR_GUEST,
@@ -264,15 +220,16 @@ def _unplug_unfinished(
     if not requests:
         # The machine has changed since the pass decided what to do: the next one decides.
         return _assessment(Reason.UNPLUGGING, f"{counts}; unplug requests follow.", RequeuePolicy.RETRY)
-    timeout = timedelta(seconds=spec.unplug.timeout_seconds)
-    deadline = now if started is None else started + timeout
+    timeout = timedelta(seconds=unplug.timeout_seconds)
+    deadline = now if findings.started is None else findings.started + timeout
     overdue = now >= deadline
-    in_flight = [request for request in requests if request.in_flight]
+    in_flight = findings.in_flight
     refused = [request for request in requests if not request.in_flight]
-    # What is due already and was not asked for is not wanted now: nothing to come back for.
-    due = min((at for at in (*dues, deadline) if at > now), default=None)
-    expected = pace is not RequeuePolicy.STEADY
-    longest = timedelta(seconds=spec.unplug.retry_seconds)
+    # What is due already and was not requested is not wanted now: nothing to come back for.
+    due = min((at for at in (*map(findings.due_at, requests), deadline) if at > now), default=None)
+    policy = _while_requested(findings)
+    expected = policy is not RequeuePolicy.RESYNC
+    longest = timedelta(seconds=unplug.retry_seconds)
     every = again = f"The request is repeated every {_seconds(longest)}"
     if longest > FIRST_PAUSE:
         again = (
@@ -280,11 +237,11 @@ def _unplug_unfinished(
             f"of up to {_seconds(longest)}"
         )
     rebooted = ""
-    if reset is not None and reset >= deadline - 2 * timeout:
+    if findings.reset is not None and findings.reset >= deadline - 2 * timeout:
         # Without the time: a machine that resets again and again would cost a write for each.
         rebooted = " The machine was reset meanwhile: its guest may still be booting."
 
-    # While a CPU that had been refused is asked for anew, the report stands until the guest has answered.
+    # While a CPU that had been refused is requested again, the report stands until the guest has answered.
     repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
     still_refused = bool(refused) or (expected and reported == Reason.UNPLUG_REFUSED)
 
@@ -296,7 +253,7 @@ def _unplug_unfinished(
     if len(rejected) == len(refused) and (not in_flight or rejected_again):
         words = "" if blocked is None else f": {blocked}"
         text = f"{counts}; QEMU refused to unplug {slot_list(requests)}{words}.{_RESTART} {every}."
-        return _assessment(Reason.UNPLUG_UNSUPPORTED, text, pace, due)
+        return _assessment(Reason.UNPLUG_UNSUPPORTED, text, policy, due)
 
     if in_flight and not overdue and not (repeated and still_refused):
         text = f"{counts}; unplug of {slot_list(in_flight)} requested at {_time(in_flight)}"
@@ -307,39 +264,38 @@ def _unplug_unfinished(
             request.answer is None and (request.attempts > 1 or now - request.requested_at >= PENDING_AFTER)
             for request in in_flight
         ):
-            return _assessment(Reason.UNPLUG_PENDING, f"{text}; the guest has not answered yet.{rebooted}", pace, due)
-        return _assessment(Reason.UNPLUGGING, f"{text}.", pace, due)
+            text += f"; the guest has not answered yet.{rebooted}"
+            return _assessment(Reason.UNPLUG_PENDING, text, policy, due)
+        return _assessment(Reason.UNPLUGGING, f"{text}.", policy, due)
 
     if still_refused:
         what = f"refused to unplug {_refusals(refused)}" if refused else "refused"
-        asked = f", last sent for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
+        last = f", last sent for {slot_list(in_flight)} at {_time(in_flight)}" if in_flight else ""
         text = (
             f"{counts}; the guest {what}, and there is no other candidate. Check what uses the CPUs (pinned or "
-            f"real-time tasks; see the guest's log), or declare more vCPUs. {again}{asked}.{rebooted}"
+            f"real-time tasks; see the guest's log), or declare more vCPUs. {again}{last}.{rebooted}"
         )
-        return _assessment(Reason.UNPLUG_REFUSED, text, pace, due, stalled=overdue)
+        return _assessment(Reason.UNPLUG_REFUSED, text, policy, due, stalled=overdue)
 
     text = (
         f"{counts}; the guest has not unplugged {slot_list(in_flight)}, last requested at {_time(in_flight)}: it may "
         f"hang, be paused, or not support CPU hot-unplug. A late answer is still accepted. {again}.{rebooted}"
     )
-    return _assessment(Reason.UNPLUG_TIMED_OUT, text, pace, due)
+    return _assessment(Reason.UNPLUG_TIMED_OUT, text, policy, due)
 
 
-def plugging(spec: Spec, machine: Machine, target: Target) -> Assessment:
+def plugging(findings: Findings) -> Assessment:
     """What is reported while CPUs are plugged."""
-    return _assessment(
-        Reason.PLUGGING, f"{_counts(spec, machine)}; plugging {target.count - machine.vcpus}.", RequeuePolicy.HELD
-    )
+    return _assessment(Reason.PLUGGING, f"{_counts(findings)}; plugging {-findings.surplus}.", RequeuePolicy.HOLD)
 
 
 def failure(error: VCPUSetError) -> Assessment:
-    """What is reported when the machine could not be looked at."""
+    """What is reported when the machine could not be observed."""
     # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew. But
     # what this version cannot obey takes another spec.
-    pace = RequeuePolicy.STEADY if isinstance(error, UnsupportedSpec) else RequeuePolicy.RETRY
+    policy = RequeuePolicy.RESYNC if isinstance(error, UnsupportedSpec) else RequeuePolicy.RETRY
     help_ = " End -preconfig (x-exit-preconfig)." if isinstance(error, Preconfig) else ""
-    return _assessment(_failed(error), f"{sentence(str(error))}{help_}", pace)
+    return _assessment(_failed(error), f"{sentence(str(error))}{help_}", policy)
 
 
 def _failed(error: VCPUSetError) -> Reason:
@@ -366,7 +322,7 @@ def conflict(holder: str) -> Assessment:
         Reason.MONITOR_CONFLICT,
         f"VCPUSet {holder} is older and names the same monitor: delete one of the two, or set another monitor "
         "for this one. This VCPUSet takes over as soon as the older one releases the monitor.",
-        RequeuePolicy.STEADY,
+        RequeuePolicy.RESYNC,
     )
 
 
@@ -380,7 +336,7 @@ def conflict_over_machine(holder: str, evidence: str) -> Assessment:
         f"VCPUSet {holder} is older and names another monitor of the same machine ({evidence}): delete one of the "
         "two, or set the monitor of another machine for this one. This VCPUSet takes over as soon as the older one "
         "releases the machine.",
-        RequeuePolicy.STEADY,
+        RequeuePolicy.RESYNC,
     )
 
 
@@ -390,18 +346,18 @@ _HIDDEN_BY_CONTEST = frozenset(
 """What would be reported by turns while something else undoes what the operator does."""
 
 
-def contested(assessment: Assessment, spec: Spec, machine: Machine, contest: Contest) -> Assessment:
+def contested(assessment: Assessment, findings: Findings, contest: Contest) -> Assessment:
     """What is reported of a machine that something else changes again and again; what else is wrong comes first."""
     if assessment.reason not in _HIDDEN_BY_CONTEST:
         return assessment
     return Assessment(
         Reason.CONTESTED,
-        f"{_counts(spec, machine)}; another client has changed them {CHANGES} times within {contest.window:g} s. "
+        f"{_counts(findings)}; another client has changed them {CHANGES} times within {contest.window:g} s. "
         "Check which other client uses a monitor of this QEMU: another VCPUSet or operator, libvirt, a script. Until "
         f"there has been no such change for {contest.window:g} s, they are corrected at most every {contest.pause:g} "
         "s. A change of the spec is applied at once.",
         State.STALLED,
-        RequeuePolicy.STEADY if assessment.pace is RequeuePolicy.RETRY else assessment.pace,
+        RequeuePolicy.RESYNC if assessment.policy is RequeuePolicy.RETRY else assessment.policy,
         assessment.due,
     )
 
@@ -412,7 +368,7 @@ def terminating() -> Assessment:
         Reason.TERMINATING,
         "This VCPUSet has been deleted: its machine is no longer changed, and its monitor is released. The object "
         "remains until its finalizers (metadata.finalizers) are removed.",
-        RequeuePolicy.STEADY,
+        RequeuePolicy.RESYNC,
     )
 
 
@@ -453,7 +409,7 @@ def _listed(noun: str, indexes: Iterable[int]) -> str:
     return f"{noun if len(indexes) == 1 else noun + 's'} {text}"
 
 
-_WAY_OUT = {
+_REMEDIES = {
     "postmigrate": " Name the destination's monitor in spec.monitor.",
     "guest-panicked": " Reset or restart the VM.",
     "internal-error": " Reset or restart the VM, and see QEMU's log.",
@@ -470,36 +426,34 @@ _RESTART = (
 
 
 def _assessment(
-    reason: Reason, message: str, pace: RequeuePolicy, due: datetime | None = None, *, stalled: bool = False
+    reason: Reason, message: str, policy: RequeuePolicy, due: datetime | None = None, *, stalled: bool = False
 ) -> Assessment:
     state = State.STALLED if stalled else reason.states[0]
-    return Assessment(reason, message, state, pace, due)
+    return Assessment(reason, message, state, policy, due)
 
 
-def _pace(
-    spec: Spec, machine: Machine, requests: Sequence[Request], moved: datetime | None, now: datetime
-) -> RequeuePolicy:
+def _while_requested(findings: Findings) -> RequeuePolicy:
     """How closely requests with the guest are followed, whether they are still wanted or not.
 
     A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
-    unless its answers come by event only. One that has neither answered nor given a CPU back for `timeoutSeconds` is
+    unless its answers come by event only. One that has neither answered nor unplugged a CPU for `timeoutSeconds` is
     expected no more.
     """
-    asked = [request.requested_at for request in requests if request.in_flight]
-    if not asked:
-        return RequeuePolicy.STEADY
-    active = max(asked) if moved is None else max(*asked, moved)
-    if now >= active + timedelta(seconds=spec.unplug.timeout_seconds):
-        return RequeuePolicy.STEADY
-    return RequeuePolicy.HELD if now < active + PENDING_AFTER or machine.ost is None else RequeuePolicy.WATCHED
+    made = [request.requested_at for request in findings.in_flight]
+    if not made:
+        return RequeuePolicy.RESYNC
+    active = max(made) if findings.moved is None else max(*made, findings.moved)
+    if findings.now >= active + timedelta(seconds=findings.spec.unplug.timeout_seconds):
+        return RequeuePolicy.RESYNC
+    by_event_only = findings.machine.ost is None
+    return RequeuePolicy.HOLD if findings.now < active + PENDING_AFTER or by_event_only else RequeuePolicy.POLL
 
 
-def _may_leave(spec: Spec, requests: Sequence[Request]) -> str:
-    in_flight = [request for request in requests if request.in_flight]
-    if not in_flight:
+def _may_leave(findings: Findings) -> str:
+    if not findings.in_flight:
         return ""
-    then = "." if spec.suspend else "; a vCPU that is unplugged this way is plugged again."
-    return f" An earlier request may still unplug {slot_list(in_flight)}{then}"
+    then = "." if findings.spec.suspend else "; a vCPU that is unplugged this way is plugged again."
+    return f" An earlier request may still unplug {slot_list(findings.in_flight)}{then}"
 
 
 def sentence(words: str) -> str:
@@ -508,8 +462,8 @@ def sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}{end}" if words.split(" ", 1)[0].isalpha() else f"{words}{end}"
 
 
-def _counts(spec: Spec, machine: Machine) -> str:
-    return f"{_vcpus(machine.vcpus)} present, {spec.vcpus} declared"
+def _counts(findings: Findings) -> str:
+    return f"{_vcpus(findings.machine.vcpus)} present, {findings.spec.vcpus} declared"
 
 
 def _vcpus(count: int) -> str:

@@ -13,11 +13,12 @@ from types import MappingProxyType
 from typing import Final
 
 from vcpuset.domain.assessment import Assessment, assess, sentence, slot_list
-from vcpuset.domain.guest import AgentReason, GuestReport
-from vcpuset.domain.machine import Activity, Answer, Machine
-from vcpuset.domain.plan import Target, plan, target_for
+from vcpuset.domain.findings import Findings
+from vcpuset.domain.guest import AgentReason
+from vcpuset.domain.machine import Activity, Answer
+from vcpuset.domain.plan import plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.requests import cpu_of, due_at
+from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, UnplugPolicy
 
 __all__ = ["Blocker", "blocker_of", "blockers"]
@@ -42,56 +43,28 @@ def blocker_of(assessment: Assessment) -> Blocker:
     return Blocker(assessment.reason, assessment.message, assessment.reason.remedy)
 
 
-def blockers(
-    spec: Spec,
-    machine: Machine,
-    requests: Sequence[Request],
-    guest: GuestReport | None,
-    *,
-    now: datetime,
-) -> tuple[Blocker, ...]:
-    """All that keeps this machine from its declared count, and its guest from using it; the most basic first.
-
-    requests  those still open, before the next pass makes any
-    guest     what the guest says of its CPUs; None: it was not asked
-    """
+def blockers(findings: Findings) -> tuple[Blocker, ...]:
+    """All that keeps a machine from its declared count, and its guest from using it; the most basic first."""
     found: list[Blocker] = []
-    free_spec, free_machine = _unhindered(spec, machine, found, now)
-    free_spec, target = _reachable(free_spec, free_machine, found)
-    if free_machine.vcpus > target.count:
-        found += _unplug_blockers(free_spec, machine, free_machine, target, requests, now)
-    found += _guest_blockers(spec, machine, guest, now)
+    free = _unhindered(replace(findings, requests=(), started=None, reported=None, guest=None), found)
+    free = _reachable(free, found)
+    if free.surplus > 0:
+        found += _unplug_blockers(findings, free)
+    found += _guest_blockers(findings)
     return tuple(found)
 
 
-def _assessment(
-    spec: Spec, machine: Machine, target: Target, now: datetime, guest: GuestReport | None = None
-) -> Assessment:
-    """What is said of this machine when nobody was asked for anything yet."""
-    return assess(
-        spec,
-        machine,
-        target,
-        (),
-        started=None,
-        blocked=None,
-        reported=None,
-        now=now,
-        guest=guest,
-    )
-
-
-def _unhindered(spec: Spec, machine: Machine, found: list[Blocker], now: datetime) -> tuple[Spec, Machine]:
+def _unhindered(free: Findings, found: list[Blocker]) -> Findings:
     """The set and the machine without what keeps a pass from changing anything at all."""
     while True:
-        assessment = _assessment(spec, machine, target_for(spec, machine), now)
+        assessment = assess(free)
         match assessment.reason:
             case Reason.SUSPENDED:
-                spec = replace(spec, suspend=False)
+                free = replace(free, spec=replace(free.spec, suspend=False))
             case Reason.MACHINE_NOT_RUNNING | Reason.MACHINE_BUSY:
-                machine = replace(machine, run_state="running", migrating=False)
+                free = replace(free, machine=replace(free.machine, run_state="running", migrating=False))
             case _:
-                return spec, machine
+                return free
         found.append(blocker_of(assessment))
 
 
@@ -102,40 +75,34 @@ _RELAXED: Final[Mapping[Reason, Callable[[Spec], Spec]]] = MappingProxyType({
 """What the author of a set could have meant otherwise; any other limit is the machine's."""
 
 
-def _reachable(spec: Spec, machine: Machine, found: list[Blocker]) -> tuple[Spec, Target]:
-    """The set without its own limits, and the count that the machine's own leave."""
-    while (target := target_for(spec, machine)).reason is not None:
-        found.append(Blocker(target.reason, sentence(target.message), target.reason.remedy))
-        if (relaxed := _RELAXED.get(target.reason)) is None:
+def _reachable(free: Findings, found: list[Blocker]) -> Findings:
+    """The set without its own limits, at the target that the machine's own leave."""
+    while (reason := free.target.reason) is not None:
+        found.append(Blocker(reason, sentence(free.target.message), reason.remedy))
+        if (relaxed := _RELAXED.get(reason)) is None:
             break
-        spec = relaxed(spec)
-    return spec, target
+        free = replace(free, spec=relaxed(free.spec))
+    return free
 
 
-def _unplug_blockers(
-    spec: Spec,
-    real: Machine,
-    machine: Machine,
-    target: Target,
-    requests: Sequence[Request],
-    now: datetime,
-) -> Iterator[Blocker]:
-    if not machine.guest_takes_unplugs:
-        yield blocker_of(_assessment(spec, machine, target, now))
-    elif real.activity is Activity.CHANGEABLE and real.run_state != "running":
+def _unplug_blockers(real: Findings, free: Findings) -> Iterator[Blocker]:
+    if not free.machine.guest_takes_unplugs:
+        yield blocker_of(assess(free))
+    elif real.machine.activity is Activity.CHANGEABLE and real.machine.run_state != "running":
         yield Blocker(
             Reason.UNPLUG_PENDING,
-            f"The machine's run state is {real.run_state!r}: its guest accepts requests, and answers once it is "
-            "resumed.",
+            f"The machine's run state is {real.machine.run_state!r}: its guest accepts requests, and answers once it "
+            "is resumed.",
             "Resume the machine (cont).",
         )
-    asked_now = {cpu_of(slot) for slot in plan(spec, machine, requests, now=now).ask}
+    free = replace(free, requests=real.requests)
+    requested_now = {cpu_of(slot) for slot in plan(free).unplug}
     alike: dict[tuple[Answer | None, datetime], list[Request]] = {}
-    for request in requests:
-        if cpu_of(request) not in asked_now:
-            alike.setdefault((request.answer, due_at(request, spec.unplug)), []).append(request)
+    for request in real.requests:
+        if cpu_of(request) not in requested_now:
+            alike.setdefault((request.answer, free.due_at(request)), []).append(request)
     for (answer, due), group in alike.items():
-        yield _open_requests(spec, answer, due, group, now)
+        yield _open_requests(free.spec, answer, due, group, free.now)
 
 
 def _open_requests(
@@ -163,7 +130,8 @@ _AGENT_REMEDIES: Final[Mapping[AgentReason, str]] = MappingProxyType({
 })  # fmt: skip
 
 
-def _guest_blockers(spec: Spec, machine: Machine, guest: GuestReport | None, now: datetime) -> Iterator[Blocker]:
+def _guest_blockers(findings: Findings) -> Iterator[Blocker]:
+    spec, machine, guest = findings.spec, findings.machine, findings.guest
     if spec.guest_agent is None:
         return
     if guest is None:
@@ -178,7 +146,7 @@ def _guest_blockers(spec: Spec, machine: Machine, guest: GuestReport | None, now
         if spec.guest_agent.bring_online and not spec.suspend and guest.cpus.online + len(offline) == machine.vcpus:
             return  # The operator has them set online: that is work to do, and nothing in its way.
         if machine.vcpus == spec.vcpus:
-            yield blocker_of(_assessment(spec, machine, target_for(spec, machine), now, guest))
+            yield blocker_of(assess(replace(findings, requests=(), started=None, reported=None)))
             return
         yield Blocker(
             Reason.GUEST_CPUS_OFFLINE,

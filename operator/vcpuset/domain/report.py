@@ -7,56 +7,42 @@ GuestAgentConnected after them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
 from vcpuset.domain.assessment import Assessment, RequeuePolicy, sentence
-from vcpuset.domain.guest import AgentReason, GuestReport
-from vcpuset.domain.machine import Machine
+from vcpuset.domain.findings import Findings
+from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.resource import Condition, Request, Status, VCPUSet
+from vcpuset.domain.resource import Condition, Status, VCPUSet
 
-__all__ = ["AGENT", "conditions", "is_progress", "observed", "opened_at"]
+__all__ = ["AGENT", "is_progress", "status_of"]
 
 MESSAGE_LIMIT = 32768
 """The schema's limit: a longer message would have the whole status refused."""
 
 AGENT = "GuestAgentConnected"
-"""The type of the condition that says whether the guest can be asked."""
+"""The type of the condition that says whether the guest can be queried."""
 
 
-def opened_at(
-    status: Status, generation: int, requests: Sequence[Request], surplus: int, now: datetime
-) -> datetime | None:
-    """When the first unplug request of this generation was made; None while nothing is to be given back.
+def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | None, now: datetime) -> Status:
+    """The status that reports an assessment.
 
-    Requests left over from an earlier generation count from the first look at this one.
+    findings  None: the machine was not observed, and the last observation stands
     """
-    if surplus <= 0 or not requests:
-        return None
-    if status.observed_generation == generation and status.unplug_started_at is not None:
-        return min(status.unplug_started_at, now)
-    return now
-
-
-def observed(
-    vcpuset: VCPUSet,
-    machine: Machine | None,
-    requests: Sequence[Request],
-    started: datetime | None,
-    guest: GuestReport | None = None,
-) -> Status:
-    """The status without new conditions; without a machine, or a word of the guest, the last observation stands."""
     status = replace(
-        vcpuset.status, observed_generation=vcpuset.generation, selector=f"vcpuset.dev/name={vcpuset.name}"
+        vcpuset.status,
+        observed_generation=vcpuset.generation,
+        selector=f"vcpuset.dev/name={vcpuset.name}",
+        conditions=_conditions(vcpuset, assessment, findings, now),
     )
     if vcpuset.spec.guest_agent is None:
         status = replace(status, online_vcpus=None)
-    if machine is None:
+    if findings is None:
         # The clock of another generation's requests is not this one's.
         same = vcpuset.status.observed_generation == vcpuset.generation
         return status if same else replace(status, unplug_started_at=None)
+    machine, guest = findings.machine, findings.guest
     if guest is None:
         # What the guest said of other CPUs than these says nothing.
         old = vcpuset.status
@@ -71,13 +57,13 @@ def observed(
         min_vcpus=machine.floor,
         max_vcpus=machine.ceiling,
         machine_uuid=machine.uuid,
-        unplug_started_at=started,
-        pending_unplugs=tuple(requests),
+        unplug_started_at=findings.started,
+        pending_unplugs=tuple(findings.requests),
     )
 
 
-def conditions(
-    vcpuset: VCPUSet, assessment: Assessment, machine: Machine | None, guest: GuestReport | None, now: datetime
+def _conditions(
+    vcpuset: VCPUSet, assessment: Assessment, findings: Findings | None, now: datetime
 ) -> tuple[Condition, ...]:
     """The conditions of an assessment; `lastTransitionTime` moves only when a condition's status does."""
     since = {condition.type: condition for condition in vcpuset.status.conditions}
@@ -94,31 +80,31 @@ def conditions(
     found = (of(State.READY), of(State.RECONCILING), of(State.STALLED))
     if vcpuset.spec.guest_agent is None:
         return found
-    if guest is None and machine is not None and machine.run_state == "running" and (old := since.get(AGENT)):
-        # The guest is not asked while it gives CPUs back; what it said last stands, for what was declared then.
-        return (*found, old)
-    if guest is None or machine is None:
+    if findings is None or findings.guest is None:
+        if findings is not None and findings.machine.run_state == "running" and (old := since.get(AGENT)):
+            # The guest is not queried while it unplugs CPUs; what it said last stands, for what was declared then.
+            return (*found, old)
         reason, message = AgentReason.NOT_ASKED, AgentReason.NOT_ASKED.meaning
     else:
-        reason = guest.reason(machine.vcpus)
-        message = reason.meaning if guest.error is None else sentence(str(guest.error))
+        reason = findings.guest.reason(findings.machine.vcpus)
+        message = reason.meaning if findings.guest.error is None else sentence(str(findings.guest.error))
     return (*found, condition(AGENT, reason.status, reason.value, message))
 
 
 _WITH_THE_GUEST = frozenset({Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})
 
 
-def is_progress(old: Status, new: Status, pace: RequeuePolicy) -> bool:
+def is_progress(old: Status, new: Status, policy: RequeuePolicy) -> bool:
     """Whether the change is mere progress of a plug or unplug under way, which may be reported later.
 
-    Not progress: another generation, the end, bad news (what is tried again at `pace`).
+    Not progress: another generation, the end, bad news (what is tried again).
     """
     before, after = old.ready, new.ready
     if (
         before is None
         or after is None
         or old.observed_generation != new.observed_generation
-        or pace is RequeuePolicy.RETRY
+        or policy is RequeuePolicy.RETRY
     ):
         return False
     if before.reason == after.reason == Reason.CONTESTED:

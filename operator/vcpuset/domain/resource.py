@@ -209,6 +209,11 @@ class Status:
         """The Ready condition."""
         return self.condition("Ready")
 
+    def reason_for(self, generation: int) -> str | None:
+        """The reason that is reported for this generation; None: nothing is."""
+        ready = self.ready
+        return ready.reason if ready is not None and ready.observed_generation == generation else None
+
 
 @dataclass(frozen=True, slots=True)
 class VCPUSet:

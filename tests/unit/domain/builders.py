@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from vcpuset.domain.assessment import Assessment, assess
 from vcpuset.domain.errors import CommandError
+from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
-from vcpuset.domain.plan import target_for
-from vcpuset.domain.report import opened_at
 from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
     UID,
@@ -36,6 +36,7 @@ __all__ = [
     "a_spec",
     "ago",
     "assessment_on",
+    "findings_of",
     "thread_of",
 ]
 
@@ -139,13 +140,13 @@ def a_set(spec: Spec | None = None, *, generation: int = 1, status: Status = NEV
     return VCPUSet(UID("uid-web"), "default", "web", generation, "7", ago(3600), spec or a_spec(2), status)
 
 
-def assessment_on(
+def findings_of(
     spec: Spec,
     machine: Machine,
     requests: Iterable[Request] = (),
     *,
     started: datetime | None = None,
-    woken: Iterable[CPU] = (),
+    early: Iterable[CPU] = (),
     blocked: CommandError | None = None,
     reported: str | None = None,
     now: datetime = NOW,
@@ -153,25 +154,27 @@ def assessment_on(
     reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
-) -> Assessment:
-    """`assess` at the end of a pass. `started` is by default when the earliest of the requests was made."""
+) -> Findings:
+    """What a pass knows at its end. `started` is by default when the earliest of the requests was made."""
     requests = tuple(requests)
-    target = target_for(spec, machine)
-    if started is None and requests:
-        started = min(request.requested_at for request in requests)
-    status = replace(Status(), observed_generation=1, unplug_started_at=started)
-    return assess(
-        spec,
-        machine,
-        target,
-        requests,
-        started=opened_at(status, 1, requests, machine.vcpus - target.count, now),
+    found = Findings(
+        spec=spec,
+        machine=machine,
+        now=now,
+        requests=requests,
         blocked=blocked,
         reported=reported,
-        now=now,
-        woken=set(woken),
+        early=frozenset(early),
         moved=moved,
         reset=reset,
         guest=guest,
         plugged=plugged,
     )
+    if started is None and requests:
+        started = min(request.requested_at for request in requests)
+    return replace(found, started=started if requests and found.surplus > 0 else None)
+
+
+def assessment_on(spec: Spec, machine: Machine, requests: Iterable[Request] = (), **known: Any) -> Assessment:
+    """`assess` for `findings_of` these."""
+    return assess(findings_of(spec, machine, requests, **known))

@@ -9,10 +9,11 @@ from typing import Literal
 
 import pytest
 
-from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, assessment_on
+from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago, assessment_on, findings_of
 from vcpuset.domain.assessment import (
     Assessment,
     RequeuePolicy,
+    assess,
     conflict,
     conflict_over_machine,
     contested,
@@ -39,7 +40,6 @@ from vcpuset.domain.errors import (
 )
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer
-from vcpuset.domain.plan import Target
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, GuestAgent, Spec, UnplugPolicy
@@ -50,6 +50,10 @@ NO = Answer.IN_USE
 FOUR = a_machine(plugged=[2, 3])
 SMALL = a_machine(boot=[0], plugged=[1])
 """Two CPUs, one of which can go: whatever is asked for it, there is no other candidate."""
+
+AT_COUNT = findings_of(a_spec(2), a_machine())
+BELOW = findings_of(a_spec(4), a_machine())
+FULL = findings_of(a_spec(9), a_machine(boot=range(8)))
 
 WORDS = "qemu's own words"
 
@@ -75,7 +79,7 @@ class Said:
 
     reason: Reason
     state: State
-    pace: RequeuePolicy
+    policy: RequeuePolicy
     says: str
     event: Literal["Normal", "Warning"] = "Normal"
     due: float | None = None
@@ -84,38 +88,38 @@ class Said:
 CASES = {
     "count matches": (
         assessment_on(a_spec(4), FOUR),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "QEMU has 4 vCPUs, as declared."),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "QEMU has 4 vCPUs, as declared."),
     ),
     "one vCPU is no vCPUs": (
         assessment_on(a_spec(1), a_machine(boot=[0])),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "QEMU has 1 vCPU, as declared."),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "QEMU has 1 vCPU, as declared."),
     ),
     "count matches, suspended": (
         assessment_on(a_spec(4, suspend=True), FOUR),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "as declared"),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "as declared"),
     ),
     "count matches, migrating": (
         assessment_on(a_spec(4), a_machine(plugged=[2, 3], migrating=True)),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "as declared"),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "as declared"),
     ),
     "count matches, a request is still with the guest": (
         assessment_on(a_spec(4), FOUR, [a_request(3, at=ago(5))]),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.WATCHED, "may still unplug slot 3"),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.POLL, "may still unplug slot 3"),
     ),
     "count matches, an old request is still with the guest": (
         assessment_on(a_spec(4), FOUR, [a_request(3, at=ago(61))]),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "may still unplug slot 3"),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "may still unplug slot 3"),
     ),
     "count matches, a request was made just now": (
         assessment_on(a_spec(4), FOUR, [a_request(3, at=ago(1))]),
-        Said(Reason.CONVERGED, State.READY, RequeuePolicy.HELD, "may still unplug slot 3"),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.HOLD, "may still unplug slot 3"),
     ),
     "count matches, and the guest uses them all": (
         assessment_on(with_agent(4), FOUR, guest=guest_with("++++")),
         Said(
             Reason.CONVERGED,
             State.READY,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "QEMU has 4 vCPUs, as declared, and the guest uses them all.",
         ),
     ),
@@ -124,7 +128,7 @@ CASES = {
         Said(
             Reason.CONVERGED,
             State.READY,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "it is unknown whether the guest uses them: no agent answers.",
         ),
     ),
@@ -133,19 +137,19 @@ CASES = {
         Said(
             Reason.CONVERGED,
             State.READY,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "it cannot be queried while the machine's run state is 'paused'",
         ),
     ),
     "count matches, and the agent is another machine's": (
         assessment_on(with_agent(4), FOUR, guest=guest_with("+++++")),
         Said(
-            Reason.CONVERGED, State.READY, RequeuePolicy.STEADY, "spec.guestAgent names the socket of another machine"
+            Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "spec.guestAgent names the socket of another machine"
         ),
     ),
     "plugged, and the guest is taking them up": (
         assessment_on(with_agent(4), FOUR, guest=guest_with("++"), plugged=ago(1)),
-        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HELD, "the guest uses 2 of them so far.", due=0.25),
+        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HOLD, "the guest uses 2 of them so far.", due=0.25),
     ),
     "plugged, and the guest has left them offline": (
         assessment_on(with_agent(4), FOUR, guest=guest_with("++--"), plugged=ago(3)),
@@ -191,15 +195,15 @@ CASES = {
     ),
     "offline, to be brought online, and suspended": (
         assessment_on(replace(with_agent(4, bring_online=True), suspend=True), FOUR, guest=guest_with("+++-")),
-        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.STEADY, "the guest uses 3 of them; nothing is changed"),
+        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.RESYNC, "the guest uses 3 of them; nothing is changed"),
     ),
     "plugging": (
-        plugging(a_spec(6), FOUR, Target(6)),
-        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HELD, "4 vCPUs present, 6 declared; plugging 2."),
+        plugging(findings_of(a_spec(6), FOUR)),
+        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HOLD, "4 vCPUs present, 6 declared; plugging 2."),
     ),
     "plugging up to the ceiling only": (
-        plugging(a_spec(99), FOUR, Target(8)),
-        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HELD, "plugging 4"),
+        plugging(findings_of(a_spec(99), FOUR)),
+        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.HOLD, "plugging 4"),
     ),
     "a plug was refused for now": (
         assessment_on(a_spec(6), FOUR, blocked=SlotTaken("device_add", "GenericError", WORDS)),
@@ -211,7 +215,7 @@ CASES = {
     ),
     "a plug can never succeed": (
         assessment_on(a_spec(6), FOUR, blocked=PermanentError("device_add", "GenericError", WORDS)),
-        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.STEADY, WORDS, "Warning"),
+        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.RESYNC, WORDS, "Warning"),
     ),
     "a CPU left while others were plugged": (
         assessment_on(a_spec(6), FOUR),
@@ -222,54 +226,54 @@ CASES = {
         Said(
             Reason.UNPLUGGING,
             State.RECONCILING,
-            RequeuePolicy.HELD,
+            RequeuePolicy.HOLD,
             "4 vCPUs present, 2 declared; unplug of slots 2-3 requested at 2026-01-02T12:00:00Z.",
             due=5,
         ),
     ),
     "asked, and in progress for a while": (
         assessment_on(a_spec(3), FOUR, [a_request(3, at=ago(30), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, RequeuePolicy.WATCHED, "slot 3", due=30),
+        Said(Reason.UNPLUGGING, State.RECONCILING, RequeuePolicy.POLL, "slot 3", due=30),
     ),
     "asked, one refused, another asked instead": (
         assessment_on(a_spec(3), FOUR, [a_request(3, at=ago(2), answer=NO), a_request(2)]),
         Said(
             Reason.UNPLUGGING,
             State.RECONCILING,
-            RequeuePolicy.HELD,
+            RequeuePolicy.HOLD,
             "after the guest had refused slot 3: device in use (_OST 0x81)",
             due=3,
         ),
     ),
     "asked, no answer for three seconds": (
         assessment_on(a_spec(3), FOUR, [a_request(3, at=ago(3))]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.WATCHED, "has not answered yet", due=2),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.POLL, "has not answered yet", due=2),
     ),
     "asked, no answer for a while, and only an event could tell": (
         assessment_on(a_spec(3), a_machine(plugged=[2, 3], ost=None), [a_request(3, at=ago(30))]),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.HELD, "has not answered yet", due=30),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.HOLD, "has not answered yet", due=30),
     ),
     "asked long ago, and one has left just now": (
         assessment_on(a_spec(2), FOUR, [a_request(2, at=ago(90)), a_request(3, at=ago(90))], moved=ago(1)),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.HELD, "slots 2-3", "Warning", due=4),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.HOLD, "slots 2-3", "Warning", due=4),
     ),
     "asked long ago, and one has left a while ago": (
         assessment_on(a_spec(2), FOUR, [a_request(n, at=ago(90), attempts=5) for n in (2, 3)], moved=ago(50)),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.WATCHED, "slots 2-3", "Warning", due=30),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.POLL, "slots 2-3", "Warning", due=30),
     ),
     "asked, no answer from one, progress of another": (
         assessment_on(a_spec(2), FOUR, [a_request(2, at=ago(5)), a_request(3, at=ago(5), answer=Answer.IN_PROGRESS)]),
-        Said(Reason.UNPLUGGING, State.RECONCILING, RequeuePolicy.WATCHED, "slots 2-3", due=55),
+        Said(Reason.UNPLUGGING, State.RECONCILING, RequeuePolicy.POLL, "slots 2-3", due=55),
     ),
     "asked long ago for an earlier declaration": (
         assessment_on(a_spec(2), FOUR, [a_request(2, at=ago(240)), a_request(3, at=ago(200))], started=ago(10)),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.STEADY, "slots 2-3", due=50),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.RESYNC, "slots 2-3", due=50),
     ),
     "asked long ago for an earlier declaration, and it falls due": (
         assessment_on(
             a_spec(2), FOUR, [a_request(2, at=ago(270), attempts=7), a_request(3, at=ago(200))], started=ago(10)
         ),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.STEADY, "slots 2-3", due=30),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.RESYNC, "slots 2-3", due=30),
     ),
     "the guest is not up": (
         assessment_on(a_spec(1), a_machine(ost={})),
@@ -287,7 +291,7 @@ CASES = {
     "refused, nobody else to ask": (
         assessment_on(a_spec(1), SMALL, [a_request(1, at=ago(10), answer=NO)]),
         Said(
-            Reason.UNPLUG_REFUSED, State.RECONCILING, RequeuePolicy.STEADY, "slot 1: device in use", "Warning", due=50
+            Reason.UNPLUG_REFUSED, State.RECONCILING, RequeuePolicy.RESYNC, "slot 1: device in use", "Warning", due=50
         ),
     ),
     "refused, and so for timeoutSeconds": (
@@ -295,7 +299,7 @@ CASES = {
         Said(
             Reason.UNPLUG_REFUSED,
             State.STALLED,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "The request is repeated after 5 s, then with doubling delays of up to 300 s.",
             "Warning",
             due=240,
@@ -306,7 +310,7 @@ CASES = {
         Said(
             Reason.UNPLUG_REFUSED,
             State.RECONCILING,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "or declare more vCPUs. The request is repeated every 4 s.",
             "Warning",
             due=3,
@@ -319,7 +323,7 @@ CASES = {
         Said(
             Reason.UNPLUG_REFUSED,
             State.STALLED,
-            RequeuePolicy.HELD,
+            RequeuePolicy.HOLD,
             "last sent for slot 1 at 2026-01-02T12:00:00Z",
             "Warning",
             10,
@@ -334,7 +338,7 @@ CASES = {
             reported=Reason.UNPLUG_REFUSED.value,
         ),
         Said(
-            Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.STEADY, "has not unplugged slot 1", "Warning", due=240
+            Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.RESYNC, "has not unplugged slot 1", "Warning", due=240
         ),
     ),
     "several refuse, with several words": (
@@ -350,7 +354,7 @@ CASES = {
         Said(
             Reason.UNPLUG_REFUSED,
             State.RECONCILING,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "slots 1, 3: device in use (_OST 0x81), slot 2: device busy (_OST 0x82)",
             "Warning",
             due=51,
@@ -361,7 +365,7 @@ CASES = {
         Said(
             Reason.UNPLUG_TIMED_OUT,
             State.STALLED,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "A late answer is still accepted",
             "Warning",
             due=240,
@@ -372,7 +376,7 @@ CASES = {
         Said(
             Reason.UNPLUG_TIMED_OUT,
             State.STALLED,
-            RequeuePolicy.WATCHED,
+            RequeuePolicy.POLL,
             "The machine was reset meanwhile: its guest may still be booting.",
             "Warning",
             due=40,
@@ -383,30 +387,28 @@ CASES = {
         Said(
             Reason.UNPLUG_PENDING,
             State.RECONCILING,
-            RequeuePolicy.WATCHED,
+            RequeuePolicy.POLL,
             "the guest has not answered yet. The machine was reset meanwhile",
             due=2,
         ),
     ),
     "refused by a guest that has just been reset": (
         assessment_on(a_spec(1), SMALL, [a_request(1, at=ago(3), answer=Answer.FAILURE)], reset=ago(5)),
-        Said(Reason.UNPLUG_REFUSED, State.RECONCILING, RequeuePolicy.STEADY, "may still be booting.", "Warning", due=2),
+        Said(Reason.UNPLUG_REFUSED, State.RECONCILING, RequeuePolicy.RESYNC, "may still be booting.", "Warning", due=2),
     ),
     "no answer, and a reset was long ago": (
         assessment_on(a_spec(1), SMALL, [a_request(1, at=ago(3))], reset=ago(90)),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.WATCHED, "has not answered yet.", due=2),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.POLL, "has not answered yet.", due=2),
     ),
     "a request without an answer is repeated": (
         assessment_on(a_spec(1), SMALL, [a_request(1, attempts=2)], started=ago(5)),
-        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.HELD, "has not answered yet.", due=10),
+        Said(Reason.UNPLUG_PENDING, State.RECONCILING, RequeuePolicy.HOLD, "has not answered yet.", due=10),
     ),
     "the guest has given a sign, so only the first pause counts": (
         assessment_on(
-            a_spec(1), SMALL, [a_request(1, at=ago(3), attempts=6)], started=ago(90), woken=[cpu_of(a_request(1))]
+            a_spec(1), SMALL, [a_request(1, at=ago(3), attempts=6)], started=ago(90), early=[cpu_of(a_request(1))]
         ),
-        Said(
-            Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.WATCHED, "has not unplugged slot 1", "Warning", due=2
-        ),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.POLL, "has not unplugged slot 1", "Warning", due=2),
     ),
     "another client has plugged while this pass did": (
         assessment_on(a_spec(3), FOUR, blocked=SlotTaken("device_add", "GenericError", WORDS)),
@@ -422,7 +424,7 @@ CASES = {
         Said(
             Reason.SUSPENDED,
             State.HELD,
-            RequeuePolicy.WATCHED,
+            RequeuePolicy.POLL,
             "while spec.suspend is set. An earlier request may still unplug slot 3.",
         ),
     ),
@@ -431,20 +433,20 @@ CASES = {
         Said(
             Reason.CONVERGED,
             State.READY,
-            RequeuePolicy.WATCHED,
+            RequeuePolicy.POLL,
             "as declared. An earlier request may still unplug slot 3.",
         ),
     ),
     "what is due but not wanted is nothing to come back for": (
         assessment_on(a_spec(3), FOUR, [a_request(n, at=ago(at), attempts=7) for n, at in ((2, 400), (3, 100))]),
-        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.STEADY, "slots 2-3", "Warning", due=200),
+        Said(Reason.UNPLUG_TIMED_OUT, State.STALLED, RequeuePolicy.RESYNC, "slots 2-3", "Warning", due=200),
     ),
     "QEMU refuses every one": (
         assessment_on(a_spec(1), SMALL, [a_request(1, at=ago(5), answer=Answer.REJECTED)]),
         Said(
             Reason.UNPLUG_UNSUPPORTED,
             State.STALLED,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "QEMU refused to unplug slot 1",
             "Warning",
             due=55,
@@ -464,85 +466,85 @@ CASES = {
     ),
     "shut down": (
         assessment_on(a_spec(6), a_machine(run_state="shutdown")),
-        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.STEADY, "'shutdown'", "Warning"),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.RESYNC, "'shutdown'", "Warning"),
     ),
     "panicked, though the count matches": (
         assessment_on(a_spec(2), a_machine(run_state="guest-panicked")),
-        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.STEADY, "'guest-panicked'", "Warning"),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.RESYNC, "'guest-panicked'", "Warning"),
     ),
     "at the ceiling": (
         assessment_on(a_spec(9), a_machine(plugged=range(2, 8))),
-        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.STEADY, "8 vCPUs present, 9 declared", "Warning"),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.RESYNC, "8 vCPUs present, 9 declared", "Warning"),
     ),
     "at the ceiling, but one may leave": (
         assessment_on(a_spec(9), a_machine(plugged=range(2, 8)), [a_request(7, at=ago(4))]),
-        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.WATCHED, "may still unplug slot 7", "Warning"),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.POLL, "may still unplug slot 7", "Warning"),
     ),
     "at the floor": (
         assessment_on(a_spec(1), a_machine(plugged=[2], arch="s390x")),
-        Said(Reason.UNPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.STEADY, "QEMU cannot unplug", "Warning"),
+        Said(Reason.UNPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.RESYNC, "QEMU cannot unplug", "Warning"),
     ),
     "grow only": (
         assessment_on(a_spec(1, policy=UnplugPolicy.DISABLED), FOUR),
-        Said(Reason.UNPLUG_DISABLED, State.STALLED, RequeuePolicy.STEADY, "policy is Disabled", "Warning"),
+        Said(Reason.UNPLUG_DISABLED, State.STALLED, RequeuePolicy.RESYNC, "policy is Disabled", "Warning"),
     ),
     "boot CPUs kept": (
         assessment_on(a_spec(1, boot_vcpus=BootVCPUs.KEEP), a_machine()),
-        Said(Reason.BOOT_VCPUS_KEPT, State.STALLED, RequeuePolicy.STEADY, "bootVCPUs is Keep", "Warning"),
+        Said(Reason.BOOT_VCPUS_KEPT, State.STALLED, RequeuePolicy.RESYNC, "bootVCPUs is Keep", "Warning"),
     ),
     "whole cores only": (
         assessment_on(a_spec(3), a_machine(boot=[0], threads=2)),
-        Said(Reason.UNSUPPORTED_VCPU_COUNT, State.STALLED, RequeuePolicy.STEADY, "declare 2 or 4", "Warning"),
+        Said(Reason.UNSUPPORTED_VCPU_COUNT, State.STALLED, RequeuePolicy.RESYNC, "declare 2 or 4", "Warning"),
     ),
     "no hotplug": (
         assessment_on(a_spec(3), a_machine(slots=None)),
-        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.STEADY, "another machine type", "Warning"),
+        Said(Reason.HOTPLUG_UNSUPPORTED, State.STALLED, RequeuePolicy.RESYNC, "another machine type", "Warning"),
     ),
     "suspended": (
         assessment_on(a_spec(3, suspend=True), a_machine()),
-        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.STEADY, "2 vCPUs present, 3 declared; nothing is changed"),
+        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.RESYNC, "2 vCPUs present, 3 declared; nothing is changed"),
     ),
     "suspended and migrating": (
         assessment_on(a_spec(3, suspend=True), a_machine(migrating=True)),
-        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.STEADY, "nothing is changed"),
+        Said(Reason.SUSPENDED, State.HELD, RequeuePolicy.RESYNC, "nothing is changed"),
     ),
     "suspended and shut down": (
         assessment_on(a_spec(3, suspend=True), a_machine(run_state="shutdown")),
-        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.STEADY, "'shutdown'", "Warning"),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.RESYNC, "'shutdown'", "Warning"),
     ),
     "another set has another monitor of the machine": (
         conflict_over_machine("default/elder", "one process listens on both"),
         Said(
             Reason.MONITOR_CONFLICT,
             State.STALLED,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "(one process listens on both): delete",
             "Warning",
         ),
     ),
     "something else changes the machine, which is at its count now": (
-        contested(assessment_on(a_spec(2), a_machine()), a_spec(2), a_machine(), Contest(60)),
+        contested(assess(AT_COUNT), AT_COUNT, Contest(60)),
         Said(
-            Reason.CONTESTED, State.STALLED, RequeuePolicy.STEADY, "another client has changed them 5 times", "Warning"
+            Reason.CONTESTED, State.STALLED, RequeuePolicy.RESYNC, "another client has changed them 5 times", "Warning"
         ),
     ),
     "something else changes the machine, and it is not to be corrected yet": (
-        contested(assessment_on(a_spec(4), a_machine()), a_spec(4), a_machine(), Contest(60)),
+        contested(assess(BELOW), BELOW, Contest(60)),
         Said(
             Reason.CONTESTED,
             State.STALLED,
-            RequeuePolicy.STEADY,
+            RequeuePolicy.RESYNC,
             "2 vCPUs present, 4 declared; another client",
             "Warning",
         ),
     ),
     "something else changes the machine, and it cannot be corrected": (
-        contested(assessment_on(a_spec(9), a_machine(boot=range(8))), a_spec(9), a_machine(boot=range(8)), Contest(60)),
-        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.STEADY, "8 vCPUs present, 9 declared", "Warning"),
+        contested(assess(FULL), FULL, Contest(60)),
+        Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.RESYNC, "8 vCPUs present, 9 declared", "Warning"),
     ),
     "another set keeps the monitor": (
         conflict("default/elder"),
-        Said(Reason.MONITOR_CONFLICT, State.STALLED, RequeuePolicy.STEADY, "VCPUSet default/elder is older", "Warning"),
+        Said(Reason.MONITOR_CONFLICT, State.STALLED, RequeuePolicy.RESYNC, "VCPUSet default/elder is older", "Warning"),
     ),
     "nobody listens": (
         failure(MonitorUnreachable("nobody listens at a.sock")),
@@ -566,11 +568,11 @@ CASES = {
     ),
     "a deleted set whose object a finalizer keeps": (
         terminating(),
-        Said(Reason.TERMINATING, State.HELD, RequeuePolicy.STEADY, "has been deleted"),
+        Said(Reason.TERMINATING, State.HELD, RequeuePolicy.RESYNC, "has been deleted"),
     ),
     "a spec of a newer version, which no later look can obey": (
         failure(UnsupportedSpec("spec.unplug.policy: Invalid enum value 'Sometimes'")),
-        Said(Reason.UNSUPPORTED_SPEC, State.STALLED, RequeuePolicy.STEADY, "spec.unplug.policy: Invalid", "Warning"),
+        Said(Reason.UNSUPPORTED_SPEC, State.STALLED, RequeuePolicy.RESYNC, "spec.unplug.policy: Invalid", "Warning"),
     ),
     "no Secret, which nobody would tell of when it comes": (
         failure(CredentialsUnavailable("there is no Secret team-a/monitor")),
@@ -581,7 +583,7 @@ CASES = {
 
 @pytest.mark.parametrize(("assessment", "said"), [pytest.param(*case, id=name) for name, case in CASES.items()])
 def test_a_situation_has_its_reason_state_and_words(assessment: Assessment, said: Said) -> None:
-    assert (assessment.reason, assessment.state, assessment.pace) == (said.reason, said.state, said.pace), (
+    assert (assessment.reason, assessment.state, assessment.policy) == (said.reason, said.state, said.policy), (
         assessment.message
     )
     assert said.says in assessment.message

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago
+from unit.domain.builders import a_machine, a_request, a_spec, ago, findings_of
 from vcpuset.domain.blockers import Blocker, blockers
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import AgentReason, GuestCPU, GuestCPUs, GuestReport
@@ -23,7 +23,7 @@ AGENT = GuestAgent("agent.sock")
 def in_the_way(
     spec: Spec, machine: Machine, requests: Iterable[Request] = (), guest: GuestReport | None = None
 ) -> list[Blocker]:
-    return list(blockers(spec, machine, tuple(requests), guest, now=NOW))
+    return list(blockers(findings_of(spec, machine, requests, guest=guest)))
 
 
 def reasons(found: Iterable[Blocker]) -> list[str]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from unit.domain.builders import NOW, a_machine, a_request, a_spec, ago
+from unit.domain.builders import a_machine, a_request, a_spec, ago, findings_of
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.domain.plan import plan, target_for
+from vcpuset.domain.plan import plan
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import BootVCPUs, Request, Spec, UnplugPolicy
+from vcpuset.domain.target import target_for
 
 __all__: list[str] = []
 
@@ -234,8 +235,7 @@ class Steps:
     ],
 )
 def test_a_plan_names_the_slots_to_plug_and_to_ask_for(case: Steps) -> None:
-    step = plan(case.spec, case.machine, case.requests, now=NOW)
+    step = plan(findings_of(case.spec, case.machine, case.requests))
 
     assert [slot.index for slot in step.plug] == case.plug
-    assert [slot.index for slot in step.ask] == case.ask
-    assert step.target == target_for(case.spec, case.machine)
+    assert [slot.index for slot in step.unplug] == case.ask

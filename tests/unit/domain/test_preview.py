@@ -7,13 +7,13 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago
+from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, findings_of
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Slot
 from vcpuset.domain.plan import plan
 from vcpuset.domain.preview import PlanPreview, preview
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.requests import carried_over
+from vcpuset.domain.requests import Ledger
 from vcpuset.domain.resource import GuestAgent, Spec, Status
 
 __all__: list[str] = []
@@ -43,7 +43,7 @@ def test_a_plug_fills_the_lowest_free_slots_and_ends_converged() -> None:
 def test_an_unplug_asks_the_highest_plugged_first_and_ends_converged() -> None:
     found = ahead(a_spec(3))
 
-    assert indexes(found.ask) == [3]
+    assert indexes(found.unplug) == [3]
     assert indexes(found.standby) == [2, 1]
     assert found.assessment.reason is Reason.UNPLUGGING
     assert found.expected is not None
@@ -53,7 +53,7 @@ def test_an_unplug_asks_the_highest_plugged_first_and_ends_converged() -> None:
 def test_more_than_the_slots_is_filled_to_the_ceiling_and_ends_stalled() -> None:
     found = ahead(a_spec(100))
 
-    assert found.target.count == 8
+    assert found.findings.target.count == 8
     assert indexes(found.plug) == [4, 5, 6, 7]
     assert found.expected is not None
     assert found.expected.state is State.STALLED
@@ -63,7 +63,7 @@ def test_more_than_the_slots_is_filled_to_the_ceiling_and_ends_stalled() -> None
 def test_a_machine_as_declared_has_nothing_done_to_it() -> None:
     found = ahead(a_spec(4))
 
-    assert (found.plug, found.ask, found.standby, found.expected) == ((), (), (), None)
+    assert (found.plug, found.unplug, found.standby, found.expected) == ((), (), (), None)
     assert found.assessment.reason is Reason.CONVERGED
 
 
@@ -71,8 +71,8 @@ def test_requests_in_the_status_are_not_made_twice_and_those_of_another_qemu_are
     status = Status(pending_unplugs=(a_request(3, at=ago(4)), a_request(2, at=ago(4), thread_id=99)))
     found = ahead(a_spec(3), status)
 
-    assert [request.slot for request in found.requests] == [3]
-    assert found.ask == ()
+    assert [request.slot for request in found.findings.requests] == [3]
+    assert found.unplug == ()
     assert found.assessment.reason is Reason.UNPLUG_PENDING
     assert [each.reason for each in found.blockers] == [Reason.UNPLUG_PENDING]
 
@@ -81,7 +81,7 @@ def test_a_refused_cpu_is_replaced_by_the_next() -> None:
     status = Status(pending_unplugs=(a_request(3, at=ago(5), answer=Answer.IN_USE),))
     found = ahead(a_spec(3), status)
 
-    assert indexes(found.ask) == [2]
+    assert indexes(found.unplug) == [2]
     assert [each.reason for each in found.blockers] == [Reason.UNPLUG_REFUSED]
 
 
@@ -117,10 +117,10 @@ def test_what_is_foreseen_is_what_the_operators_own_plan_does(
 
     found = preview(a_set(spec, status=status), machine, None, NOW)
 
-    step = plan(spec, machine, carried_over(status, machine, NOW), now=NOW)
-    assert found.ask == step.ask
+    step = plan(findings_of(spec, machine, Ledger.of(status, machine, NOW).requests))
+    assert found.unplug == step.unplug
     assert found.plug == step.plug[: len(found.plug)]
     assert bool(found.plug) == bool(step.plug)
-    assert not {slot.index for slot in found.standby} & {slot.index for slot in (*found.plug, *found.ask)}
-    if not (found.plug or found.ask) and machine.vcpus != vcpus:
+    assert not {slot.index for slot in found.standby} & {slot.index for slot in (*found.plug, *found.unplug)}
+    if not (found.plug or found.unplug) and machine.vcpus != vcpus:
         assert found.blockers, "if a pass would not act, something is in the way"

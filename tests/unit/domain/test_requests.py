@@ -1,13 +1,14 @@
-"""What an observation makes of the requests on the book."""
+"""What observations and answers make of unplug requests."""
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_request, a_slot, ago
-from vcpuset.domain.machine import Answer
-from vcpuset.domain.requests import answered, asked, carried_over, cpu_of, due_at, revived, still_open, withdrawn
+from vcpuset.domain.errors import CommandRefused
+from vcpuset.domain.machine import Answer, Machine, Ost
+from vcpuset.domain.requests import Ledger, cpu_of, due_at, requested, still_open
 from vcpuset.domain.resource import Request, Status, Unplug
 
 __all__: list[str] = []
@@ -48,51 +49,145 @@ def test_after_the_clock_was_set_back_a_request_was_made_now() -> None:
 
 
 OURS = "a9e0cd9c-8b8a-4a92-9a4b-0e6c3c3a8b5c"
-BOOK = Status(machine_uuid=OURS, pending_unplugs=(a_request(4, at=ago(9)), a_request(5, at=ago(2))))
+RECORDED = Status(machine_uuid=OURS, pending_unplugs=(a_request(4, at=ago(9)), a_request(5, at=ago(2))))
+BUSY = Ost(0x103, 0x82)
+IN_PROGRESS = Ost(0x103, 0x84)
 
 
-def test_what_another_machine_was_asked_is_void_even_with_the_same_paths_and_threads() -> None:
-    assert carried_over(BOOK, replace(MACHINE, uuid=OURS), NOW) == BOOK.pending_unplugs
-    assert carried_over(BOOK, replace(MACHINE, uuid="0f0b7a64-9d61-44a3-a0e9-6d6f7b3f0f0b"), NOW) == ()
-    assert carried_over(BOOK, replace(MACHINE, uuid=None), NOW) == ()
+def a_ledger(*recorded: Request) -> Ledger:
+    """The ledger of a process that began with these in the status of `MACHINE`."""
+    return Ledger.of(Status(pending_unplugs=recorded), MACHINE, NOW)
 
 
-def test_what_was_asked_before_the_monitors_socket_was_made_is_void() -> None:
+def reports(**ost: Ost) -> Machine:
+    """`MACHINE` with these `_OST` reports, by "slot<index>"."""
+    return replace(MACHINE, ost={int(name.removeprefix("slot")): report for name, report in ost.items()})
+
+
+def nothing(_: int) -> None:
+    """No answer by event."""
+
+
+# --- which requests a process takes up ------------------------------------------------------------------------------
+
+
+def test_what_another_machine_received_is_void_even_with_the_same_paths_and_threads() -> None:
+    assert Ledger.of(RECORDED, replace(MACHINE, uuid=OURS), NOW).requests == RECORDED.pending_unplugs
+    assert Ledger.of(RECORDED, replace(MACHINE, uuid="0f0b7a64-9d61-44a3-a0e9-6d6f7b3f0f0b"), NOW).requests == ()
+    assert Ledger.of(RECORDED, replace(MACHINE, uuid=None), NOW).requests == ()
+
+
+def test_what_was_sent_before_the_monitors_socket_was_made_is_void() -> None:
     restarted = replace(MACHINE, uuid=OURS, since=ago(5))
-    assert carried_over(BOOK, restarted, NOW) == (a_request(5, at=ago(2)),)
+    assert Ledger.of(RECORDED, restarted, NOW).requests == (a_request(5, at=ago(2)),)
 
 
 def test_a_socket_from_the_future_voids_nothing_for_then_the_clock_was_set_back() -> None:
     odd = replace(MACHINE, uuid=OURS, since=NOW + timedelta(hours=1))
-    assert carried_over(BOOK, odd, NOW) == BOOK.pending_unplugs
+    assert Ledger.of(RECORDED, odd, NOW).requests == RECORDED.pending_unplugs
+
+
+def test_only_the_first_observation_of_a_process_takes_up_what_is_recorded() -> None:
+    """What this process has recorded and not sent is due at once."""
+    ledger = a_ledger()
+    ledger.observe(Status(pending_unplugs=(a_request(4),)), None, MACHINE, NOW)
+    assert ledger.requests == ()
+
+
+@pytest.mark.parametrize(
+    ("address", "machine", "kept"),
+    [
+        pytest.param("a.sock", MACHINE, 2, id="the same QEMU"),
+        pytest.param("a.sock", replace(MACHINE, since=ago(5)), 0, id="another QEMU on the same socket"),
+        pytest.param("a.sock", replace(MACHINE, uuid=OURS), 0, id="another UUID"),
+        pytest.param("b.sock", replace(MACHINE, since=ago(5)), 1, id="another socket: what is older than it is void"),
+        pytest.param("b.sock", MACHINE, 2, id="another address of which nothing is known"),
+    ],
+)
+def test_another_qemu_has_none_of_the_requests(address: str, machine: Machine, kept: int) -> None:
+    ledger = Ledger()
+    ledger.observe(Status(pending_unplugs=(a_request(4, at=ago(9)), a_request(5, at=ago(2)))), "a.sock", MACHINE, NOW)
+    ledger.observe(Status(), address, machine, NOW)
+    assert len(ledger.requests) == kept
+
+
+def test_a_cpu_that_has_left_is_counted_once() -> None:
+    ledger = a_ledger(a_request(4), a_request(5))
+    without = a_machine(plugged=[5])
+    assert ledger.observe(Status(), None, without, NOW) == 1
+    assert ledger.observe(Status(), None, without, NOW) == 0
+    assert ledger.requests == (a_request(5),)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_is_kept_until_there_is_another() -> None:
-    requests = (a_request(4, answer=Answer.IN_PROGRESS), a_request(5))
-    news = {5: Answer.IN_USE}
+    ledger = a_ledger(a_request(4, answer=Answer.IN_PROGRESS), a_request(5))
 
-    found = answered(requests, lambda request: news.get(request.slot))
-    later = answered(found, lambda request: {4: Answer.BUSY}.get(request.slot))
+    ledger.hear({5: Answer.IN_USE}.get)
+    assert [request.answer for request in ledger.requests] == [Answer.IN_PROGRESS, Answer.IN_USE]
 
-    assert [request.answer for request in found] == [Answer.IN_PROGRESS, Answer.IN_USE]
-    assert [request.answer for request in later] == [Answer.BUSY, Answer.IN_USE]
+    ledger.hear({4: Answer.BUSY}.get)
+    assert [request.answer for request in ledger.requests] == [Answer.BUSY, Answer.IN_USE]
 
 
-def test_asking_starts_an_entry_or_counts_one_up_and_forgets_its_answer() -> None:
+def test_a_report_that_stood_before_a_request_was_sent_is_no_answer_to_it() -> None:
+    ledger = a_ledger()
+    ledger.send(a_request(4), BUSY)
+
+    ledger.hear(nothing, reports(slot4=BUSY))
+    assert ledger.requests == (a_request(4),)
+
+    ledger.hear(nothing, reports(slot4=Ost(0x103, 0x81)))
+    assert ledger.requests == (a_request(4, answer=Answer.IN_USE),)
+
+
+@pytest.mark.parametrize(("report", "answer"), [(BUSY, None), (IN_PROGRESS, Answer.IN_PROGRESS)])
+def test_to_a_predecessors_request_no_report_is_an_answer_but_that_the_guest_is_at_work(
+    report: Ost, answer: Answer | None
+) -> None:
+    ledger = a_ledger(a_request(4))
+    ledger.hear(nothing, reports(slot4=report))
+    assert ledger.requests == (a_request(4, answer=answer),)
+
+
+def test_what_qemu_has_rejected_stays_so_whatever_is_reported_of_its_slot() -> None:
+    ledger, error = a_ledger(), CommandRefused("device_del", "GenericError", "no")
+    ledger.send(a_request(4), None)
+    ledger.reject(a_request(4), error)
+
+    ledger.hear({4: Answer.BUSY}.get, reports(slot4=BUSY))
+
+    assert ledger.requests == (a_request(4, answer=Answer.REJECTED),)
+    assert ledger.rejection is error
+
+
+def test_once_no_cpu_is_too_many_refusals_are_forgotten_and_what_may_still_leave_is_not() -> None:
+    ledger = a_ledger(a_request(4, answer=Answer.BUSY), a_request(5))
+    ledger.forget_refusals()
+    assert ledger.requests == (a_request(5),)
+
+
+# --- new requests -----------------------------------------------------------------------------------------------------
+
+
+def test_a_request_starts_an_entry_or_counts_one_up_and_forgets_its_answer() -> None:
     before = (a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE),)
 
-    book = asked(before, [a_slot(5, "plugged"), a_slot(4, "plugged"), a_slot(1, "boot")], NOW)
+    after = requested(before, [a_slot(5, "plugged"), a_slot(4, "plugged"), a_slot(1, "boot")], NOW)
 
-    assert book == (a_request(1, boot=True), a_request(4), a_request(5, attempts=3))
+    assert after == (a_request(1, boot=True), a_request(4), a_request(5, attempts=3))
 
 
-def test_a_request_that_was_not_sent_leaves_the_book_as_it_was() -> None:
-    before = (a_request(3, at=ago(5)), a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE))
-    book = asked(before, [a_slot(5, "plugged"), a_slot(4, "plugged")], NOW)
-    unsent = {cpu_of(a_slot(5, "plugged")): before[1], cpu_of(a_slot(4, "plugged")): None}
+def test_a_request_that_is_withdrawn_leaves_what_was_there_before() -> None:
+    before = (a_request(5, at=ago(400), attempts=2, answer=Answer.IN_USE),)
+    ledger = a_ledger(*before)
 
-    assert withdrawn(book, unsent) == withdrawn(before, unsent) == before
-    assert withdrawn(book, {}) == book
+    for request in requested(before, [a_slot(5, "plugged"), a_slot(4, "plugged")], NOW):
+        ledger.send(request, None)()
+
+    assert ledger.requests == before
 
 
 @pytest.mark.parametrize(
@@ -123,7 +218,7 @@ def test_a_request_falls_due_after_a_pause(attempts: int, answer: Answer | None,
 def test_once_the_guest_has_given_a_sign_only_the_first_pause_counts(answer: Answer | None, seconds: int) -> None:
     request = a_request(4, attempts=9, answer=answer)
 
-    assert due_at(request, Unplug(retry_seconds=300), woken={cpu_of(request)}) == NOW + timedelta(seconds=seconds)
+    assert due_at(request, Unplug(retry_seconds=300), early=True) == NOW + timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -147,32 +242,70 @@ def test_a_guest_that_carries_out_one_request_after_the_other_ignores_none(
 
 
 @pytest.mark.parametrize(
-    ("later", "revives"),
+    ("answers", "gone", "early"),
     [
-        pytest.param(a_request(5, at=ago(2), answer=Answer.IN_USE), True, id="refused"),
-        pytest.param(a_request(5, at=ago(2), answer=Answer.IN_PROGRESS), True, id="in progress"),
-        pytest.param(None, True, id="carried out"),
-        pytest.param(a_request(5, at=ago(2)), False, id="unanswered too"),
-        pytest.param(a_request(5, at=ago(2), answer=Answer.REJECTED), False, id="rejected by QEMU"),
+        pytest.param({5: Answer.IN_USE}, False, True, id="refused"),
+        pytest.param({5: Answer.IN_PROGRESS}, False, True, id="in progress"),
+        pytest.param({}, True, True, id="carried out"),
+        pytest.param({}, False, False, id="unanswered too"),
+        pytest.param({5: Answer.REJECTED}, False, False, id="rejected by QEMU"),
     ],
 )
-def test_a_request_is_revived_by_the_answer_to_a_later_one(later: Request | None, revives: bool) -> None:
-    recorded = [a_request(4, at=ago(9)), a_request(3, at=ago(9), answer=Answer.BUSY), a_request(5, at=ago(2))]
-    still_there = [*recorded[:2], *([] if later is None else [later])]
+def test_an_answer_to_a_later_request_makes_an_unanswered_one_due_early(
+    answers: dict[int, Answer], gone: bool, early: bool
+) -> None:
+    unanswered = a_request(4, at=ago(9))
+    ledger = a_ledger(unanswered, a_request(1, boot=True, at=ago(9), answer=Answer.BUSY), a_request(5, at=ago(2)))
 
-    assert revived(recorded, still_there) == ({cpu_of(recorded[0])} if revives else set())
+    ledger.hear(answers.get)
+    ledger.observe(Status(), None, a_machine(plugged=[4] if gone else [4, 5]), NOW)
+
+    assert ledger.early == ({cpu_of(unanswered)} if early else set())
 
 
-def test_requests_of_one_moment_do_not_revive_each_other() -> None:
-    recorded = [a_request(4), a_request(5)]
+def test_requests_of_one_moment_do_not_make_each_other_due_early() -> None:
+    ledger = a_ledger(a_request(4), a_request(5))
+    ledger.observe(Status(), None, a_machine(plugged=[4]), NOW)
+    assert ledger.early == set()
 
-    assert revived(recorded, recorded[:1]) == set()
+
+def test_a_reset_makes_all_due_early_until_they_are_sent_again() -> None:
+    ledger = a_ledger(a_request(4), a_request(5))
+    ledger.hurry_up()
+    ledger.send(a_request(5, attempts=2), None)
+    assert ledger.early == {cpu_of(a_request(4))}
 
 
-def test_a_request_that_a_sign_has_made_due_counts_from_one_again() -> None:
+def test_a_request_that_was_due_early_counts_from_one_again() -> None:
     request = a_request(4, at=ago(400), attempts=7)
 
-    assert asked([request], [a_slot(4, "plugged")], NOW, {cpu_of(request)}) == (a_request(4),)
+    assert requested([request], [a_slot(4, "plugged")], NOW, {cpu_of(request)}) == (a_request(4),)
+
+
+# --- the time-out -----------------------------------------------------------------------------------------------------
+
+OPEN = Status(observed_generation=4, unplug_started_at=ago(50))
+
+
+@pytest.mark.parametrize(
+    ("status", "generation", "surplus", "open_", "started"),
+    [
+        pytest.param(OPEN, 4, 1, True, ago(50), id="of this generation: it stands"),
+        pytest.param(OPEN, 5, 1, True, NOW, id="of an earlier generation: counts again"),
+        pytest.param(OPEN, 4, 0, True, None, id="at the target: none"),
+        pytest.param(OPEN, 4, -1, True, None, id="below the target: none"),
+        pytest.param(OPEN, 4, 1, False, None, id="nothing requested: none"),
+        pytest.param(replace(OPEN, unplug_started_at=None), 4, 1, True, NOW, id="the first request"),
+        pytest.param(
+            replace(OPEN, unplug_started_at=NOW + timedelta(hours=1)), 4, 1, True, NOW, id="the clock was set back"
+        ),
+    ],
+)
+def test_the_time_out_counts_from_the_first_request_of_the_generation(
+    status: Status, generation: int, surplus: int, open_: bool, started: datetime | None
+) -> None:
+    ledger = Ledger.of(status, MACHINE, NOW)
+    assert ledger.started([a_request(4)] if open_ else [], generation, surplus, NOW) == started
 
 
 def test_a_cpu_is_its_path_and_its_thread() -> None:

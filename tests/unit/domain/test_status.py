@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 
-from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, assessment_on
+from unit.domain.builders import NOW, a_machine, a_request, a_set, a_spec, ago, assessment_on, findings_of
 from vcpuset.domain.assessment import Assessment, RequeuePolicy, slot_list
 from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.domain.plan import target_for
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import conditions, is_progress, observed, opened_at
-from vcpuset.domain.resource import Condition, GuestAgent, Status
+from vcpuset.domain.report import is_progress, status_of
+from vcpuset.domain.resource import Condition, GuestAgent, Request, Status, VCPUSet
+from vcpuset.domain.target import target_for
 
 __all__: list[str] = []
 
-READY = Assessment(Reason.CONVERGED, "QEMU has 2 vCPUs, as declared.", State.READY, RequeuePolicy.STEADY)
-WORKING = Assessment(Reason.PLUGGING, "plugging 2.", State.RECONCILING, RequeuePolicy.HELD)
-STUCK = Assessment(Reason.INSUFFICIENT_SLOTS, "slots for 8.", State.STALLED, RequeuePolicy.STEADY)
-IDLE = Assessment(Reason.SUSPENDED, "nothing is changed.", State.HELD, RequeuePolicy.STEADY)
+READY = Assessment(Reason.CONVERGED, "QEMU has 2 vCPUs, as declared.", State.READY, RequeuePolicy.RESYNC)
+WORKING = Assessment(Reason.PLUGGING, "plugging 2.", State.RECONCILING, RequeuePolicy.HOLD)
+STUCK = Assessment(Reason.INSUFFICIENT_SLOTS, "slots for 8.", State.STALLED, RequeuePolicy.RESYNC)
+IDLE = Assessment(Reason.SUSPENDED, "nothing is changed.", State.HELD, RequeuePolicy.RESYNC)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,8 @@ def made_from(
     before: tuple[Condition, ...], assessment: Assessment, generation: int, now: datetime
 ) -> tuple[Condition, ...]:
     """The conditions of a set without a guest agent."""
-    return conditions(
-        a_set(generation=generation, status=Status(conditions=before)), assessment, a_machine(), None, now
-    )
+    vcpuset = a_set(generation=generation, status=Status(conditions=before))
+    return status_of(vcpuset, assessment, findings_of(vcpuset.spec, a_machine()), now).conditions
 
 
 def _since(made: tuple[Condition, ...]) -> dict[str, datetime]:
@@ -90,12 +90,20 @@ BOTH_ONLINE = GuestReport(GuestCPUs((GuestCPU(0, True, False), GuestCPU(1, True,
 SILENT = GuestReport(None, AgentTimeout("web/ga.sock has not answered"))
 
 
+def observed(
+    vcpuset: VCPUSet, machine: Machine | None, guest: GuestReport | None = None, requests: Iterable[Request] = ()
+) -> Status:
+    """The status once this was found."""
+    found = None if machine is None else findings_of(vcpuset.spec, machine, requests, guest=guest)
+    return status_of(vcpuset, READY, found, NOW)
+
+
 def agent_condition(
     machine: Machine | None, guest: GuestReport | None, before: tuple[Condition, ...] = ()
 ) -> tuple[str, str, str]:
     """Status, reason and message of GuestAgentConnected, the fourth condition."""
     vcpuset = replace(AGENT_SET, status=Status(conditions=before))
-    made = conditions(vcpuset, READY, machine, guest, NOW)
+    made = observed(vcpuset, machine, guest).conditions
     assert [each.type for each in made] == ["Ready", "Reconciling", "Stalled", "GuestAgentConnected"]
     return made[3].status, made[3].reason, made[3].message
 
@@ -120,7 +128,7 @@ def test_a_fourth_condition_says_whether_the_guest_agent_answers(guest: GuestRep
 
 
 def test_an_agent_that_was_not_asked_is_unknown_unless_the_running_guest_gives_cpus_back() -> None:
-    known = conditions(AGENT_SET, READY, a_machine(), BOTH_ONLINE, ago(60))
+    known = observed(AGENT_SET, a_machine(), BOTH_ONLINE).conditions
     assert agent_condition(a_machine(), None)[:2] == ("Unknown", "NotAsked")
     assert agent_condition(a_machine(), None, known)[:2] == ("True", "Connected")
     assert agent_condition(a_machine(run_state="paused"), None, known)[:2] == ("Unknown", "NotAsked")
@@ -128,10 +136,10 @@ def test_an_agent_that_was_not_asked_is_unknown_unless_the_running_guest_gives_c
 
 
 def test_what_the_guest_said_of_other_cpus_is_no_online_count_of_these() -> None:
-    known = observed(AGENT_SET, a_machine(), (), None, BOTH_ONLINE)
+    known = observed(AGENT_SET, a_machine(), BOTH_ONLINE)
     after = replace(AGENT_SET, status=known)
-    assert observed(after, a_machine(boot=[0]), (), None, None).online_vcpus is None, "more than there are"
-    assert observed(after, replace(a_machine(), uuid="other"), (), None, None).online_vcpus is None
+    assert observed(after, a_machine(boot=[0])).online_vcpus is None, "more than there are"
+    assert observed(after, replace(a_machine(), uuid="other")).online_vcpus is None
 
 
 def test_no_message_is_longer_than_the_schema_allows() -> None:
@@ -140,13 +148,13 @@ def test_no_message_is_longer_than_the_schema_allows() -> None:
 
 
 def test_the_online_count_is_the_guests_or_absent() -> None:
-    known = observed(AGENT_SET, a_machine(), (), None, BOTH_ONLINE)
+    known = observed(AGENT_SET, a_machine(), BOTH_ONLINE)
     assert known.online_vcpus == 2
     after = replace(AGENT_SET, status=known)
-    assert observed(after, a_machine(), (), None, SILENT).online_vcpus is None, "it is not known any more"
-    assert observed(after, a_machine(), (), None, None).online_vcpus == 2, "it was not asked"
-    assert observed(after, None, (), None, None).online_vcpus == 2, "nothing was looked at"
-    assert observed(replace(after, spec=a_spec(2)), a_machine(), (), None, None).online_vcpus is None, "no agent"
+    assert observed(after, a_machine(), SILENT).online_vcpus is None, "it is not known any more"
+    assert observed(after, a_machine()).online_vcpus == 2, "it was not asked"
+    assert observed(after, None).online_vcpus == 2, "nothing was looked at"
+    assert observed(replace(after, spec=a_spec(2)), a_machine()).online_vcpus is None, "no agent"
 
 
 # --- observed -----------------------------------------------------------------------------------------------------
@@ -155,12 +163,12 @@ def test_the_online_count_is_the_guests_or_absent() -> None:
 def test_the_status_has_what_was_seen_not_what_was_declared() -> None:
     machine = a_machine(plugged=[4])
 
-    status = observed(a_set(a_spec(7), generation=5), machine, [a_request(4)], ago(3))
+    status = observed(a_set(a_spec(2), generation=5), machine, None, [a_request(4, at=ago(3))])
 
     assert (status.vcpus, status.min_vcpus, status.max_vcpus) == (3, 1, 8)
     assert status.observed_generation == 5
     assert status.selector == "vcpuset.dev/name=web"
-    assert status.pending_unplugs == (a_request(4),)
+    assert status.pending_unplugs == (a_request(4, at=ago(3)),)
     assert status.unplug_started_at == ago(3)
 
 
@@ -176,48 +184,25 @@ def test_without_an_observation_the_last_one_stands() -> None:
         pending_unplugs=(a_request(4),),
     )
 
-    status = observed(a_set(a_spec(7), generation=6, status=last), None, (), None)
+    status = observed(a_set(a_spec(7), generation=6, status=last), None)
 
-    assert status == replace(last, observed_generation=6, unplug_started_at=None), "that time was another generation's"
-    assert observed(a_set(a_spec(7), generation=1, status=last), None, (), None) == last
+    other = replace(last, observed_generation=6, unplug_started_at=None, conditions=status.conditions)
+    assert status == other, "that time was another generation's"
+    status = observed(a_set(a_spec(7), generation=1, status=last), None)
+    assert status == replace(last, conditions=status.conditions)
 
 
 def test_a_set_whose_machine_was_never_seen_has_a_generation_and_no_count() -> None:
-    status = observed(a_set(), None, (), None)
+    status = observed(a_set(), None)
 
     assert (status.observed_generation, status.vcpus, status.max_vcpus) == (1, None, None)
-
-
-# --- opened_at ----------------------------------------------------------------------------------------------------
-
-OPEN = Status(observed_generation=4, unplug_started_at=ago(50))
-
-
-@pytest.mark.parametrize(
-    ("status", "generation", "surplus", "asked", "started"),
-    [
-        pytest.param(OPEN, 4, 1, True, ago(50), id="of this generation: it stands"),
-        pytest.param(OPEN, 5, 1, True, NOW, id="of an earlier generation: counts anew"),
-        pytest.param(OPEN, 4, 0, True, None, id="at the target: none"),
-        pytest.param(OPEN, 4, -1, True, None, id="below the target: none"),
-        pytest.param(OPEN, 4, 1, False, None, id="nothing asked for: none"),
-        pytest.param(replace(OPEN, unplug_started_at=None), 4, 1, True, NOW, id="the first request"),
-        pytest.param(
-            replace(OPEN, unplug_started_at=NOW + timedelta(hours=1)), 4, 1, True, NOW, id="the clock was set back"
-        ),
-    ],
-)
-def test_the_time_out_counts_from_the_first_request_of_the_generation(
-    status: Status, generation: int, surplus: int, asked: bool, started: datetime | None
-) -> None:
-    assert opened_at(status, generation, [a_request(4)] if asked else [], surplus, NOW) == started
 
 
 # --- is_progress --------------------------------------------------------------------------------------------------
 
 
 def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
-    assessment = Assessment(reason, f"{vcpus} present.", reason.states[0], RequeuePolicy.HELD)
+    assessment = Assessment(reason, f"{vcpus} present.", reason.states[0], RequeuePolicy.HOLD)
     return Status(generation, vcpus, conditions=made_from((), assessment, generation, NOW))
 
 
@@ -238,7 +223,7 @@ def _status(reason: Reason, *, generation: int = 1, vcpus: int = 4) -> Status:
     ],
 )
 def test_progress_is_a_plug_or_an_unplug_that_goes_on(old: Status, new: Status, progress: bool) -> None:
-    assert is_progress(old, new, RequeuePolicy.HELD) is progress
+    assert is_progress(old, new, RequeuePolicy.HOLD) is progress
 
 
 def test_a_plug_that_failed_and_is_tried_again_is_no_progress() -> None:

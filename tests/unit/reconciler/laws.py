@@ -38,14 +38,16 @@ from typing_extensions import override
 from unit.reconciler.model import Qemu
 from unit.reconciler.standins import LOSS_SECONDS
 from unit.reconciler.world import START, World
+from vcpuset.controller import NEXT_TURN_SECONDS
 from vcpuset.domain.assessment import PENDING_AFTER, TAKE_UP_TIME
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Activity, Machine, Slot
-from vcpuset.domain.plan import target_for
 from vcpuset.domain.requests import CPU, FIRST_PAUSE, cpu_of
 from vcpuset.domain.resource import UID, BootVCPUs, Connection, Request, Unplug, VCPUSet
+from vcpuset.domain.target import target_for
 from vcpuset.qmp.monitors import EVENTS_TURN_SECONDS, TURN_SECONDS
-from vcpuset.reconciler import NEXT_TURN_SECONDS, POLL_SECONDS, PROGRESS_SECONDS, ROUNDS
+from vcpuset.reconciler import POLL_SECONDS, ROUNDS
+from vcpuset.reporter import PROGRESS_SECONDS
 from vcpuset.runtime.workers import Done, Result
 
 __all__ = ["LawfulWorld"]

@@ -18,8 +18,8 @@ from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import AgentMode, Guest, Qemu
 from unit.reconciler.world import RESYNC_SECONDS
 from vcpuset.domain.contest import PAUSE_RESYNCS, WINDOW_RESYNCS
-from vcpuset.domain.plan import target_for
 from vcpuset.domain.resource import Connection
+from vcpuset.domain.target import target_for
 
 __all__ = ["TestAnythingMayHappen", "TestAsTheGuestPleases"]
 

@@ -60,7 +60,7 @@ def test_a_field_that_only_the_answer_to_a_status_write_shows_is_obeyed(world: L
     world.apply("web", deliver=False, vcpus=3, monitor=monitor)
     told = world.vcpuset()
     world.cache.put(replace(told, spec=replace(told.spec, connection=Connection.ON_DEMAND)))
-    world.reconciler.changed(told.uid)
+    world.controller.changed(told.uid)
     world.run_due()
 
     assert world.true_conditions() == ["Ready"]

@@ -8,9 +8,9 @@ import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import Guest, Qemu
+from vcpuset.controller import NEXT_TURN_SECONDS
 from vcpuset.domain.errors import SlotTaken
 from vcpuset.qmp.monitors import TURN_SECONDS
-from vcpuset.reconciler import NEXT_TURN_SECONDS
 
 __all__: list[str] = []
 

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from unit.reconciler.model import START, Qemu
 from unit.reconciler.standins import ApiServer, FakeRecorder, ModelGuests, ModelMonitors, ModelSession
 from unit.reconciler.timeless import TimelessLoop
+from vcpuset.controller import Controller
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.cache import Cache
 from vcpuset.qmp.session import SETTLE_SECONDS
-from vcpuset.reconciler import Reconciler
+from vcpuset.reporter import Reporter
 from vcpuset.runtime.workers import Done, Result, Retry
 
 __all__ = ["NAMESPACE", "START", "Fault", "OperatorDied", "World"]
@@ -133,10 +134,10 @@ class World:
         for uid in self.cache.versions():
             if uid not in alive:
                 self.cache.drop(uid)
-                self.reconciler.changed(uid)
+                self.controller.changed(uid)
         for vcpuset in self.api.sets.values():
             if self.cache.put(vcpuset):
-                self.reconciler.changed(vcpuset.uid)
+                self.controller.changed(vcpuset.uid)
 
     def vcpuset(self, name: str = "web") -> VCPUSet:
         """The set as the API server has it."""
@@ -200,10 +201,9 @@ class World:
         self.cache = Cache()
         self._monitors = ModelMonitors(self, self._enqueue)
         self._guests = ModelGuests(self, self._enqueue)
-        self.reconciler = Reconciler(
+        self.controller = Controller(
             cache=self.cache,
-            cluster=self.api,
-            recorder=self.recorder,
+            reporter=Reporter(self.cache, self.api, self.recorder, lambda: self.wall, self._enqueue),
             monitors=self._monitors,
             guests=self._guests,
             enqueue=self._enqueue,
@@ -268,7 +268,7 @@ class World:
         self.on_pass(uid)
         result: Result | None
         try:
-            result = self.loop.run(self.reconciler.reconcile(uid))
+            result = self.loop.run(self.controller.reconcile(uid))
         except OperatorDied:
             self.on_result(uid, None)
             self.restart_operator()

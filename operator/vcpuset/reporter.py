@@ -1,0 +1,137 @@
+"""Bringing a set's status up to date, and telling people of what has changed: in an Event and in the log, once.
+
+A status is written when it differs from the one that is known. Mere progress of a change is written later and later
+while the change goes on, so that one that takes less than three seconds costs a fixed number of writes, however many
+CPUs it moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from vcpuset.domain.assessment import Assessment
+from vcpuset.domain.findings import Findings
+from vcpuset.domain.reasons import Reason
+from vcpuset.domain.report import AGENT, is_progress, status_of
+from vcpuset.domain.resource import UID, Status, VCPUSet
+from vcpuset.kube.cache import Cache
+from vcpuset.kube.cluster import Cluster
+from vcpuset.kube.recorder import Recorder
+
+__all__ = ["ReportState", "Reporter"]
+
+logger = logging.getLogger("vcpuset.reconciler")
+
+PROGRESS_SECONDS = (3.0, 10.0, 30.0)
+"""How long after a status write mere progress is written."""
+
+_PROGRESS = frozenset({Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING})
+"""What a person need not know: its end is reported, or what keeps it from ending."""
+
+
+@dataclass
+class ReportState:
+    """What is remembered of one set's reports.
+
+    written_at  loop time of the last status write
+    progress    how many writes the change under way has cost for progress alone
+    carried_out this process has plugged or unplugged a CPU since the last Event that says so
+    """
+
+    written_at: float = 0.0
+    progress: int = 0
+    carried_out: bool = False
+
+
+class Reporter:
+    """Writes statuses and posts Events.
+
+    enqueue  called with a set whose object has news that came with the answer to a write
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        cluster: Cluster,
+        recorder: Recorder,
+        clock: Callable[[], datetime],
+        enqueue: Callable[[UID], None],
+    ) -> None:
+        self._cache = cache
+        self._cluster = cluster
+        self._recorder = recorder
+        self._clock = clock
+        self._enqueue = enqueue
+
+    async def report(
+        self,
+        vcpuset: VCPUSet,
+        assessment: Assessment,
+        state: ReportState,
+        findings: Findings | None = None,
+        *,
+        must: bool = False,
+    ) -> VCPUSet:
+        """Bring the status up to date if it is not; returns the set as it stands now. Raises APIError.
+
+        findings  None: the machine was not observed
+        must      write progress too, instead of leaving it to a later pass
+        """
+        status = status_of(vcpuset, assessment, findings, self._clock())
+        if status == vcpuset.status:
+            return vcpuset
+        now = asyncio.get_running_loop().time()
+        progress = is_progress(vcpuset.status, status, assessment.policy)
+        pause = PROGRESS_SECONDS[min(state.progress, len(PROGRESS_SECONDS) - 1)]
+        if progress and not must and now < state.written_at + pause:
+            return vcpuset
+        with self._cache.expecting(vcpuset.uid, status):
+            written = await self._cluster.write_status(vcpuset, status)
+            # It may have gone meanwhile: the watch can tell that before this answer comes. And the answer can be the
+            # first to show a field that the watch leaves out, since it began before the definition was upgraded.
+            known = self._cache.get(vcpuset.uid) or self._cache.terminating(vcpuset.uid)
+            if known is not None and self._cache.put(written):
+                self._enqueue(vcpuset.uid)
+        state.written_at = now
+        state.progress = state.progress + 1 if progress else 0
+        self._announce(written, vcpuset.status, assessment, state)
+        return written
+
+    def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, state: ReportState) -> None:
+        """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
+        ready, old = vcpuset.status.ready, before.ready
+        assert ready is not None
+        changed = old is None or (old.reason, old.status) != (ready.reason, ready.status)
+        converged = assessment.reason is Reason.CONVERGED
+        done = converged and state.carried_out
+        if changed or done:
+            level = logging.WARNING if assessment.event_type == "Warning" else logging.INFO
+            logger.log(level, "%s: %s", assessment.reason, assessment.message)
+        # That all is as declared is news after a change was carried out, or after something was wrong.
+        recovered = converged and old is not None and old.reason not in _PROGRESS
+        if done or (changed and assessment.reason not in _PROGRESS and (not converged or recovered)):
+            self._post(vcpuset, assessment.event_type, assessment.reason, "Reconcile", assessment.message)
+        if converged:
+            state.carried_out = False
+        self._announce_agent(vcpuset, before)
+
+    def _announce_agent(self, vcpuset: VCPUSet, before: Status) -> None:
+        agent, old = vcpuset.status.condition(AGENT), before.condition(AGENT)
+        if agent is None or agent.status == "Unknown":
+            return
+        if old is not None and (old.reason, old.status) == (agent.reason, agent.status):
+            return
+        good = agent.status == "True"
+        logger.log(logging.INFO if good else logging.WARNING, "GuestAgent%s: %s", agent.reason, agent.message)
+        if not good or (old is not None and old.status == "False"):
+            self._post(
+                vcpuset, "Normal" if good else "Warning", f"GuestAgent{agent.reason}", "QueryGuest", agent.message
+            )
+
+    def _post(self, vcpuset: VCPUSet, kind: Literal["Normal", "Warning"], reason: str, action: str, note: str) -> None:
+        self._recorder.record(vcpuset, type=kind, reason=reason, action=action, note=note)
