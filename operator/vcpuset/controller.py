@@ -14,10 +14,11 @@ from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import APIError, Conflict, ObjectGone, VCPUSetError
 from vcpuset.domain.resource import UID, Connection
 from vcpuset.kube.cache import Cache
+from vcpuset.memory import Memory
 from vcpuset.ownership import Ownership
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
-from vcpuset.reconciler import POLL_SECONDS, Later, Memory, Pass, Services
+from vcpuset.reconciler import POLL_SECONDS, Later, Pass, Services
 from vcpuset.reporter import Reporter
 from vcpuset.runtime.logcontext import log_context
 from vcpuset.runtime.workers import Done, Result, Retry

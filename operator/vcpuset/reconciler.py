@@ -5,14 +5,15 @@ the same. What a successor must know, the unplug requests in flight, stands in t
 before a request is sent; everything else is read from the machine. So the operator may die at any point.
 
 Beside it: `controller` (when a pass comes), `ownership` (which of two sets has a monitor), `reporter` (status, Events),
-and in `domain` the values: `Findings` → `Plan` → `Assessment`, and the `Ledger` of requests.
+`memory` (what passes leave to later ones), and in `domain` the values: `Findings` → `Plan` → `Assessment`, and the
+`Ledger` of requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from vcpuset.domain.assessment import (
@@ -26,7 +27,6 @@ from vcpuset.domain.assessment import (
     plugging,
     terminating,
 )
-from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import (
     CommandError,
     CredentialsUnavailable,
@@ -41,21 +41,21 @@ from vcpuset.domain.errors import (
     VCPUSetError,
 )
 from vcpuset.domain.findings import Findings
-from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.plan import Plan, first_fit, plan
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.requests import Ledger, cpu_of, requested
+from vcpuset.domain.requests import cpu_of, requested
 from vcpuset.domain.resource import UID, Request, VCPUSet
 from vcpuset.kube.cache import Cache
+from vcpuset.memory import Memory
 from vcpuset.ownership import Ownership, address_of
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Session
-from vcpuset.reporter import Reporter, ReportState
+from vcpuset.reporter import Reporter
 from vcpuset.runtime.workqueue import SLOW_SECONDS
 
-__all__ = ["POLL_SECONDS", "Later", "Memory", "Pass", "Services"]
+__all__ = ["POLL_SECONDS", "Later", "Pass", "Services"]
 
 POLL_SECONDS = 1.0
 """How often a machine is observed while its guest works on requests, or its CPUs move, should no event come."""
@@ -71,33 +71,6 @@ ROUNDS = 32
 
 ANNOUNCE_SECONDS = 0.5
 """A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
-
-
-@dataclass
-class Memory:
-    """What this process remembers of one set between passes. It makes passes better, never right.
-
-    unsettled   loop time of the first observation in a row that could not count the CPUs
-    vcpus       the last count
-    moved_at    loop time when a CPU was last seen to leave
-    reset       when the machine was last reset, as far as a session has heard
-    plugged_at  loop time when this process last plugged a CPU, or the guest then took one up
-    online      how many the guest used when it last said so
-    speechless  the guest's agent did not answer when it was last queried
-    resynced    the first resync is due, or was
-    """
-
-    contest: Contest
-    ledger: Ledger = field(default_factory=Ledger)
-    report: ReportState = field(default_factory=ReportState)
-    unsettled: float | None = None
-    vcpus: int = 0
-    moved_at: float | None = None
-    reset: datetime | None = None
-    plugged_at: float | None = None
-    online: int = 0
-    speechless: bool = False
-    resynced: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +99,6 @@ class Pass:
     vcpuset   the set as this pass began with it, or has last written it
     session   with its monitor, once that is open
     machine   as last observed
-    contest   whether something else changes the machine
     until     loop time after which the rest is left to the next pass, so that other sets have their turn
     """
 
@@ -219,14 +191,11 @@ class Pass:
 
     async def _observe(self) -> None:
         """Observe the machine. A request whose CPU is gone has been carried out."""
-        machine = self.machine = await self.session.observe()
-        memory = self.memory
-        memory.unsettled = None
-        if machine.vcpus < memory.vcpus:
-            memory.moved_at = self.loop.time()
-        memory.vcpus = machine.vcpus
-        if self.ledger.observe(self.vcpuset.status, address_of(self.vcpuset), machine, self.services.clock()):
-            memory.report.carried_out = True
+        self.machine = await self.session.observe()
+        self.memory.observed(self.machine, self.loop.time())
+        vcpuset, now = self.vcpuset, self.services.clock()
+        if self.ledger.observe(vcpuset.status, address_of(vcpuset), self.machine, now):
+            self.memory.carried_out = True
 
     def _hear(self) -> None:
         """Take in what the guest has said since the last pass."""
@@ -259,7 +228,7 @@ class Pass:
                     break
                 try:
                     await self.session.plug(slot)
-                    self.memory.report.carried_out = True
+                    self.memory.carried_out = True
                 except CommandError as error:
                     self.blocked = error
                     break
@@ -385,29 +354,16 @@ class Pass:
         at_rest = findings.surplus <= 0 or assessment.policy is RequeuePolicy.RESYNC
         if spec.guest_agent is not None and machine.run_state == "running" and at_rest:
             guest = self.services.guests.ask(self.vcpuset, machine, surplus=findings.surplus > 0)
-            self._note_guest(guest)
+            if guest is not None and self.memory.guest_said(guest, self.loop.time()) and self.ledger.requests:
+                # Its requests are due at once; nothing else would bring the next pass so soon.
+                self.ledger.hurry_up()
+                self.services.enqueue(self.uid)
             if guest is None and machine.vcpus == spec.vcpus:
                 # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
                 return assessment
             findings = replace(self._findings(), guest=guest)
             assessment = self._assess(findings)
         return await self._report(assessment, findings)
-
-    def _note_guest(self, guest: GuestReport | None) -> None:
-        if guest is None:
-            return
-        memory = self.memory
-        speaks_again = memory.speechless and guest.cpus is not None
-        memory.speechless = guest.cpus is None
-        if speaks_again and self.ledger.requests:
-            # Its requests are due at once; nothing else would bring the next pass so soon.
-            self.ledger.hurry_up()
-            self.services.enqueue(self.uid)
-        if guest.cpus is not None:
-            if guest.cpus.online > memory.online and memory.plugged_at is not None:
-                # A guest that goes on to take up what was plugged has not left the rest offline.
-                memory.plugged_at = self.loop.time()
-            memory.online = guest.cpus.online
 
     async def _failed(self, error: VCPUSetError) -> Assessment:
         memory, now = self.memory, self.loop.time()
@@ -416,7 +372,8 @@ class Pass:
             memory.unsettled = now if memory.unsettled is None else memory.unsettled
             if now < memory.unsettled + UNSETTLED_SECONDS:
                 raise Later
-        memory.unsettled = None
+        else:
+            memory.unsettled = None
         # The last command may or may not have run: close, and observe before anything is repeated.
         await self.services.monitors.release(self.uid)
         if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):
@@ -427,9 +384,7 @@ class Pass:
         self, assessment: Assessment, findings: Findings | None = None, *, must: bool = False
     ) -> Assessment:
         """Report; without findings the last observation stands."""
-        self.vcpuset = await self.services.reporter.report(
-            self.vcpuset, assessment, self.memory.report, findings, must=must
-        )
+        self.vcpuset = await self.services.reporter.report(self.vcpuset, assessment, self.memory, findings, must=must)
         return assessment
 
     def _name(self, owner: UID) -> str:

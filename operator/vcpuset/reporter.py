@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
@@ -22,30 +21,17 @@ from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.recorder import Recorder
+from vcpuset.memory import Memory
 
-__all__ = ["ReportState", "Reporter"]
+__all__ = ["Reporter"]
 
-logger = logging.getLogger("vcpuset.reconciler")
+logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = (3.0, 10.0, 30.0)
 """How long after a status write mere progress is written."""
 
 _PROGRESS = frozenset({Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING})
 """What a person need not know: its end is reported, or what keeps it from ending."""
-
-
-@dataclass
-class ReportState:
-    """What is remembered of one set's reports.
-
-    written_at  loop time of the last status write
-    progress    how many writes the change under way has cost for progress alone
-    carried_out this process has plugged or unplugged a CPU since the last Event that says so
-    """
-
-    written_at: float = 0.0
-    progress: int = 0
-    carried_out: bool = False
 
 
 class Reporter:
@@ -72,7 +58,7 @@ class Reporter:
         self,
         vcpuset: VCPUSet,
         assessment: Assessment,
-        state: ReportState,
+        memory: Memory,
         findings: Findings | None = None,
         *,
         must: bool = False,
@@ -87,8 +73,8 @@ class Reporter:
             return vcpuset
         now = asyncio.get_running_loop().time()
         progress = is_progress(vcpuset.status, status, assessment.policy)
-        pause = PROGRESS_SECONDS[min(state.progress, len(PROGRESS_SECONDS) - 1)]
-        if progress and not must and now < state.written_at + pause:
+        pause = PROGRESS_SECONDS[min(memory.progress, len(PROGRESS_SECONDS) - 1)]
+        if progress and not must and now < memory.written_at + pause:
             return vcpuset
         with self._cache.expecting(vcpuset.uid, status):
             written = await self._cluster.write_status(vcpuset, status)
@@ -97,18 +83,18 @@ class Reporter:
             known = self._cache.get(vcpuset.uid) or self._cache.terminating(vcpuset.uid)
             if known is not None and self._cache.put(written):
                 self._enqueue(vcpuset.uid)
-        state.written_at = now
-        state.progress = state.progress + 1 if progress else 0
-        self._announce(written, vcpuset.status, assessment, state)
+        memory.written_at = now
+        memory.progress = memory.progress + 1 if progress else 0
+        self._announce(written, vcpuset.status, assessment, memory)
         return written
 
-    def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, state: ReportState) -> None:
+    def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, memory: Memory) -> None:
         """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
         ready, old = vcpuset.status.ready, before.ready
         assert ready is not None
         changed = old is None or (old.reason, old.status) != (ready.reason, ready.status)
         converged = assessment.reason is Reason.CONVERGED
-        done = converged and state.carried_out
+        done = converged and memory.carried_out
         if changed or done:
             level = logging.WARNING if assessment.event_type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", assessment.reason, assessment.message)
@@ -117,7 +103,7 @@ class Reporter:
         if done or (changed and assessment.reason not in _PROGRESS and (not converged or recovered)):
             self._post(vcpuset, assessment.event_type, assessment.reason, "Reconcile", assessment.message)
         if converged:
-            state.carried_out = False
+            memory.carried_out = False
         self._announce_agent(vcpuset, before)
 
     def _announce_agent(self, vcpuset: VCPUSet, before: Status) -> None:

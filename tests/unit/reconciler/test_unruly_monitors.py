@@ -201,7 +201,7 @@ def test_a_fill_in_many_passes_writes_progress_now_and_then_only(
         "15 vCPUs present, 40 declared; plugging 25.",
         "QEMU has 40 vCPUs, as declared.",
     ]
-    assert world.recorder.events[told:] == [("Normal", "Plugging"), ("Normal", "Converged")]
+    assert world.recorder.events[told:] == [("Normal", "Converged")]
     assert world.sessions_held == 0
 
 

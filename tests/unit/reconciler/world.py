@@ -230,7 +230,12 @@ class World:
     @property
     def next_pass(self) -> float:
         """The loop time of the next pass that is planned; infinity: none is."""
-        return min(self._due.values(), default=float("inf"))
+        return min(self.due_at, default=float("inf"))
+
+    @property
+    def due_at(self) -> list[float]:
+        """The loop times of all passes that are planned."""
+        return list(self._due.values())
 
     # --- the queue and time ---------------------------------------------------------------------------------------
 

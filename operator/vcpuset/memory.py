@@ -1,0 +1,65 @@
+"""What one process remembers of a VCPUSet between passes. It makes passes better, never right: a new one has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from vcpuset.domain.contest import Contest
+from vcpuset.domain.guest import GuestReport
+from vcpuset.domain.machine import Machine
+from vcpuset.domain.requests import Ledger
+
+__all__ = ["Memory"]
+
+
+@dataclass
+class Memory:
+    """Times are the event loop's, in seconds, but for `reset`.
+
+    contest      whether something else changes the machine
+    ledger       the unplug requests
+    vcpus        the last count
+    moved_at     when a CPU was last seen to leave
+    unsettled    when the first observation in a row was made that could not count the CPUs
+    reset        when the machine was last reset, as far as a session has heard
+    plugged_at   when this process last plugged a CPU, or the guest then took one up
+    online       how many CPUs the guest used when it last said so
+    speechless   the guest's agent did not answer when it was last queried
+    carried_out  a CPU was plugged or unplugged since the last Event that says so
+    written_at   when the status was last written
+    progress     how many writes the change under way has cost for progress alone
+    resynced     the first resync is due, or was
+    """
+
+    contest: Contest
+    ledger: Ledger = field(default_factory=Ledger)
+    vcpus: int = 0
+    moved_at: float | None = None
+    unsettled: float | None = None
+    reset: datetime | None = None
+    plugged_at: float | None = None
+    online: int = 0
+    speechless: bool = False
+    carried_out: bool = False
+    written_at: float = 0.0
+    progress: int = 0
+    resynced: bool = False
+
+    def observed(self, machine: Machine, now: float) -> None:
+        """Note what an observation has shown."""
+        self.unsettled = None
+        if machine.vcpus < self.vcpus:
+            self.moved_at = now
+        self.vcpus = machine.vcpus
+
+    def guest_said(self, guest: GuestReport, now: float) -> bool:
+        """Note what the guest has said; returns whether its agent speaks again."""
+        speaks_again = self.speechless and guest.cpus is not None
+        self.speechless = guest.cpus is None
+        if guest.cpus is not None:
+            if guest.cpus.online > self.online and self.plugged_at is not None:
+                # A guest that goes on to take up what was plugged has not left the rest offline.
+                self.plugged_at = now
+            self.online = guest.cpus.online
+        return speaks_again
