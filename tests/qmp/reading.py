@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qmp.peer import Asked, Entry, Line, lines
+from qmp.peer import Asked, Entry, Line, Sent, lines
 from vcpuset.domain.errors import (
     CommandError,
     MachineUnsettled,
@@ -25,7 +25,7 @@ from vcpuset.domain.errors import (
     VCPUSetError,
 )
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.qmp.client import READ_LIMIT
+from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
 from vcpuset.qmp.session import COMMAND_SECONDS, OPEN_SECONDS
 
 __all__ = ["Failure", "Reading", "parsed"]
@@ -99,7 +99,10 @@ class Reading:
     """
 
     def __init__(self, transcript: Iterable[Entry], started: float) -> None:
+        transcript = list(transcript)
         self._lines = [(line, parsed(line)) for line in lines(transcript)]
+        sent = b"".join(entry.chunk for entry in transcript if isinstance(entry, Sent))
+        self._unfinished = len(sent) - (sent.rfind(b"\n") + 1)
         self._next = 0
         self._started = started
         # Asked for once: one connection leads to one machine.
@@ -185,6 +188,8 @@ class Reading:
             if not isinstance(message, Failure) and not self._is_event(message):
                 ident = message.get("id")
                 self.lost = isinstance(ident, dict | list) or ("error" in message and "id" not in message)
+        # Once no reply is awaited any more, no client waits for the end of so long a line.
+        self.lost = self.lost or self._unfinished > UNASKED_LIMIT
 
     def _take(self, deadline: float) -> dict[str, Json] | Failure:
         if self.lost:
