@@ -61,8 +61,9 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
         pytest.param("both", [], {}, id="both"),
         pytest.param(
             "both",
-            ["allow-tcp", "socket-group", "ipv6", "monitoring"],
+            ["shards", "allow-tcp", "socket-group", "ipv6", "monitoring"],
             {
+                "controller.shards": ["b", "c"],
                 "controller.allowTCP": ["192.0.2.0/24"],
                 "agent.supplementalGroups": [107],
                 "listenAddress": "[::]",
@@ -169,6 +170,7 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("agent.podLabels", {"team": "hv"}, "team: hv\n"),
     ("controller.namespace.name", "control", "name: vcpuset-controller\n  namespace: control\n"),
     ("controller.replicas", 3, "replicas: 3\n"),
+    ("controller.shards", ["b"], "- --leader-elect-name=vcpuset-controller-b\n"),
     ("controller.allowTCP", ["2001:db8::/32"], "- --allow-tcp=2001:db8::/32\n"),
     ("controller.leaderElection.leaseName", "other", "resourceNames:\n  - other\n"),
     ("controller.podDisruptionBudget.maxUnavailable", "50%", "maxUnavailable: 50%\n"),
@@ -298,15 +300,41 @@ async def test_a_switch_is_obeyed(path: str, sign: str) -> None:
 async def test_the_program_takes_the_options_that_values_make(kind: str) -> None:
     values = {path: value for path, value, _ in APPEARS if "affinity" not in path.lower()}
     objects = await render(*settings(values))
-    (arguments,) = (
-        each["spec"]["template"]["spec"]["containers"][0]["args"] for each in objects if each["kind"] == kind
-    )
-    assert len(arguments) >= 11
-    # The options are looked at in turn, and the last one is refused.
-    expanded = [each.replace("$(NODE_NAME)", "node-1") for each in arguments]  # as the kubelet does
-    told = CliRunner().invoke(main, [*expanded, "--kubeconfig=/does/not/exist"])
-    assert told.exit_code == 2
-    assert "File '/does/not/exist' does not exist" in told.output
+    programs = [each["spec"]["template"]["spec"]["containers"][0]["args"] for each in objects if each["kind"] == kind]
+    assert programs
+    for arguments in programs:
+        assert len(arguments) >= 11
+        # The options are looked at in turn, and the last one is refused.
+        expanded = [each.replace("$(NODE_NAME)", "node-1") for each in arguments]  # as the kubelet does
+        told = CliRunner().invoke(main, [*expanded, "--kubeconfig=/does/not/exist"])
+        assert told.exit_code == 2
+        assert "File '/does/not/exist' does not exist" in told.output
+
+
+async def test_each_controller_has_a_lease_and_a_selector_of_its_own() -> None:
+    values = {"controller.shards": ["b", "c"], "watch.labelSelector": "!legacy"}
+    objects = by_name(await render(*settings(values)))
+    found = {}
+    for (kind, namespace, name), each in objects.items():
+        if kind == "Deployment":
+            arguments = each["spec"]["template"]["spec"]["containers"][0]["args"]
+            found[name] = [each for each in arguments if each.startswith(("--leader-elect-name", "--label-selector"))]
+            budget = objects["PodDisruptionBudget", namespace, name]["spec"]["selector"]
+            network = objects["NetworkPolicy", namespace, name]["spec"]["podSelector"]
+            assert each["spec"]["selector"] == budget == network
+    assert found == {
+        "vcpuset-controller": ["--label-selector=!legacy,vcpuset.dev/shard notin (b,c)"],
+        "vcpuset-controller-b": [
+            "--leader-elect-name=vcpuset-controller-b",
+            "--label-selector=!legacy,vcpuset.dev/shard=b",
+        ],
+        "vcpuset-controller-c": [
+            "--leader-elect-name=vcpuset-controller-c",
+            "--label-selector=!legacy,vcpuset.dev/shard=c",
+        ],
+    }
+    (role,) = (each for each in objects.values() if each["kind"] == "Role")
+    assert role["rules"][1]["resourceNames"] == list(found)
 
 
 async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones() -> None:
@@ -365,6 +393,8 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("controller.podAnnotations", DEFAULT_CONTAINER, "at '/controller/podAnnotations/kubectl.kubernetes.io~1"),
         ("monitoring.labels", {"app.kubernetes.io/part-of": "x"}, "at '/monitoring/labels/app.kubernetes.io~1part-of'"),
         ("monitoring.labels", {"helm.sh/chart": "x"}, "at '/monitoring/labels/helm.sh~1chart'"),
+        ("controller.shards", ["B"], "at '/controller/shards/0': 'B' does not match pattern"),
+        ("controller.shards", ["b", "b"], "at '/controller/shards': items at 0 and 1 are equal"),
         ("controller.allowTCP", ["10.0.0.1"], "at '/controller/allowTCP/0': '10.0.0.1' does not match pattern"),
         ("controller.allowTCP", ["10.0.0.0/33"], "at '/controller/allowTCP/0': '10.0.0.0/33' does not match pattern"),
         ("controller.allowTCP", ["256.0.0.0/8"], "at '/controller/allowTCP/0': '256.0.0.0/8' does not match pattern"),

@@ -1,4 +1,4 @@
-"""A set that moves between agents and the controller: the old owner lets go without a trace, the new one takes over.
+"""A set that moves between agents and controllers: the old owner lets go without a trace, the new one takes over.
 
 Each owner acts as a service account of its own, so that the audit log tells who wrote what, and in which order.
 """
@@ -21,6 +21,7 @@ from harness.controlplane import ControlPlane
 from harness.faults import Held
 from harness.faulty import FaultyMonitor, Silent, Working
 from harness.guest import Guest
+from harness.helm import render, settings
 from harness.operator import OperatorProcess
 from harness.qmp import raw
 from harness.wait import until
@@ -64,6 +65,17 @@ class Owners:
     async def controller(self) -> Owner:
         """A controller, which has to lead before it works."""
         return await self._start("controller", None, "--leader-elect", f"--leader-elect-namespace={self._namespace}")
+
+    async def shards(self, shard: str) -> list[Owner]:
+        """The two controllers that the chart makes with one shard: the one of all other sets, and that of the shard."""
+        objects = await render(*settings({"controller.shards": [shard]}))
+        deployments = {each["metadata"]["name"]: each for each in objects if each["kind"] == "Deployment"}
+        owners = []
+        for name in sorted(deployments):
+            arguments = deployments[name]["spec"]["template"]["spec"]["containers"][0]["args"]
+            flags = [each for each in arguments if each.startswith(("--leader-elect", "--label-selector"))]
+            owners.append(await self._start(name, None, *flags, f"--leader-elect-namespace={self._namespace}"))
+        return owners
 
     async def _start(self, name: str, node: str | None, *flags: str) -> Owner:
         there = ("-n", self._namespace)
@@ -139,6 +151,29 @@ async def test_a_set_goes_from_owner_to_owner_and_back(owners: Owners, user: Use
         await before.has_let_go()
         before = owner
     await owners.check_order(agent, *(owner for owner, _ in route))
+
+
+async def test_a_set_goes_from_shard_to_shard_by_its_label(
+    owners: Owners, control_plane: ControlPlane, user: User, machine: FaultyMonitor
+) -> None:
+    """A kept monitor serves the next shard only once the one before has let go of it."""
+    rest, shard = await owners.shards("b")
+    leases = await control_plane.request("GET", f"/apis/coordination.k8s.io/v1/namespaces/{user.namespace}/leases")
+    assert {each["metadata"]["name"] for each in leases.body["items"]} == {"vcpuset-controller", "vcpuset-controller-b"}
+    await user.create("vm", 4, "vm.sock", connection="Persistent")
+    await user.wait_ready("vm")
+    before = rest
+    for owner, label, vcpus in ((shard, "b", 6), (rest, "elsewhere", 3), (shard, "b", 5), (rest, None, 2)):
+        # In one change, so that whoever acts on it twice plugs or unplugs too much.
+        metadata = {"labels": {"vcpuset.dev/shard": label}}
+        await user.patch("vm", {"metadata": metadata, "spec": {"vcpus": vcpus}})
+        await user.wait_ready("vm")
+        assert len(machine.cpus.occupied()) == vcpus
+        await before.has_let_go()
+        before = owner
+    assert len(machine.received("device_add")) == 4
+    assert len(machine.received("device_del")) == 6
+    await owners.check_order(rest, shard, rest, shard, rest)
 
 
 async def test_a_plug_under_way_is_finished_by_the_new_owner_and_makes_no_cpu_too_many(

@@ -141,11 +141,15 @@ class User:
 
     async def change(self, name: str, **spec: Any) -> Seen:
         """Change fields of a set's spec (merge-patch: None removes a field)."""
-        return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"spec": spec}))
+        return await self.patch(name, {"spec": spec})
+
+    async def patch(self, name: str, patch: Mapping[str, Any]) -> Seen:
+        """Change a set by a merge-patch."""
+        return Seen(await self._ok("PATCH", f"{self._path}/{name}", patch))
 
     async def label(self, name: str, **labels: str) -> Seen:
         """Set labels of a set."""
-        return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"metadata": {"labels": labels}}))
+        return await self.patch(name, {"metadata": {"labels": labels}})
 
     async def touch(self, name: str) -> Seen:
         """Change a field of the spec that only the API server acts on, so that the operator observes the machine."""
@@ -154,11 +158,11 @@ class User:
 
     async def annotate(self, name: str, **annotations: str) -> Seen:
         """Set annotations of a set."""
-        return Seen(await self._ok("PATCH", f"{self._path}/{name}", {"metadata": {"annotations": annotations}}))
+        return await self.patch(name, {"metadata": {"annotations": annotations}})
 
     async def finalizers(self, name: str, *finalizers: str) -> None:
         """Give a set these finalizers and no others."""
-        await self._ok("PATCH", f"{self._path}/{name}", {"metadata": {"finalizers": finalizers}})
+        await self.patch(name, {"metadata": {"finalizers": finalizers}})
 
     async def delete(self, name: str) -> None:
         """Delete a set; it is gone at once, unless it was given a finalizer."""

@@ -10,6 +10,11 @@ app.kubernetes.io/name: vcpuset
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 
+{{/* The end of the names of a controller; takes the name of its shard, which is empty for the controller of all other VCPUSets. */}}
+{{- define "vcpuset.suffix" -}}
+{{- with . }}-{{ . }}{{ end }}
+{{- end }}
+
 {{/* All labels of an object of a component; takes a list of the root and the component. */}}
 {{- define "vcpuset.labels" -}}
 {{ include "vcpuset.selector" (index . 1) }}
@@ -40,7 +45,11 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- $text = $text | replace "/run/vcpuset" .socketRoot -}}
 {{- end -}}
 {{- $text = $text | replace "namespace: vcpuset-system\n" (printf "namespace: %q\n" $root.Values.controller.namespace.name) -}}
-{{- $text = $text | replace "resourceNames: [vcpuset-controller]" (printf "resourceNames: [%q]" $root.Values.controller.leaderElection.leaseName) -}}
+{{- $leases := list -}}
+{{- range prepend $root.Values.controller.shards "" -}}
+{{- $leases = append $leases (printf "%s%s" $root.Values.controller.leaderElection.leaseName (include "vcpuset.suffix" .) | quote) -}}
+{{- end -}}
+{{- $text = $text | replace "resourceNames: [vcpuset-controller]" (printf "resourceNames: [%s]" (join ", " $leases)) -}}
 {{- $text -}}
 {{- end }}
 
@@ -53,8 +62,10 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- end }}
 {{- end }}
 
-{{/* Options of both components. */}}
+{{/* Options of both components; takes a list of the root and a label selector in addition to that of the values. */}}
 {{- define "vcpuset.arguments" -}}
+{{- $selector := list (index . 0).Values.watch.labelSelector (index . 1) | compact | join "," }}
+{{- with index . 0 }}
 {{- with .Values.logLevel }}
 - --log-level={{ . }}
 {{- end }}
@@ -67,7 +78,7 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- range .Values.watch.namespaces }}
 - --namespace={{ . }}
 {{- end }}
-{{- with .Values.watch.labelSelector }}
+{{- with $selector }}
 - {{ printf "--label-selector=%s" . | quote }}
 {{- end }}
 {{- range .Values.extraArgs }}
@@ -75,6 +86,7 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- end }}
 {{- if hasKey .Values "metricsSetLimit" }}
 - --metrics-set-limit={{ .Values.metricsSetLimit | int64 }}
+{{- end }}
 {{- end }}
 {{- end }}
 
