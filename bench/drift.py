@@ -1,12 +1,12 @@
 """How long a machine that somebody else has changed stays wrong: three ways to keep it at its count, within one run.
 
-    Persistent   the operator, with `spec.monitor.connection: Persistent`
-    OnDemand     the operator as it is by default: it looks every 60 s ± 10 %, and hears of new sockets
-    15 s poll    a controller that connects every 15 s, as NeonVM's does, and repairs all at once
+    operator            with default settings: it stays connected, and hears of events and new sockets
+    operator, OnDemand  with `spec.monitor.connection: OnDemand`: it looks every 60 s ± 10 %, and hears of new sockets
+    15 s poll           a controller that connects every 15 s, as NeonVM's does, and repairs all at once
 
-    unplugged    somebody takes a CPU away: from the moment in which it is gone
-    plugged      somebody plugs a CPU: from the moment in which QEMU has it (the guest needs time to give it back)
-    restarted    QEMU is killed and started again, with fewer CPUs: from the moment in which its socket is made
+    unplugged           somebody takes a CPU away: from the moment in which it is gone
+    plugged             somebody plugs a CPU: from the moment in which QEMU has it (the guest needs time to give it back)
+    restarted           QEMU is killed and started again, with fewer CPUs: from the moment in which its socket is made
 
 Each time ends when `query-cpus-fast`, read through a monitor of its own, shows the declared count again. Linux guests
 are unplugged and plugged; machines without a guest (`-S`) are restarted, since what a boot takes is not the question.
@@ -59,19 +59,21 @@ class Way:
 
     interval_seconds  events come at a random moment of it
     machines          how many share the rounds
-    connection        of the VCPUSets; None: there are none, somebody else keeps the machines
+    spec              what the VCPUSets declare beside the default; None: there are none, somebody else keeps the machines
     """
 
     name: str
     interval_seconds: float
     machines: int
-    connection: str | None
+    spec: Mapping[str, Any] | None
 
 
-PERSISTENT = Way("Persistent", 15.0, 1, "Persistent")
-ON_DEMAND = Way("OnDemand", 60.0, 4, "OnDemand")
 POLL = Way("15 s poll", 15.0, 2, None)
-WAYS = (PERSISTENT, ON_DEMAND, POLL)
+WAYS = (
+    Way("operator", 15.0, 1, {}),
+    Way("operator, OnDemand", 60.0, 4, {"connection": "OnDemand"}),
+    POLL,
+)
 EVENTS = ("unplugged", "plugged", "restarted")
 
 Times = dict[tuple[str, str], list[float]]
@@ -188,7 +190,7 @@ class Run:
             await until_seen(observer, lambda seen: len(seen) == DECLARED)
             await guest.wait_online(DECLARED)
             for number in rounds:
-                if way.connection is not None:
+                if way.spec is not None:
                     # A new generation: or so many changes by somebody else would be reported as contested.
                     await self._user.change(monitor.stem, unplug={"retrySeconds": 301 + number})
                 await at_a_random_moment(way, unplug)
@@ -215,10 +217,10 @@ class Run:
         return go
 
     async def _keep(self, way: Way, monitor: Path) -> None:
-        if way.connection is None:
+        if way.spec is None:
             self.polling.append(self._keepers.create_task(keep_by_polling(monitor)))
         else:
-            await self._user.create(monitor.stem, DECLARED, monitor.name, connection=way.connection)
+            await self._user.create(monitor.stem, DECLARED, monitor.name, **way.spec)
 
     def _note(self, event: str, way: Way, seconds: float) -> None:
         self.times[event, way.name].append(seconds)

@@ -95,7 +95,8 @@ class Controller:
             return Done(requeue_after=POLL_SECONDS)
         except ObjectGone:
             # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
-            await self._services.monitors.release(uid)
+            if on_demand:
+                await self._services.monitors.release(uid)
             return Done(requeue_after=jittered(self._resync_seconds, 0.1))
         except APIError as error:
             # Nothing is lost: the next pass starts from the machine and from the newest object. But that may be long

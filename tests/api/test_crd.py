@@ -185,7 +185,7 @@ async def test_what_is_left_out_gets_the_documented_defaults_and_no_others(sets:
     stored = await sets.create(vcpuset())
     assert stored["spec"] == {
         "vcpus": 4,
-        "monitor": {"unix": {"path": "vm/qmp.sock"}, "connection": "OnDemand"},
+        "monitor": {"unix": {"path": "vm/qmp.sock"}, "connection": "Persistent"},
         "unplug": {"policy": "Enabled", "bootVCPUs": "Unplug", "timeoutSeconds": 60, "retrySeconds": 300},
     }
 
@@ -217,7 +217,7 @@ async def test_node_and_monitor_may_be_changed(sets: Sets) -> None:
     patch = json.dumps({"spec": {"nodeName": None, "monitor": {"unix": None, "tcp": tcp}}})
     await sets.kubectl("patch", "vcs", "vm", "--type=merge", "-p", patch)
     spec = (await sets.get())["spec"]
-    assert spec["monitor"] == {"tcp": tcp, "connection": "OnDemand"}
+    assert spec["monitor"] == {"tcp": tcp, "connection": "Persistent"}
     assert "nodeName" not in spec
 
 
@@ -231,11 +231,11 @@ async def test_connection_and_guest_agent_may_be_changed_and_the_agent_removed(s
         assert isinstance(found, dict)
         return found
 
-    changed = await change(monitor={"connection": "Persistent"}, guestAgent={"unix": {"path": "vm/agent.sock"}})
-    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "Persistent"}
+    changed = await change(monitor={"connection": "OnDemand"}, guestAgent={"unix": {"path": "vm/agent.sock"}})
+    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "OnDemand"}
     assert changed["guestAgent"] == {"unix": {"path": "vm/agent.sock"}, "bringOnline": False}
     changed = await change(monitor={"connection": None}, guestAgent=None)
-    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "OnDemand"}
+    assert changed["monitor"] == {"unix": {"path": "vm/qmp.sock"}, "connection": "Persistent"}
     assert "guestAgent" not in changed
 
 

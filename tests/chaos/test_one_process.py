@@ -70,9 +70,13 @@ class Fleet:
 
     async def looked_at(self, times: int) -> None:
         """Wait until the operator has looked at each machine so many times more."""
-        before = {name: machine.connections for name, machine in self.machines.items()}
+
+        def looks() -> dict[str, int]:
+            return {name: len(machine.received("query-status")) for name, machine in self.machines.items()}
+
+        before = looks()
         await until(
-            lambda: all(machine.connections >= before[name] + times for name, machine in self.machines.items()),
+            lambda: all(number >= before[name] + times for name, number in looks().items()),
             PATIENCE_SECONDS,
             f"{times} more looks at each machine",
         )

@@ -27,7 +27,7 @@ from harness.monitortls import MonitorTLS
 from harness.pki import Authority
 from harness.qmp import count
 from harness.wait import until
-from harness.world import API, User, manifest
+from harness.world import User
 
 # The pods are played in the module's event loop.
 pytestmark = [
@@ -89,11 +89,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
                     await user.create(name, vcpus=2, monitor="qmp.sock", nodeName=name)
                 else:
                     host, port = machine.tcp_address
-                    body = manifest(user.namespace, name)
                     tcp = {"host": host, "port": port, "tls": {"secretName": "monitor"}}
-                    body["spec"]["monitor"] = {"tcp": tcp, "connection": "Persistent"}
-                    answer = await control_plane.request("POST", f"{API}/namespaces/{user.namespace}/vcpusets", body)
-                    assert answer.status == 201, answer.body
+                    await user.create(name, vcpus=2, monitor=tcp)
             for name, machine in machines.items():
                 await user.wait_ready(name)
                 await user.change(name, vcpus=4)

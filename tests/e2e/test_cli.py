@@ -42,7 +42,8 @@ async def test_what_a_guest_refused_is_told_with_when_it_is_asked_again_and_what
     folder: Path, operator: OperatorProcess, user: User, control_plane: ControlPlane, socket_root: Path
 ) -> None:
     async with saved_guest(smp="2,maxcpus=64", monitors=2, socket_dir=folder) as guest:
-        await user.create("vm", 2, "qmp0", unplug={"retrySeconds": 3600, "timeoutSeconds": 3600})
+        unplug = {"retrySeconds": 3600, "timeoutSeconds": 3600}
+        await user.create("vm", 2, "qmp0", connection="OnDemand", unplug=unplug)
         await user.wait_ready("vm")
         await guest.hold_cpus(1)
         await user.change("vm", vcpus=1)
@@ -70,7 +71,7 @@ async def test_a_monitor_that_the_operator_keeps_is_told_and_another_one_will_do
     folder: Path, operator: OperatorProcess, user: User, control_plane: ControlPlane, socket_root: Path
 ) -> None:
     async with saved_guest(smp="2,maxcpus=64", monitors=2, socket_dir=folder) as guest:
-        await user.create("vm", 2, "qmp0", connection="Persistent")
+        await user.create("vm", 2, "qmp0")
         ready = await user.wait_ready("vm")
         text = json.dumps({**ready.body, "spec": {**ready.body["spec"], "vcpus": 3}})
 

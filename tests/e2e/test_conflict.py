@@ -89,14 +89,13 @@ async def test_the_younger_of_two_sets_with_two_monitors_of_one_machine_stalls_a
         await shows(user, younger, "Converged", READY, vcpus=6)
 
 
-async def test_two_persistent_sets_with_two_monitors_of_one_machine_on_tcp_do_not_fight_although_it_has_no_uuid(
+async def test_two_sets_with_two_monitors_of_one_machine_on_tcp_do_not_fight_although_it_has_no_uuid(
     operator: OperatorProcess, user: User
 ) -> None:
     async with Guest(None, smp="2,maxcpus=16", tcp=True, extra=SECOND_ON_TCP) as guest:
         monitors = (guest.tcp_address, await second_on_tcp(guest.control))
         made = [
-            await user.create(name, 3, monitor, connection="Persistent")
-            for name, monitor in zip(("first", "second"), monitors, strict=True)
+            await user.create(name, 3, monitor) for name, monitor in zip(("first", "second"), monitors, strict=True)
         ]
         older, younger = (str(seen.body["metadata"]["name"]) for seen in sorted(made, key=_seniority))
         await user.change(older, vcpus=4)

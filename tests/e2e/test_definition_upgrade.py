@@ -31,7 +31,7 @@ async def test_a_new_definition_leaves_sets_and_machines_as_they_are_and_its_fie
         ):
             await user.create("vm", vcpus=4)
             # Of the fields that came later the first version's API server keeps nothing.
-            early = await user.create("early", vcpus=2, monitor="other.sock", connection="Persistent")
+            early = await user.create("early", vcpus=2, monitor="other.sock", connection="OnDemand")
             assert "connection" not in early.body["spec"]["monitor"]
             before = await user.wait_ready("vm")
             threads = await vcpus(guest)
@@ -44,19 +44,20 @@ async def test_a_new_definition_leaves_sets_and_machines_as_they_are_and_its_fie
             for field in ("uid", "generation", "resourceVersion"):
                 assert after.body["metadata"][field] == before.body["metadata"][field]
             # What has a default now is shown with it, and it is what was done before.
-            monitor = {**before.body["spec"]["monitor"], "connection": "OnDemand"}
+            monitor = {**before.body["spec"]["monitor"], "connection": "Persistent"}
             assert after.body["spec"] == {**before.body["spec"], "monitor": monitor}
             assert after.status == before.status
             assert await vcpus(guest) == threads
             written = [event for event in control_plane.audit_events(since) if event.is_write and event.name == "vm"]
             assert written == []
 
-            await user.change("vm", vcpus=5, monitor={"unix": {"path": "vm.sock"}, "connection": "Persistent"})
+            assert await held(guest)
+            await user.change("vm", vcpus=5, monitor={"unix": {"path": "vm.sock"}, "connection": "OnDemand"})
             await user.wait_ready("vm")
             assert await count(guest.control) == 5
             # A watch that began with the old definition may have told the set without its new field: then the next list
             # puts that right.
-            await until(lambda: held(guest), 60, lambda: f"the monitor to be kept; the operator said {operator.text()}")
+            await until(lambda: free(guest), 60, lambda: f"the monitor to be free; the operator said {operator.text()}")
             # Nor does the watch owe what it has told in its own way: it would never tell it again.
             await until(lambda: owes_nothing(operator), 60, lambda: f"no set to be missing; {operator.metrics()}")
             operator.require_running()
@@ -64,8 +65,8 @@ async def test_a_new_definition_leaves_sets_and_machines_as_they_are_and_its_fie
 
 async def keeps_new_fields(user: User) -> bool:
     """Whether a field that the first version did not have is kept."""
-    seen = await user.change("early", monitor={"connection": "Persistent"})
-    return bool(seen.body["spec"]["monitor"].get("connection") == "Persistent")
+    seen = await user.change("early", monitor={"connection": "OnDemand"})
+    return bool(seen.body["spec"]["monitor"].get("connection") == "OnDemand")
 
 
 def owes_nothing(operator: OperatorProcess) -> bool:
@@ -89,3 +90,8 @@ async def held(guest: Guest) -> bool:
     finally:
         writer.close()
     return False
+
+
+async def free(guest: Guest) -> bool:
+    """Whether nobody keeps it."""
+    return not await held(guest)

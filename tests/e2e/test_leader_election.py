@@ -330,7 +330,7 @@ async def test_a_leader_that_was_stopped_longer_than_its_lease_sends_no_command_
     """It is stopped after the first of four plugs; another one leads when it goes on, and does the other three."""
     first = await replicas.start("first", SHORT, resync_seconds=3600)
     second = await replicas.start("second", SHORT, resync_seconds=3600)
-    await user.create("vm", 2, "vm.sock", connection="Persistent")
+    await user.create("vm", 2, "vm.sock")
     await user.wait_ready("vm")
     held = machine.faults["device_add"] = Held(times=1)
     await user.change("vm", vcpus=6)

@@ -139,7 +139,7 @@ def about(seen: Seen) -> list[tuple[int, int]]:
 async def test_a_set_goes_from_owner_to_owner_and_back(owners: Owners, user: User, machine: FaultyMonitor) -> None:
     """It holds its monitor all the time, which serves one client at a time: so each owner has to let go of it."""
     agent, controller, other = await owners.agent("n1"), await owners.controller(), await owners.agent("n2")
-    await user.create("vm", 4, "vm.sock", connection="Persistent", nodeName="n1")
+    await user.create("vm", 4, "vm.sock", nodeName="n1")
     await user.wait_ready("vm")
     route = [(controller, 6), (agent, 3), (other, 5), (controller, 2)]
     before = agent
@@ -267,7 +267,7 @@ async def test_a_request_that_qemu_holds_for_its_guest_moves_along(owners: Owner
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest, raw(guest.control) as hand:
         acpi = Acpi(hand)
         await acpi.leave_legacy()
-        await user.create("vm", 3, "vm.sock", nodeName="n1", connection="Persistent", unplug=LONG)
+        await user.create("vm", 3, "vm.sock", nodeName="n1", unplug=LONG)
         await user.wait_ready("vm")
         await acpi.insert(2)
         await user.change("vm", vcpus=2)
@@ -289,7 +289,7 @@ async def test_a_set_that_moves_to_where_nobody_is_stays_as_it_was_and_its_monit
     owners: Owners, user: User, machine: FaultyMonitor
 ) -> None:
     agent = await owners.agent("n1")
-    created = await user.create("vm", 4, "vm.sock", nodeName="n1", connection="Persistent")
+    created = await user.create("vm", 4, "vm.sock", nodeName="n1")
     await user.wait_ready("vm")
     # The older one keeps the monitor, and the API server counts ages in whole seconds.
     second = created.body["metadata"]["creationTimestamp"]

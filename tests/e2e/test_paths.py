@@ -200,7 +200,7 @@ async def test_links_that_change_while_they_are_followed_lead_nowhere_else(
     (folder / "link").symlink_to(victim.path.parent)
     async with FaultyMonitor(folder / "mine" / "vm.sock") as own:
         (folder / "mine").rename(folder / "run")
-        await user.create("vm", 2, "run/vm.sock")
+        await user.create("vm", 2, "run/vm.sock", connection="OnDemand")
         await user.wait_reason("vm", "Converged")
         with _exchanging(folder) as exchanged:
             for _ in range(60):

@@ -1,4 +1,4 @@
-"""Persistent connections: what others do to a machine is seen at once, and the monitor is given up when it must be.
+"""The default, a kept monitor: what others do to a machine is undone at once, and the monitor is given up in time.
 
 The operator here looks at nothing without an occasion, so that whatever it puts right it has been told of by an event
 of QEMU, by the loss of the connection, or by a socket that appeared.
@@ -43,7 +43,7 @@ async def test_a_cpu_that_someone_else_unplugs_is_plugged_again(
         saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest,
         raw(guest.control) as client,
     ):
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
         await guest.wait_online(4)
         for _ in range(3):
@@ -59,7 +59,7 @@ async def test_a_cpu_that_someone_else_plugs_is_taken_away(folder: Path, operato
         saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest,
         raw(guest.control) as client,
     ):
-        await user.create("vm", 3, "vm.sock", connection="Persistent")
+        await user.create("vm", 3, "vm.sock")
         await user.wait_ready("vm")
         for number in range(3):
             await guest.wait_online(3)
@@ -81,7 +81,7 @@ async def test_a_machine_that_someone_else_changes_again_and_again_is_reported_a
     ):
         acpi = Acpi(client)
         await acpi.leave_legacy()
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
 
         async def take() -> int:
@@ -107,7 +107,7 @@ async def test_a_machine_that_is_reset_is_ready_again_with_all_its_cpus_in_the_g
         saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest,
         raw(guest.control) as client,
     ):
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
         await guest.wait_online(4)
         boots = _boots(guest)
@@ -132,7 +132,7 @@ async def test_what_someone_else_does_to_a_stopped_machine_is_put_right_when_it_
         saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest,
         raw(guest.control) as client,
     ):
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
         await guest.wait_online(4)
         await client.call("stop")
@@ -154,7 +154,7 @@ async def test_the_death_of_a_machine_is_reported_and_its_successor_brought_to_t
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest:
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
         guest.kill()
         await shows(user, "vm", "MonitorUnreachable", RECONCILING, "check that QEMU is running", vcpus=4)
@@ -171,7 +171,7 @@ async def test_the_death_of_a_machine_is_reported_and_its_successor_brought_to_t
 
 async def test_a_connection_that_breaks_is_made_anew(folder: Path, operator: OperatorProcess, user: User) -> None:
     async with FaultyMonitor(folder / "vm.sock", cpus=4) as monitor:
-        await user.create("vm", 4, "vm.sock", connection="Persistent")
+        await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")
         for broken in (1, 2, 3):
             monitor.cut()
@@ -183,7 +183,7 @@ async def test_a_connection_that_breaks_is_made_anew(folder: Path, operator: Ope
 
 async def test_one_session_serves_all_passes(folder: Path, operator: OperatorProcess, user: User) -> None:
     async with FaultyMonitor(folder / "vm.sock", cpus=2) as monitor:
-        await user.create("vm", 2, "vm.sock", connection="Persistent")
+        await user.create("vm", 2, "vm.sock")
         await user.wait_ready("vm")
         for vcpus in (3, 5, 2):
             await user.change("vm", vcpus=vcpus)
@@ -259,7 +259,7 @@ async def test_an_idle_on_demand_set_whose_machine_is_started_again_is_back_at_i
 ) -> None:
     """Nobody is told of the death; it is the new socket that the operator notices."""
     async with saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest:
-        await user.create("vm", 4, "vm.sock")
+        await user.create("vm", 4, "vm.sock", connection="OnDemand")
         await user.wait_ready("vm")
         for _ in range(2):
             await guest.restart()
@@ -275,7 +275,7 @@ async def test_an_idle_on_demand_set_whose_machine_ends_or_whose_folder_goes_say
     (folder / "run").mkdir()
     for path in ("vm.sock", "run/vm.sock"):
         async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / path]) as guest, raw(guest.control) as client:
-            await user.create("vm", 2, path)
+            await user.create("vm", 2, path, connection="OnDemand")
             await shows(user, "vm", "Converged", READY, vcpus=2)
             if path == "vm.sock":
                 await client.call("quit")
@@ -286,10 +286,10 @@ async def test_an_idle_on_demand_set_whose_machine_ends_or_whose_folder_goes_say
 
 
 async def _create_later(user: User, elder: Seen) -> None:
-    """A set `vm` with a Persistent connection that counts as younger: within one second the uid would decide."""
+    """A set `vm` that counts as younger: within one second the uid would decide."""
 
     async def younger() -> bool:
-        seen = await user.create("vm", 3, "vm.sock", connection="Persistent")
+        seen = await user.create("vm", 3, "vm.sock")
         if _seniority(seen) > _seniority(elder):
             return True
         await user.delete("vm")

@@ -141,7 +141,7 @@ async def test_a_machine_that_hangs_is_busy_until_it_goes_on(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with Guest(None, smp="2,maxcpus=8", monitor_paths=[folder / "vm.sock"]) as guest:
-        await user.create("vm", 2, "vm.sock")
+        await user.create("vm", 2, "vm.sock", connection="OnDemand")
         await shows(user, "vm", "Converged", READY, vcpus=2)
         guest.freeze()
         try:

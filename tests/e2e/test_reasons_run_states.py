@@ -120,7 +120,7 @@ async def test_a_machine_that_hangs_while_its_guest_is_asked_has_timed_out_and_i
         acpi = Acpi(client)
         await acpi.leave_legacy()
         unplug = {"timeoutSeconds": 3600, "retrySeconds": 3600}
-        await user.create("vm", 1, "vm.sock", connection="Persistent", unplug=unplug)
+        await user.create("vm", 1, "vm.sock", unplug=unplug)
 
         async def asked() -> bool:
             return (await acpi.flags(1)).removing

@@ -240,7 +240,8 @@ async def test_silence_stalls_after_the_timeout_and_a_late_answer_is_still_taken
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with played(folder, "2,maxcpus=64") as machine:
-        await user.create("vm", 1, "vm.sock", unplug={"timeoutSeconds": 1, "retrySeconds": 3600})
+        unplug = {"timeoutSeconds": 1, "retrySeconds": 3600}
+        await user.create("vm", 1, "vm.sock", connection="OnDemand", unplug=unplug)
         await machine.asked(1)
         seen = await shows(
             user,

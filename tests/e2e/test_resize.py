@@ -58,11 +58,11 @@ async def test_the_status_only_ever_shows_counts_that_were_observed(
         assert seen.status["machine"]["maxVCPUs"] == 64
 
 
-async def test_a_cpu_that_someone_else_plugs_or_unplugs_is_undone_when_the_spec_changes(
+async def test_what_someone_else_does_behind_the_back_of_an_on_demand_set_is_undone_when_the_spec_changes(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     async with saved_guest(smp="2,maxcpus=64", monitor_paths=[folder / "vm.sock"]) as guest:
-        await user.create("vm", 3, "vm.sock")
+        await user.create("vm", 3, "vm.sock", connection="OnDemand")
         await user.wait_ready("vm")
         await guest.wait_online(3)
 

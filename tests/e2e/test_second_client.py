@@ -1,4 +1,4 @@
-"""Another client of the same monitor gets its turn, for as long as it likes, and so does the operator after it.
+"""Another client of an OnDemand set's monitor gets its turn, as long as it likes, and so does the operator after it.
 
 A monitor serves one client at a time and lets the others wait in a queue that holds very few. Machines without a guest
 are used here, so that unplug requests stay unanswered for as long as a test wants.
@@ -46,7 +46,7 @@ async def _silent(folder: Path, user: User) -> AsyncIterator[tuple[Raw, Acpi]]:
     ):
         acpi = Acpi(client)
         await acpi.leave_legacy()
-        await user.create("vm", 2, "vm.sock", unplug=PATIENT)
+        await user.create("vm", 2, "vm.sock", connection="OnDemand", unplug=PATIENT)
         await shows(user, "vm", "UnplugPending", RECONCILING, "slots 2-3", vcpus=4)
         yield client, acpi
 
@@ -117,7 +117,7 @@ async def test_two_clients_that_come_again_and_again_and_the_operator_do_not_sta
         _coming_again(folder / "vm.sock") as one,
         _coming_again(folder / "vm.sock") as two,
     ):
-        await user.create("vm", 3, "vm.sock")
+        await user.create("vm", 3, "vm.sock", connection="OnDemand")
         for vcpus in (3, 5):
             await user.change("vm", vcpus=vcpus)
             await shows(user, "vm", "Converged", READY, vcpus=vcpus)

@@ -99,7 +99,7 @@ class Web:
         await self.guest.restart()
 
     async def declare(self, connection: Connection = "OnDemand", vcpus: int = 2, **tls: str) -> None:
-        """Create the set."""
+        """Create the set: by default one that connects for each observation, so with the certificates of the moment."""
         host, port = self.guest.tcp_address
         monitor = {"host": host, "port": port, "tls": {"secretName": SECRET, **tls}}
         await self.user.create("web", vcpus, monitor, connection=connection)

@@ -39,7 +39,6 @@ CRDS = Path(__file__).resolve().parents[2] / "crds"
 BOOT, SLOTS = 2, 8
 KEPT_SLOTS = 64
 """Under software emulation QEMU ends once boot CPUs and all plugs ever made exceed maxcpus: room to play with."""
-RESYNC_SECONDS = 5
 STEP_SECONDS = 60.0
 
 
@@ -280,10 +279,10 @@ async def demo(report_to: int | None) -> None:
         screen.line("booting a Linux guest in QEMU (software emulation) …")
         await guest.ready()
         screen.line(f"the guest is running: {BOOT} of {slots} vCPUs, kernel {(await guest.shell('uname -r')).strip()}")
-        flags = (f"--namespace={namespace}", f"--resync-seconds={RESYNC_SECONDS}")
-        operator = OperatorProcess(cluster, *flags, socket_root=root)
+        flag = f"--namespace={namespace}"
+        operator = OperatorProcess(cluster, flag, socket_root=root)
         await stack.enter_async_context(operator)
-        screen.line(f"the operator is running: vcpuset run --socket-root={root} {' '.join(flags)}")
+        screen.line(f"the operator is running: vcpuset run --socket-root={root} {flag}")
 
         played = Demo(screen, cluster, guest)
         try:
@@ -311,15 +310,12 @@ def _show(steps: list[Step]) -> None:
             f"  {step.what:<14}{step.declared:>9}{step.qemu:>6}{step.guest:>7}{step.ready:>7}{step.seconds:>9.2f}",
             flush=True,
         )
-    print(
-        f"  (seconds until Ready and online in the guest; the resync, here every {RESYNC_SECONDS} s, detects the "
-        "drift)",
-        flush=True,
-    )
+    print("  (seconds until Ready and online in the guest)", flush=True)
 
 
 def _say_how_to_play(cluster: Cluster, guest: Guest, operator: OperatorProcess) -> None:
     kubectl = f"{shlex.quote(str(cluster.kubectl))} -n {cluster.namespace}"
+    vcpuset = shlex.quote(str(Path(sys.executable).with_name("vcpuset")))
     print(
         f"""
 Everything is still running. Try:
@@ -329,6 +325,7 @@ Everything is still running. Try:
   {kubectl} describe vcpuset vm
   tail -f {shlex.quote(str(operator.log))}
   tail -f {shlex.quote(str(guest.directory / "console"))}     # the guest's online CPUs
+  {vcpuset} inspect {shlex.quote(str(guest.control))}     # the machine's second monitor
 To stop everything and clean up:
   kill {os.getpid()}
 """,

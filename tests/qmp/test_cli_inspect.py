@@ -195,7 +195,7 @@ async def test_a_monitor_that_another_client_holds_is_an_error_with_its_remedy(q
         result = await vcpuset("inspect", q35.monitors[0], "--timeout", "2", status=1)
     assert result.stdout == ""
     assert "another client holds this monitor" in result.stderr
-    assert "a dedicated monitor" in result.stderr
+    assert "add a second monitor to QEMU (-qmp) and inspect that one" in result.stderr
 
 
 async def test_a_monitor_that_hangs_is_an_error_that_names_the_deadline(namespace_folder: Path) -> None:

@@ -240,11 +240,15 @@ async def test_a_monitor_that_cannot_be_looked_at_ends_with_1_and_says_what_help
 async def test_a_busy_and_a_hanging_monitor_are_told_apart(namespace_folder: Path) -> None:
     root = namespace_folder.parent
     async with FaultyMonitor(namespace_folder / "qmp0", faults={GREETING: Hang()}) as monitor:
-        spec = "monitor: {unix: {path: qmp0}, connection: Persistent}"
-        text = manifest(2).replace("monitor: {unix: {path: qmp0}}", spec)
-        busy = await planned(root, text, "--timeout", "2", status=1)
-        assert in_the_way(busy) == ["MonitorBusy"]
-        assert "vcpuset plan --monitor" in busy["blockers"][0]["remedy"]
+        for connection in ("Persistent", "OnDemand"):
+            spec = f"monitor: {{unix: {{path: qmp0}}, connection: {connection}}}"
+            text = manifest(2).replace("monitor: {unix: {path: qmp0}}", spec)
+            busy = await planned(root, text, "--timeout", "2", status=1)
+            assert in_the_way(busy) == ["MonitorBusy"]
+            kept = connection == "Persistent"
+            assert ("vcpuset plan --monitor" in busy["blockers"][0]["remedy"]) is kept
+        another = await planned(root, manifest(2), "--monitor", str(monitor.path), "--timeout", "2", status=1)
+        assert "vcpuset plan --monitor" not in another["blockers"][0]["remedy"]
         monitor.faults = {"query-status": Hang()}
         assert in_the_way(await planned(root, manifest(2), "--timeout", "2", status=1)) == ["MonitorTimeout"]
 

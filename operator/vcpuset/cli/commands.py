@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
 import click
 
 from vcpuset.cli.observation import TIMEOUT_SECONDS, monitor_address, read_credentials
 from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.assessment import sentence
-from vcpuset.domain.errors import VCPUSetError
+from vcpuset.domain.errors import MonitorBusy, VCPUSetError
 from vcpuset.qmp.tcp import TCPEndpoint
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vcpuset.cli.render import Output
 
 __all__ = ["inspect", "plan"]
+
+_KEPT: Final = (
+    "By default, the operator keeps the monitor of a VCPUSet: add a second monitor to QEMU (-qmp) and inspect that one."
+)
 
 
 class _Monitor(click.ParamType[Path | TCPEndpoint]):
@@ -104,8 +108,9 @@ def inspect(
     names an existing file is a path. Write ./NAME for a file that does not exist yet. QEMU's syntax also works:
     unix:PATH and tcp:HOST:PORT, with or without ,server=on,wait=off.
 
-    A monitor serves one client at a time. The operator waits while this command uses the monitor (some
-    milliseconds), and this command waits while another client uses it.
+    A monitor serves one client at a time, and the operator keeps the monitor of a VCPUSet unless its
+    spec.monitor.connection is OnDemand: use a second monitor of the machine. This command waits while another client
+    uses the monitor.
 
     The exit status is 0 if the machine was observed, even if its guest agent did not answer, and 1 otherwise.
     """
@@ -126,6 +131,8 @@ def inspect(
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
         looking = inspection.inspect(monitor, guest_agent, vcpuset, timeout, credentials, tls_server_name)
         found = asyncio.run(looking)
+    except MonitorBusy as error:
+        raise click.ClickException(f"{sentence(str(error))} {_KEPT}") from error
     except VCPUSetError as error:
         raise click.ClickException(sentence(str(error))) from error
     show(output, inspection.document(found), inspection.page(found))

@@ -49,8 +49,8 @@ _NO_CREDENTIALS: Final = (
 )
 
 _PERSISTENT: Final = (
-    "spec.monitor.connection is Persistent, so the operator may hold the monitor. Add a second monitor to QEMU (-qmp) "
-    "and use it with vcpuset plan --monitor."
+    "spec.monitor.connection is Persistent, the default, so the operator may hold the monitor. Add a second monitor to "
+    "QEMU (-qmp) and use it with vcpuset plan --monitor."
 )
 
 
@@ -201,7 +201,11 @@ def _unseen(vcpuset: VCPUSet, assessment: Assessment, sources: Sources) -> Itera
     if isinstance(vcpuset.spec.monitor, UnixMonitor) and sources.socket_root is None and sources.monitor is None:
         message = f"The location of {_monitor(vcpuset)} is unknown without the operator's --socket-root."
         yield Blocker(assessment.reason, message, _NO_ROOT)
-    elif assessment.reason is Reason.MONITOR_BUSY and vcpuset.spec.connection is Connection.PERSISTENT:
+    elif (
+        assessment.reason is Reason.MONITOR_BUSY
+        and vcpuset.spec.connection is Connection.PERSISTENT
+        and sources.monitor is None
+    ):
         yield Blocker(assessment.reason, assessment.message, _PERSISTENT)
     else:
         yield blocker_of(assessment)

@@ -132,7 +132,7 @@ class Spec:
 
     vcpus: int
     monitor: Monitor
-    connection: Connection = Connection.ON_DEMAND
+    connection: Connection = Connection.PERSISTENT
     guest_agent: GuestAgent | None = None
     unplug: Unplug = Unplug()
     suspend: bool = False

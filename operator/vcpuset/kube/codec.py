@@ -97,7 +97,7 @@ class _TCP(msgspec.Struct):
 class _Monitor(msgspec.Struct):
     unix: _Unix | None = None
     tcp: _TCP | None = None
-    connection: Connection = Connection.ON_DEMAND
+    connection: Connection = Connection.PERSISTENT
 
 
 class _GuestAgent(msgspec.Struct, rename="camel"):

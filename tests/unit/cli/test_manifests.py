@@ -46,7 +46,7 @@ items:
     uid: 6f2c1b58-0000-4000-8000-000000000000
   spec:
     guestAgent: {bringOnline: false, unix: {path: web/agent.sock}}
-    monitor: {connection: OnDemand, unix: {path: web/qmp.sock}}
+    monitor: {connection: Persistent, unix: {path: web/qmp.sock}}
     nodeName: node-1
     unplug: {bootVCPUs: Unplug, policy: Enabled, retrySeconds: 300, timeoutSeconds: 60}
     vcpus: 3

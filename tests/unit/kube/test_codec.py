@@ -188,7 +188,7 @@ def test_an_object_is_read_with_defaults_for_what_it_leaves_out() -> None:
 def test_every_field_of_the_spec_is_read() -> None:
     vcpuset = decode(
         body(
-            monitor={"tcp": {"host": "vm.example", "port": 4444, "insecure": True}, "connection": "Persistent"},
+            monitor={"tcp": {"host": "vm.example", "port": 4444, "insecure": True}, "connection": "OnDemand"},
             guestAgent={"unix": {"path": "web/ga.sock"}, "bringOnline": True},
             unplug={"policy": "Disabled", "bootVCPUs": "Keep", "timeoutSeconds": 7, "retrySeconds": 9},
             suspend=True,
@@ -196,7 +196,7 @@ def test_every_field_of_the_spec_is_read() -> None:
     )
     unplug = Unplug(UnplugPolicy.DISABLED, BootVCPUs.KEEP, timeout_seconds=7, retry_seconds=9)
     monitor, agent = TCPMonitor("vm.example", 4444), GuestAgent("web/ga.sock", bring_online=True)
-    assert vcpuset.spec == Spec(4, monitor, Connection.PERSISTENT, agent, unplug, suspend=True)
+    assert vcpuset.spec == Spec(4, monitor, Connection.ON_DEMAND, agent, unplug, suspend=True)
 
 
 def test_a_monitor_on_tls_is_read_with_and_without_a_server_name() -> None:

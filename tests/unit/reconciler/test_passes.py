@@ -10,7 +10,7 @@ import pytest
 
 from unit.reconciler.laws import LawfulWorld
 from unit.reconciler.model import AgentMode, Guest, Qemu
-from unit.reconciler.world import RESYNC_SECONDS, World
+from unit.reconciler.world import ON_DEMAND, RESYNC_SECONDS, World
 from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.requests import FIRST_PAUSE
@@ -35,7 +35,7 @@ def test_a_set_that_is_right_from_the_start_costs_one_write(world: LawfulWorld, 
     assert world.true_conditions() == ["Ready"]
     assert (status.vcpus, status.min_vcpus, status.max_vcpus) == (2, 1, 8)
     assert status.selector == "vcpuset.dev/name=web"
-    assert world.sessions_held == 0
+    assert world.sessions_held == 1
 
 
 def test_the_first_resyncs_of_many_sets_are_spread(empty_world: World) -> None:
@@ -59,7 +59,7 @@ def test_a_steady_state_costs_no_write_and_an_observation_a_minute(world: Lawful
 def test_a_status_write_that_the_watch_brings_before_its_answer_causes_no_pass(world: LawfulWorld) -> None:
     before = world.passes
     world.api.brings_at_once = True
-    world.apply("web", vcpus=6)
+    world.apply("web", unplug={"timeoutSeconds": 40})
     world.run_due()
 
     assert _writes(world)[1:] == ["Converged"]
@@ -68,15 +68,14 @@ def test_a_status_write_that_the_watch_brings_before_its_answer_causes_no_pass(w
 
 def test_a_field_that_only_the_answer_to_a_status_write_shows_is_obeyed(world: LawfulWorld) -> None:
     """The watch began before the definition was upgraded, and leaves out what is new."""
-    monitor = {"unix": {"path": "a.sock"}, "connection": "Persistent"}
-    world.apply("web", deliver=False, vcpus=3, monitor=monitor)
+    world.apply("web", deliver=False, vcpus=3, monitor=ON_DEMAND)
     told = world.vcpuset()
-    world.cache.put(replace(told, spec=replace(told.spec, connection=Connection.ON_DEMAND)))
+    world.cache.put(replace(told, spec=replace(told.spec, connection=Connection.PERSISTENT)))
     world.controller.changed(told.uid)
     world.run_due()
 
     assert world.true_conditions() == ["Ready"]
-    assert world.sessions_held == 1
+    assert world.sessions_held == 0
 
 
 def test_a_status_that_somebody_else_changes_is_put_right_at_once(world: LawfulWorld) -> None:
@@ -120,11 +119,13 @@ def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: Lawful
     assert _writes(world)[1:] == ["Converged"]
     assert world.recorder.events[told:] == [("Normal", "Converged")]
     assert qemu.cpus[5][0] == "/machine/peripheral/vcpu5"
-    assert world.sessions_held == 0
 
 
-def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(world: LawfulWorld, qemu: Qemu) -> None:
-    world.apply("web", vcpus=8)
+@pytest.mark.parametrize(("connection", "held"), [("Persistent", 1), ("OnDemand", 0)])
+def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(
+    world: LawfulWorld, qemu: Qemu, connection: str, held: int
+) -> None:
+    world.apply("web", vcpus=8, monitor={**ON_DEMAND, "connection": connection})
     world.run_due()
     qemu.guest = Guest.SLOW
     world.apply("web", vcpus=3)
@@ -138,7 +139,7 @@ def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(world:
     assert sorted(qemu.cpus) == [0, 1, 2]
     assert _writes(world)[2:] == ["Unplugging", "Converged"]
     assert world.status().pending_unplugs == ()
-    assert world.sessions_held == 0
+    assert world.sessions_held == held
 
 
 def test_down_to_one_gives_boot_cpus_back(world: LawfulWorld, qemu: Qemu) -> None:
@@ -149,11 +150,16 @@ def test_down_to_one_gives_boot_cpus_back(world: LawfulWorld, qemu: Qemu) -> Non
     assert world.true_conditions() == ["Ready"]
 
 
-def test_drift_is_undone_at_the_next_resync(world: LawfulWorld, qemu: Qemu) -> None:
+@pytest.mark.parametrize(("connection", "seconds"), [("Persistent", 0), ("OnDemand", 67)])
+def test_drift_is_undone_at_its_event_or_at_the_next_resync(
+    world: LawfulWorld, qemu: Qemu, connection: str, seconds: int
+) -> None:
+    world.apply("web", monitor={**ON_DEMAND, "connection": connection})
+    world.run_due()
     qemu.come_by_another_hand(5, "somebody-elses")
     assert qemu.vcpus == 3
 
-    world.advance(67)
+    world.advance(seconds)
 
     assert sorted(qemu.cpus) == [0, 1]
 
@@ -222,17 +228,20 @@ def test_a_guest_that_refuses_all_is_asked_again_until_it_gives_in(world: Lawful
     assert qemu.vcpus == 1
 
 
-def test_a_silent_guest_times_out_and_a_late_answer_is_taken(world: LawfulWorld, qemu: Qemu) -> None:
+@pytest.mark.parametrize(("connection", "held", "seconds"), [("Persistent", 1, 0), ("OnDemand", 0, 67)])
+def test_a_silent_guest_times_out_and_a_late_answer_is_taken(
+    world: LawfulWorld, qemu: Qemu, connection: str, held: int, seconds: int
+) -> None:
     qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=1)
+    world.apply("web", vcpus=1, monitor={**ON_DEMAND, "connection": connection})
     world.advance(10)
     assert world.reason() == "UnplugPending"
     world.advance(60)
     assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
-    assert world.sessions_held == 0
+    assert world.sessions_held == held
 
     qemu.guest_works()
-    world.advance(67)
+    world.advance(seconds)
 
     assert world.true_conditions() == ["Ready"]
 
@@ -323,7 +332,7 @@ def test_a_guest_that_says_it_is_at_work_is_left_to_it_until_retry_seconds_are_o
 def test_a_reset_makes_requests_due_at_once_and_the_pauses_short_again_and_is_reported(
     world: LawfulWorld, qemu: Qemu
 ) -> None:
-    world.apply("web", vcpus=1, monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"}, deliver=False)
+    world.apply("web", vcpus=1, deliver=False)
     qemu.guest = Guest.ASLEEP
     world.deliver()
     world.advance(90)
@@ -339,7 +348,7 @@ def test_a_reset_makes_requests_due_at_once_and_the_pauses_short_again_and_is_re
 def test_a_machine_that_resets_again_and_again_costs_a_write_for_each_request_and_none_for_a_reset(
     world: LawfulWorld, qemu: Qemu
 ) -> None:
-    world.apply("web", vcpus=1, monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"}, deliver=False)
+    world.apply("web", vcpus=1, deliver=False)
     qemu.guest = Guest.ASLEEP
     world.deliver()
     world.advance(90)
@@ -361,7 +370,6 @@ def test_a_machine_that_resets_again_and_again_costs_a_write_for_each_request_an
 def test_resets_one_after_the_other_do_not_make_requests_follow_faster_than_the_first_pause(
     world: LawfulWorld, qemu: Qemu
 ) -> None:
-    world.apply("web", monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"})
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
     world.run_due()
@@ -508,8 +516,8 @@ def test_a_request_that_qemu_did_not_take_is_not_on_the_book(world: LawfulWorld,
     def migrate() -> None:
         qemu.migrating = True
 
-    # session, look (2), write (2): the next point is that of the first request.
-    world.interrupt(5, migrate)
+    # look (2), write (2): the next point is that of the first request.
+    world.interrupt(4, migrate)
     world.run_due()
     assert (world.reason(), world.status().pending_unplugs) == ("MachineBusy", ())
 
@@ -585,7 +593,7 @@ def test_a_clock_that_is_set_back_an_hour_delays_a_retry_by_one_interval_only(wo
 
 def test_a_monitor_that_cannot_be_reached_keeps_the_last_counts(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.reachable = False
-    world.wake()
+    qemu.disconnect()
     world.run_due()
 
     assert (world.reason(), world.true_conditions()) == ("MonitorUnreachable", ["Reconciling"])
@@ -602,7 +610,7 @@ def test_a_monitor_that_cannot_be_reached_keeps_the_last_counts(world: LawfulWor
 def test_a_command_without_an_answer_may_have_run_and_is_not_repeated(world: LawfulWorld, qemu: Qemu) -> None:
     """The reply to the second of two plugs is lost: the look that follows finds both."""
     world.apply("web", vcpus=4)
-    world.interrupt(8, "fails")
+    world.interrupt(7, "fails")
     world.run_due()
     world.advance(5)
 
@@ -618,7 +626,7 @@ def test_of_requests_that_were_recorded_the_one_without_a_reply_waits_and_the_un
     world.run_due()
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=2)
-    world.interrupt(6, "fails")
+    world.interrupt(5, "fails")
     world.run_due()
 
     assert qemu.latched == {3}
@@ -636,7 +644,7 @@ def test_a_record_whose_write_got_no_answer_is_no_request(world: LawfulWorld, qe
     world.run_due()
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=2)
-    world.interrupt(4, "fails")
+    world.interrupt(3, "fails")
     world.run_due()
     assert (qemu.latched, _slots_pending(world)) == (set(), [2, 3])
     started = world.status().unplug_started_at
@@ -659,8 +667,8 @@ def test_a_repetition_whose_record_got_no_answer_is_made_as_soon_as_the_record_i
     world.run_due()
     world.advance(3.9)
     qemu.latched.clear()
-    # After session, look (2) and write (1): its answer.
-    world.interrupt(4, "fails")
+    # After look (2) and write (1): its answer.
+    world.interrupt(3, "fails")
     world.advance(0.2)
     assert (qemu.latched, world.status().pending_unplugs[0].attempts) == (set(), 2)
     assert world.status().unplug_started_at is not None
@@ -677,7 +685,7 @@ def test_requests_that_were_not_sent_are_off_the_record_once_nothing_is_too_many
     world.apply("web", vcpus=4)
     world.run_due()
     world.apply("web", vcpus=2)
-    world.interrupt(4, "fails")
+    world.interrupt(3, "fails")
     world.run_due()
     assert _slots_pending(world) == [2, 3]
 
@@ -692,15 +700,14 @@ def test_requests_end_when_the_set_goes_or_declares_something_else(world: Lawful
     world.apply("web", vcpus=8)
     world.run_due()
     qemu.guest = Guest.ASLEEP
-    # session, look (2), write (2), first request (1): when its reply comes.
-    world.interrupt(6, lambda: world.apply("web", vcpus=8))
+    # look (2), write (2), first request (1): when its reply comes.
+    world.interrupt(5, lambda: world.apply("web", vcpus=8))
     world.apply("web", vcpus=2)
     world.advance(1)
 
     assert (qemu.latched, _slots_pending(world)) == ({7}, [7])
     assert world.true_conditions() == ["Ready"]
 
-    # The session is still open.
     world.interrupt(5, lambda: world.delete("web"))
     world.apply("web", vcpus=2)
     world.advance(1)
@@ -710,7 +717,7 @@ def test_requests_end_when_the_set_goes_or_declares_something_else(world: Lawful
 def test_a_conflict_ends_the_pass_before_anybody_is_asked(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
-    world.interrupt(3, lambda: world.apply("web", vcpus=2, deliver=False))
+    world.interrupt(2, lambda: world.apply("web", vcpus=2, deliver=False))
     world.run_due()
     assert qemu.latched == set()
 
@@ -724,7 +731,7 @@ def test_a_conflict_ends_the_pass_before_anybody_is_asked(world: LawfulWorld, qe
 def test_without_the_api_server_nobody_is_asked(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
-    world.interrupt(3, "fails")
+    world.interrupt(2, "fails")
     world.run_due()
     assert qemu.latched == set()
 
@@ -741,7 +748,7 @@ def test_an_overloaded_api_server_and_the_machine_are_left_alone_for_as_long_as_
         raise APIError("HTTP 429: too many requests", retry_after=12)
 
     monkeypatch.setattr(world.api, "_request", request)
-    world.apply("web", vcpus=1)
+    world.apply("web", vcpus=1, monitor=ON_DEMAND)
     world.run_due()
     monkeypatch.setattr(world.api, "_request", working)
     looks = qemu.looks
@@ -779,12 +786,12 @@ def test_a_deleted_set_leaves_the_machine_as_it_is(world: LawfulWorld, qemu: Qem
 
 
 def test_a_plug_under_way_ends_when_the_set_goes_or_declares_something_else(world: LawfulWorld, qemu: Qemu) -> None:
-    world.interrupt(6, lambda: world.apply("web", vcpus=5))
+    world.interrupt(5, lambda: world.apply("web", vcpus=5))
     world.apply("web", vcpus=8)
     world.run_due()
     assert (qemu.vcpus, world.true_conditions()) == (5, ["Ready"])
 
-    world.interrupt(6, lambda: world.delete("web"))
+    world.interrupt(5, lambda: world.delete("web"))
     world.apply("web", vcpus=8)
     world.run_due()
     assert qemu.vcpus < 8

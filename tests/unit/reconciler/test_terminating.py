@@ -15,7 +15,7 @@ def world(empty_world: World, qemu: Qemu) -> World:
     """A deleted set that had brought its machine from 2 to 4, and kept its monitor."""
     world = empty_world
     world.machines["a.sock"] = qemu
-    world.apply("web", vcpus=4, monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"})
+    world.apply("web", vcpus=4)
     world.run_due()
     assert world.sessions_held == 1
     world.delete("web", held=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from unit.reconciler.model import AgentMode, Guest, Qemu
-from unit.reconciler.world import World
+from unit.reconciler.world import ON_DEMAND, World
 
 __all__: list[str] = []
 
@@ -55,10 +55,10 @@ def test_it_converges_once_the_field_is_corrected(empty_world: World, qemu: Qemu
 def test_it_lets_go_of_its_monitor_at_once_and_yields_when_it_comes_back(empty_world: World, qemu: Qemu) -> None:
     world = empty_world
     world.machines["a.sock"] = qemu
-    _ready(world, "elder", vcpus=4, monitor={"unix": {"path": "a.sock"}, "connection": "Persistent"})
+    _ready(world, "elder", vcpus=4)
     assert world.sessions_held == 1
     world.advance(60)
-    world.apply("younger", vcpus=6)
+    world.apply("younger", vcpus=6, monitor=ON_DEMAND)
     world.run_due()
     assert world.reason("younger") == "MonitorConflict"
 

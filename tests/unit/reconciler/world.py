@@ -23,9 +23,12 @@ from vcpuset.qmp.session import SETTLE_SECONDS
 from vcpuset.reporter import Reporter
 from vcpuset.runtime.workers import Done, Result, Retry
 
-__all__ = ["NAMESPACE", "START", "Fault", "OperatorDied", "World"]
+__all__ = ["NAMESPACE", "ON_DEMAND", "START", "Fault", "OperatorDied", "World"]
 
 NAMESPACE = "default"
+
+ON_DEMAND = {"unix": {"path": "a.sock"}, "connection": "OnDemand"}
+"""`spec.monitor` of a set whose monitor is shared; by default it is kept."""
 
 RESYNC_SECONDS = 60.0
 BACKOFF_SECONDS = (0.25, 30.0)
