@@ -5,7 +5,7 @@
     15 s poll           a controller that connects every 15 s, as NeonVM's does, and repairs all at once
 
     unplugged           somebody takes a CPU away: from the moment in which it is gone
-    plugged             somebody plugs a CPU: from the moment in which QEMU has it (the guest needs time to give it back)
+    plugged             somebody plugs a CPU: from the moment in which QEMU has it (a guest takes time to give it back)
     restarted           QEMU is killed and started again, with fewer CPUs: from the moment in which its socket is made
 
 Each time ends when `query-cpus-fast`, read through a monitor of its own, shows the declared count again. Linux guests
@@ -59,7 +59,7 @@ class Way:
 
     interval_seconds  events come at a random moment of it
     machines          how many share the rounds
-    spec              what the VCPUSets declare beside the default; None: there are none, somebody else keeps the machines
+    spec              what the VCPUSets declare beside this; None: there are none, somebody else keeps the machines
     """
 
     name: str
