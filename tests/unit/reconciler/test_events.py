@@ -58,7 +58,7 @@ def test_drift_that_is_undone_posts_one(world: LawfulWorld, qemu: Qemu) -> None:
 
 def test_what_goes_wrong_posts_a_warning_and_its_end_posts_one(world: LawfulWorld, qemu: Qemu) -> None:
     qemu.reachable = False
-    world.wake()
+    qemu.disconnect()
     world.advance(5)
     assert world.recorder.events == [("Warning", "MonitorUnreachable")]
     qemu.reachable = True
