@@ -1,11 +1,17 @@
-"""What the tests of the QMP room share: a socket root with one namespace, and sessions that end with the test."""
+"""What the tests of the package `qmp` share: the event loop, a socket root with one namespace, and sessions.
 
+VCPUSET_TEST_LOOP=asyncio     on the event loop of the commands, in place of that of the operator
+"""
+
+import asyncio
+import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from harness.guest import Guest
 from qmp.sessions import Connect, Wakes
@@ -14,6 +20,13 @@ from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 
 __all__ = ["connect", "namespace_folder", "q35", "wakes"]
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Virtual time there is only on asyncio's own loop."""
+    if os.environ.get("VCPUSET_TEST_LOOP") == "asyncio" or item.get_closest_marker("looptime") is not None:
+        return {"asyncio": asyncio.new_event_loop}
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

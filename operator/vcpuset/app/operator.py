@@ -14,7 +14,6 @@ import gc
 import logging
 import resource
 import signal
-from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 
@@ -46,7 +45,7 @@ from vcpuset.runtime.tasks import TaskOwner
 from vcpuset.runtime.workers import run_workers
 from vcpuset.runtime.workqueue import WorkQueue
 
-__all__ = ["keep_from_collector", "raise_file_limit", "run", "shrink_tls_buffers"]
+__all__ = ["keep_from_collector", "raise_file_limit", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,6 @@ async def run(settings: Settings) -> None:
     failed.
     """
     raise_file_limit()
-    shrink_tls_buffers()
     stop = asyncio.Event()
     # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
     # process of a container a signal without a handler does nothing. (`Source.run` sets the same handlers anew.)
@@ -113,15 +111,6 @@ def keep_from_collector() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-
-
-def shrink_tls_buffers() -> None:
-    """Let asyncio receive into 32 KiB for each TLS connection, in place of 256 KiB that it fills with zeros at once.
-
-    A TLS record has 16 KiB at most. With a connection to the API server for each worker, and one to each TLS monitor
-    that is kept, those buffers would be most of this process' memory.
-    """
-    SSLProtocol.max_size = 32 * 1024
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -363,10 +362,12 @@ def run(
         leader_election=election,
         kubeconfig=kubeconfig,
     )
+    import uvloop  # noqa: PLC0415 - pays where a process serves many machines; no other command uses it
+
     from vcpuset.app import operator  # noqa: PLC0415 - imports kopf, which takes 0.8 s and which no other command uses
 
     try:
-        asyncio.run(operator.run(settings))
+        uvloop.run(operator.run(settings))
     except VCPUSetError as error:
         # Not as click would print it: what the process says last is for the log too, in the log's format.
         logging.getLogger("vcpuset").critical("%s", error)

@@ -168,6 +168,11 @@ class Keys:
         # To asyncio an empty name is a wish to have none checked.
         if _SERVER_NAME.fullmatch(server_name) is None:
             raise _not_a_name(server_name)
+        try:
+            # Before there is a connection: if this fails later, uvloop (0.23) leaves its socket open.
+            self.context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=server_name)
+        except ValueError as error:
+            raise _not_a_name(server_name) from error
         return {
             "ssl": self.context,
             "server_hostname": server_name,
@@ -184,8 +189,6 @@ class Keys:
                 return self._unacceptable(where, server_name, error)
             case ssl.SSLError(reason=str(reason)):
                 return self._disagreement(where, reason)
-            case ValueError() if not agreed:
-                return _not_a_name(server_name)
             case ConnectionError() | EOFError() | ssl.SSLError() if agreed:
                 return ClosedAfterHandshake(self._refusal(where, "closed the connection right after the handshake"))
             case ConnectionError() | EOFError() | ssl.SSLError():
