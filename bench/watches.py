@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
+import uvloop
 from bench.apiload import Connection, Load
 from bench.measure import cpu_seconds, memory, say
 from bench.scale import markdown
@@ -32,7 +33,6 @@ from bench.scale import markdown
 from harness.controlplane import ControlPlane
 from harness.wait import until
 from harness.world import API, manifest
-from vcpuset.app.operator import shrink_tls_buffers
 
 AGENTS: Final = "1,10,100,1000"
 SETS: Final = 1000
@@ -170,8 +170,7 @@ def main() -> None:
     parser.add_argument("--agents", default=AGENTS, help="how many agents, one number after the other")
     parser.add_argument("--sets", type=int, default=SETS, help="how many sets they have together")
     given = parser.parse_args()
-    shrink_tls_buffers()
-    asyncio.run(measure_all([int(each) for each in given.agents.split(",")], given.sets))
+    uvloop.run(measure_all([int(each) for each in given.agents.split(",")], given.sets))
 
 
 if __name__ == "__main__":

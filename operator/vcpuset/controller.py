@@ -105,7 +105,7 @@ class Controller:
                 logger.warning("%s; retrying", error)
             if on_demand:
                 await self._services.monitors.release(uid)
-            return Retry(error, at_least=error.retry_after)
+            return Retry(error, at_least=error.retry_after, at_most=error.longest_pause)
         if on_demand:
             if assessment.policy is not RequeuePolicy.HOLD:
                 await self._services.monitors.release(uid)

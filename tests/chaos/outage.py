@@ -115,7 +115,7 @@ class Outage:
 
     def pauses(self) -> list[float]:
         """The pauses that the log tells of after each failed attempt to watch or to list for it."""
-        line = r" vcpuset\.kube\.pace: (?:watch|GET) \S+/vcpusets: .*; (?:retrying|resuming) in ([0-9.]+) s"
+        line = r" vcpuset\.kube\.transport: (?:watch|GET) \S+/vcpusets: .*; (?:retrying|resuming) in ([0-9.]+) s"
         return [float(found) for found in re.findall(line, self.operator.text())]
 
     def _begun_anew(self) -> int:

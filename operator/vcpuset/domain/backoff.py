@@ -5,6 +5,7 @@ Pure arithmetic: nothing waits here, and randomness can be given.
 
 from __future__ import annotations
 
+import math
 import random as random_module
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,15 +40,15 @@ class ExponentialBackoff:
             )
         _check_fraction(self.jitter)
 
-    def delay(self, failures: int) -> float:
-        """Seconds to wait after this many failures in a row (at least 1)."""
+    def delay(self, failures: int, at_most: float = math.inf) -> float:
+        """Seconds to wait after this many failures in a row (at least 1); `at_most` is another cap."""
         if failures < 1:
             raise ValueError(f"delay after {failures} failures: there is none before the first")
         try:
             seconds = min(self.base_seconds * 2.0 ** (failures - 1), self.cap_seconds)
         except OverflowError:  # a float ends at 2**1024; a key can fail more often than that
             seconds = self.cap_seconds
-        return seconds * (1 - self.jitter * self.random())
+        return min(seconds, at_most) * (1 - self.jitter * self.random())
 
 
 def jittered(seconds: float, fraction: float, random: Random = random_module.random) -> float:

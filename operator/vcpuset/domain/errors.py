@@ -24,6 +24,7 @@
      |    +-- AgentRefused        the agent answered with an error
      +-- InvalidObject            an object that is no VCPUSet, or has no usable metadata (raised in kube/codec.py)
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
+          +-- Unavailable         it does not run, or is starting: it may answer soon
           +-- Conflict            the object has changed since it was read: read again
           +-- ObjectGone          the object does not exist (any more)
           +-- Rejected            the same request would be refused again
@@ -32,6 +33,8 @@
 
 Every message names the thing and the cause; the original exception is chained.
 """
+
+from typing import ClassVar
 
 __all__ = [
     "APIError",
@@ -60,6 +63,7 @@ __all__ = [
     "Rejected",
     "SlotTaken",
     "TransientError",
+    "Unavailable",
     "UnsupportedSpec",
     "VCPUSetError",
 ]
@@ -184,12 +188,21 @@ class AgentRefused(AgentError):
 class APIError(VCPUSetError):
     """The Kubernetes API server refused a request, failed, or could not be reached in time.
 
-    retry_after  how many seconds it asks to be left alone for; 0: it does not say
+    retry_after    how many seconds it asks to be left alone for; 0: it does not say
+    longest_pause  in seconds: how long it is left alone at most if it does not ask for more
     """
+
+    longest_pause: ClassVar[float] = 30.0
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Unavailable(APIError):
+    """Nothing listens at its address, the connection was cut, or it is starting."""
+
+    longest_pause: ClassVar[float] = 10.0
 
 
 class Conflict(APIError):

@@ -23,12 +23,12 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
-from vcpuset.domain.errors import APIError, Conflict, Forbidden, ObjectGone, Rejected
+from vcpuset.domain.errors import APIError, Conflict, Forbidden, ObjectGone, Rejected, Unavailable
 from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "refusal", "unheard"]
+__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "refusal", "unanswered", "unheard"]
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the answer."""
@@ -316,7 +316,7 @@ class Cluster:
             host = self._client.configuration.host
             raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            raise APIError(f"{what}: {error or repr(error)}") from error
+            raise unanswered(what, error) from error
 
     async def _try(
         self,
@@ -418,6 +418,12 @@ def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wir
         raise APIError(f"{what}: the response has an unexpected format: {error}") from error
 
 
+def unanswered(what: str, error: Exception) -> APIError:
+    """What kept a request from being answered, other than time, as one of our errors."""
+    cut = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientSSLError)
+    return (Unavailable if cut else APIError)(f"{what}: {error or repr(error)}")
+
+
 def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
     """The API server's refusal as one of our errors: the only place that reads HTTP status codes."""
     try:
@@ -438,7 +444,11 @@ def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> API
             return Conflict(message)
         case 410:
             return _Expired(message)
-        case 429 | 503 if headers.get("Retry-After", "").isdecimal():
-            return APIError(message, retry_after=min(float(headers["Retry-After"]), LONGEST_RETRY_AFTER))
+        case 429 | 502 | 503:
+            # A server that starts has no storage for custom resources yet; other 429 are for who asks too often.
+            starts = code != 429 or "initializing" in reason
+            asked = headers.get("Retry-After", "")
+            pause = min(float(asked), LONGEST_RETRY_AFTER) if asked.isdecimal() else 0.0
+            return (Unavailable if starts else APIError)(message, retry_after=pause)
         case _:
             return APIError(message)

@@ -253,7 +253,7 @@ class Recorder:
             self._away_told = True
             _log.warning("posting Events failed, retrying: %s", error)
         self._failures += 1
-        return max(BACKOFF.delay(self._failures), error.retry_after)
+        return max(BACKOFF.delay(self._failures, error.longest_pause), error.retry_after)
 
     def _lose(self, series: Series, error: APIError) -> None:
         self.dropped += series.count

@@ -3,7 +3,8 @@
 kopf watches well and retries badly. A watch that is cut at once it takes up without a pause, for ever; after an expired
 one it begins anew ten times a second; it counts its pauses afresh each minute, and knows nothing of our own lists. So
 its own pauses are switched off, and each of its requests waits here until it is due: after a failure twice as long as
-after the one before, up to half a minute and never in step with others; a watch that ends when it has hardly begun is a
+after the one before, up to half a minute (to ten seconds while the API server does not run, or starts), and never in
+step with others; a watch that ends when it has hardly begun is a
 failure too. Each failure is told of in the log, as kopf's own lines name neither the status nor a remedy.
 """
 
@@ -20,7 +21,7 @@ import kopf
 
 from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.errors import APIError, Forbidden
-from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal
+from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal, unanswered
 from vcpuset.kube.codec import PLURAL
 
 __all__ = ["LONGEST_SECONDS", "STEADY_SECONDS", "RetryBackoff", "ThrottledTransport", "remedy"]
@@ -85,7 +86,9 @@ class RetryBackoff:
     def failed(self, error: APIError | None = None) -> float:
         """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
         self._failures += 1
-        pause = max(BACKOFF.delay(self._failures), 0.0 if error is None else error.retry_after)
+        pause = BACKOFF.delay(self._failures)
+        if error is not None:
+            pause = max(BACKOFF.delay(self._failures, error.longest_pause), error.retry_after)
         self._failed_at = asyncio.get_running_loop().time()
         self._due = self._failed_at + pause
         return pause
@@ -192,7 +195,7 @@ class ThrottledTransport:
             self._tell(pace, APIError(f"{what}: no answer from {request.url.authority} within {ANSWER_SECONDS:g} s"))
             raise
         except (aiohttp.ClientError, OSError) as error:
-            self._tell(pace, APIError(f"{what}: {error or repr(error)}"))
+            self._tell(pace, unanswered(what, error))
             raise
         finally:
             self._requested(request.method, code)

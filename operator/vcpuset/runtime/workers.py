@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, assert_never
@@ -43,6 +44,8 @@ class Retry:
     """Why; its text is logged, without a traceback."""
     at_least: float = 0.0
     """For so many seconds trying again cannot help. The back-off may be longer; an event is looked at all the same."""
+    at_most: float = math.inf
+    """The back-off is not longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +166,8 @@ def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
                 return "done"
             queue.add_after(key, delay)
             return "requeued"
-        case Retry(error, at_least=seconds):
-            queue.add_rate_limited(key, at_least=seconds)
+        case Retry(error, at_least=at_least, at_most=at_most):
+            queue.add_rate_limited(key, at_least=at_least, at_most=at_most)
             # For debugging only: the handler has told whoever should know, and with many keys this would be a flood.
             logger.debug("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
             return "retry"

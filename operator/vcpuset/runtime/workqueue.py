@@ -181,8 +181,11 @@ class WorkQueue(Generic[K]):
         self._cancel_timer(key)
         self._timers[key] = self._loop.call_at(deadline, self.add, key, context=self._timer_context)
 
-    def add_rate_limited(self, key: K, *, at_least: float = 0.0) -> None:
-        """Count a failure of the key and add it after the back-off, or `at_least` seconds; ignored once shut down.
+    def add_rate_limited(self, key: K, *, at_least: float = 0.0, at_most: float = math.inf) -> None:
+        """Count a failure of the key and add it after the back-off; ignored once shut down.
+
+        at_least  in seconds: another lower bound of the delay
+        at_most   in seconds: another cap of the back-off
 
         A key that was added in the meantime does not wait: there is something new to look at.
         """
@@ -190,7 +193,7 @@ class WorkQueue(Generic[K]):
             return
         self._retries_total += 1
         self._failures[key] = self.failures(key) + 1
-        self.add_after(key, max(self._backoff.delay(self._failures[key]), at_least))
+        self.add_after(key, max(self._backoff.delay(self._failures[key], at_most), at_least))
 
     # Taking and giving back.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 
+import aiohttp
 import kopf
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
 from vcpuset.domain.errors import APIError
-from vcpuset.kube.cluster import LONGEST_RETRY_AFTER, refusal
+from vcpuset.kube.cluster import LONGEST_RETRY_AFTER, refusal, unanswered
 from vcpuset.kube.transport import (
     LONGEST_SECONDS,
     STEADY_SECONDS,
@@ -20,14 +23,16 @@ from vcpuset.kube.transport import (
 
 __all__: list[str] = []
 
+KEY = ConnectionKey(host="api", port=6443, is_ssl=True, ssl=True, proxy=None, proxy_auth=None, proxy_headers_hash=None)
+
 pytestmark = pytest.mark.looptime
 
 
-async def pauses(pace: RetryBackoff, failures: int) -> list[float]:
+async def pauses(pace: RetryBackoff, failures: int, error: APIError | None = None) -> list[float]:
     """How long each of so many failures has the next attempt wait; the waits are kept."""
     found = []
     for _ in range(failures):
-        pace.failed()
+        pace.failed(error)
         found.append(pace.wait_seconds())
         await asyncio.sleep(found[-1])
     return found
@@ -43,6 +48,42 @@ async def test_pauses_double_with_jitter_up_to_half_a_minute() -> None:
         longest = min(2.0**number, LONGEST_SECONDS)
         assert longest / 2 <= pause <= longest
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(
+            unanswered("GET /", aiohttp.ClientConnectorError(KEY, ConnectionRefusedError())), id="connection refused"
+        ),
+        pytest.param(unanswered("GET /", aiohttp.ServerDisconnectedError()), id="connection cut"),
+        pytest.param(refusal("GET /", 502, {}, b""), id="load balancer"),
+        pytest.param(refusal("GET /", 503, {}, b""), id="503"),
+        pytest.param(refusal("GET /", 429, {"Retry-After": "1"}, b"storage is (re)initializing"), id="starting"),
+    ],
+)
+async def test_while_the_api_server_is_down_or_starts_no_pause_is_longer_than_ten_seconds(error: APIError) -> None:
+    found = await pauses(RetryBackoff(), 12, error)
+    assert all(min(2.0**number, 10) / 2 <= pause <= 10 for number, pause in enumerate(found))
+    assert len(set(found[4:])) > 1, "with jitter"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(unanswered("GET /", aiohttp.ClientConnectorSSLError(KEY, ssl.SSLError())), id="TLS"),
+        pytest.param(refusal("GET /", 429, {}, b"too many requests"), id="429"),
+        pytest.param(refusal("GET /", 403, {}, b""), id="403"),
+        pytest.param(refusal("GET /", 500, {}, b""), id="500"),
+        pytest.param(APIError("no answer"), id="no answer"),
+    ],
+)
+async def test_other_failures_of_a_request_have_pauses_of_up_to_half_a_minute(error: APIError) -> None:
+    assert (await pauses(RetryBackoff(), 9, error))[-1] >= LONGEST_SECONDS / 2
+
+
+async def test_the_server_may_ask_for_a_longer_pause_while_it_starts() -> None:
+    assert RetryBackoff().failed(refusal("GET /", 503, {"Retry-After": "25"}, b"")) == 25
 
 
 async def test_a_pause_that_is_over_is_not_waited_for_again() -> None:

@@ -284,9 +284,9 @@ class World:
         match result:
             case Done(requeue_after=seconds):
                 self._failures.pop(uid, None)
-            case Retry(at_least=at_least):
+            case Retry(at_least=at_least, at_most=at_most):
                 failures = self._failures[uid] = self._failures.get(uid, 0) + 1
-                seconds = max(min(BACKOFF_SECONDS[0] * 2 ** (failures - 1), BACKOFF_SECONDS[1]), at_least)
+                seconds = max(min(BACKOFF_SECONDS[0] * 2 ** (failures - 1), BACKOFF_SECONDS[1], at_most), at_least)
         if seconds is not None:
             self._due[uid] = min(self._due.get(uid, float("inf")), self.loop.now + seconds)
         self.on_result(uid, result)

@@ -128,6 +128,15 @@ async def test_a_key_whose_retry_cannot_help_before_a_time_waits_for_it_or_for_t
     assert handler.times == [0, 3, 6, 10, 11]
 
 
+async def test_a_key_that_can_soon_succeed_has_a_backoff_with_a_lower_cap() -> None:
+    fail = Retry(OSError("API server starts"), at_most=3)
+    queue, handler = make_queue(), Script(fail, fail, fail, fail, Done())
+    async with working(queue, handler):
+        queue.add("a")
+        await asyncio.sleep(1000)
+    assert handler.times == [0, 1, 3, 6, 9]
+
+
 async def test_a_retry_logs_the_key_and_the_error_without_a_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
