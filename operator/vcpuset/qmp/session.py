@@ -39,7 +39,7 @@ from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
 
-__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
+__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "MANY_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
 
 OPEN_SECONDS: Final = 3.0
 """For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor takes for ever."""
@@ -53,6 +53,9 @@ CLOSE_SECONDS: Final = 2.0
 SETTLE_SECONDS: Final = 0.02
 """How long events are gathered before `wake` is called. One CPU that leaves sends two or three within some ms, and each
 look at the machine takes time from the guest that is to give back the next."""
+
+MANY_SECONDS: Final = 0.25
+"""The same when one CPU has left and others are expected to: the last one is news, each of them would cost a pass."""
 
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
@@ -90,6 +93,9 @@ class Session:
         self._closed = False
         self._puzzled = False
         self._waking: asyncio.TimerHandle | None = None
+        self._waits_for_many = False
+        self._leaving: set[int] = set()
+        """The slots whose unplug was requested in this session, and that the guest neither freed nor refused since."""
         self._wake_limiter = RateLimiter()
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
@@ -220,6 +226,7 @@ class Session:
                 raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
         self.answers_by_event_only = ost is None
         self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
+        self._leaving &= set(self._at.values())
         if self._uuid is None:  # One connection leads to one process, which keeps it.
             self._uuid = (await self._query("query-uuid", replies.uuid),)
         uuid = self._uuid[0]
@@ -264,6 +271,7 @@ class Session:
         if slot.path is None:
             raise ValueError(f"slot {slot.index} holds no CPU")
         self._answers.pop(slot.index, None)
+        self._leaving.add(slot.index)
         # A name without a slash would be taken for a device id; every CPU has a path, and only plugged ones have an id.
         await self._execute("device_del", {"id": slot.path})
 
@@ -323,6 +331,10 @@ class Session:
             self._on_guest_error(data)
         elif name == "RESET":
             self._reset_at = asyncio.get_running_loop().time()
+        elif name == "DEVICE_DELETED" and isinstance(data, dict):
+            self._leaving.discard(self._at.get(str(data.get("path")), -1))
+            self._wake_soon(one_of_many=bool(self._leaving))
+            return
         if name in _WAKING:
             self._wake_soon()
 
@@ -341,9 +353,11 @@ class Session:
         # Also of slots that this session has not asked for: an earlier one may have.
         if ost.answer is not None:
             self._answers[slot] = ost.answer
+            if ost.answer.refused:
+                self._leaving.discard(slot)
         # "In progress" needs no pass of its own: a final answer, or the CPU's departure, follows.
         if ost.answer is not Answer.IN_PROGRESS:
-            self._wake_soon()
+            self._wake_soon(one_of_many=ost.answer is None and bool(self._leaving))
 
     def _on_guest_error(self, data: object) -> None:
         """What spapr sends in place of an _OST; it says no more than "no". Also to a request of an earlier session."""
@@ -358,9 +372,14 @@ class Session:
                 self._waking.cancel()
             self._wake_in(SETTLE_SECONDS)
 
-    def _wake_soon(self) -> None:
-        if self._waking is None:
-            self._wake_in(SETTLE_SECONDS + self._wake_limiter.delay())
+    def _wake_soon(self, *, one_of_many: bool = False) -> None:
+        seconds = MANY_SECONDS if one_of_many else SETTLE_SECONDS
+        if self._waking is not None:
+            if one_of_many or not self._waits_for_many:
+                return
+            self._waking.cancel()
+        self._waits_for_many = one_of_many
+        self._wake_in(seconds + self._wake_limiter.delay())
 
     def _wake_in(self, seconds: float) -> None:
         self._waking = asyncio.get_running_loop().call_later(seconds, self._wake_now)

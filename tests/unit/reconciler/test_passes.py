@@ -15,6 +15,7 @@ from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.requests import FIRST_PAUSE
 from vcpuset.domain.resource import Connection
+from vcpuset.qmp.session import MANY_SECONDS, SETTLE_SECONDS
 
 __all__: list[str] = []
 
@@ -392,9 +393,25 @@ def test_a_later_request_that_is_carried_out_shows_that_an_earlier_one_was_lost(
 
     qemu.loses_requests = False
     world.apply("web", vcpus=4)
-    world.run_due()
+    world.advance(MANY_SECONDS + SETTLE_SECONDS)
 
     assert (qemu.vcpus, world.true_conditions()) == (4, ["Ready"])
+
+
+def test_cpus_that_leave_one_after_the_other_cost_no_pass_each_and_the_last_one_is_seen_at_once(
+    world: LawfulWorld, qemu: Qemu
+) -> None:
+    world.apply("web", vcpus=7)
+    world.run_due()
+    qemu.guest = Guest.ASLEEP
+    world.apply("web", vcpus=2)
+    world.run_due()
+    before = world.passes
+    for slot in (6, 5, 4, 3, 2):
+        world.advance(0.06)
+        qemu.take_away(slot)
+    world.advance(SETTLE_SECONDS)
+    assert (world.reason(), world.passes - before) == ("Converged", 1)
 
 
 def test_a_guest_whose_agent_speaks_again_is_asked_again_at_once(world: LawfulWorld, qemu: Qemu) -> None:
