@@ -20,7 +20,7 @@ import aiohttp
 import kopf
 
 from vcpuset.domain.backoff import ExponentialBackoff
-from vcpuset.domain.errors import APIError, Forbidden
+from vcpuset.domain.errors import APIError, Forbidden, Unavailable
 from vcpuset.kube.cluster import NO_ANSWER, USER_AGENT, refusal, unanswered
 from vcpuset.kube.codec import PLURAL
 
@@ -49,6 +49,7 @@ class RetryBackoff:
 
     def __init__(self) -> None:
         self._failures = 0
+        self._unavailable = False
         self._due = -math.inf
         self._failed_at = -math.inf
         self._began: float | None = None
@@ -85,6 +86,11 @@ class RetryBackoff:
 
     def failed(self, error: APIError | None = None) -> float:
         """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
+        unavailable = isinstance(error, Unavailable)
+        if self._unavailable and not unavailable:
+            # It runs again, but is not quite ready: one that starts ends its first watches.
+            self._failures = 0
+        self._unavailable = unavailable
         self._failures += 1
         pause = BACKOFF.delay(self._failures)
         if error is not None:

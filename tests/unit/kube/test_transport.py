@@ -82,6 +82,14 @@ async def test_other_failures_of_a_request_have_pauses_of_up_to_half_a_minute(er
     assert (await pauses(RetryBackoff(), 9, error))[-1] >= LONGEST_SECONDS / 2
 
 
+async def test_when_the_api_server_answers_again_its_failures_are_a_new_row() -> None:
+    for error in (refusal("GET /", 403, {}, b""), None):
+        pace = RetryBackoff()
+        await pauses(pace, 9, refusal("GET /", 503, {}, b""))
+        assert (await pauses(pace, 1, error))[0] <= 1
+        assert (await pauses(pace, 8, error))[-1] >= LONGEST_SECONDS / 2
+
+
 async def test_the_server_may_ask_for_a_longer_pause_while_it_starts() -> None:
     assert RetryBackoff().failed(refusal("GET /", 503, {"Retry-After": "25"}, b"")) == 25
 
