@@ -176,9 +176,8 @@ class _AgentClient(Client):
 
     async def sync(self) -> None:
         """Get past all that earlier clients have left on the line, in either direction."""
-        assert self._writer is not None
         number = secrets.randbits(53)
-        self._writer.write(_DELIMITER)
+        self._write(_DELIMITER)
         if await self.execute(_SYNC, {"id": number}) != number:
             raise _NotAnAgent("a different number than the one sent")
         self._synced = True
