@@ -353,7 +353,7 @@ class Pass:
         # Not while the guest unplugs CPUs: it has enough to do, and each answer would be out of date.
         at_rest = findings.surplus <= 0 or assessment.policy is RequeuePolicy.RESYNC
         if spec.guest_agent is not None and machine.run_state == "running" and at_rest:
-            guest = self.services.guests.ask(self.vcpuset, machine, surplus=findings.surplus > 0)
+            guest = self.services.guests.query(self.vcpuset, machine, surplus=findings.surplus > 0)
             if guest is not None and self.memory.guest_said(guest, self.loop.time()) and self.ledger.requests:
                 # Its requests are due at once; nothing else would bring the next pass so soon.
                 self.ledger.hurry_up()

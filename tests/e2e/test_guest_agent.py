@@ -196,9 +196,9 @@ async def test_a_paused_guest_is_not_asked(folder: Path, operator: OperatorProce
         await shows(
             user, "vm", "Converged", READY, "cannot be queried while the machine's run state is 'paused'", vcpus=3
         )
-        await agent_is(user, "vm", "NotAsked")
+        await agent_is(user, "vm", "NotQueried")
         found = {str(each.condition(AGENT)["reason"]) for each in await history(user, connected)}
-        assert found == {"Connected", "NotAsked"}, "no time-out"
+        assert found == {"Connected", "NotQueried"}, "no time-out"
 
         await client.call("cont")
         await user.touch("vm")

@@ -42,7 +42,7 @@ HELD: States = ("False", "False", "False")
 AGENT = "GuestAgentConnected"
 AGENT_STATES = {
     "Connected": "True",
-    "NotAsked": "Unknown",
+    "NotQueried": "Unknown",
     "NoAnswer": "False",
     "Unreachable": "False",
     "Refused": "False",

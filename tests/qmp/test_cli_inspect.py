@@ -81,7 +81,7 @@ async def test_json_and_yaml_hold_the_same_and_all_that_qemu_shows(worked_on: Gu
         "migrating": False,
         "uuid": None,
         "hotplug": True,
-        "guestTakesUnplugs": True,
+        "guestAcceptsUnplugs": True,
         "vcpus": 5,
         "minVCPUs": 1,
         "maxVCPUs": 64,

@@ -157,9 +157,9 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 async def answer(guests: Guests, woken: Woken, vcpuset: VCPUSet, machine: Machine) -> GuestReport:
     """The guest's first answer about these CPUs."""
-    assert guests.ask(vcpuset, machine) is None
+    assert guests.query(vcpuset, machine) is None
     await woken.wait(len(woken.uids) + 1)
-    report = guests.ask(vcpuset, machine)
+    report = guests.query(vcpuset, machine)
     assert report is not None
     return report
 
@@ -212,7 +212,7 @@ async def test_an_answer_counts_for_no_other_cpus_than_those_that_were_asked_of(
         agent.online.add(1)
         assert online(await answer(guests, woken, a_set(), other)) == 2
         await idle()
-        assert guests.ask(a_set(), TWO) is None, "the older answer is forgotten"
+        assert guests.query(a_set(), TWO) is None, "the older answer is forgotten"
 
 
 async def test_a_pass_is_woken_that_waits_while_a_question_about_other_cpus_ends_without_news(
@@ -222,12 +222,12 @@ async def test_a_pass_is_woken_that_waits_while_a_question_about_other_cpus_ends
     async with FaultyAgent(path, offline={1}, faults={GET: slow}) as agent:
         await answer(guests, woken, a_set(), TWO)
         await until(lambda: slow.struck == 2, LONG, "the second question to be under way")
-        assert guests.ask(a_set(), THREE) is None
+        assert guests.query(a_set(), THREE) is None
         assert len(agent.received(SYNC)) == 2, "one question at a time"
         await woken.wait(2)
-        assert guests.ask(a_set(), THREE) is None, "now it is asked"
+        assert guests.query(a_set(), THREE) is None, "now it is asked"
         await woken.wait(3)
-        assert online(guests.ask(a_set(), THREE)) == 1
+        assert online(guests.query(a_set(), THREE)) == 1
 
 
 async def test_nobody_is_woken_by_an_answer_that_is_no_news(guests: Guests, woken: Woken, path: Path) -> None:
@@ -235,7 +235,7 @@ async def test_nobody_is_woken_by_an_answer_that_is_no_news(guests: Guests, woke
         await answer(guests, woken, a_set(), TWO)
         for number in range(2, 6):
             await idle()
-            assert online(guests.ask(a_set(), TWO)) == 1
+            assert online(guests.query(a_set(), TWO)) == 1
             assert len(agent.received(SYNC)) <= number
         await idle()
         assert len(agent.received(SYNC)) == 6, "each look asks anew"
@@ -247,9 +247,9 @@ async def test_news_wakes_although_the_cpus_are_the_same(guests: Guests, woken: 
         await answer(guests, woken, a_set(), TWO)
         await idle()
         agent.online.add(1)
-        assert online(guests.ask(a_set(), TWO)) == 1, "a pass does not wait: the next one will know"
+        assert online(guests.query(a_set(), TWO)) == 1, "a pass does not wait: the next one will know"
         await woken.wait(2)
-        assert online(guests.ask(a_set(), TWO)) == 2
+        assert online(guests.query(a_set(), TWO)) == 2
 
 
 async def test_however_often_passes_come_a_guest_is_asked_one_question_at_a_time(
@@ -257,7 +257,7 @@ async def test_however_often_passes_come_a_guest_is_asked_one_question_at_a_time
 ) -> None:
     async with FaultyAgent(path, faults={GET: Delay(1.0)}) as agent:
         for _ in range(50):
-            assert guests.ask(a_set(), TWO) is None
+            assert guests.query(a_set(), TWO) is None
             await asyncio.sleep(0.01)
         await woken.wait(1)
         assert len(agent.received(SYNC)) == 1
@@ -270,13 +270,13 @@ async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_gr
     guests: Guests, woken: Woken, path: Path
 ) -> None:
     machines = (a_machine(*range(11, 11 + count)) for count in itertools.count(2))
-    woken.then = lambda: guests.ask(a_set(), next(machines))
+    woken.then = lambda: guests.query(a_set(), next(machines))
     hold = Holds()
     async with FaultyAgent(path, faults={SYNC: hold}):
         woken.then()
         wanted = [*RETRY_SECONDS, *RETRY_SECONDS[-1:] * 2]
         await until(lambda: len(hold.asked_at) > len(wanted), 4 * LONG, "the questions", interval=1.0)
-        report = guests.ask(a_set(), next(machines))
+        report = guests.query(a_set(), next(machines))
         assert report is not None
         assert isinstance(report.error, AgentTimeout)
         gaps = [later - earlier for earlier, later in itertools.pairwise(hold.asked_at)]
@@ -286,14 +286,14 @@ async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_gr
 async def test_an_agent_that_is_back_is_asked_after_the_pause_and_its_next_failure_begins_anew(
     guests: Guests, woken: Woken, path: Path
 ) -> None:
-    woken.then = lambda: guests.ask(a_set(), TWO)
+    woken.then = lambda: guests.query(a_set(), TWO)
     woken.then()
     await until(lambda: len(woken.uids) == 3, LONG, "two pauses to be over")
     async with FaultyAgent(path):
         report = None
         while report is None or report.cpus is None:
             await asyncio.sleep(1.0)
-            report = guests.ask(a_set(), TWO)
+            report = guests.query(a_set(), TWO)
         await idle()
     told = len(woken.times)
     woken.then()
@@ -318,7 +318,7 @@ async def test_an_agent_that_the_spec_names_anew_is_asked_although_the_old_one_h
     guests: Guests, woken: Woken, path: Path, namespace_folder: Path
 ) -> None:
     async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
-        assert guests.ask(a_set("deaf.sock"), TWO) is None
+        assert guests.query(a_set("deaf.sock"), TWO) is None
         await until(lambda: deaf.received(SYNC), LONG, "the first question")
         begun = asyncio.get_running_loop().time()
         assert online(await answer(guests, woken, a_set(), TWO)) == 1
@@ -377,9 +377,9 @@ async def test_cpus_are_left_offline(guests: Guests, woken: Woken, path: Path, v
 async def test_bringing_cpus_online_ends_when_the_set_is_suspended(guests: Guests, woken: Woken, path: Path) -> None:
     async with FaultyAgent(path, offline=set(range(1, 8)), faults={SET: Delay(1.0)}) as agent:
         machine = a_machine(*range(11, 19))
-        assert guests.ask(a_set(bring_online=True), machine) is None
+        assert guests.query(a_set(bring_online=True), machine) is None
         await until(lambda: agent.received(SET), LONG, "the first batch")
-        assert guests.ask(a_set(bring_online=True, suspend=True), machine) is None
+        assert guests.query(a_set(bring_online=True, suspend=True), machine) is None
         await idle()
         await asyncio.sleep(LONG)
         assert len(agent.received(SET)) == 1
@@ -390,16 +390,16 @@ async def test_what_is_offline_is_left_so_while_there_are_too_many_or_the_machin
 ) -> None:
     async with FaultyAgent(path, offline={1, 2}) as agent:
         vcpuset = a_set(bring_online=True)
-        assert guests.ask(vcpuset, THREE, surplus=True) is None
+        assert guests.query(vcpuset, THREE, surplus=True) is None
         await woken.wait(1)
-        assert online(guests.ask(vcpuset, THREE, surplus=True)) == 1
+        assert online(guests.query(vcpuset, THREE, surplus=True)) == 1
         await idle()
-        assert guests.ask(vcpuset, replace(THREE, migrating=True)) is not None
+        assert guests.query(vcpuset, replace(THREE, migrating=True)) is not None
         await idle()
         assert agent.received(SET) == []
-        assert online(guests.ask(vcpuset, THREE)) == 1, "asked anew, and now to be changed"
+        assert online(guests.query(vcpuset, THREE)) == 1, "asked anew, and now to be changed"
         await woken.wait(2)
-        assert online(guests.ask(vcpuset, THREE)) == 3
+        assert online(guests.query(vcpuset, THREE)) == 3
 
 
 async def test_the_cpus_of_another_machines_guest_are_left_alone(guests: Guests, woken: Woken, path: Path) -> None:
@@ -501,7 +501,7 @@ async def test_a_failure_is_asked_again_though_the_set_was_suspended_meanwhile(g
     awake, suspended = a_set("nothing.sock", bring_online=True), a_set("nothing.sock", bring_online=True, suspend=True)
     await answer(guests, woken, awake, TWO)
     told = len(woken.uids)
-    guests.ask(suspended, TWO)
+    guests.query(suspended, TWO)
     await until(lambda: len(woken.uids) > told, LONG, "somebody to be woken")
 
 
@@ -513,7 +513,7 @@ async def test_a_guest_that_says_something_else_each_time_may_not_wake_without_e
 
         def change() -> None:
             agent.online ^= {1}
-            guests.ask(a_set(), machine)
+            guests.query(a_set(), machine)
 
         woken.then = change
         woken.then()
@@ -527,19 +527,19 @@ async def test_an_agent_whose_failure_is_told_later_is_asked_again_all_the_same(
 ) -> None:
     monkeypatch.setattr(ratelimiter, "WAKES_AT_ONCE", 1)
     monkeypatch.setattr(ratelimiter, "WAKES_PER_SECOND", 0.5)
-    woken.then = lambda: guests.ask(a_set(), TWO)
+    woken.then = lambda: guests.query(a_set(), TWO)
     async with FaultyAgent(path, faults={GET: SecondFails()}):
         await answer(guests, woken, a_set(), TWO)
         await idle()
-        guests.ask(a_set(), TWO)
+        guests.query(a_set(), TWO)
         await woken.wait(2)
-        failed = guests.ask(a_set(), TWO)
+        failed = guests.query(a_set(), TWO)
         assert failed is not None
         assert failed.error is not None
         assert woken.times[1] - woken.times[0] < RETRY_SECONDS[0], "virtual time: what is told later is the failure"
         await woken.wait(3)
         await idle()
-        assert online(guests.ask(a_set(), TWO)) == 1
+        assert online(guests.query(a_set(), TWO)) == 1
 
 
 # Many guests.
@@ -554,13 +554,13 @@ async def test_agents_that_failed_before_do_not_hold_up_the_others(
     async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Holds()}), FaultyAgent(path):
         dead = [a_set("deaf.sock", name=f"dead-{number}") for number in range(4)]
         for vcpuset in dead:
-            guests.ask(vcpuset, TWO)
+            guests.query(vcpuset, TWO)
         await woken.wait(len(dead))
         await asyncio.sleep(RETRY_SECONDS[0])
         for vcpuset in dead:
-            guests.ask(vcpuset, TWO)
+            guests.query(vcpuset, TWO)
         begun = asyncio.get_running_loop().time()
-        guests.ask(a_set(name="healthy"), TWO)
+        guests.query(a_set(name="healthy"), TWO)
         await until(lambda: UID("uid-of-healthy") in woken.uids, LONG, "the healthy guest's answer")
         assert asyncio.get_running_loop().time() - begun < AGENT_SECONDS, "virtual time"
     await guests.close()
@@ -571,12 +571,12 @@ async def test_an_agent_that_hangs_holds_up_no_other(
 ) -> None:
     async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
         hanging, other = a_set("deaf.sock", name="hanging"), a_set(name="other")
-        assert guests.ask(hanging, TWO) is None
+        assert guests.query(hanging, TWO) is None
         await until(lambda: deaf.received(SYNC), LONG, "the first question")
-        assert guests.ask(other, TWO) is None
+        assert guests.query(other, TWO) is None
         await woken.wait(1)
         assert woken.uids == [other.uid]
-        assert online(guests.ask(other, TWO)) == 1
+        assert online(guests.query(other, TWO)) == 1
         await woken.wait(2)
         assert woken.uids == [other.uid, hanging.uid]
 
@@ -592,7 +592,7 @@ async def test_no_more_agents_than_agreed_are_asked_at_once_and_each_has_its_who
         for name in names:
             await agents.enter_async_context(FaultyAgent(namespace_folder / f"{name}.sock", faults={SYNC: hold}))
         for name in names:
-            assert guests.ask(a_set(f"{name}.sock", name=name), TWO) is None
+            assert guests.query(a_set(f"{name}.sock", name=name), TWO) is None
         await until(lambda: len(set(woken.uids)) == len(names), LONG, "all to have failed")
         assert hold.most == 2
         began = hold.asked_at[0]
@@ -608,7 +608,7 @@ async def test_a_set_that_is_let_go_is_asked_no_more_and_its_agent_is_left_at_on
     guests: Guests, woken: Woken, path: Path
 ) -> None:
     async with FaultyAgent(path, faults={SYNC: Deaf()}) as agent:
-        guests.ask(a_set(), TWO)
+        guests.query(a_set(), TWO)
         await until(lambda: agent.received(SYNC), LONG, "the question")
         await guests.forget(a_set().uid)
         await idle()

@@ -124,10 +124,10 @@ async def test_a_machine_that_was_given_no_uuid_has_none_and_on_tcp_no_age(conne
 async def test_a_guest_whose_acpi_is_not_up_reports_nothing_yet(q35: Guest, connect: Connect, control: Raw) -> None:
     session = await connect(q35.monitors[0])
     assert (await session.observe()).ost == {}
-    assert not (await session.observe()).guest_takes_unplugs
+    assert not (await session.observe()).guest_accepts_unplugs
     await Acpi(control).leave_legacy()
     machine = await session.observe()
-    assert machine.guest_takes_unplugs
+    assert machine.guest_accepts_unplugs
     assert machine.ost is not None
     assert machine.ost[1] == Ost(0, 0)
 

@@ -20,18 +20,18 @@ async def serve_http(
     address: tuple[str, int],
     *,
     ready: asyncio.Event,
-    ill: Callable[[], str | None],
+    unhealthy_reason: Callable[[], str | None],
     exposition: Callable[[], Awaitable[bytes]],
 ) -> AsyncIterator[None]:
-    """Serve as long as the context is open. Raises VCPUSetError if that address cannot be served.
+    """Serve as long as the context is open. Raises VCPUSetError if the address cannot be served.
 
-    ready       set once the first list is in, or while this process stands by
-    ill         why the process should be restarted; None: it is well
-    exposition  the metrics in Prometheus' text format
+    ready             set once the first list is in, or while this process stands by
+    unhealthy_reason  why the process should be restarted; None: it is healthy
+    exposition        the metrics in Prometheus' text format
     """
 
     async def healthz(_: web.Request) -> web.Response:
-        why = ill()
+        why = unhealthy_reason()
         return web.Response(text="ok\n") if why is None else web.Response(status=500, text=f"{why}\n")
 
     async def readyz(_: web.Request) -> web.Response:

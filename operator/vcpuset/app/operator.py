@@ -187,7 +187,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists, metrics.requested)
     ready = asyncio.Event()
 
-    def ill() -> str | None:
+    def unhealthy() -> str | None:
         return unhealthy_reason(queue.statistics(), settings.workers, freshness)
 
     async def exposition() -> bytes:
@@ -195,7 +195,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
     http: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
     if settings.http_address is not None:
-        http = serve_http(settings.http_address, ready=ready, ill=ill, exposition=exposition)
+        http = serve_http(settings.http_address, ready=ready, unhealthy_reason=unhealthy, exposition=exposition)
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 

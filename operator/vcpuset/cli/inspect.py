@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from vcpuset.cli.observation import Look, ask_guest, open_monitor, take_look
+from vcpuset.cli.observation import Observation, observe_machine, open_monitor, query_guest
 from vcpuset.cli.render import Block, Cell, Facts, Grid, Lines, Styled
 from vcpuset.domain.assessment import sentence
 from vcpuset.domain.credentials import Credentials
@@ -47,23 +47,23 @@ _ACTIVITY: Final[Mapping[Activity, str]] = {
 class Inspection:
     """All that is known of a machine.
 
-    monitor   where it was seen
-    guest     what its agent says; None: it was not asked
-    unasked   why it was not asked, although its socket was given; None: it was, or none was given
-    vcpuset   the set whose requests are shown; None: none was given
+    monitor      where it was observed
+    guest        what its agent says; None: it was not queried
+    not_queried  why it was not queried, although its socket was given; None: it was, or none was given
+    vcpuset      the set whose requests are shown; None: none was given
     """
 
     monitor: str
-    look: Look
+    observation: Observation
     guest: GuestReport | None
-    unasked: str | None
+    not_queried: str | None
     vcpuset: VCPUSet | None
     now: datetime
 
     @property
     def machine(self) -> Machine:
         """The machine."""
-        return self.look.machine
+        return self.observation.machine
 
     @property
     def requests(self) -> Mapping[CPU, Request]:
@@ -83,7 +83,7 @@ class Inspection:
 
     @property
     def all_online(self) -> bool:
-        """Whether the guest uses every CPU; only then something can be said of each slot."""
+        """Whether the guest uses every CPU; only then each slot's CPU is known to be online."""
         cpus = None if self.guest is None else self.guest.cpus
         return cpus is not None and cpus.online == self.machine.vcpus
 
@@ -96,16 +96,16 @@ async def inspect(
     credentials: Credentials | None = None,
     server_name: str | None = None,
 ) -> Inspection:
-    """Look at the machine, and ask its guest if that can be. Raises what `take_look` and `open_monitor` raise."""
-    look = await take_look(await open_monitor(address, credentials, server_name), seconds)
+    """Observe the machine, and query its guest if possible. Raises what `observe_machine` and `open_monitor` raise."""
+    observation = await observe_machine(await open_monitor(address, credentials, server_name), seconds)
     guest: GuestReport | None = None
-    unasked: str | None = None
+    not_queried: str | None = None
     if agent is not None:
-        if look.machine.run_state == "running":
-            guest = await ask_guest(find_local_socket(agent), seconds)
+        if observation.machine.run_state == "running":
+            guest = await query_guest(find_local_socket(agent), seconds)
         else:
-            unasked = f"the guest cannot answer in the run state {look.machine.run_state!r}"
-    return Inspection(str(address), look, guest, unasked, vcpuset, datetime.now(UTC))
+            not_queried = f"the guest cannot answer in the run state {observation.machine.run_state!r}"
+    return Inspection(str(address), observation, guest, not_queried, vcpuset, datetime.now(UTC))
 
 
 def document(found: Inspection) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def document(found: Inspection) -> dict[str, Any]:
     requests = found.requests
     return {
         "monitor": found.monitor,
-        "qemuVersion": found.look.version,
+        "qemuVersion": found.observation.version,
         "machine": machine_document(found.machine),
-        "guest": guest_document(found.guest, found.machine, found.unasked),
+        "guest": guest_document(found.guest, found.machine, found.not_queried),
         "vcpuset": None
         if found.vcpuset is None
         else {
@@ -136,19 +136,19 @@ def machine_document(machine: Machine) -> dict[str, Any]:
         "migrating": machine.migrating,
         "uuid": machine.uuid,
         "hotplug": machine.slots is not None,
-        "guestTakesUnplugs": machine.guest_takes_unplugs,
+        "guestAcceptsUnplugs": machine.guest_accepts_unplugs,
         "vcpus": machine.vcpus,
         "minVCPUs": machine.floor,
         "maxVCPUs": machine.ceiling,
     }
 
 
-def guest_document(guest: GuestReport | None, machine: Machine, unasked: str | None) -> dict[str, Any] | None:
-    """A guest for programs; None: nobody wanted to ask it."""
+def guest_document(guest: GuestReport | None, machine: Machine, not_queried: str | None) -> dict[str, Any] | None:
+    """A guest for programs; None: no query was wanted."""
     if guest is None:
-        if unasked is None:
+        if not_queried is None:
             return None
-        reason, message = AgentReason.NOT_ASKED, sentence(unasked)
+        reason, message = AgentReason.NOT_QUERIED, sentence(not_queried)
     else:
         reason = guest.reason(machine.vcpus)
         message = reason.meaning if guest.error is None else sentence(str(guest.error))
@@ -211,7 +211,7 @@ def page(found: Inspection) -> list[Block]:
 def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     machine = found.machine
     yield "Monitor", found.monitor
-    yield "QEMU", f"{found.look.version or 'unknown version'}, {machine.arch}"
+    yield "QEMU", f"{found.observation.version or 'unknown version'}, {machine.arch}"
     yield "UUID", machine.uuid or "none"
     colour = "green" if machine.activity is Activity.CHANGEABLE else "yellow"
     migration = ", migrating" if machine.migrating else ""
@@ -228,28 +228,28 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     )
     if not machine.unpluggable:
         yield "Unplug", "no vCPU can be unplugged"
-    elif machine.guest_takes_unplugs:
+    elif machine.guest_accepts_unplugs:
         yield "Unplug", "the guest accepts requests" if machine.ost is not None else "unknown until a request is sent"
     else:
         yield (
             "Unplug",
             Styled("the guest does not accept requests: it is still booting, or was booted with acpi=off", "yellow"),
         )
-    yield from guest_facts(found.guest, machine, found.unasked)
+    yield from guest_facts(found.guest, machine, found.not_queried)
 
 
 def reach(machine: Machine) -> str:
-    """What counts the machine can have, whatever a set declares."""
+    """The counts that the machine can have, whatever a set declares."""
     if machine.floor == machine.ceiling:
         return "cannot be changed"
     return f"{machine.floor} to {machine.ceiling} possible"
 
 
-def guest_facts(guest: GuestReport | None, machine: Machine, unasked: str | None) -> Iterator[tuple[str, Cell]]:
-    """What is known of the guest, for people; nothing if nobody wanted to ask it."""
+def guest_facts(guest: GuestReport | None, machine: Machine, not_queried: str | None) -> Iterator[tuple[str, Cell]]:
+    """What is known of the guest, for people; nothing if no query was wanted."""
     if guest is None:
-        if unasked is not None:
-            yield "Guest", Styled(f"not queried: {unasked}", "yellow")
+        if not_queried is not None:
+            yield "Guest", Styled(f"not queried: {not_queried}", "yellow")
         return
     if guest.cpus is None:
         yield "Guest", Styled(f"no answer: {guest.error}", "yellow")
@@ -312,7 +312,7 @@ def _state(slot: Slot) -> str:
 
 
 def _device_id(slot: Slot) -> str | None:
-    """The id of the device, which only those have that came by one."""
+    """The id of the device; None: it has none."""
     folder, _, name = (slot.path or "").rpartition("/")
     return name if folder == "/machine/peripheral" else None
 

@@ -1,4 +1,4 @@
-"""One look at a machine and at its guest from the command line. Nothing but queries is sent."""
+"""One observation of a machine and its guest from the command line. Only queries are sent."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vcpuset.qmp.tls import Access
 __all__ = [
     "TIMEOUT_SECONDS",
     "Given",
-    "Look",
-    "ask_guest",
+    "Observation",
     "monitor_address",
+    "observe_machine",
     "open_monitor",
+    "query_guest",
     "read_credentials",
-    "take_look",
 ]
 
 TIMEOUT_SECONDS: Final = 5.0
-"""For each answer. QEMU takes some ms, a monitor that another client holds takes for ever."""
+"""For each answer. QEMU takes some ms; a monitor that another client holds never answers."""
 
 _UNSETTLED_SECONDS: Final = 0.02
-"""How soon to look again at CPUs that came or went while they were counted."""
+"""When to observe again after CPUs came or went while they were counted."""
 
 _HOST_PORT: Final = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]/,]+)):(?P<port>[0-9]{1,5})")
 _OPTIONS: Final = re.compile(r"(?<!,)((?:,,)*),(?!,).*", re.DOTALL)
@@ -44,10 +44,10 @@ _OPTIONS: Final = re.compile(r"(?<!,)((?:,,)*),(?!,).*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What was seen of a machine.
+class Observation:
+    """What was observed of a machine.
 
-    version  QEMU's; None: it did not say
+    version  QEMU's; None: it sent none
     """
 
     machine: Machine
@@ -100,7 +100,7 @@ async def open_monitor(
 
 
 class Given:
-    """The `CredentialStore` of a local user, who has the same for every monitor."""
+    """The `CredentialStore` of a local user: the same credentials for every monitor."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
@@ -114,7 +114,7 @@ class Given:
 
 
 def read_credentials(folder: Path) -> Credentials:
-    """The credentials in a folder, in files that are called as the entries of a Secret.
+    """The credentials in a folder, in files with the names of a Secret's entries.
 
     Raises CredentialsUnavailable.
     """
@@ -123,14 +123,14 @@ def read_credentials(folder: Path) -> Credentials:
         try:
             entries[name] = (folder / name).read_bytes()
         except FileNotFoundError:
-            continue  # told together with what else is missing
+            continue  # reported together with what else is missing
         except OSError as error:
             raise CredentialsUnavailable(f"{folder / name} cannot be read: {error.strerror}") from error
     return Credentials.of(str(folder), entries)
 
 
-async def take_look(endpoint: Endpoint, seconds: float) -> Look:
-    """What the monitor shows of its machine; each answer may take so many seconds. The endpoint is closed.
+async def observe_machine(endpoint: Endpoint, seconds: float) -> Observation:
+    """Observe the machine of a monitor; each answer may take so many seconds. The endpoint is closed.
 
     Raises InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError.
     """
@@ -140,7 +140,7 @@ async def take_look(endpoint: Endpoint, seconds: float) -> Look:
         if isinstance(endpoint, UnixEndpoint):
             endpoint.close()
     try:
-        return Look(await _settled(session, seconds), session.version)
+        return Observation(await _settled(session, seconds), session.version)
     finally:
         await session.close()
 
@@ -157,10 +157,10 @@ async def _settled(session: Session, seconds: float) -> Machine:
         await asyncio.sleep(_UNSETTLED_SECONDS)
 
 
-async def ask_guest(find: Awaitable[UnixEndpoint], seconds: float) -> GuestReport:
-    """What the guest says of its CPUs, or why it cannot be asked. Never raises what is to be expected.
+async def query_guest(find: Awaitable[UnixEndpoint], seconds: float) -> GuestReport:
+    """What the guest says of its CPUs, or why its agent cannot be queried. Raises no expected error.
 
-    find  the socket of its agent; what it raises is part of the answer
+    find  the socket of its agent; what it raises becomes part of the answer
     """
     try:
         with await find as endpoint:

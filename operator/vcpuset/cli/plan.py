@@ -1,6 +1,6 @@
-"""`vcpuset plan`: what the operator would do for a VCPUSet now, and each thing that stands in its way.
+"""`vcpuset plan`: what the operator would do for a VCPUSet now, and each blocker.
 
-The decisions are the operator's own (`domain`); this module looks at the machine and prints.
+The decisions are the operator's own (`domain`); this module observes the machine and prints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, reach
 from vcpuset.cli.manifests import Manifest
-from vcpuset.cli.observation import Given, Look, ask_guest, open_monitor, take_look
+from vcpuset.cli.observation import Given, Observation, observe_machine, open_monitor, query_guest
 from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
 from vcpuset.domain.assessment import Assessment, conflict, failure, terminating
 from vcpuset.domain.blockers import Blocker, blocker_of
@@ -40,7 +40,7 @@ from vcpuset.runtime.claims import Claims
 __all__ = ["PlanResult", "Sources", "document", "page", "preview_all"]
 
 _LISTED: Final = 8
-"""As many slots are named one by one; more of them are told as ranges."""
+"""As many slots are named one by one; more of them as ranges."""
 
 _NO_ROOT: Final = "Pass the same --socket-root to plan, or a monitor with --monitor."
 
@@ -56,13 +56,13 @@ _PERSISTENT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where to look.
+    """Where to observe.
 
     socket_root  as the operator's --socket-root; None: not given
-    monitor      looked through in place of the one that the set names
+    monitor      used instead of the one that the set names
     seconds      how long each answer may take
-    credentials  for monitors on TLS, in place of the sets' Secrets; None: not given
-    server_name  what the certificate of `monitor` is for; None: what that of the set's is for, or its own host
+    credentials  for monitors on TLS, instead of the sets' Secrets; None: not given
+    server_name  what the certificate of `monitor` is for; None: the set's server name, or its own host
     """
 
     socket_root: Path | None
@@ -73,24 +73,24 @@ class Sources:
 
     @property
     def monitors(self) -> Monitors:
-        """Where the monitors are that the sets name. No fence stands around what the local user does."""
+        """The monitors that the sets name. The local user may connect to any address."""
         store = NoCredentials(_NO_CREDENTIALS) if self.credentials is None else Given(self.credentials)
         return Monitors(self.socket_root, lambda _: None, networks=None, credentials=store)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What is to be said of one manifest.
+    """The result for one manifest.
 
-    look      None: the machine could not be looked at, is another set's, or the set has been deleted
-    guest     what the guest's agent says; None: not asked
-    preview  None: as `look`
-    failed    whether the monitor should have been looked at and could not
-    notes     what a reader should bear in mind
+    observation  None: the machine could not be observed, is another set's, or the set has been deleted
+    guest        what the guest's agent says; None: not queried
+    preview      None: as `observation`
+    failed       whether the monitor should have been observed and could not
+    notes        what a reader should know
     """
 
     manifest: Manifest
-    look: Look | None
+    observation: Observation | None
     guest: GuestReport | None
     preview: PlanPreview | None
     assessment: Assessment
@@ -125,7 +125,7 @@ async def preview_all(manifests: Sequence[Manifest], sources: Sources) -> list[P
 
 
 async def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
-    """What the set claims, as the operator sees it: the address as spelled, and what is found there."""
+    """What the set claims, as for the operator: the address as spelled, and what is found there."""
     # Sets of two nodes are served by two operators, and a path leads to another socket on each.
     keys: list[Hashable] = []
     match manifest.vcpuset.spec.monitor:
@@ -139,7 +139,7 @@ async def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
         with await sources.monitors.resolve(manifest.vcpuset) as endpoint:
             keys.append((manifest.node, endpoint.identity))
     except (InvalidMonitor, MonitorError):
-        pass  # told when it is looked at
+        pass  # reported by the observation
     return keys
 
 
@@ -162,18 +162,18 @@ async def _preview(manifest: Manifest, sources: Sources) -> PlanResult:
     vcpuset = manifest.vcpuset
     notes = tuple(_notes(manifest, sources))
     try:
-        look = await take_look(await _endpoint(vcpuset, sources), sources.seconds)
+        observation = await observe_machine(await _endpoint(vcpuset, sources), sources.seconds)
     except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
         assessment = failure(error)
         unseen = tuple(_unseen(vcpuset, assessment, sources))
         return PlanResult(manifest, None, None, None, assessment, unseen, failed=True, notes=notes, now=_clock())
     guest: GuestReport | None = None
-    if vcpuset.spec.guest_agent is not None and look.machine.run_state == "running":
-        guest = await ask_guest(_agent_socket(vcpuset, sources), sources.seconds)
+    if vcpuset.spec.guest_agent is not None and observation.machine.run_state == "running":
+        guest = await query_guest(_agent_socket(vcpuset, sources), sources.seconds)
     now = _clock()
-    found = preview(vcpuset, look.machine, guest, now)
+    found = preview(vcpuset, observation.machine, guest, now)
     return PlanResult(
-        manifest, look, guest, found, found.assessment, found.blockers, failed=False, notes=notes, now=now
+        manifest, observation, guest, found, found.assessment, found.blockers, failed=False, notes=notes, now=now
     )
 
 
@@ -182,10 +182,10 @@ async def _endpoint(vcpuset: VCPUSet, sources: Sources) -> Endpoint:
         server_name = sources.server_name
         match vcpuset.spec.monitor:
             case TCPMonitor(tls=TLS()) as monitor if server_name is None:
-                # Where it is looked at from, a host can have another address than from where the operator is.
+                # The host's address from here can differ from its address from the operator.
                 server_name = monitor.server_name
         return await open_monitor(sources.monitor, sources.credentials, server_name)
-    # `take_look` closes it.
+    # `observe_machine` closes it.
     return (await sources.monitors.resolve(vcpuset)).__enter__()
 
 
@@ -231,7 +231,7 @@ def document(results: Sequence[PlanResult]) -> dict[str, Any]:
 
 def _item(found: PlanResult) -> dict[str, Any]:
     work, vcpuset = found.preview, found.vcpuset
-    machine = None if found.look is None else found.look.machine
+    machine = None if found.observation is None else found.observation.machine
     return {
         "namespace": vcpuset.namespace,
         "name": vcpuset.name,
@@ -295,7 +295,7 @@ _COLOURS: Final[Mapping[State, str]] = {
 def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
     vcpuset, work = found.vcpuset, found.preview
     yield "Monitor", _monitor(vcpuset)
-    if work is None or found.look is None:
+    if work is None or found.observation is None:
         yield "Desired", _count(vcpuset.spec.vcpus)
         if vcpuset.deleting:
             yield "Actions", "none: the VCPUSet has been deleted"
@@ -303,7 +303,7 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
             why = "the machine was not observed" if found.failed else "the machine belongs to another VCPUSet"
             yield "Actions", f"none: {why}"
     else:
-        machine = found.look.machine
+        machine = found.observation.machine
         yield "Machine", f"{machine.run_state}, {_count(machine.vcpus)} present, {reach(machine)}"
         yield from guest_facts(found.guest, machine, None)
         target = (
@@ -312,20 +312,20 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
             else f"; currently possible: {work.findings.target.count}"
         )
         yield "Desired", f"{_count(vcpuset.spec.vcpus)}{target}"
-        yield "Actions", Styled("; ".join(_deeds(work)) or "none", "bold")
+        yield "Actions", Styled("; ".join(_actions(work)) or "none", "bold")
         if work.standby:
             yield "Standby", _slots(work.standby, in_order=bool(work.unplug))
-    yield "Status", _told(found.assessment)
+    yield "Status", _status(found.assessment)
     if work is not None and work.expected is not None:
-        yield "Expected", _told(work.expected)
+        yield "Expected", _status(work.expected)
 
 
-def _told(assessment: Assessment) -> Cell:
+def _status(assessment: Assessment) -> Cell:
     true = "" if assessment.state is State.HELD else f" ({assessment.state.value}=True)"
     return Styled(f"{assessment.reason}{true}: {assessment.message}", _COLOURS[assessment.state])
 
 
-def _deeds(work: PlanPreview) -> Iterator[str]:
+def _actions(work: PlanPreview) -> Iterator[str]:
     if work.plug:
         yield f"plug {_slots(work.plug)}"
     if work.unplug:

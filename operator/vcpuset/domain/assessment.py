@@ -209,7 +209,7 @@ def _plug_failed(findings: Findings) -> Assessment:
 def _unplug_unfinished(findings: Findings) -> Assessment:
     requests, blocked, reported, now = findings.requests, findings.blocked, findings.reported, findings.now
     unplug, counts = findings.spec.unplug, _counts(findings)
-    if not findings.machine.guest_takes_unplugs or isinstance(blocked, GuestNotReady):
+    if not findings.machine.guest_accepts_unplugs or isinstance(blocked, GuestNotReady):
         words = "" if blocked is None else f" ({blocked})"
         return _assessment(
             Reason.WAITING_FOR_GUEST,

@@ -86,7 +86,7 @@ def _reachable(free: Findings, found: list[Blocker]) -> Findings:
 
 
 def _unplug_blockers(real: Findings, free: Findings) -> Iterator[Blocker]:
-    if not free.machine.guest_takes_unplugs:
+    if not free.machine.guest_accepts_unplugs:
         yield blocker_of(assess(free))
     elif real.machine.activity is Activity.CHANGEABLE and real.machine.run_state != "running":
         yield Blocker(
@@ -122,7 +122,7 @@ def _open_requests(
 
 
 _AGENT_REMEDIES: Final[Mapping[AgentReason, str]] = MappingProxyType({
-    AgentReason.NOT_ASKED: "Wait until the machine is running, or resume it.",
+    AgentReason.NOT_QUERIED: "Wait until the machine is running, or resume it.",
     AgentReason.NO_ANSWER: "Start qemu-guest-agent in the guest, and use its socket only for the operator.",
     AgentReason.UNREACHABLE: "Start QEMU with the agent's channel at that path, or correct spec.guestAgent.",
     AgentReason.REFUSED: "Allow guest-get-vcpus and guest-set-vcpus in the agent's configuration.",
@@ -136,7 +136,7 @@ def _guest_blockers(findings: Findings) -> Iterator[Blocker]:
         return
     if guest is None:
         if machine.activity is not Activity.OVER and machine.run_state != "running":
-            yield _agent_blocker(AgentReason.NOT_ASKED, AgentReason.NOT_ASKED.meaning)
+            yield _agent_blocker(AgentReason.NOT_QUERIED, AgentReason.NOT_QUERIED.meaning)
         return
     reason = guest.reason(machine.vcpus)
     if reason is not AgentReason.CONNECTED:

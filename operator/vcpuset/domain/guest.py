@@ -53,8 +53,8 @@ class AgentReason(enum.StrEnum):
         return member
 
     CONNECTED = ("Connected", "True", "The agent has answered.")
-    NOT_ASKED = (
-        "NotAsked",
+    NOT_QUERIED = (
+        "NotQueried",
         "Unknown",
         (
             "The agent has not been queried yet, or cannot be: the guest is unplugging CPUs, or the machine is not "

@@ -200,7 +200,7 @@ class Machine:
         return self.vcpus + sum(slot.vcpus for slot in self.free)
 
     @property
-    def guest_takes_unplugs(self) -> bool:
+    def guest_accepts_unplugs(self) -> bool:
         """Whether the guest's ACPI has taken over CPU hotplug.
 
         Until then x86 QEMU up to 10.2 is in its "legacy" mode: it refuses `device_del` and shows no `_OST` slots.

@@ -43,7 +43,7 @@ def plan(findings: Findings) -> Plan:
         return Plan()
     if machine.vcpus < target:
         return Plan(plug=machine.free)
-    if machine.vcpus > target and machine.guest_takes_unplugs:
+    if machine.vcpus > target and machine.guest_accepts_unplugs:
         return Plan(unplug=tuple(_to_unplug(findings)))
     return Plan()
 

@@ -84,7 +84,7 @@ def _conditions(
         if findings is not None and findings.machine.run_state == "running" and (old := since.get(AGENT)):
             # The guest is not queried while it unplugs CPUs; what it said last stands, for what was declared then.
             return (*found, old)
-        reason, message = AgentReason.NOT_ASKED, AgentReason.NOT_ASKED.meaning
+        reason, message = AgentReason.NOT_QUERIED, AgentReason.NOT_QUERIED.meaning
     else:
         reason = findings.guest.reason(findings.machine.vcpus)
         message = reason.meaning if findings.guest.error is None else sentence(str(findings.guest.error))

@@ -1,15 +1,15 @@
-"""One connection to the QEMU guest agent (qemu-ga): which CPUs the guest uses, and the request to use more.
+"""One connection to the QEMU guest agent (qemu-ga): which CPUs the guest uses, and the command to use more.
 
 The socket is the host's end of a serial line into the guest, which makes it unlike a monitor (run: agent 7.2):
 
-- QEMU takes the connection whether or not an agent runs, and an agent says nothing unasked. So only a missing answer
-  tells that none is there; a second client is not told either that another is served.
-- The line outlives its clients. It may hold half a request of an earlier one, which swallows the beginning of ours,
-  and answers that nobody has fetched, the first of which may have lost its head. The byte 0xFF has the agent forget
-  what it has read, at the price of an error without an id; and `guest-sync-delimited` is answered after such a byte,
-  with the number that was sent. `guest-sync`, without the bytes, does not do: after half a request the agent answers
-  its first use with a row of parse errors.
-- Requests are carried out one by one. Whoever gives up on one waits for it with the next.
+- QEMU accepts the connection whether or not an agent runs, and an agent sends nothing by itself. So only a missing
+  answer shows that there is none; a second client does not learn either that another one is served.
+- The line outlives its clients. It may hold half a request of an earlier client, which swallows the beginning of ours,
+  and answers that no client has read, the first of which may be truncated at its start. The byte 0xFF makes the agent
+  discard what it has read, at the price of an error without an id; and `guest-sync-delimited` is answered after such a
+  byte, with the number that was sent. `guest-sync`, without the bytes, is not enough: after half a request the agent
+  answers its first use with several parse errors.
+- Requests are executed one by one. After a request that timed out, the next one waits for it.
 
 Agents older than QEMU 3.0 refuse requests with an id and are not supported.
 """
@@ -40,19 +40,19 @@ FIRST_BATCH: Final = 4
 """How many CPUs are set online by the first command. One takes a guest from some ms (KVM) to 0.3 s (TCG, idle host)."""
 
 BRING_ONLINE_SECONDS: Final = 10.0
-"""How long one call of `bring_online` goes on to ask for more CPUs."""
+"""How long one call of `bring_online` starts commands."""
 
 LONGEST: Final = 512 * 1024
-"""The longest reply that is read, in bytes. That about 4096 CPUs has half of it."""
+"""The longest reply that is read, in bytes. A reply about 4096 CPUs has half of it."""
 
 _SYNC: Final = "guest-sync-delimited"
 _DELIMITER: Final = b"\xff"
 
 
 class Agent:
-    """A conversation with a guest's agent, opened by `Agent.open`; close it, also after an error.
+    """A connection to a guest's agent, opened by `Agent.open`; close it, also after an error.
 
-    After AgentUnreachable and AgentTimeout it has ended, and says so to whoever goes on using it.
+    After AgentUnreachable and AgentTimeout it has ended; every later call raises.
     """
 
     def __init__(self, where: str, seconds: float, permit: Callable[[], None] | None = None) -> None:
@@ -64,17 +64,17 @@ class Agent:
     async def open(
         cls, endpoint: UnixEndpoint, *, permit: Callable[[], None] | None = None, seconds: float = AGENT_SECONDS
     ) -> Agent:
-        """Connect, and have the agent answer once. The endpoint may be closed afterwards.
+        """Connect, and wait for one answer of the agent. The endpoint may be closed afterwards.
 
-        permit   called right before each command is sent; if it raises, the connection is cut in place of that
+        permit   called right before each command is sent; if it raises, the connection is closed instead
         seconds  for this, and later for each command
 
-        Raises AgentUnreachable if nobody listens or what listens is no agent, AgentTimeout if nothing is answered,
-        AgentRefused if the agent is forbidden to answer even this.
+        Raises AgentUnreachable if nothing listens or what listens is no agent, AgentTimeout if nothing is answered,
+        AgentRefused if the agent is not allowed to answer even this.
         """
         agent = cls(str(endpoint), seconds, permit)
         try:
-            async with agent._asking(_SYNC):
+            async with agent._deadline(_SYNC):
                 await agent._client.open(endpoint)
                 await agent._client.sync()
         except BaseException:
@@ -85,19 +85,19 @@ class Agent:
     async def cpus(self) -> GuestCPUs:
         """The guest's CPUs (`guest-get-vcpus`), by ascending logical id.
 
-        Raises AgentUnreachable (also for a reply that makes no sense), AgentTimeout, AgentRefused.
+        Raises AgentUnreachable (also for a malformed reply), AgentTimeout, AgentRefused.
         """
         command = "guest-get-vcpus"
-        async with self._asking(command):
+        async with self._deadline(command):
             return replies.guest_cpus(await self._client.execute(command))
 
     async def bring_online(self, ids: Sequence[int]) -> Mapping[int, str]:
-        """Have the guest use these CPUs, by logical id (`guest-set-vcpus`); one that it uses already is left as it is.
+        """Set these CPUs online, by logical id (`guest-set-vcpus`); one that is online already is left as it is.
 
-        Returns those that the agent could not set online, with its words. Takes several commands if there are many,
-        each with its deadline, and begins none after `BRING_ONLINE_SECONDS`: the rest is left as it is.
+        Returns those that the agent could not set online, with its message. Sends several commands if there are many,
+        each with its deadline, and starts none after `BRING_ONLINE_SECONDS`: the rest is left as it is.
 
-        Raises AgentUnreachable and AgentTimeout; the guest may still go on after that.
+        Raises AgentUnreachable and AgentTimeout; the guest may still be working on the command then.
         """
         refused: dict[int, str] = {}
         left = list(dict.fromkeys(ids))
@@ -111,11 +111,11 @@ class Agent:
             except AgentRefused as error:
                 if error.error_class == "CommandNotFound":  # Disabled in the agent, or its file systems are frozen.
                     return refused | dict.fromkeys(left, error.description)
-                # An error is about the first entry. One that fails later cuts the list short, and comes first next.
+                # An error is about the first entry. One that fails later shortens the list, and comes first next.
                 refused[batch[0]] = error.description
                 done = 1
             del left[:done]
-            # No guest is asked for more than fits its deadline at the pace that it has shown.
+            # No command has more CPUs than fit the deadline at the guest's speed so far.
             took = clock() - began
             if took > self._seconds / 2:
                 size = max(size // 2, 1)
@@ -127,22 +127,22 @@ class Agent:
         """How many of them, from the first on, are online now: at least one."""
         command = "guest-set-vcpus"
         entries = [{"logical-id": logical_id, "online": True} for logical_id in batch]
-        async with self._asking(command):
+        async with self._deadline(command):
             return replies.processed(await self._client.execute(command, {"vcpus": entries}), len(batch))
 
     async def close(self) -> None:
-        """End the conversation at once. Never raises, and again is harmless; cancelled, it has cut the connection."""
+        """Close the connection at once. Never raises, may be called again; it is closed also if this is cancelled."""
         await self._client.end(CLOSE_SECONDS)
 
     @contextlib.asynccontextmanager
-    async def _asking(self, command: str) -> AsyncIterator[None]:
-        """The deadline for one command, and the errors that its callers know."""
+    async def _deadline(self, command: str) -> AsyncIterator[None]:
+        """The deadline for one command, and foreign errors as ours."""
         try:
             async with asyncio.timeout(self._seconds):
                 yield
         except ExecuteError as error:
             raise translate.agent_refusal(command, error) from error
-        except (TimeoutError, BlockingIOError) as error:  # or so many clients wait that no more are let into the queue
+        except (TimeoutError, BlockingIOError) as error:  # or the queue of waiting clients is full
             await self.close()
             if self._client.strange is not None:
                 raise AgentUnreachable(
@@ -161,9 +161,9 @@ class _NotAnAgent(Exception):
 
 
 class _AgentClient(Client):
-    """The client on an agent's line: neither greeting nor negotiation, and a beginning that has to be found.
+    """The client on an agent's line: no greeting, no negotiation, and a start that has to be found.
 
-    strange  why the first line that came in was not understood; None: it was, or has not come
+    strange  why the first line that came in was not understood; None: it was, or has not arrived
     """
 
     def __init__(self, permit: Callable[[], None] | None) -> None:
@@ -175,7 +175,7 @@ class _AgentClient(Client):
         self._begun = False
 
     async def sync(self) -> None:
-        """Get past all that earlier clients have left on the line, in either direction."""
+        """Skip all that earlier clients have left on the line, in either direction."""
         number = secrets.randbits(53)
         self._write(_DELIMITER)
         if await self.execute(_SYNC, {"id": number}) != number:
@@ -183,14 +183,14 @@ class _AgentClient(Client):
         self._synced = True
         self.strange = None
 
-    # What follows overrides the library's own hooks.
+    # Overrides of the library's hooks.
 
     def _awaits_reply(self) -> bool:
-        # What an earlier client has asked for may be on the line before we ask.
+        # An answer to an earlier client may be on the line before our first request.
         return not self._synced or super()._awaits_reply()
 
     async def _readline(self) -> bytes:
-        # Of what stands before a 0xFF nothing is for us, and no JSON text contains one.
+        # Nothing before a 0xFF is for us, and no JSON text contains one.
         return (await self._read_until(b"\n")).rpartition(_DELIMITER)[2]
 
     async def _do_recv(self) -> Message:
@@ -200,7 +200,7 @@ class _AgentClient(Client):
         except Exception as error:
             if begun or isinstance(error, EOFError | OSError):
                 raise
-            # The rest of an answer whose beginning an earlier client has fetched. Only the first line can be one.
+            # The rest of an answer whose beginning an earlier client has read. Only the first line can be one.
             self.strange = error
             return await super()._do_recv()
 

@@ -1,7 +1,7 @@
-"""What guests say of their own CPUs, asked for beside the passes.
+"""Queries of the guest agents, concurrent with reconciliations.
 
-An agent may be absent, slow or broken, and takes seconds to show it. So no pass waits for one: it takes the newest
-answer, which is about the very CPUs that it sees, and has the next one asked for; `wake` is called when there is news.
+An agent may be absent, slow or broken, and that takes seconds to find out. So no pass waits for one: it uses the newest
+answer about the CPUs that it observed, and starts the next query; `wake` is called when the answer has changed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from vcpuset.qmp.sockets import find_socket
 __all__ = ["AT_ONCE", "RETRY_SECONDS", "Guests"]
 
 RETRY_SECONDS: Final = (5.0, 10.0, 30.0, 60.0, 60.0, 60.0, 300.0)
-"""How long an agent that failed is left alone; longer with every failure in a row."""
+"""How long an agent that failed is not queried; longer with every failure in a row."""
 
 AT_ONCE: Final = 64
-"""How many agents are asked at once; their deadlines begin when it is their turn."""
+"""How many agents are queried at once; the deadline of each begins with its query."""
 
 RETRIES_AT_ONCE: Final = 16
-"""The same for those that failed last time: each can take its whole deadline, and must not hold up the others."""
+"""The same for those that failed last time: each can take its whole deadline, and must not delay the others."""
 
 _log = logging.getLogger(__name__)
 
 _About = tuple[GuestAgent, str | None, frozenset[CPU]]
-"""What an answer is about: which agent was asked, and of which CPUs of which machine."""
+"""What an answer is about: the queried agent, and the CPUs of which machine."""
 
-_Question = tuple[GuestAgent, bool]
+_Query = tuple[GuestAgent, bool]
 
 
 @dataclass
@@ -47,32 +47,32 @@ class _Guest:
 
     about     what the report is about
     failures  how many in a row
-    retry_at  loop time before which an agent that failed is not asked again
-    asking    the question under way
-    question  which agent is asked, and whether to bring CPUs online
-    awaited   whether a pass was told that there is no answer yet
-    again     wakes when an agent that failed is to be asked again
-    news      wakes later than at once, since its answers have woken so often
-    wakes     how often its answers may wake
+    retry_at  loop time before which an agent that failed is not queried again
+    task      the query in progress
+    query     which agent is queried, and whether to bring CPUs online
+    awaited   whether a pass found no answer yet
+    again     wakes when an agent that failed is to be queried again
+    delayed   wakes later, because its answers have woken too often
+    wakes     limits how often its answers wake
     """
 
     about: _About | None = None
     report: GuestReport | None = None
     failures: int = 0
     retry_at: float = 0.0
-    asking: asyncio.Task[None] | None = None
-    question: _Question | None = None
+    task: asyncio.Task[None] | None = None
+    query: _Query | None = None
     awaited: bool = False
     again: asyncio.TimerHandle | None = None
-    news: asyncio.TimerHandle | None = None
+    delayed: asyncio.TimerHandle | None = None
     wakes: RateLimiter = field(default_factory=RateLimiter)
 
 
 class Guests:
-    """Asks guest agents.
+    """Queries guest agents.
 
-    socket_root  where the namespaces' folders with the agents' sockets are; None: none can be asked
-    wake         told when a guest says something else than before
+    socket_root  where the namespaces' folders with the agents' sockets are; None: no agent can be queried
+    wake         called when the answer of a guest has changed
     permit       called right before each command is sent; raises if this process must not act (any more)
     """
 
@@ -87,29 +87,29 @@ class Guests:
         self._retries = asyncio.Semaphore(RETRIES_AT_ONCE)
         self._ending: set[asyncio.Task[None]] = set()
 
-    def ask(self, vcpuset: VCPUSet, machine: Machine, *, surplus: bool = False) -> GuestReport | None:
-        """What the guest last said of these CPUs (or that it cannot be asked), while it is asked anew.
+    def query(self, vcpuset: VCPUSet, machine: Machine, *, surplus: bool = False) -> GuestReport | None:
+        """The last answer about these CPUs (or why the agent cannot be queried); starts the next query.
 
-        None: it has not said anything of these CPUs yet; it will, or fail, in a matter of seconds. CPUs that it left
+        None: there is no answer about these CPUs yet; it comes, or fails, within seconds. CPUs that the guest left
         offline are brought online if the set says so and is not suspended, unless there are too many of them
-        (`surplus`: what is offline may be on its way out) or the machine migrates.
+        (`surplus`: an offline CPU may be leaving) or the machine migrates.
         """
         agent = vcpuset.spec.guest_agent
         assert agent is not None, "the set names no guest agent"
         guest = self._guests.setdefault(vcpuset.uid, _Guest())
         about = (agent, machine.uuid, frozenset(map(cpu_of, machine.occupied)))
         change = not (vcpuset.spec.suspend or surplus or machine.migrating)
-        question = (agent, agent.bring_online and change)
-        if guest.question != question:
-            # Nobody wants that answer any more; and bringing CPUs online, which can take long, is to end.
-            self._stop_asking(guest)
+        query = (agent, agent.bring_online and change)
+        if guest.query != query:
+            # The old answer is not needed; and bringing CPUs online, which can take long, ends.
+            self._cancel(guest)
             guest.retry_at = 0.0
-        if guest.question is not None and guest.question[0] != agent:
+        if guest.query is not None and guest.query[0] != agent:
             guest.failures = 0
-        guest.question = question
-        if guest.asking is None and asyncio.get_running_loop().time() >= guest.retry_at:
-            work = self._ask(vcpuset, machine.vcpus, question, guest, about)
-            guest.asking = asyncio.create_task(work, name=f"guest of {vcpuset}")
+        guest.query = query
+        if guest.task is None and asyncio.get_running_loop().time() >= guest.retry_at:
+            work = self._run(vcpuset, machine.vcpus, query, guest, about)
+            guest.task = asyncio.create_task(work, name=f"guest of {vcpuset}")
         failed = guest.report is not None and guest.report.cpus is None
         if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
             return guest.report
@@ -117,35 +117,35 @@ class Guests:
         return None
 
     async def forget(self, uid: UID) -> None:
-        """The set is not this operator's any more."""
+        """This process no longer manages the set."""
         if (guest := self._guests.pop(uid, None)) is not None:
-            self._stop_asking(guest)
+            self._cancel(guest)
             if self._ending:
                 await asyncio.wait(self._ending)
 
     async def close(self) -> None:
-        """Ask no more."""
+        """End all queries."""
         for uid in list(self._guests):
             await self.forget(uid)
 
-    def _stop_asking(self, guest: _Guest) -> None:
-        for timer in (guest.again, guest.news):
+    def _cancel(self, guest: _Guest) -> None:
+        for timer in (guest.again, guest.delayed):
             if timer is not None:
                 timer.cancel()
-        if guest.asking is not None:
-            guest.asking.cancel()
-            self._ending.add(guest.asking)
-            guest.asking.add_done_callback(self._ending.discard)
-            guest.asking = None
+        if guest.task is not None:
+            guest.task.cancel()
+            self._ending.add(guest.task)
+            guest.task.add_done_callback(self._ending.discard)
+            guest.task = None
 
-    async def _ask(self, vcpuset: VCPUSet, vcpus: int, question: _Question, guest: _Guest, about: _About) -> None:
-        agent, bring_online = question
+    async def _run(self, vcpuset: VCPUSet, vcpus: int, query: _Query, guest: _Guest, about: _About) -> None:
+        agent, bring_online = query
         try:
             async with self._retries if guest.failures else self._turns:
-                report = await self._look(vcpuset.namespace, agent, vcpus if bring_online else 0)
+                report = await self._query_once(vcpuset.namespace, agent, vcpus if bring_online else 0)
         except AgentError as error:
             report = GuestReport(None, error)
-        except Exception as error:  # noqa: BLE001 - a defect: logged with its traceback, and told in the status; a set waits for this answer
+        except Exception as error:  # noqa: BLE001 - a defect: logged with its traceback, and reported in the status; a set waits for this answer
             _log.exception("querying the guest agent of %s failed unexpectedly", vcpuset)
             report = GuestReport(None, AgentUnreachable(f"querying the guest agent failed: {error!r}"))
         loop = asyncio.get_running_loop()
@@ -156,20 +156,20 @@ class Guests:
             guest.again = loop.call_at(guest.retry_at, self._wake, vcpuset.uid)
         else:
             guest.failures, guest.retry_at = 0, 0.0
-        # Whoever waits may wait for an answer to another question: that one is asked now.
+        # A pass may wait for the answer about other CPUs: wake it, so that it starts that query.
         wake = guest.awaited or guest.about != about or _words(guest.report) != _words(report)
-        guest.about, guest.report, guest.asking, guest.awaited = about, report, None, False
+        guest.about, guest.report, guest.task, guest.awaited = about, report, None, False
         if not wake:
             return
         if delay := guest.wakes.delay():
-            if guest.news is not None:
-                guest.news.cancel()
-            guest.news = loop.call_later(delay, self._wake, vcpuset.uid)
+            if guest.delayed is not None:
+                guest.delayed.cancel()
+            guest.delayed = loop.call_later(delay, self._wake, vcpuset.uid)
         else:
             self._wake(vcpuset.uid)
 
-    async def _look(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
-        """Ask once; CPUs are brought online if there are at most `bring_online`: else it is another machine's guest."""
+    async def _query_once(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
+        """Brings CPUs online if the guest has at most `bring_online`: with more it is another machine's guest."""
         field = "spec.guestAgent.unix.path"
         if self._socket_root is None:
             raise AgentUnreachable(
@@ -179,23 +179,23 @@ class Guests:
         try:
             endpoint = await find_socket(self._socket_root, namespace, agent.path, field)
         except (InvalidMonitor, MonitorUnreachable) as error:
-            # The set names two sockets: say which of them is meant.
+            # The set names two sockets: say which one is meant.
             words = str(error)
             raise AgentUnreachable(words if words.startswith(field) else f"{field}: {words}") from error
         with endpoint:
-            asked = await Agent.open(endpoint, permit=self._permit)
+            connection = await Agent.open(endpoint, permit=self._permit)
         try:
-            cpus = await asked.cpus()
+            cpus = await connection.cpus()
             if not cpus.offline or len(cpus.cpus) > bring_online:
                 return GuestReport(cpus)
-            resisted = await asked.bring_online(cpus.offline)
-            cpus = await asked.cpus()
-            # Somebody else may have been faster: what is online has not resisted.
+            resisted = await connection.bring_online(cpus.offline)
+            cpus = await connection.cpus()
+            # Another client may have been faster: a CPU that is online has not resisted.
             return GuestReport(cpus, resisted={cpu: words for cpu, words in resisted.items() if cpu in cpus.offline})
         finally:
-            await asked.close()
+            await connection.close()
 
 
 def _words(report: GuestReport | None) -> object:
-    """What of a report a status can show; errors are equal if their words are."""
+    """What of a report a status can show; errors with the same text are equal."""
     return report and (report.cpus, str(report.error), report.resisted)

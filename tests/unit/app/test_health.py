@@ -20,18 +20,20 @@ __all__: list[str] = []
 class Served:
     """A server on a port of its own, and what it reports on.
 
-    ill  why the process should be restarted; None: it is well
+    unhealthy_reason  why the process should be restarted; None: it is healthy
     """
 
     def __init__(self) -> None:
         self.ready = asyncio.Event()
-        self.ill: str | None = None
+        self.unhealthy_reason: str | None = None
         self.port = free_port()
 
     def serving(self) -> contextlib.AbstractAsyncContextManager[None]:
         """While this is open, it is served."""
         address = ("127.0.0.1", self.port)
-        return serve_http(address, ready=self.ready, ill=lambda: self.ill, exposition=self._exposition)
+        return serve_http(
+            address, ready=self.ready, unhealthy_reason=lambda: self.unhealthy_reason, exposition=self._exposition
+        )
 
     async def _exposition(self) -> bytes:
         return b"vcpuset_sets 4\n"
@@ -56,7 +58,7 @@ async def served() -> AsyncIterator[Served]:
 async def test_healthz_is_well_until_there_is_a_reason_for_a_restart(served: Served) -> None:
     assert await served.get("/healthz") == (200, "ok\n")
 
-    served.ill = "a pass has been running for 181 s"
+    served.unhealthy_reason = "a pass has been running for 181 s"
 
     assert await served.get("/healthz") == (500, "a pass has been running for 181 s\n")
 
@@ -106,7 +108,7 @@ async def test_an_address_that_is_taken_is_an_error_with_the_remedy(served: Serv
     ],
 )
 async def test_an_address_that_is_not_of_this_host_is_an_error(host: str, words: str) -> None:
-    serving = serve_http((host, 0), ready=asyncio.Event(), ill=lambda: None, exposition=asyncio.Future)
+    serving = serve_http((host, 0), ready=asyncio.Event(), unhealthy_reason=lambda: None, exposition=asyncio.Future)
     with pytest.raises(VCPUSetError) as caught:
         await serving.__aenter__()
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from unit.domain.builders import NOW, a_machine, a_request, a_set, ago
 from vcpuset.cli.inspect import Inspection, document, ost_words, page
 from vcpuset.cli.main import main
-from vcpuset.cli.observation import Look, monitor_address
+from vcpuset.cli.observation import Observation, monitor_address
 from vcpuset.cli.render import Facts, Grid, Lines, Styled, printable
 from vcpuset.domain.errors import AgentTimeout
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
@@ -29,9 +29,9 @@ FOUR = a_machine(plugged=[2, 3])
 
 
 def found(
-    machine: Machine, guest: GuestReport | None = None, vcpuset: VCPUSet | None = None, unasked: str | None = None
+    machine: Machine, guest: GuestReport | None = None, vcpuset: VCPUSet | None = None, not_queried: str | None = None
 ) -> Inspection:
-    return Inspection("/run/qmp.sock", Look(machine, "10.0.2"), guest, unasked, vcpuset, NOW)
+    return Inspection("/run/qmp.sock", Observation(machine, "10.0.2"), guest, not_queried, vcpuset, NOW)
 
 
 def guest(*online: bool) -> GuestReport:
@@ -125,7 +125,7 @@ def test_an_agent_of_another_machine_and_one_that_is_silent_are_told() -> None:
     silent = found(FOUR, GuestReport(None, AgentTimeout("agent.sock has not answered")))
     assert facts(silent)["Guest"] == "no answer: agent.sock has not answered"
     assert document(silent)["guest"]["reason"] == "NoAnswer"
-    assert document(found(FOUR, unasked="it is paused"))["guest"]["reason"] == "NotAsked"
+    assert document(found(FOUR, not_queried="it is paused"))["guest"]["reason"] == "NotQueried"
 
 
 def test_requests_of_a_set_are_joined_to_the_slots_that_they_are_about() -> None:

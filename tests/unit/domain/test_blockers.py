@@ -159,7 +159,7 @@ def test_an_agent_that_cannot_be_asked_is_told(report: GuestReport, reason: Agen
 
 
 def test_an_agent_that_is_not_asked_because_its_guest_stands_still_is_told() -> None:
-    assert reasons(in_the_way(a_spec(2, agent=AGENT), a_machine(run_state="paused"))) == ["NotAsked"]
+    assert reasons(in_the_way(a_spec(2, agent=AGENT), a_machine(run_state="paused"))) == ["NotQueried"]
 
 
 @pytest.mark.parametrize("vcpus", [4, 6])

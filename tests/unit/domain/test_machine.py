@@ -107,7 +107,7 @@ def test_without_slots_floor_and_ceiling_are_what_is_there() -> None:
 def test_an_x86_guest_takes_requests_once_its_firmware_has_come_up(
     arch: str, ost: dict[int, Ost] | None, takes: bool
 ) -> None:
-    assert a_machine(arch=arch, ost=ost).guest_takes_unplugs is takes
+    assert a_machine(arch=arch, ost=ost).guest_accepts_unplugs is takes
 
 
 def test_only_a_cpu_that_came_without_an_id_is_a_boot_cpu() -> None:

@@ -129,10 +129,10 @@ def test_a_fourth_condition_says_whether_the_guest_agent_answers(guest: GuestRep
 
 def test_an_agent_that_was_not_asked_is_unknown_unless_the_running_guest_gives_cpus_back() -> None:
     known = observed(AGENT_SET, a_machine(), BOTH_ONLINE).conditions
-    assert agent_condition(a_machine(), None)[:2] == ("Unknown", "NotAsked")
+    assert agent_condition(a_machine(), None)[:2] == ("Unknown", "NotQueried")
     assert agent_condition(a_machine(), None, known)[:2] == ("True", "Connected")
-    assert agent_condition(a_machine(run_state="paused"), None, known)[:2] == ("Unknown", "NotAsked")
-    assert agent_condition(None, None, known)[:2] == ("Unknown", "NotAsked")
+    assert agent_condition(a_machine(run_state="paused"), None, known)[:2] == ("Unknown", "NotQueried")
+    assert agent_condition(None, None, known)[:2] == ("Unknown", "NotQueried")
 
 
 def test_what_the_guest_said_of_other_cpus_is_no_online_count_of_these() -> None:

@@ -349,7 +349,7 @@ class LawfulWorld(World):
             assert self._told is not None
             assert self._told.online == status.online_vcpus, "the guest has said something else since"
         if self._calm and not self._changed_since:
-            if not self.guests_being_asked:
+            if not self.guests_being_queried:
                 unsent = [each for each in status.pending_unplugs if (cpu_of(each), each.requested_at) in self._unsent]
                 assert unsent == [], "never sent, and said to be with the guest"
             self._judge_progress(vcpuset)
@@ -374,7 +374,7 @@ class LawfulWorld(World):
             shown is None
             or self._process != self.qemu.process
             or replace(shown, ost=None) != replace(now, ost=None)
-            or shown.guest_takes_unplugs != now.guest_takes_unplugs
+            or shown.guest_accepts_unplugs != now.guest_accepts_unplugs
         )
 
     def _judge_progress(self, vcpuset: VCPUSet) -> None:
@@ -383,9 +383,9 @@ class LawfulWorld(World):
         target = target_for(vcpuset.spec, machine).count
         soon = self.loop.now + POLL_SECONDS + NEXT_TURN_SECONDS
         if ready is not None and ready.reason in {"Plugging", "Unplugging"}:
-            waits = self.next_pass <= soon or self.guests_being_asked
+            waits = self.next_pass <= soon or self.guests_being_queried
             assert waits or machine.vcpus > target, f"{ready.reason}, and nobody looks"
-        if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE or not machine.guest_takes_unplugs:
+        if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE or not machine.guest_accepts_unplugs:
             return
         if ready is not None and ready.reason == "Contested":
             return

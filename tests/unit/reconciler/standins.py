@@ -285,16 +285,16 @@ class ModelGuests(Guests):
     def __init__(self, world: World, wake: Callable[[UID], None]) -> None:
         super().__init__(None, wake)
         self._world = world
-        self.asking_now = 0
+        self.querying_now = 0
         """How many questions are under way."""
 
     @override
-    async def _look(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
-        self.asking_now += 1
+    async def _query_once(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
+        self.querying_now += 1
         try:
             return await self._put(agent, bring_online)
         finally:
-            self.asking_now -= 1
+            self.querying_now -= 1
 
     async def _put(self, agent: GuestAgent, bring_online: int) -> GuestReport:
         qemu = self._world.machines.get(agent.path.removesuffix(".agent") + ".sock")

@@ -100,9 +100,9 @@ def test_the_guest_is_asked_no_more(empty_world: World, qemu: Qemu) -> None:
     qemu.agent = AgentMode.MUTE
     world.apply("web", vcpus=2, guestAgent={"unix": {"path": "a.agent"}})
     world.run_due()
-    assert world.guests_being_asked == 1
+    assert world.guests_being_queried == 1
 
     world.apply("web", **NEWER)
     world.run_due()
-    assert world.guests_being_asked == 0
+    assert world.guests_being_queried == 0
     assert [condition.type for condition in world.status().conditions] == ["Ready", "Reconciling", "Stalled"]

@@ -226,9 +226,9 @@ class World:
         return self._monitors.held()
 
     @property
-    def guests_being_asked(self) -> int:
+    def guests_being_queried(self) -> int:
         """How many guests owe an answer."""
-        return self._guests.asking_now
+        return self._guests.querying_now
 
     @property
     def next_pass(self) -> float:
