@@ -20,7 +20,6 @@ from harness.world import User
 from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube import recorder as recorder_module
-from vcpuset.kube import series as series_module
 from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.recorder import BURST, Recorder
 
@@ -59,7 +58,7 @@ async def running(recorder: Recorder) -> AsyncIterator[None]:
 @contextmanager
 def fast_series(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patched:
-        patched.setattr(series_module, "SERIES_WRITE_SECONDS", 0.2)
+        patched.setattr(recorder_module, "WRITE_SECONDS", 0.2)
         yield
 
 
@@ -174,7 +173,7 @@ async def test_the_same_about_a_changed_spec_is_another_event(cluster: Cluster, 
 async def test_a_series_ends_with_a_long_pause(
     cluster: Cluster, sets: User, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(series_module, "SERIES_SECONDS", 0.0)
+    monkeypatch.setattr(recorder_module, "SERIES_SECONDS", 0.0)
     recorder = Recorder(cluster)
     async with running(recorder):
         record(recorder, vcpuset)

@@ -43,7 +43,7 @@ AGENT: Final = "system:serviceaccount:vcpuset-agent:vcpuset-agent"
 CONTROLLER: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
 
 SERIES_SECONDS: Final = 180.0
-"""The count of a repeated Event is written a minute after the Event at the earliest."""
+"""The count of an Event is written a minute after it repeated."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,23 @@
 """Kubernetes Events (`events.k8s.io/v1`), what `kubectl describe` and `kubectl events` show.
 
-Events are for people and may be lost: recording never waits and never fails, and posting goes on behind a bounded
-queue at a limited pace. With thousands of sets that is not enough to keep them readable, so
+Events are for people and may be lost: recording never waits and never fails, and one task posts them from a bounded
+queue, at a limited rate. So that they stay readable when many sets fail,
 
-* equal events are one Event with a `series` that counts them (`vcpuset.kube.series`);
-* each set has a token bucket for new Events, so that one that is never quiet neither floods the API server nor pushes
-  the others' Events out of the queue. Counting goes on without tokens;
-* an API server that is away is tried again for some minutes, and told of in the log once, not per Event.
-
-What is lost all the same is counted, and told of once per episode.
+* equal Events are one Event with a `series` that counts them. Equal are, as in client-go, those of one type, action and
+  reason about one object. Notes hold times and numbers; the first one stays, as only `series` of an Event can change;
+* each set has a token bucket for new Events, as in client-go. Counting goes on without tokens;
+* trouble is logged once per episode, not per Event. What is lost is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Final, Literal, Protocol
@@ -26,8 +26,6 @@ from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.errors import APIError, Conflict, ObjectGone, Rejected
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.codec import API_VERSION, KIND
-from vcpuset.kube.series import EventKey, Occurrence, Series, SeriesBook
-from vcpuset.kube.tokenbucket import TokenBuckets
 
 __all__ = ["EventSink", "Recorder"]
 
@@ -38,29 +36,26 @@ PACE_SECONDS: Final = 0.05
 """Pause between two requests, so that many sets that fail together do not flood the API server."""
 
 BURST: Final = 25
-"""New Events that one set may have at once; client-go's number."""
-
 REFILL_SECONDS: Final = 300.0
-"""After so long a set may have one new Event more; client-go's number."""
+"""How many new Events one set may have at once, and after how long one more; client-go's numbers."""
 
-OBJECTS_LIMIT: Final = 10_000
-"""Sets whose token buckets are remembered; a forgotten bucket is full."""
+SERIES_SECONDS: Final = 600.0
+"""How long after the last of equal Events the next one is counted with them; client-go's old choice."""
+
+WRITE_SECONDS: Final = 60.0
+"""How long after an Event has repeated its count is written, with all that happened meanwhile."""
+
+REMEMBERED: Final = 10_000
+"""How many series are remembered, and how many token buckets; beyond it those that have been quiet longest go."""
 
 BACKOFF: Final = ExponentialBackoff(base_seconds=1, cap_seconds=15)
-"""The pause after a failed request. It is for all Events: most often it is the API server that is not there. New Events
-go first afterwards, so that one that is refused again and again holds up none."""
+"""The pause after a failed request. It is for all Events: most often it is the API server that is not there."""
 
 GIVE_UP_SECONDS: Final = 600.0
 """How long after the first failed attempt to post an Event it is given up."""
 
-QUIET_SECONDS: Final = 300.0
-"""Trouble that comes back sooner than this is the same episode, and is not told of again."""
-
-CONTROLLER: Final = "vcpuset.dev/operator"
-"""`reportingController`."""
-
-_NOTE_BYTES: Final = 1024  # the API's limits
-_INSTANCE_CHARACTERS: Final = 128
+QUIET_SECONDS: Final = 600.0
+"""Trouble that comes back sooner than this is the same episode, and is not logged again."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,48 +63,55 @@ _log = logging.getLogger(__name__)
 class EventSink(Protocol):
     """Where Events go: a `vcpuset.kube.cluster.Cluster`."""
 
-    async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
-        """Create an Event. Raises `Conflict` if there is one of that name, `ObjectGone` if there is no namespace."""
+    async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None: ...
+    async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None: ...
 
-    async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
-        """Merge a patch into an Event. Raises `ObjectGone` if there is none of that name."""
+
+@dataclass(slots=True, eq=False)
+class _Series:
+    """One Event, and how often it happened. Times are the event loop's, but for `last`.
+
+    name           the Event's, chosen before it is posted, so that a second attempt cannot make a second Event
+    generation     the set's, when the series began
+    event          the Event without its count; None: it is posted
+    last, last_at  the latest occurrence
+    queued         it is going to be posted, or its count to be written
+    failing_since  when posting first failed
+    """
+
+    key: tuple[UID, str, str, str]
+    namespace: str
+    name: str
+    generation: int
+    event: dict[str, Any] | None
+    last: str
+    last_at: float
+    count: int = 1
+    queued: bool = True
+    failing_since: float = math.inf
 
 
 class Recorder:
     """Posts Events about VCPUSets. `run` has to run, else they are only queued."""
 
-    def __init__(
-        self,
-        cluster: EventSink,
-        *,
-        instance: str | None = None,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-    ) -> None:
+    def __init__(self, cluster: EventSink, *, instance: str | None = None) -> None:
         """`instance` is the `reportingInstance`, by default the host's (in a pod: the pod's) name."""
         self._cluster = cluster
-        self._instance = (instance or socket.gethostname())[:_INSTANCE_CHARACTERS]
-        self._clock = clock
-        self._buckets: TokenBuckets[UID] = TokenBuckets(burst=BURST, refill_seconds=REFILL_SECONDS, limit=OBJECTS_LIMIT)
-        self._book = SeriesBook()
-        self._waiting: deque[Series] = deque()
-        self._again: deque[Series] = deque()
-        """Those that failed. Together with `_waiting` not more than `QUEUE_LIMIT`."""
+        self._instance = (instance or socket.gethostname())[:128]  # the API's limit
+        self._series: OrderedDict[tuple[UID, str, str, str], _Series] = OrderedDict()
+        """In the order of their latest occurrence."""
+        self._full_at: OrderedDict[UID, float] = OrderedDict()
+        """When the token bucket of each set will be full again."""
+        self._new: deque[_Series] = deque()
+        self._counts: deque[_Series] = deque()
         self._wake = asyncio.Event()
-        self._counts_turn = False
         self._failures = 0
-        self._away = _Episode()
         self._away_told = False
-        self._losses = _Episode()
-        self._overflow = _Episode()
+        self._troubles: OrderedDict[tuple[str, UID | None], float] = OrderedDict()
         self.dropped = 0
-        """How many events were lost because the queue was full, or because the API server did not take them."""
+        """How many Events were lost because the queue was full, or because the API server did not take them."""
         self.throttled = 0
-        """How many events were lost because their set had too many."""
-
-    @property
-    def waiting(self) -> int:
-        """How many new Events wait to be posted."""
-        return len(self._waiting) + len(self._again)
+        """How many Events were lost because their set had too many."""
 
     def record(
         self,
@@ -122,186 +124,152 @@ class Recorder:
     ) -> None:
         """Report that something happened to `vcpuset`. Returns at once; needs a running event loop.
 
-        Args:
-            vcpuset: what it is about.
-            type: Warning for what somebody should look at.
-            reason: why, one CamelCase word.
-            action: what the operator did, one CamelCase word.
-            note: the same for people; cut after 1024 bytes.
+        `reason` (why) and `action` (what the operator did) are one CamelCase word each. A note is cut after 1024 bytes.
         """
         now = asyncio.get_running_loop().time()
-        key = EventKey(vcpuset.uid, type, action, reason)
-        series = self._book.find(key, now)
+        while self._series and now - next(iter(self._series.values())).last_at >= SERIES_SECONDS:
+            self._series.popitem(last=False)
+        key = (vcpuset.uid, type, action, reason)
+        series = self._series.get(key)
         # What happens to another declared state is no repeat, and the old note would be wrong about it. client-go
         # compares the object's resourceVersion for that; ours changes with each status write.
         new = series is None or series.generation != vcpuset.generation
-        if new and self._buckets.take(vcpuset.uid, now):
-            note = note.encode()[:_NOTE_BYTES].decode(errors="ignore")
-            self._begin(vcpuset, key, note, now)
+        if new and self._take_token(vcpuset.uid, now):
+            at, name = _micro_time(), f"{vcpuset.name}.{token_hex(8)}"
+            event = {
+                "apiVersion": "events.k8s.io/v1",
+                "kind": "Event",
+                "metadata": {"name": name, "namespace": vcpuset.namespace},
+                "eventTime": at,
+                "reportingController": "vcpuset.dev/operator",
+                "reportingInstance": self._instance,
+                "type": type,
+                "reason": reason,
+                "action": action,
+                "note": note.encode()[:1024].decode(errors="ignore"),
+                "regarding": {
+                    "apiVersion": API_VERSION,
+                    "kind": KIND,
+                    "namespace": vcpuset.namespace,
+                    "name": vcpuset.name,
+                    "uid": vcpuset.uid,
+                    "resourceVersion": vcpuset.resource_version,
+                },
+            }
+            series = _Series(key, vcpuset.namespace, name, vcpuset.generation, event, at, now)
+            _remember(self._series, key, series)
+            self._queue(self._new, series)
         elif series is not None:
             # Also a new one that there is no token for: better counted under an old note than lost.
-            self._book.repeat(series, self._clock(), now)
+            series.count += 1
+            series.last, series.last_at = _micro_time(), now
+            self._series.move_to_end(key)
+            if not series.queued:
+                self._write_later(series)
         else:
             self.throttled += 1
-            if self._buckets.refuse(vcpuset.uid) == 1:
-                _log.warning(
-                    "%s: dropping Events: rate limit exceeded (burst %d, then one every %.0f s); first dropped: %s: %s",
-                    vcpuset,
-                    BURST,
-                    REFILL_SECONDS,
-                    reason,
-                    note,
-                )
-        self._wake.set()
+            self._warn(
+                "%s: dropping Events: rate limit exceeded (burst %d, then one every %.0f s); first dropped: %s: %s",
+                *(vcpuset, BURST, REFILL_SECONDS, reason, note),
+                about=vcpuset.uid,
+            )
 
     async def run(self) -> None:
         """Post what is recorded. Ends only by cancellation; what waits then is lost."""
         while True:
-            await self._until_work()
-            series = self._next()
-            pause = PACE_SECONDS if series is None else await self._send(series)
-            await asyncio.sleep(pause)
+            await self._wake.wait()
+            self._wake.clear()
+            while self._new or self._counts:
+                # By turns, as neither may keep the other from being seen.
+                for queue in (self._new, self._counts):
+                    if queue:
+                        await self._send(queue.popleft())
 
-    def _begin(self, vcpuset: VCPUSet, key: EventKey, note: str, now: float) -> None:
-        if self.waiting >= QUEUE_LIMIT:
-            oldest = (self._again or self._waiting).popleft()
-            self._book.forget(oldest)
-            self.dropped += oldest.count
-            if self._overflow.begins(now):
-                _log.warning("dropping the oldest Events: more than %d are waiting to be posted", QUEUE_LIMIT)
-        at = self._clock()
-        series = Series(
-            key,
-            vcpuset.namespace,
-            f"{vcpuset.name}.{token_hex(8)}",
-            vcpuset.generation,
-            last=at,
-            last_at=now,
-            first=Occurrence(at, vcpuset.name, vcpuset.resource_version, note),
-        )
-        self._book.begin(series)
-        self._waiting.append(series)
+    def _take_token(self, uid: UID, now: float) -> bool:
+        full_at = max(self._full_at.get(uid, now), now)
+        if round(full_at - now) > (BURST - 1) * REFILL_SECONDS:  # rounded, since sums of floats are not exact
+            return False
+        _remember(self._full_at, uid, full_at + REFILL_SECONDS)
+        return True
 
-    async def _until_work(self) -> None:
-        """Return when an event waits or the count of a series is due."""
-        self._wake.clear()
-        if self.waiting:
-            return
+    def _queue(self, queue: deque[_Series], series: _Series) -> None:
+        queue.append(series)
+        self._wake.set()
+        if len(self._new) > QUEUE_LIMIT:
+            words = "dropping the oldest Events: more than %d are waiting to be posted"
+            self._lose(self._new.popleft(), QUEUE_LIMIT, words)
+
+    def _write_later(self, series: _Series) -> None:
+        """Have the count written after a while, also if the series is replaced or forgotten meanwhile."""
+        series.queued = True
+        asyncio.get_running_loop().call_later(WRITE_SECONDS, self._queue, self._counts, series)
+
+    async def _send(self, series: _Series) -> None:
+        """Post an Event, or write its count, and pause."""
+        count = series.count  # it can grow meanwhile
+        patch = {"series": {"count": count, "lastObservedTime": series.last}}
         try:
-            async with asyncio.timeout_at(self._book.due_at()):
-                await self._wake.wait()
-        except TimeoutError:
-            return
-
-    def _next(self) -> Series | None:
-        """What to send: new Events and counts by turns, as neither may keep the other from being seen."""
-        now = asyncio.get_running_loop().time()
-        self._counts_turn = not self._counts_turn
-        if self._counts_turn and (due := self._book.pop_due(now)) is not None:
-            return due
-        if self.waiting:
-            return (self._waiting or self._again).popleft()
-        return self._book.pop_due(now)
-
-    async def _send(self, series: Series) -> float:
-        """Bring the API server up to date about a series; returns how long to pause then."""
-        try:
-            if series.first is not None:
-                await self._post(series, series.first)
-            else:
-                await self._write_count(series)
+            try:
+                if series.event is None:
+                    await self._cluster.patch_event(series.namespace, series.name, patch)
+                else:
+                    await self._cluster.post_event(series.namespace, series.event | (patch if count > 1 else {}))
+            except Conflict:
+                count = 1  # an attempt that got no answer has made it after all; with which count is not known
+            series.event, series.queued = None, False
+            if series.count != count:
+                self._write_later(series)
         except (ObjectGone, Rejected) as error:
             # Waiting does not help: the namespace or a posted Event is gone, or Events may not be written.
-            self._book.forget(series)
-            if series.first is not None:
-                self._lose(series, error)
+            self._lose(series, error)
         except APIError as error:
-            return self._fail(series, error)
+            await self._fail(series, error)
+            return
         self._failures = 0
         if self._away_told:
             self._away_told = False
             _log.info("posting Events succeeds again; lost so far: %d", self.dropped)
-        return PACE_SECONDS
+        await asyncio.sleep(PACE_SECONDS)
 
-    async def _post(self, series: Series, first: Occurrence) -> None:
-        count = series.count  # it can grow meanwhile
-        try:
-            await self._cluster.post_event(series.namespace, self._event(series, first, count))
-        except Conflict:
-            # An attempt that got no answer has made it after all. With which count is not known.
-            count = 1
-        self._book.posted(series, count, asyncio.get_running_loop().time())
-
-    async def _write_count(self, series: Series) -> None:
-        count = series.count
-        await self._cluster.patch_event(series.namespace, series.event_name, {"series": _series(count, series.last)})
-        self._book.written(series, count, asyncio.get_running_loop().time())
-
-    def _fail(self, series: Series, error: APIError) -> float:
+    async def _fail(self, series: _Series, error: APIError) -> None:
         now = asyncio.get_running_loop().time()
-        if series.first is None:
-            self._book.put_off(series, now)
-        elif series.failing_since is None:
-            series.failing_since = now
-            self._again.append(series)
-        elif now - series.failing_since < GIVE_UP_SECONDS:
-            self._again.append(series)
-        else:
-            self._book.forget(series)
-            self._lose(series, error)
-        if self._away.begins(now):
-            self._away_told = True
-            _log.warning("posting Events failed, retrying: %s", error)
+        series.failing_since = min(series.failing_since, now)
         self._failures += 1
-        return max(BACKOFF.delay(self._failures, error.longest_pause), error.retry_after)
+        self._away_told |= self._warn("posting Events failed, retrying: %s", error)
+        await asyncio.sleep(max(BACKOFF.delay(self._failures, error.longest_pause), error.retry_after))
+        if series.event is None:
+            self._write_later(series)
+        elif now - series.failing_since < GIVE_UP_SECONDS:
+            self._queue(self._new, series)  # behind the others: one that is refused again and again holds up none
+        else:
+            self._lose(series, error)
 
-    def _lose(self, series: Series, error: APIError) -> None:
-        self.dropped += series.count
-        if self._losses.begins(asyncio.get_running_loop().time()):
-            _log.warning("an Event was lost, because it could not be posted: %s", error)
+    def _lose(
+        self, series: _Series, cause: object, message: str = "an Event was lost, because it could not be posted: %s"
+    ) -> None:
+        """Let the next of its kind begin another series. Of one that is posted, only the rest of its count is lost."""
+        if self._series.get(series.key) is series:
+            del self._series[series.key]
+        if series.event is not None:
+            self.dropped += series.count
+            self._warn(message, cause)
 
-    def _event(self, series: Series, first: Occurrence, count: int) -> dict[str, Any]:
-        event: dict[str, Any] = {
-            "apiVersion": "events.k8s.io/v1",
-            "kind": "Event",
-            "metadata": {"name": series.event_name, "namespace": series.namespace},
-            "eventTime": _micro_time(first.at),
-            "reportingController": CONTROLLER,
-            "reportingInstance": self._instance,
-            "type": series.key.type,
-            "reason": series.key.reason,
-            "action": series.key.action,
-            "note": first.note,
-            "regarding": {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "namespace": series.namespace,
-                "name": first.name,
-                "uid": series.key.uid,
-                "resourceVersion": first.resource_version,
-            },
-        }
-        if count > 1:
-            event["series"] = _series(count, series.last)
-        return event
-
-
-class _Episode:
-    """Trouble that is told of when it begins, and then no more until it has stayed away for `QUIET_SECONDS`."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-
-    def begins(self, now: float) -> bool:
-        """Note the trouble; returns whether it is to be told of."""
-        begins = self._last is None or now - self._last > QUIET_SECONDS
-        self._last = now
+    def _warn(self, message: str, *values: object, about: UID | None = None) -> bool:
+        """Log trouble if it begins; returns whether it does."""
+        now = asyncio.get_running_loop().time()
+        begins = now - self._troubles.get((message, about), -math.inf) > QUIET_SECONDS
+        _remember(self._troubles, (message, about), now)
+        if begins:
+            _log.warning(message, *values)
         return begins
 
 
-def _series(count: int, last: datetime) -> dict[str, Any]:
-    return {"count": count, "lastObservedTime": _micro_time(last)}
+def _remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > REMEMBERED:
+        table.popitem(last=False)
 
 
-def _micro_time(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+def _micro_time() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

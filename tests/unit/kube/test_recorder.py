@@ -9,14 +9,13 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from datetime import datetime
 
 import pytest
 
 from unit.kube.events import Server, a_set, record, running, stopped_after
 from vcpuset.kube import recorder as recorder_module
-from vcpuset.kube import series as series_module
-from vcpuset.kube.recorder import BURST, REFILL_SECONDS, Recorder
-from vcpuset.kube.series import SERIES_SECONDS, SERIES_WRITE_MAX_SECONDS
+from vcpuset.kube.recorder import BURST, REFILL_SECONDS, SERIES_SECONDS, WRITE_SECONDS, Recorder
 
 __all__: list[str] = []
 
@@ -39,7 +38,7 @@ async def test_events_that_differ_in_their_note_alone_are_one_and_the_first_note
         for number in range(5):
             record(recorder, a_set(), note=f"tried again at 12:0{number}")
             await asyncio.sleep(20)
-        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+        await asyncio.sleep(2 * WRITE_SECONDS)
 
     assert server.counts() == {"tried again at 12:00": 5}
 
@@ -79,7 +78,6 @@ async def test_repeats_that_come_before_the_event_is_posted_are_in_it() -> None:
     recorder = Recorder(server)
     for _ in range(7):
         record(recorder, a_set())
-    assert recorder.waiting == 1
     await stopped_after(recorder, 1)
 
     assert server.counts() == {"2 of 4 vCPUs": 7}
@@ -99,20 +97,33 @@ async def test_a_pause_ends_a_series_and_its_last_count_is_written() -> None:
     assert server.counts() == {"first": 2, "second": 1}
 
 
-async def test_a_count_that_goes_on_to_grow_is_written_ever_more_seldom_but_each_five_minutes_at_least() -> None:
+async def test_a_count_that_goes_on_to_grow_is_written_once_a_minute() -> None:
     server = Server()
     async with running(server) as recorder:
         for _ in range(3600):
             record(recorder, a_set())
             await asyncio.sleep(1)
-        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+        await asyncio.sleep(2 * WRITE_SECONDS)
 
     assert server.counts() == {"2 of 4 vCPUs": 3600}
     patches = server.times("PATCH")
-    pauses = [round(after - before) for before, after in itertools.pairwise(patches)]
-    assert round(patches[0]) == 60
-    assert pauses[:2] == [120, 240]
-    assert set(pauses[2:]) == {300}
+    assert round(patches[0]) == 61, "a minute after the first repeat"
+    assert all(after - before >= WRITE_SECONDS for before, after in itertools.pairwise(patches))
+    assert len(patches) == pytest.approx(60, abs=1)
+
+
+async def test_a_count_is_written_with_the_time_of_the_last_occurrence() -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for _ in range(3):
+            record(recorder, a_set())
+            await asyncio.sleep(1)
+        await asyncio.sleep(2 * WRITE_SECONDS)
+
+    (event,) = server.events.values()
+    assert event["series"]["count"] == 3
+    times = [datetime.fromisoformat(each) for each in (event["eventTime"], event["series"]["lastObservedTime"])]
+    assert times == sorted(times)
 
 
 async def test_a_series_whose_event_has_expired_begins_anew() -> None:
@@ -122,11 +133,21 @@ async def test_a_series_whose_event_has_expired_begins_anew() -> None:
         await asyncio.sleep(1)
         server.events.clear()
         record(recorder, a_set(), note="repeat")
-        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
+        await asyncio.sleep(2 * WRITE_SECONDS)
         record(recorder, a_set(), note="second")
         await asyncio.sleep(1)
 
     assert server.counts() == {"second": 1}
+
+
+async def test_events_are_posted_in_the_order_in_which_they_were_recorded() -> None:
+    server = Server()
+    recorder = Recorder(server)
+    for number in range(20):
+        record(recorder, a_set(number), note=f"set {number}")
+    await stopped_after(recorder, 10)
+
+    assert list(server.counts()) == [f"set {number}" for number in range(20)]
 
 
 # --- one set among many -----------------------------------------------------------------------------------------------
@@ -152,6 +173,42 @@ async def test_a_set_gets_a_burst_of_new_events_and_then_one_in_a_while(warnings
     (warning,) = warnings()
     assert warning.startswith("default/web-0: dropping Events: rate limit exceeded (burst 25, then one every 300 s);")
     assert warning.endswith("first dropped: Reason25: note 25")
+
+
+async def test_tokens_come_back_one_in_a_while_and_never_more_than_a_burst() -> None:
+    server = Server()
+    numbers = itertools.count()
+
+    async def posted(recorder: Recorder, after: float, tries: int) -> int:
+        """How many of so many new Events about one set are posted, if they come this much later."""
+        await asyncio.sleep(after)
+        before = len(server.events)
+        for _ in range(tries):
+            record(recorder, a_set(), reason=f"Reason{next(numbers)}")
+        await asyncio.sleep(10)
+        return len(server.events) - before
+
+    async with running(server) as recorder:
+        assert await posted(recorder, 0, 1) == 1
+        assert await posted(recorder, 1_000_000, 100) == BURST
+        assert await posted(recorder, REFILL_SECONDS - 20, 5) == 0
+        assert await posted(recorder, 5, 5) == 1
+        assert await posted(recorder, 2.5 * REFILL_SECONDS, 5) == 2
+
+
+async def test_that_a_set_has_too_many_is_logged_once_for_each_set_and_episode(
+    warnings: Callable[[], list[str]],
+) -> None:
+    server = Server()
+    async with running(server) as recorder:
+        for episode in range(2):
+            for number in range(100):
+                for each in range(2):
+                    record(recorder, a_set(each), reason=f"Reason{episode}-{number}")
+            await asyncio.sleep(BURST * REFILL_SECONDS)
+
+    assert [each.partition(":")[0] for each in warnings()] == ["default/web-0", "default/web-1"] * 2
+    assert recorder.throttled == 2 * 2 * (100 - BURST)
 
 
 async def test_counting_needs_no_tokens_and_a_spec_that_never_rests_is_counted_in_the_end() -> None:
@@ -203,7 +260,7 @@ async def test_a_full_queue_drops_the_oldest_and_says_so_once_per_episode(
     assert len(warnings()) == 2
 
 
-async def test_five_thousand_sets_that_fail_together_are_all_told_of_counted_and_forgotten_again() -> None:
+async def test_the_events_of_five_thousand_sets_that_fail_together_are_all_posted_and_counted() -> None:
     sets = [a_set(number) for number in range(5000)]
     server = Server()
     async with running(server) as recorder:
@@ -211,32 +268,47 @@ async def test_five_thousand_sets_that_fail_together_are_all_told_of_counted_and
             for vcpuset in sets:
                 record(recorder, vcpuset, note=vcpuset.name)
             await asyncio.sleep(200)
-        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS + 300)
+        await asyncio.sleep(600)
         assert set(server.counts().values()) == {3}
         assert len(server.events) == 5000
-        assert (recorder.dropped, recorder.throttled, recorder.waiting) == (0, 0, 0)
+        assert (recorder.dropped, recorder.throttled) == (0, 0)
         times = [at for at, _, _ in server.requests]
         assert all(after - before >= 0.049 for before, after in itertools.pairwise(times))
 
-        await asyncio.sleep(SERIES_SECONDS)
-        record(recorder, a_set(9999))
-        assert len(recorder._book) == 1
-        assert recorder._book.unwritten == 0
 
-
-async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(series_module, "SERIES_LIMIT", 50)
+async def test_a_series_that_is_forgotten_for_others_begins_anew_and_its_count_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorder_module, "REMEMBERED", 50)
     server = Server()
     async with running(server) as recorder:
         for number in range(500):
             for _ in range(2):
                 record(recorder, a_set(number), note=f"set {number}")
                 await asyncio.sleep(0.1)
-            assert len(recorder._book) <= 50
-        await asyncio.sleep(SERIES_WRITE_MAX_SECONDS)
-        assert recorder._book.unwritten == 0
+        record(recorder, a_set(0), note="set 0 anew")
+        record(recorder, a_set(499))
+        await asyncio.sleep(2 * WRITE_SECONDS)
 
-    assert set(server.counts().values()) == {2}, "a series that was forgotten has its last count written"
+    assert server.counts() == {f"set {number}": 2 for number in range(499)} | {"set 499": 3, "set 0 anew": 1}
+
+
+async def test_a_set_that_was_quiet_while_many_others_were_not_has_its_burst_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorder_module, "REMEMBERED", 50)
+    server = Server()
+    async with running(server) as recorder:
+        for reason in range(BURST):
+            record(recorder, a_set(), reason=f"Reason{reason}")
+        for number in range(1, 51):
+            record(recorder, a_set(number))
+        for reason in range(BURST):
+            record(recorder, a_set(), reason=f"Other{reason}")
+        await asyncio.sleep(30)
+
+    assert len(server.events) == BURST + 50 + BURST
+    assert recorder.throttled == 0
 
 
 async def test_neither_new_events_nor_counts_wait_for_the_end_of_the_others() -> None:
@@ -244,10 +316,10 @@ async def test_neither_new_events_nor_counts_wait_for_the_end_of_the_others() ->
     async with running(server) as recorder:
         for number in range(100):
             record(recorder, a_set(number), note=f"old {number}")
-        await asyncio.sleep(50)
+        await asyncio.sleep(10)
         for number in range(100):
             record(recorder, a_set(number))
-        await asyncio.sleep(10)  # the counts are due about now
+        await asyncio.sleep(WRITE_SECONDS)  # the counts are due about now
         for number in range(100, 300):
             record(recorder, a_set(number), note=f"new {number}")
         before = len(server.requests)
