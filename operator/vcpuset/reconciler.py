@@ -155,7 +155,7 @@ class Pass:
 
     async def _converge(self) -> Assessment:
         """Observe, plan, act, observe again, report."""
-        await self._observe()
+        self._note(await self.session.observe())
         found = self.services.ownership.claim_machine(self.vcpuset, self.session.peer, self.machine)
         if found is not None:
             owner, evidence = found
@@ -189,12 +189,12 @@ class Pass:
             return replace(assessment, due=findings.now + timedelta(seconds=POLL_SECONDS))
         return await self._report_with_guest(assessment, findings)
 
-    async def _observe(self) -> None:
-        """Observe the machine. A request whose CPU is gone has been carried out."""
-        self.machine = await self.session.observe()
-        self.memory.observed(self.machine, self.loop.time())
+    def _note(self, machine: Machine) -> None:
+        """Take in an observation. A request whose CPU is gone has been carried out."""
+        self.machine = machine
+        self.memory.observed(machine, self.loop.time())
         vcpuset, now = self.vcpuset, self.services.clock()
-        if self.ledger.observe(vcpuset.status, address_of(vcpuset), self.machine, now):
+        if self.ledger.observe(vcpuset.status, address_of(vcpuset), machine, now):
             self.memory.carried_out = True
 
     def _hear(self) -> None:
@@ -232,7 +232,7 @@ class Pass:
                 except CommandError as error:
                     self.blocked = error
                     break
-            await self._observe()
+            self._note(await self.session.recount(self.machine))
             if not isinstance(self.blocked, SlotTaken) or self._stops():
                 return
             # Another client was faster: another free slot does as well.
@@ -255,7 +255,7 @@ class Pass:
         """Record the requests and send them; and those for others in place of each that QEMU rejects."""
         for _ in range(ROUNDS):
             rejected = await self._request(slots)
-            await self._observe()
+            self._note(await self.session.recount(self.machine))
             # Whatever else there is to request has come meanwhile, and can wait for the next pass.
             if self.blocked is not None or not rejected or self.loop.time() >= self.until:
                 return

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from secrets import token_hex
 from typing import Final, Literal, TypeVar
@@ -213,6 +214,21 @@ class Session:
             ost = await self._query("query-acpi-ospm-status", replies.ost)
         except CommandError:  # No ACPI here, or no such command: either way nothing is known.
             ost = None
+        cpus, slots = await self._count()
+        self.answers_by_event_only = ost is None
+        if self._uuid is None:  # One connection leads to one process, which keeps it.
+            self._uuid = (await self._query("query-uuid", replies.uuid),)
+        uuid = self._uuid[0]
+        connections = await self._connections() if uuid is None and self.peer.link is not None else frozenset()
+        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
+
+    async def recount(self, machine: Machine) -> Machine:
+        """The machine of an observation a moment ago with the CPUs that QEMU shows now, for two queries. Raises as
+        `observe`."""
+        cpus, slots = await self._count()
+        return replace(machine, vcpus=cpus.count, slots=slots)
+
+    async def _count(self) -> tuple[replies.CPUs, tuple[Slot, ...] | None]:
         cpus = await self._query("query-cpus-fast", replies.cpus)
         slots: tuple[Slot, ...] | None
         try:
@@ -224,14 +240,9 @@ class Session:
         else:
             if slots is None:
                 raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
-        self.answers_by_event_only = ost is None
         self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
         self._leaving &= set(self._at.values())
-        if self._uuid is None:  # One connection leads to one process, which keeps it.
-            self._uuid = (await self._query("query-uuid", replies.uuid),)
-        uuid = self._uuid[0]
-        connections = await self._connections() if uuid is None and self.peer.link is not None else frozenset()
-        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
+        return cpus, slots
 
     async def _connections(self) -> frozenset[Link]:
         try:

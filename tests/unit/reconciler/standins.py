@@ -175,6 +175,15 @@ class ModelSession(Session):
         return machine
 
     @override
+    async def recount(self, machine: Machine) -> Machine:
+        await self._point()
+        self._qemu.looked_at()
+        machine = await super().recount(machine)
+        self._world.on_observe(self._qemu, machine)
+        await self._point()
+        return machine
+
+    @override
     async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
         # In place of a reply and what is read from it. No query waits here, so all show one moment.
         return cast("_T", self._shown(command))
