@@ -116,7 +116,6 @@ async def test_a_hundred_idle_sets_cost_no_api_write_and_less_than_90_mb(
         await machines.settled(5, operator)
         await machines.declare(1)
         await machines.settled(1, operator)
-        await machines.events_posted("Unplugging", "1 declared")
         await machines.events_posted("Converged", "QEMU has 1 vCPU,")
         # In the audit log they stand a moment later; a look takes longer.
         await machines.looked_at(1)
