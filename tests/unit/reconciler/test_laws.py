@@ -80,7 +80,7 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
         timeout=TIMEOUTS,
         retry=RETRIES,
         guest=st.sampled_from(Guest),
-        connection=st.sampled_from(["OnDemand", "OnDemand", "Persistent"]),
+        connection=st.sampled_from(["OnDemand", "Persistent"]),
         agent=AGENTS,
         agent_mode=st.sampled_from([AgentMode.WORKS, AgentMode.WORKS, AgentMode.LATE]),
     )
