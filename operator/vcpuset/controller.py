@@ -1,4 +1,4 @@
-"""When each VCPUSet has a pass, and what comes of it: the handler of the work queue."""
+"""When each VCPUSet has a pass, and what follows: the handler of the work queue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Controller"]
 logger = logging.getLogger(__name__)
 
 NEXT_TURN_SECONDS = 0.02
-"""How soon a session is followed by the next one where a monitor is wanted for long. Others who wait are first."""
+"""The pause between two sessions with a monitor that is needed for long. Other clients in the queue come first."""
 
 
 class Controller:
@@ -57,8 +57,8 @@ class Controller:
         self._memories: dict[UID, Memory] = {}
 
     def changed(self, uid: UID) -> None:
-        """Note that the cache has news of this set (or has dropped it); called for every such change."""
-        # Before those who wait for its monitor: it may have a session to close.
+        """The cache has a new version of this set (or has dropped it); called for every such change."""
+        # Before the sets that wait for its monitor: it may have a session to close.
         self._services.enqueue(uid)
         if (vcpuset := self._services.cache.get(uid)) is None:
             self._services.ownership.release(uid)
@@ -66,14 +66,14 @@ class Controller:
             self._services.ownership.changed(vcpuset)
 
     async def reconcile(self, uid: UID) -> Result:
-        """One pass. Raises nothing that it expects; what it returns says when to come back."""
+        """One pass. Raises no expected error; the result says when the next pass follows."""
         vcpuset = self._services.cache.get(uid) or self._services.cache.terminating(uid)
         if vcpuset is None or vcpuset.deleting:
-            # Deleted, or another operator's now: the machine stays as it is.
+            # Deleted, or managed by another operator now: the machine stays as it is.
             self._services.ownership.release_machine(uid)
             await self._services.guests.forget(uid)
             await self._services.monitors.forget(uid)
-            # The deletion may have come while a pass was waiting for its socket, and claimed it after that.
+            # It may have been deleted while a pass was waiting for its socket, and that pass claimed it afterwards.
             self._services.ownership.release(uid)
         if vcpuset is None:
             self._services.ownership.forget(uid)
@@ -94,13 +94,13 @@ class Controller:
         except Later:
             return Done(requeue_after=POLL_SECONDS)
         except ObjectGone:
-            # The watch, or at the latest the sweep, will say the same. If not, it was no more than a passing 404.
+            # The watch, or at the latest the sweep, will report the same. If not, the 404 was temporary.
             if on_demand:
                 await self._services.monitors.release(uid)
             return Done(requeue_after=jittered(self._resync_seconds, 0.1))
         except APIError as error:
-            # Nothing is lost: the next pass starts from the machine and from the newest object. But that may be long
-            # in coming, and others may want the monitor.
+            # Nothing is lost: the next pass starts from the machine and from the newest object. But it may be late, and
+            # others may need the monitor.
             if not isinstance(error, Conflict):
                 logger.warning("%s; retrying", error)
             if on_demand:
@@ -110,7 +110,7 @@ class Controller:
             if assessment.policy is not RequeuePolicy.HOLD:
                 await self._services.monitors.release(uid)
             elif await self._services.monitors.end_turn(uid):
-                # All that this session has heard is in the report; the next one is to miss as little as can be.
+                # The report has all that this session received; the next one should miss as little as possible.
                 return Done(requeue_after=NEXT_TURN_SECONDS)
         return self._requeue(assessment, work.memory)
 
@@ -123,7 +123,7 @@ class Controller:
             case RequeuePolicy.RESYNC if memory.resynced:
                 seconds = jittered(self._resync_seconds, 0.1)
             case RequeuePolicy.RESYNC:
-                # All sets have their first pass when the operator starts, and are not to have all others together too.
+                # All sets have their first pass when the operator starts; their later ones are spread.
                 seconds = random.uniform(0, self._resync_seconds)  # noqa: S311 - no secret
                 memory.resynced = True
         if assessment.due is not None:

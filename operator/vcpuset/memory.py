@@ -1,4 +1,4 @@
-"""What one process remembers of a VCPUSet between passes. It makes passes better, never right: a new one has none."""
+"""What one process remembers of a VCPUSet between passes. It is an optimization only: a new process has none."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Memory"]
 class Memory:
     """Times are the event loop's, in seconds, but for `reset`.
 
-    contest      whether something else changes the machine
+    contest      whether another client changes the machine
     ledger       the unplug requests
     vcpus        the last count
-    moved_at     when a CPU was last seen to leave
-    unsettled    when the first observation in a row was made that could not count the CPUs
-    reset        when the machine was last reset, as far as a session has heard
-    plugged_at   when this process last plugged a CPU, or the guest then took one up
-    online       how many CPUs the guest used when it last said so
-    speechless   the guest's agent did not answer when it was last queried
-    carried_out  a CPU was plugged or unplugged since the last Event that says so
+    moved_at     when a CPU was last observed to leave
+    unsettled    when the first of consecutive observations failed to count the CPUs
+    reset        when the machine was last reset, as far as a session was informed
+    plugged_at   when this process last plugged a CPU, or the guest then set one online
+    online       how many CPUs the guest used according to its last answer
+    speechless   the guest's agent did not answer the last query
+    carried_out  a CPU was plugged or unplugged since the last Event about that
     written_at   when the status was last written
-    progress     how many writes the change under way has cost for progress alone
+    progress     how many writes of the current change were for progress alone
     resynced     the first resync is due, or was
     """
 
@@ -47,19 +47,19 @@ class Memory:
     resynced: bool = False
 
     def observed(self, machine: Machine, now: float) -> None:
-        """Note what an observation has shown."""
+        """Record an observation."""
         self.unsettled = None
         if machine.vcpus < self.vcpus:
             self.moved_at = now
         self.vcpus = machine.vcpus
 
     def guest_said(self, guest: GuestReport, now: float) -> bool:
-        """Note what the guest has said; returns whether its agent speaks again."""
+        """Record an answer of the guest; returns whether its agent answers again."""
         speaks_again = self.speechless and guest.cpus is not None
         self.speechless = guest.cpus is None
         if guest.cpus is not None:
             if guest.cpus.online > self.online and self.plugged_at is not None:
-                # A guest that goes on to take up what was plugged has not left the rest offline.
+                # A guest that still sets plugged CPUs online has not left the rest offline.
                 self.plugged_at = now
             self.online = guest.cpus.online
         return speaks_again

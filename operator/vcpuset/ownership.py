@@ -1,7 +1,7 @@
-"""Which of the VCPUSets that name one monitor, or two monitors of one machine, has it: the oldest.
+"""Which of the VCPUSets that name one monitor, or two monitors of one machine, owns it: the oldest.
 
-Claims on an address stand from the first news of a set, claims on what is found there (the socket's inode, the QEMU
-process, its UUID and threads) from the pass that found it. A set that gets its turn by another's leaving is enqueued.
+Claims on an address hold from the first event of a set, claims on what is found there (the socket's inode, the QEMU
+process, its UUID and threads) from the pass that found it. A set whose turn comes because another one left is enqueued.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["Ownership", "address_of"]
 class _State:
     """What is known of one set.
 
-    process     the QEMU process, as far as the host tells
-    tried       a pass has been to its end
+    process     the QEMU process, if the host reports it
+    tried       a pass has completed
     yielded_to  the older set that had another monitor of the same machine when this one last observed it
-    deferred    that set has been enqueued to come first, since it does not seem to have the machine any more
+    deferred    that set was enqueued to come first, because it does not seem to have the machine any more
     """
 
     process: Hashable | None = None
@@ -38,7 +38,7 @@ class _State:
 class Ownership:
     """The claims of all sets; every method is synchronous.
 
-    enqueue  called with each set that may have its turn now, or has lost it
+    enqueue  called with each set that may own a monitor now, or has lost it
     """
 
     def __init__(self, cache: Cache, enqueue: Callable[[UID], None]) -> None:
@@ -46,23 +46,23 @@ class Ownership:
         self._enqueue = enqueue
         self._monitors: Claims[UID] = Claims()
         self._machines: Claims[UID] = Claims()
-        """On what the monitors lead to; each stands until the monitor leads elsewhere, or cannot be reached."""
+        """On the machines behind the monitors; each holds until the monitor leads elsewhere, or cannot be reached."""
         self._states: dict[UID, _State] = {}
 
     def changed(self, vcpuset: VCPUSet) -> None:
-        """The set is new or its spec is another one."""
+        """The set is new or has a new spec."""
         if not self._monitors.has(vcpuset.uid, address_of(vcpuset)):
-            # Otherwise the claims of its last pass stand, the one on the socket's inode among them.
+            # Otherwise the claims of its last pass hold, including that on the socket's inode.
             self.claim_monitor(vcpuset)
             self.release_machine(vcpuset.uid)
 
     def release(self, uid: UID) -> None:
-        """The set is gone, or its monitor is not its own any more."""
+        """The set is gone, or no longer owns its monitor."""
         self._enqueue_all(self._monitors.release(uid))
         self.release_machine(uid)
 
     def release_machine(self, uid: UID) -> None:
-        """What the set's monitor leads to is not known any more."""
+        """The machine behind the set's monitor is no longer known."""
         self._enqueue_all(self._machines.release(uid))
 
     def forget(self, uid: UID) -> None:
@@ -71,21 +71,21 @@ class Ownership:
         self._states.pop(uid, None)
 
     def tried(self, uid: UID) -> None:
-        """A pass of this set has been to its end."""
+        """A pass of this set has completed."""
         self._state(uid).tried = True
 
     def owner_of_address(self, vcpuset: VCPUSet) -> UID | None:
-        """The older set that names the same monitor; None: there is none. Known without looking for the monitor."""
+        """The older set that names the same monitor; None: there is none. Does not open the monitor."""
         owner = self._monitors.conflicting_owner(vcpuset.uid, address_of(vcpuset))
         if owner is not None:
-            # What stands there is not known any more: an inode of old may be another machine's by now.
+            # What is there is no longer known: the old inode may be another machine's by now.
             self.claim_monitor(vcpuset)
         return owner
 
     def claim_monitor(self, vcpuset: VCPUSet, *identity: Hashable) -> UID | None:
-        """Claim the address and what was found there; returns the older set that has it, if there is one.
+        """Claim the address and what was found there; returns the older set that owns it, if there is one.
 
-        identity  a socket can have several names (hard links), which its inode tells; empty: nothing was found
+        identity  of the socket (its inode), which can have several names (hard links); empty: nothing was found
         """
         keys = (address_of(vcpuset), *identity)
         self._enqueue_all(self._monitors.claim(vcpuset.uid, vcpuset.seniority, keys))
@@ -94,9 +94,9 @@ class Ownership:
     def claim_machine(self, vcpuset: VCPUSet, peer: Peer, machine: Machine) -> tuple[UID, str] | None:
         """Claim the machine; returns the older set that has another monitor of it, if there is one, and the evidence.
 
-        What is told by its UUID stays within a namespace: QEMU says what its UUID is, and whoever plays a QEMU can say
-        the same. A process and one of its threads name one machine; the process alone does not, since it can have made
-        the sockets of many, as libvirt does. A connection that is kept, and that QEMU shows on another one, is QEMU's.
+        Evidence by UUID is limited to a namespace: any server that imitates a QEMU can report any UUID. A process and
+        one of its threads identify one machine; the process alone does not, because it can have created the sockets of
+        many, as libvirt does. A kept connection that QEMU reports on another one is QEMU's.
         """
         state, thread = self._state(vcpuset.uid), machine.first_thread
         state.process = peer.process
@@ -112,7 +112,7 @@ class Ownership:
         if peer.link is not None and vcpuset.spec.connection is Connection.PERSISTENT:
             evidence[peer.link] = shared
         for link in machine.connections:
-            # Not of a younger set: what QEMU says may take a machine from the set that names it, and from no other one.
+            # Not of a younger set: QEMU's report may only take a machine from the set that names it.
             if (first := self._machines.first(link)) is not None and first < vcpuset.seniority:
                 evidence[link] = shared
         self._enqueue_all(self._machines.claim(vcpuset.uid, vcpuset.seniority, evidence))
@@ -122,16 +122,16 @@ class Ownership:
             )
             if owner is not None:
                 if state.yielded_to != owner:
-                    # What this set has done until now, the older one has to see.
+                    # The older set has to observe what this one has changed.
                     self._enqueue(owner)
                 state.yielded_to, state.deferred = owner, False
                 return owner, words
         return None
 
     def older_comes_first(self, vcpuset: VCPUSet) -> bool:
-        """Whether an older set is to have its turn before this one, which had yielded, takes over.
+        """Whether an older set must have its turn before this one, which had yielded, takes over.
 
-        Both come back at once when QEMU or the operator is started again; to act first would be to fight.
+        Both return at once when QEMU or the operator restarts; acting first would start a fight.
         """
         state, ready = self._state(vcpuset.uid), vcpuset.status.ready
         if state.yielded_to is not None:
@@ -161,13 +161,13 @@ class Ownership:
 
 
 def address_of(vcpuset: VCPUSet) -> tuple[str, ...]:
-    """The monitor's address as the set spells it; known also while nothing is there."""
+    """The monitor's address as the set spells it; known even if nothing is there."""
     match vcpuset.spec.monitor:
         case UnixMonitor(path):
             return ("unix", vcpuset.namespace, path)
         case TCPMonitor(host, port, tls):
-            # As TCPEndpoint.identity has it.
+            # As in TCPEndpoint.identity.
             return ("tcp", host, str(port), "" if tls is None else vcpuset.namespace)
         case Unsupported():
-            # Its own: it has no monitor.
+            # A key of its own: it has no monitor.
             return ("unsupported", vcpuset.uid)

@@ -1,12 +1,12 @@
 """One level-triggered pass: observe a machine, plan, plug or request unplugs, observe again, report.
 
-A pass knows nothing of what woke it: a changed spec, an event of QEMU, a timer and a restart of the operator are all
-the same. What a successor must know, the unplug requests in flight, stands in the object's status and is written
-before a request is sent; everything else is read from the machine. So the operator may die at any point.
+A pass does not know what triggered it: a changed spec, an event of QEMU, a timer and a restart of the operator are all
+the same. What a successor must know, the unplug requests in flight, is in the object's status and is written before a
+request is sent; everything else is read from the machine. So the operator may crash at any point.
 
-Beside it: `controller` (when a pass comes), `ownership` (which of two sets has a monitor), `reporter` (status, Events),
-`memory` (what passes leave to later ones), and in `domain` the values: `Findings` → `Plan` → `Assessment`, and the
-`Ledger` of requests.
+Other parts: `controller` (when a pass runs), `ownership` (which of two sets has a monitor), `reporter` (status,
+Events), `memory` (what passes leave to later ones), and in `domain` the values: `Findings` → `Plan` → `Assessment`, and
+the `Ledger` of requests.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ from vcpuset.runtime.workqueue import SLOW_SECONDS
 __all__ = ["POLL_SECONDS", "Later", "Pass", "Services"]
 
 POLL_SECONDS = 1.0
-"""How often a machine is observed while its guest works on requests, or its CPUs move, should no event come."""
+"""How often a machine is observed while its guest works on requests, or CPUs come or go, if no event arrives."""
 
 UNSETTLED_SECONDS = 5.0
-"""For how long CPUs may come or go at each observation before it is reported as a monitor that cannot be used.
+"""How long CPUs may come or go at each observation before this is reported as a monitor that cannot be used.
 
-QEMU shows a slot as free some milliseconds before the CPU drops out of `query-cpus-fast`; then comes its event.
+QEMU shows a slot as free some milliseconds before the CPU disappears from `query-cpus-fast`; then it sends the event.
 """
 
 ROUNDS = 32
-"""How often one pass requests unplugs, if QEMU rejects them: of others in their place."""
+"""How many times one pass requests unplugs, if QEMU rejects requests and others are sent instead."""
 
 ANNOUNCE_SECONDS = 0.5
-"""A plug that takes longer is reported while it is under way. QEMU takes about 10 ms a vCPU."""
+"""A plug that takes longer is reported while it is in progress. QEMU takes about 10 ms per vCPU."""
 
 
 @dataclass(frozen=True)
 class Services:
     """What the passes of all sets share.
 
-    enqueue  has a set observed soon
+    enqueue  schedules a pass for a set
     """
 
     cache: Cache
@@ -90,16 +90,16 @@ class Services:
 
 
 class Later(Exception):
-    """This pass ends without a report; the next one is to come soon."""
+    """This pass ends without a report; the next one follows soon."""
 
 
 class Pass:
     """One pass over one set.
 
-    vcpuset   the set as this pass began with it, or has last written it
+    vcpuset   the set at the start of this pass, or as last written
     session   with its monitor, once that is open
     machine   as last observed
-    until     loop time after which the rest is left to the next pass, so that other sets have their turn
+    until     loop time after which the rest is left to the next pass, so that other sets get their turn
     """
 
     session: Session
@@ -131,20 +131,20 @@ class Pass:
             try:
                 return await self._converge()
             finally:
-                # The session may end with this pass, and nobody else is told what it has heard meanwhile.
+                # The session may end with this pass, and what it has received is not kept elsewhere.
                 self.ledger.hear(self.session.answer)
         except (InvalidMonitor, CredentialsUnavailable, MonitorError, MachineUnsettled, CommandError) as error:
             return await self._report(await self._failed(error))
 
     async def _open(self) -> UID | None:
-        """Open a session with the set's monitor, or take the kept one; returns the older set that has it instead."""
+        """Open a session with the set's monitor, or use the kept one; returns the older set that has the monitor."""
         ownership = self.services.ownership
         if (owner := ownership.owner_of_address(self.vcpuset)) is not None:
             return owner
         try:
             resolved = await self.services.monitors.resolve(self.vcpuset)
         except (InvalidMonitor, MonitorError):
-            # The inode that was there is not this set's any more.
+            # The inode that was found there before is no longer this set's.
             ownership.claim_monitor(self.vcpuset)
             raise
         with resolved as endpoint:
@@ -177,15 +177,15 @@ class Pass:
         unfinished = out_of_time and bool((step.plug and rest.plug) or (step.unplug and rest.unplug))
         self.contest.left(self.machine, [each.slot for each in findings.in_flight], unfinished=unfinished)
         if unfinished and rest.plug:
-            # The next pass goes on at once, after those of the other sets.
+            # The next pass continues at once, after those of the other sets.
             going_on = self._or_contested(plugging(findings), findings)
             return await self._report(replace(going_on, due=findings.now), findings)
         assessment = self._assess(findings)
         if unfinished:
-            # The same; until all requests have been sent, what this pass has recorded says it best.
+            # Continue likewise; the report made before the requests were sent still holds.
             return replace(assessment, policy=RequeuePolicy.HOLD, due=findings.now)
         if step.unplug and rest.unplug:
-            # QEMU rejects one after the other, or its CPUs are others than before. The next pass goes on.
+            # QEMU rejects them one by one, or the CPUs have changed. The next pass continues.
             return replace(assessment, due=findings.now + timedelta(seconds=POLL_SECONDS))
         return await self._report_with_guest(assessment, findings)
 
@@ -198,17 +198,17 @@ class Pass:
             self.memory.carried_out = True
 
     def _hear(self) -> None:
-        """Take in what the guest has said since the last pass."""
+        """Record what the guest has answered since the last pass."""
         self.ledger.hear(self.session.answer, self.machine)
         if (reset_at := self.session.take_reset()) is not None:
-            # The guest that had these requests is gone, and another one boots.
+            # The guest with these requests is gone, and a new one boots.
             self.memory.reset = self._at(reset_at)
             self.ledger.hurry_up()
 
     # --- plug -------------------------------------------------------------------------------------------------------
 
     async def _plug(self, findings: Findings) -> None:
-        """Fill free slots until the target is reached or the time is up; if that takes long, report it meanwhile."""
+        """Plug CPUs until the target or the deadline is reached; if that takes long, report it meanwhile."""
         filling = asyncio.ensure_future(self._fill(findings.target.count))
         announcing = asyncio.ensure_future(self._announce_plug(findings, filling))
         await asyncio.gather(filling, announcing, return_exceptions=True)
@@ -216,7 +216,7 @@ class Pass:
         filling.result()
         announcing.result()
         if self.machine.vcpus >= findings.target.count:
-            # Another client has plugged what was missing, or more: that a slot was taken blocks nothing any more.
+            # Another client has plugged what was missing, or more: a taken slot no longer blocks anything.
             self.blocked = None
 
     async def _fill(self, target: int) -> None:
@@ -235,15 +235,15 @@ class Pass:
             self._note(await self.session.recount(self.machine))
             if not isinstance(self.blocked, SlotTaken) or self._stops():
                 return
-            # Another client was faster: another free slot does as well.
+            # Another client was faster: use another free slot.
             taken.add(slot.index)
 
     async def _announce_plug(self, findings: Findings, filling: asyncio.Future[None]) -> None:
         if findings.reported in {Reason.PLUGGING, Reason.HOTPLUG_UNSUPPORTED}:
-            # A repeated attempt; if it ends as the one before, nothing is to be written at all.
+            # A repeated attempt; if it ends like the one before, nothing has to be written.
             return
         if findings.reported != Reason.CONVERGED:
-            # Nothing that the status says of this generation is wrong, and what comes of the plug is a better report.
+            # The status is not wrong about this generation, and the result of the plug is a better report.
             await asyncio.wait({filling}, timeout=ANNOUNCE_SECONDS)
             if filling.done():
                 return
@@ -252,11 +252,11 @@ class Pass:
     # --- unplug -----------------------------------------------------------------------------------------------------
 
     async def _unplug(self, slots: tuple[Slot, ...]) -> None:
-        """Record the requests and send them; and those for others in place of each that QEMU rejects."""
+        """Record the requests and send them; for each that QEMU rejects, record and send another one."""
         for _ in range(ROUNDS):
             rejected = await self._request(slots)
             self._note(await self.session.recount(self.machine))
-            # Whatever else there is to request has come meanwhile, and can wait for the next pass.
+            # Anything else to request is new, and can wait for the next pass.
             if self.blocked is not None or not rejected or self.loop.time() >= self.until:
                 return
             slots = plan(self._findings()).unplug
@@ -267,7 +267,7 @@ class Pass:
         """Returns whether QEMU rejected any of the requests."""
         now = self.services.clock()
         requests = requested(self.ledger.requests, slots, now, self.ledger.early)
-        # The record comes before the request, since a successor must not send it twice.
+        # The record is written before the request is sent, because a successor must not send it twice.
         findings = self._findings(requests, now)
         await self._report(self._assess(findings), findings, must=True)
         recorded = {cpu_of(request): request for request in requests}
@@ -282,20 +282,20 @@ class Pass:
             except DeviceGone:
                 continue
             except TransientError as error:
-                # The guest is not up, or a migration began: neither this request nor the rest was made.
+                # The guest is not ready, or a migration began: QEMU accepted neither this request nor the rest.
                 withdraw()
                 self.blocked = error
                 break
             except CommandError as error:
-                # That a repetition is refused says nothing of the request that the guest has already; only what can
-                # never succeed cannot have been taken before.
+                # A rejected repetition does not void the request that the guest already has; but after a permanent
+                # error QEMU cannot have accepted the first one either.
                 if not with_guest or isinstance(error, PermanentError):
                     self.ledger.reject(request, error)
                     rejected = True
         return rejected
 
     def _stops(self) -> bool:
-        """Whether the rest is left to the next pass: the set has gone or declares something else, or time is up."""
+        """Whether the rest is left to the next pass: the set is gone or has a new generation, or time is up."""
         newest = self.services.cache.get(self.uid)
         superseded = newest is None or newest.generation != self.vcpuset.generation
         return superseded or self.loop.time() >= self.until
@@ -303,7 +303,7 @@ class Pass:
     # --- what is known, what it means, what is reported -------------------------------------------------------------
 
     def _findings(self, about_to_send: tuple[Request, ...] | None = None, now: datetime | None = None) -> Findings:
-        """What this pass knows now, or once these requests are recorded."""
+        """What this pass knows now, or will know once these requests are recorded."""
         vcpuset, memory, ledger = self.vcpuset, self.memory, self.ledger
         found = Findings(
             spec=vcpuset.spec,
@@ -330,7 +330,7 @@ class Pass:
         return contested(assessment, findings, self.contest) if self.contest.contested else assessment
 
     def _unless_contested(self, findings: Findings, step: Plan) -> Plan:
-        """The plan, or an empty one while a contested machine is not to be changed."""
+        """The plan, or an empty one while a contested machine must not be changed."""
         now, machine = self.loop.time(), self.machine
         qemu = (self.session.peer.process, machine.first_thread, machine.uuid, machine.since)
         self.contest.observed(
@@ -350,16 +350,16 @@ class Pass:
     async def _report_with_guest(self, assessment: Assessment, findings: Findings) -> Assessment:
         """Report, with what the guest says of its CPUs if it can be queried now."""
         spec, machine = findings.spec, findings.machine
-        # Not while the guest unplugs CPUs: it has enough to do, and each answer would be out of date.
+        # Not while the guest unplugs CPUs: it is busy, and each answer would be outdated.
         at_rest = findings.surplus <= 0 or assessment.policy is RequeuePolicy.RESYNC
         if spec.guest_agent is not None and machine.run_state == "running" and at_rest:
             guest = self.services.guests.query(self.vcpuset, machine, surplus=findings.surplus > 0)
             if guest is not None and self.memory.guest_said(guest, self.loop.time()) and self.ledger.requests:
-                # Its requests are due at once; nothing else would bring the next pass so soon.
+                # Its requests are due at once; nothing else would trigger the next pass this early.
                 self.ledger.hurry_up()
                 self.services.enqueue(self.uid)
             if guest is None and machine.vcpus == spec.vcpus:
-                # Nothing is said of these CPUs before the guest has spoken, or has failed to. Either wakes.
+                # The guest's use of these CPUs is reported once it answers, or its query fails. Either triggers a pass.
                 return assessment
             findings = replace(self._findings(), guest=guest)
             assessment = self._assess(findings)
@@ -368,7 +368,7 @@ class Pass:
     async def _failed(self, error: VCPUSetError) -> Assessment:
         memory, now = self.memory, self.loop.time()
         if isinstance(error, MachineUnsettled):
-            # A CPU is just leaving, and its event is to come: the next pass sees what came of it.
+            # A CPU is leaving, and its event follows: the next pass observes the result.
             memory.unsettled = now if memory.unsettled is None else memory.unsettled
             if now < memory.unsettled + UNSETTLED_SECONDS:
                 raise Later
@@ -383,7 +383,7 @@ class Pass:
     async def _report(
         self, assessment: Assessment, findings: Findings | None = None, *, must: bool = False
     ) -> Assessment:
-        """Report; without findings the last observation stands."""
+        """Report; without findings the counts of the last observation are kept."""
         self.vcpuset = await self.services.reporter.report(self.vcpuset, assessment, self.memory, findings, must=must)
         return assessment
 
@@ -391,5 +391,5 @@ class Pass:
         return str(self.services.cache.get(owner) or owner)
 
     def _at(self, loop_time: float | None) -> datetime | None:
-        """A loop time as a time of the clock, which may have been set since."""
+        """A loop time as wall-clock time, which may have been set since."""
         return None if loop_time is None else self.services.clock() - timedelta(seconds=self.loop.time() - loop_time)

@@ -1,8 +1,7 @@
-"""Bringing a set's status up to date, and telling people of what has changed: in an Event and in the log, once.
+"""Writes the status of a set, and reports changes once, in an Event and in the log.
 
-A status is written when it differs from the one that is known. Mere progress of a change is written later and later
-while the change goes on, so that one that takes less than three seconds costs a fixed number of writes, however many
-CPUs it moves.
+A status is written when it differs from the known one. Progress of a change is written at growing intervals, so that a
+change of less than three seconds costs a fixed number of writes, however many CPUs it plugs or unplugs.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ __all__ = ["Reporter"]
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = (3.0, 10.0, 30.0)
-"""How long after a status write mere progress is written."""
+"""How long after a status write progress is written."""
 
 _PROGRESS = frozenset({Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING})
-"""What a person need not know: its end is reported, or what keeps it from ending."""
+"""No Event is needed: its end is reported, or what blocks it."""
 
 
 class Reporter:
     """Writes statuses and posts Events.
 
-    enqueue  called with a set whose object has news that came with the answer to a write
+    enqueue  called with a set whose object had other changes in the response to a write
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Reporter:
         """Bring the status up to date if it is not; returns the set as it stands now. Raises APIError.
 
         findings  None: the machine was not observed
-        must      write progress too, instead of leaving it to a later pass
+        must      write progress too, instead of in a later pass
         """
         status = status_of(vcpuset, assessment, findings, self._clock())
         if status == vcpuset.status:
@@ -78,8 +77,8 @@ class Reporter:
             return vcpuset
         with self._cache.expecting(vcpuset.uid, status):
             written = await self._cluster.write_status(vcpuset, status)
-            # It may have gone meanwhile: the watch can tell that before this answer comes. And the answer can be the
-            # first to show a field that the watch leaves out, since it began before the definition was upgraded.
+            # It may be gone meanwhile: the watch can report that before this response. And the response can be the
+            # first with a field that the watch leaves out, because it began before the definition was upgraded.
             known = self._cache.get(vcpuset.uid) or self._cache.terminating(vcpuset.uid)
             if known is not None and self._cache.put(written):
                 self._enqueue(vcpuset.uid)
@@ -89,7 +88,7 @@ class Reporter:
         return written
 
     def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, memory: Memory) -> None:
-        """Say once, in the log and as an Event, what has changed; not each time that it is tried."""
+        """Report a change once, in the log and as an Event, not at each attempt."""
         ready, old = vcpuset.status.ready, before.ready
         assert ready is not None
         changed = old is None or (old.reason, old.status) != (ready.reason, ready.status)
@@ -98,7 +97,7 @@ class Reporter:
         if changed or done:
             level = logging.WARNING if assessment.event_type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", assessment.reason, assessment.message)
-        # That all is as declared is news after a change was carried out, or after something was wrong.
+        # Converged is news after a change was carried out, or after something was wrong.
         recovered = converged and old is not None and old.reason not in _PROGRESS
         if done or (changed and assessment.reason not in _PROGRESS and (not converged or recovered)):
             self._post(vcpuset, assessment.event_type, assessment.reason, "Reconcile", assessment.message)

@@ -1,9 +1,9 @@
-"""How the sets are now, as Prometheus metrics: read from the cache when somebody asks, so a pass reports nothing here.
+"""The sets as Prometheus metrics: read from the cache at each scrape, so passes report nothing here.
 
-Some series are there for each set, so their number is bounded: with more sets than a limit none of them is shown, and
-`vcpuset_set_series` says so. What is summed up over all sets is always there; alerts that must not fail go by that.
+Some series exist for each set, so their number is limited: with more sets than a limit none of them is exported, and
+`vcpuset_set_series` is 0. The aggregates over all sets always exist; use these for alerts.
 
-With thousands of sets the text takes some tenths of a second to write, so it is written in a thread, from a copy.
+With thousands of sets the text takes some tenths of a second to write, so a thread writes it, from a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vcpuset.domain.resource import UID, VCPUSet
 __all__ = ["UNREPORTED", "SetCollector", "Snapshot"]
 
 UNREPORTED: Final = "Unreported"
-"""In place of a reason: this process, or an earlier one, has not reported on the present spec yet."""
+"""Instead of a reason: this process, or an earlier one, has not reported on the current spec yet."""
 
 _STATES: Final = {reason.value: reason.states for reason in Reason}
 
@@ -30,10 +30,10 @@ _STATES: Final = {reason.value: reason.states for reason in Reason}
 class Snapshot:
     """A collector of the sets' metrics at one moment.
 
-    sets   those that this process serves
-    waits  how long those of them that are not Ready since a change of their spec have been so, in seconds
-    limit  series of single sets are shown for so many sets at most; 0: never, and nothing says that they are left out
-    now    the time of the clock
+    sets   those that this process manages
+    waits  for those that are not Ready since a change of their spec: for how long, in seconds
+    limit  up to so many sets, series of single sets are exported; 0: never, and `vcpuset_set_series` is absent
+    now    wall-clock time
     """
 
     def __init__(self, sets: Iterable[VCPUSet], waits: Mapping[UID, float], limit: int, now: datetime) -> None:
@@ -86,15 +86,15 @@ class Snapshot:
             return max(0.0, (self._now - vcpuset.created_at).total_seconds())
         if ready.status != "True":
             return max(0.0, (self._now - ready.last_transition_time).total_seconds())
-        # Ready, but perhaps as an earlier spec had it.
+        # Ready, but perhaps for an earlier spec.
         return 0.0 if ready.observed_generation == vcpuset.generation else self._waits.get(vcpuset.uid, 0.0)
 
 
 class SetCollector:
     """Writes the metrics of the sets.
 
-    sets   those that this process serves, now
-    waits  as in `Snapshot`, now
+    sets   those that this process manages
+    waits  as in `Snapshot`
     limit  as in `Snapshot`
     """
 
@@ -102,11 +102,11 @@ class SetCollector:
         self, sets: Callable[[], Iterable[VCPUSet]], waits: Callable[[], Mapping[UID, float]], limit: int
     ) -> None:
         self._sets, self._waits, self._limit = sets, waits, limit
-        # One at a time: whoever asks faster than this is answered must not get more and more threads.
+        # One at a time: frequent scrapes must not start more and more threads.
         self._writing = asyncio.Lock()
 
     async def exposition(self) -> bytes:
-        """All of them in Prometheus' text format. The loop is not held up meanwhile."""
+        """All of them in Prometheus' text format. The event loop is not blocked meanwhile."""
         async with self._writing:
             registry = CollectorRegistry()
             registry.register(Snapshot(self._sets(), self._waits(), self._limit, datetime.now(UTC)))
@@ -131,7 +131,7 @@ _SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] =
 
 
 def _state(vcpuset: VCPUSet) -> tuple[State, str]:
-    """The set's state and reason. What was reported on an earlier spec does not count."""
+    """The set's state and reason. A report about an earlier spec does not count."""
     ready = vcpuset.status.ready
     if ready is None or ready.observed_generation != vcpuset.generation:
         return State.RECONCILING, UNREPORTED
@@ -144,12 +144,12 @@ def _state(vcpuset: VCPUSet) -> tuple[State, str]:
 
 
 def _summed(states: list[tuple[State, str]], unmatched: list[float]) -> Iterator[Metric]:
-    # All that there can be, so that a series does not begin with the first trouble.
+    # All possible ones, so that a series does not begin with the first failure.
     counts = {(state, reason): 0 for reason, possible in _STATES.items() for state in possible}
     counts[State.RECONCILING, UNREPORTED] = 0
     longest = dict.fromkeys((State.RECONCILING, State.STALLED, State.HELD), 0.0)
     for (state, reason), seconds in zip(states, unmatched, strict=True):
-        known = reason if (state, reason) in counts else UNREPORTED  # a later version's, which has a fixed list too
+        known = reason if (state, reason) in counts else UNREPORTED  # written by a later version
         counts[state, known] = counts.get((state, known), 0) + 1
         if state in longest:
             longest[state] = max(longest[state], seconds)

@@ -1,7 +1,7 @@
-"""What has become of changes: how long they took, and how unplug requests ended. Told by the news that the cache takes.
+"""Metrics of completed changes: how long they took, and how unplug requests ended, from the changes of the cache.
 
-A status says how a set is; the difference between two of them says what has happened. So passes need not report
-anything, and what an earlier process began and this one ends is counted once.
+The difference between two statuses shows what has happened. So passes need not report anything, and a change that an
+earlier process began and this one ends is counted once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SECONDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 class _Wait:
     """A change of a set's spec that the machine has not followed yet.
 
-    since  when this process learnt of it, by `monotonic`
-    whole  whether that was when it was made; else it is older, and how long it takes would say nothing
+    since  when this process observed it, by `monotonic`
+    whole  whether it was made then; otherwise it is older, and its duration is unknown
     """
 
     since: float
@@ -37,8 +37,8 @@ class _Wait:
 class History:
     """Counts what happens to the sets.
 
-    registry   where its metrics are
-    monotonic  a clock that is never set, in seconds
+    registry   for the metrics
+    monotonic  a monotonic clock, in seconds
     """
 
     def __init__(self, registry: CollectorRegistry, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -58,17 +58,17 @@ class History:
             registry=registry,
         )
         for result in ("done", "refused", "timed_out"):
-            self._unplugs.labels(result)  # a series that is there from the start has a rate
+            self._unplugs.labels(result)  # a series that exists from the start has a rate
         # Only of sets that are not Ready as declared, so usually empty.
         self._waits: dict[UID, _Wait] = {}
         self._live = False
 
     def go_live(self) -> None:
-        """The first list is in: what is new from now on has just been made."""
+        """The first list is complete: changes from now on are new."""
         self._live = True
 
     def moved(self, before: VCPUSet | None, after: VCPUSet | None) -> None:
-        """The cache has taken news of a set. None: it was not there before, or is not there any more."""
+        """The cache has a change of a set. None: it was not there before, or is no longer there."""
         if after is None:
             if before is not None:
                 self._waits.pop(before.uid, None)
@@ -77,14 +77,14 @@ class History:
             self._waits[after.uid] = _Wait(self._monotonic(), whole=before is not None or self._live)
         if after.uid in self._waits and _is_ready(after):
             wait = self._waits.pop(after.uid)
-            # One that was Ready when it was first seen has not converged just now.
+            # One that was Ready when it was first observed has not converged just now.
             if wait.whole and before is not None:
                 self._convergence.observe(self._monotonic() - wait.since)
         if before is not None:
             self._count_unplugs(before, after)
 
     def waits(self) -> dict[UID, float]:
-        """The sets that are not Ready since a change of their spec; the seconds since this process learnt of it."""
+        """The sets that are not Ready since a change of their spec; the seconds since this process observed it."""
         now = self._monotonic()
         return {uid: now - wait.since for uid, wait in self._waits.items()}
 

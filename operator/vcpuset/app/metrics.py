@@ -1,7 +1,7 @@
-"""What the process does, as Prometheus metrics, with the names of controller-runtime and client-go where they have one.
+"""Metrics of the process for Prometheus, with the names of controller-runtime and client-go where they have one.
 
-Everything here is a fixed number of series: no label is taken from what users write. What there is to say of the sets
-themselves is in `history` (what has become of changes) and `collectors` (how they are now).
+The number of series is fixed: no label contains what users write. Metrics of the sets themselves are in `history`
+(completed changes) and `collectors` (the current state).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SECONDS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
 _CONTROLLER: Final = "vcpuset"
 
 LAG_SECONDS: Final = 1.0
-"""How often the event loop's lag is measured."""
+"""The interval at which the event loop's lag is measured."""
 
 QMP_COMMANDS: Final = (
     "device_add",
@@ -42,7 +42,7 @@ QMP_COMMANDS: Final = (
     "query-status",
     "query-uuid",
 )
-"""All that the operator sends: the label `command` has no other values."""
+"""All commands that the operator sends: the label `command` has no other values."""
 
 _METHODS: Final = ("GET", "PATCH", "POST", "PUT")
 
@@ -50,11 +50,11 @@ _METHODS: Final = ("GET", "PATCH", "POST", "PUT")
 class Metrics:
     """The metrics of one process.
 
-    It is told of passes, QMP commands and requests when they end; what others count is read when somebody asks.
+    Passes, QMP commands and requests are reported here when they end; counts kept elsewhere are read at each scrape.
     """
 
     def __init__(self, *, workers: int) -> None:
-        # Else each counter and histogram has a second series with the time of its creation.
+        # Otherwise each counter and histogram has a second series with its creation time.
         untyped: Any = prometheus_client
         untyped.disable_created_metrics()
         self.registry = CollectorRegistry()
@@ -74,7 +74,7 @@ class Metrics:
             "controller_runtime_reconcile_total", "Reconciliations, by result.", (*labels, "result")
         )
         for result in ("success", "requeue_after", "error"):
-            self._passes.labels(_CONTROLLER, result)  # a series that is there from the start has a rate
+            self._passes.labels(_CONTROLLER, result)  # a series that exists from the start has a rate
         self._errors = self._counter(
             "controller_runtime_reconcile_errors_total", "Reconciliations that failed and are retried.", labels
         ).labels(_CONTROLLER)
@@ -133,17 +133,17 @@ class Metrics:
         return Gauge(name, text, labels, registry=self.registry)
 
     def watch_queue(self, statistics: Callable[[], QueueStatistics]) -> None:
-        """Show the queue's own numbers, read when they are asked for."""
+        """Export the queue's statistics, read at each scrape."""
         self.registry.register(_Queue(statistics))
 
     def watch_leadership(self, name: str, leading: Callable[[], bool]) -> None:
-        """Show whether this process holds the lease `name`."""
+        """Export whether this process holds the lease `name`."""
         self._gauge(
             "leader_election_master_status", "1: this process is the leader; 0: it is a standby.", ("name",)
         ).labels(name).set_function(lambda: float(leading()))
 
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
-        """Show how many Kubernetes Events were not written."""
+        """Export how many Kubernetes Events were not written."""
         self._read(
             "vcpuset_events_lost_total",
             "Kubernetes Events lost because the queue was full or the API server rejected them.",
@@ -154,7 +154,7 @@ class Metrics:
         )
 
     def watch_freshness(self, freshness: Freshness) -> None:
-        """Show how the watch and the lists keep up."""
+        """Export what the watch and the lists deliver."""
         self._read("vcpuset_watch_events_total", "Objects delivered by the watch.", lambda: freshness.events)
         self._read("vcpuset_lists_total", "Successful lists of all VCPUSets.", lambda: freshness.lists)
         self._read("vcpuset_list_errors_total", "Failed lists of all VCPUSets.", lambda: freshness.failures)
@@ -190,7 +190,7 @@ class Metrics:
         self._queued.observe(seconds)
 
     def worked(self, seconds: float) -> None:
-        """A key was given back so many seconds after it was handed out."""
+        """A key was done so many seconds after it was handed out."""
         self._worked.observe(seconds)
 
     # WorkerObserver
@@ -218,7 +218,7 @@ class Metrics:
             case _:
                 assert_never(label)
 
-    # What the rooms below tell.
+    # Callbacks of the packages kube and qmp.
 
     def requested(self, method: str, code: str) -> None:
         """A request to the API server has ended, with this HTTP status or `NO_ANSWER`."""
@@ -227,7 +227,7 @@ class Metrics:
     def commanded(self, command: str, seconds: float, outcome: Outcome) -> None:
         """A QMP command has ended."""
         if command not in self._by_command:
-            return  # a test holds the two lists together; a label is never taken on trust
+            return  # a test compares the two lists; labels only have known values
         self._by_command[command].observe(seconds)
         if outcome != "done":
             self._failures.labels(command, outcome).inc()
@@ -240,7 +240,7 @@ class Metrics:
 
 
 async def measure_lag(lagged: Callable[[float], None]) -> None:
-    """Tell once a second, for ever, how late the event loop comes to a timer."""
+    """Report once a second, permanently, how late the event loop runs a timer."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LAG_SECONDS
@@ -260,7 +260,7 @@ class _Counter(Collector):
 
 
 class _Queue(Collector):
-    """The work queue's numbers, which it keeps itself."""
+    """The work queue's statistics."""
 
     def __init__(self, statistics: Callable[[], QueueStatistics]) -> None:
         self._statistics = statistics

@@ -1,9 +1,9 @@
-"""The operator put together: one event loop, one work queue, everything else only adds keys to it.
+"""The wiring of all parts: one event loop, one work queue; everything else only adds keys to the queue.
 
-With leader election all of this waits until the process leads. When it leads no longer, all of it ends, and the process
-stands by again with everything made anew, as if it had just been started: so nothing is left of what it believed. To
-exit in place of that would be simpler still, but whatever restarts it would wait longer each time, and with an API
-server that comes and goes nobody would work for minutes.
+With leader election all of this waits until the process is the leader. When it loses the lease, all of it ends, and the
+process is a standby again with new instances of everything, as if it had just been started: so no outdated state is
+left. Exiting instead would be simpler, but each restart is delayed longer, and with an API server that is unavailable
+from time to time no replica would work for minutes.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ __all__ = ["keep_from_collector", "raise_file_limit", "run"]
 logger = logging.getLogger(__name__)
 
 BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
-"""How soon a set is tried again. A guest that boots is met early, a monitor that stays away costs little."""
+"""The back-off of a set. A booting guest is observed early; a monitor that stays away costs little."""
 
 SLOW_SHARE = 3 / 4
-"""The part of the workers that sets with slow passes may occupy. The others are for the sets whose monitors answer."""
+"""The part of the workers that sets with slow passes may occupy. The others are for sets whose monitors answer."""
 
 GRACE_SECONDS = 10.0
-"""How long passes may go on after the end was asked for; more than one slow QMP command takes."""
+"""How long passes may continue after the stop was requested; longer than one slow QMP command takes."""
 
 
 async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is started again.
+    """Run until SIGTERM or SIGINT. Raises if a part of the operator fails, so that it is restarted.
 
     VCPUSetError: there are no credentials (APIError), or the HTTP address cannot be served. TaskEndedError: a part
     failed.
     """
     raise_file_limit()
     stop = asyncio.Event()
-    # From the beginning, as nothing else would end it while it waits for an API server that is away: to the first
-    # process of a container a signal without a handler does nothing. (`Source.run` sets the same handlers anew.)
+    # From the start, because nothing else would end it while it waits for an API server that is away: the first process
+    # of a container ignores a signal without a handler. (`Source.run` sets the same handlers again.)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     while not stop.is_set():
@@ -103,10 +103,10 @@ def raise_file_limit() -> None:
 
 
 def keep_from_collector() -> None:
-    """Have Python's cyclic garbage collector pass over all that is there now: the program, and the sets.
+    """Exclude all current objects, the program and the sets, from Python's cyclic garbage collector.
 
-    It would look through them again and again, and hold up the loop meanwhile: with 5,000 sets for a third of a second.
-    Reference counts free what goes nevertheless, and the call of the next lead what this one has left in cycles.
+    It would traverse them repeatedly, and block the event loop meanwhile: with 5,000 sets for a third of a second.
+    Reference counts still free them, and the call of the next leader frees what this one has left in cycles.
     """
     gc.unfreeze()
     gc.collect()
@@ -114,7 +114,7 @@ def keep_from_collector() -> None:
 
 
 async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: asyncio.Event) -> None:
-    """Wire everything, work until `stop` is set, and give every monitor and the lease back."""
+    """Wire everything, work until `stop` is set, and release every monitor and the lease."""
     scope = Scope(settings.node_name, settings.namespaces, settings.label_selector)
     metrics = Metrics(workers=settings.workers)
     cluster.count(metrics.requested)
@@ -125,8 +125,8 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     def moved(before: VCPUSet | None, after: VCPUSet | None) -> None:
         history.moved(before, after)
         if before is not None and (after is None or after.generation != before.generation):
-            # Another spec, or none: its author may have mended what failed, and need not wait behind all slow sets.
-            # Whoever writes anything else does not get past the others by it: a status, an annotation, an event.
+            # A new spec, or none: its author may have fixed what failed, and need not wait behind all slow sets. Other
+            # changes do not pass the others: a status, an annotation, an event.
             queue.renew(before.uid)
 
     cache = Cache(moved)
@@ -147,7 +147,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         queue.touch(uid)
 
     def another_socket(uid: UID) -> None:
-        # Another QEMU or none, so what passes over the old one were like says nothing.
+        # Another QEMU or none, so how long the passes over the old one took is void.
         queue.renew(uid)
         queue.add(uid)
 
@@ -203,8 +203,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         return sweep(cluster, scope, cache, changed, freshness)
 
     async def work() -> None:
-        # The first list comes before the first pass: only who knows all sets knows which of two that name one monitor
-        # is the older.
+        # The first list comes before the first pass: only a full list shows the older one of two sets with one monitor.
         if not await _unless_stopped(stop, _insist(list_sets, "first list"), "first list"):
             return
         keep_from_collector()
@@ -255,9 +254,9 @@ async def _lead(
     ready: asyncio.Event,
     stop: asyncio.Event,
 ) -> None:
-    """Stand by, work once this process leads, and let the next one have the lease when the work has ended.
+    """Be a standby, work once this process is the leader, and release the lease when the work has ended.
 
-    Raises NotLeading when the lease is lost meanwhile; all work has ended by then. A standby is `ready`, since it could
+    Raises NotLeading when the lease is lost meanwhile; all work has ended then. A standby is `ready`, because it could
     take over, and a rollout waits for that.
     """
     if not await _unless_stopped(stop, leadership.acquire(ready), "standby"):
@@ -268,7 +267,7 @@ async def _lead(
     keeping = asyncio.create_task(leadership.keep(), name="leadership")
     await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
-        # What is under way is cut off where it is; whatever it would still send is refused by `require` already.
+        # Work in progress is cancelled where it is; `require` already refuses anything that it would still send.
         working.cancel()
         await owner.aclose()
         await asyncio.gather(working, return_exceptions=True)
@@ -280,7 +279,7 @@ async def _lead(
 
 
 async def _unless_stopped(stop: asyncio.Event, work: Coroutine[None, None, None], name: str) -> bool:
-    """Do `work`, and raise what it raises; False: `stop` was set before it was done, and it is cancelled."""
+    """Do `work`, and raise what it raises; False: `stop` was set before it was done, and it was cancelled."""
     working = asyncio.create_task(work, name=name)
     stopping = asyncio.create_task(stop.wait(), name=f"{name}: stop flag")
     try:
@@ -305,14 +304,14 @@ async def _sweep_for_ever(
                 async with asyncio.timeout(min(left, CHECK_SECONDS)):
                     await listed_again.wait()
             if freshness.missing:
-                # The watch owes something, and has had its time: either it comes now, or this is how its news comes.
+                # The watch has not delivered a change in its time: the list delivers it.
                 break
         listed_again.clear()
         await _insist(list_sets, "sweep")
 
 
 async def _insist(list_sets: Callable[[], Awaitable[None]], what: str) -> None:
-    """List the sets, however long the API server is away."""
+    """List the sets, with retries for as long as the API server is away."""
     pace = RetryBackoff()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What can be set about a running operator; the flags of `vcpuset run` in one value."""
+"""The settings of a running operator; the flags of `vcpuset run` in one value."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["LeaderElection", "Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderElection:
-    """The Lease that decides which of several replicas works; times as in client-go, in seconds."""
+    """The Lease that selects the leader of several replicas; times as in client-go, in seconds."""
 
     namespace: str
-    """Where the Lease is."""
+    """The namespace of the Lease."""
 
     name: str = "vcpuset-controller"
-    """What the Lease is called; operators that serve different sets need different ones."""
+    """The name of the Lease; operators that manage different sets need different ones."""
 
     lease_seconds: int = 15
-    """How long the others wait after the holder's last sign of life before one of them takes over."""
+    """How long the others wait after the holder's last renewal before one of them takes over."""
 
     renew_seconds: float = 10.0
-    """How long the holder works on without having renewed the lease. The difference to `lease_seconds` is for what it
-    has under way then."""
+    """How long the holder continues to work without a renewal. The difference to `lease_seconds` is for work that is in
+    progress then."""
 
     retry_seconds: float = 2.0
-    """The time between two tries to renew the lease, or to get it."""
+    """The time between two attempts to renew or acquire the lease."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,43 +36,43 @@ class Settings:
     """Settings of one operator process."""
 
     node_name: str | None = None
-    """Serve the sets whose `spec.nodeName` is this; None: those that name no node."""
+    """Manage the sets whose `spec.nodeName` is this; None: those without one."""
 
     namespaces: tuple[str, ...] = ()
-    """Serve the sets of these namespaces; empty: of all."""
+    """Manage the sets of these namespaces; empty: of all."""
 
     label_selector: str | None = None
-    """Serve the sets that match this label selector; None: all."""
+    """Manage the sets that match this label selector; None: all."""
 
     socket_root: Path | None = None
-    """The folder that holds one folder with unix monitors for each namespace; None: unix monitors are not served."""
+    """The folder that contains a folder with unix monitors for each namespace; None: unix monitors are rejected."""
 
     networks: Networks = field(default_factory=Networks)
-    """Where TCP monitors may lie; without a network in it, none is served."""
+    """The networks of TCP monitors; without any, TCP monitors are rejected."""
 
     workers: int = 64
-    """How many sets are worked on at once. A pass mostly waits, for QEMU and the API server: when a thousand sets
-    change together, the number of those that wait at once decides how soon the last one is done. At most three
-    quarters are sets whose last pass was slow, so that these do not hold up the others."""
+    """How many passes run at once. A pass mostly waits, for QEMU and the API server: when a thousand sets change
+    together, the number that wait at once determines when the last one is done. At most three quarters are for sets
+    whose last pass was slow, so that these do not delay the others."""
 
     resync_seconds: int = 60
-    """How often a machine is looked at without an occasion, in seconds, 10 % more or less. Changes that others make
-    to a machine are found by this look, so a longer time means a machine that is wrong for longer; each look costs
-    some milliseconds."""
+    """The interval of observations without another trigger, in seconds, plus or minus 10 %. With OnDemand, changes by
+    other clients are found by these, so a longer interval means a machine that is wrong for longer; each observation
+    costs some milliseconds."""
 
     sweep_seconds: int = 300
-    """How often all sets are listed, to find deletions that the watch has missed, in seconds, 10 % more or less. It
-    happens too whenever the watch could not go on from where it was."""
+    """The interval of the lists of all sets, which find deletions that the watch has missed, in seconds, plus or minus
+    10 %. There is also a list whenever the watch could not continue from its last version."""
 
     http_address: tuple[str, int] | None = ("127.0.0.1", 8080)
-    """Where `/healthz`, `/readyz` and `/metrics` are served; None: nowhere."""
+    """The address of `/healthz`, `/readyz` and `/metrics`; None: not served."""
 
     metrics_set_limit: int = 10_000
-    """Up to how many sets have metrics of their own; with more, only sums over all are shown. Who may create sets thus
-    cannot fill the metrics' store. 0: never."""
+    """Up to so many sets, each has its own series; with more, only aggregates are exported. So a user who may create
+    sets cannot fill the metrics' storage. 0: never."""
 
     leader_election: LeaderElection | None = None
-    """None: this process works from its start, and nobody else may serve the same sets."""
+    """None: this process works from its start, and no other may manage the same sets."""
 
     kubeconfig: Path | None = None
     """None: `KUBECONFIG` or `~/.kube/config` if there is one, else the service account of the pod."""

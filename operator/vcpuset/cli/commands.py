@@ -1,6 +1,6 @@
-"""The commands that look and change nothing: `vcpuset inspect` and `vcpuset plan`.
+"""The commands that only observe: `vcpuset inspect` and `vcpuset plan`.
 
-What they need to print (rich, yaml) is imported when they run: the operator shares this program and has no use for it.
+What they need for printing (rich, yaml) is imported when they run: `vcpuset run` does not need it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Monitor(click.ParamType[Path | TCPEndpoint]):
     def convert(
         self, value: str | Path | TCPEndpoint, param: click.Parameter | None, ctx: click.Context | None
     ) -> Path | TCPEndpoint:
-        """Tell a path from HOST:PORT."""
+        """Distinguish a path from HOST:PORT."""
         if not isinstance(value, str):
             return value
         try:
@@ -129,8 +129,8 @@ def inspect(
         vcpuset = manifests[0].vcpuset
     try:
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
-        looking = inspection.inspect(monitor, guest_agent, vcpuset, timeout, credentials, tls_server_name)
-        found = asyncio.run(looking)
+        inspecting = inspection.inspect(monitor, guest_agent, vcpuset, timeout, credentials, tls_server_name)
+        found = asyncio.run(inspecting)
     except MonitorBusy as error:
         raise click.ClickException(f"{sentence(str(error))} {_KEPT}") from error
     except VCPUSetError as error:

@@ -1,8 +1,8 @@
-"""How log lines of the operator are written: as text, or as one JSON object to a line.
+"""The operator's log lines: as text, or as one JSON object per line.
 
 In JSON everything is an object: warnings of Python, uncaught exceptions, lines of the libraries, and lines that cannot
-be formatted. Each has `timestamp` (UTC), `level`, `logger` and `message`, with an exception `exception`, and inside a
-pass what the pass gave to `log_context` (`vcpuset`, `namespace`, `node`, `pass`).
+be formatted. Each has `timestamp` (UTC), `level`, `logger` and `message`, with an exception `exception`, and in a pass
+the fields of `log_context` (`vcpuset`, `namespace`, `node`, `pass`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vcpuset.runtime.logcontext import FIELDS_ATTRIBUTE, LogContextFilter, Logfm
 __all__ = ["configure", "make_handler"]
 
 _KOPF_EXTRAS: Final = ("k8s_ref", "k8s_skip", "settings")
-"""What kopf puts onto its records for handlers of its own; the settings are a page of text."""
+"""Attributes that kopf adds to its records for its own handlers; the settings are a page of text."""
 
 _logger = logging.getLogger("vcpuset")
 
 
 def configure(log_format: Literal["text", "json"], level: str, stream: TextIO) -> None:
-    """Write all log lines of this process from `level` on to `stream`, and log what Python would print by itself."""
+    """Write all log lines of this process from `level` on to `stream`, including what Python would print by itself."""
     logging.basicConfig(level=level.upper(), handlers=[make_handler(log_format, stream)])
     logging.captureWarnings(capture=True)
     sys.excepthook = _log_uncaught
@@ -62,10 +62,10 @@ def make_handler(log_format: Literal["text", "json"], stream: TextIO) -> logging
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """A handler that also writes what cannot be formatted; logging itself would print a traceback in its place."""
+    """A handler that also writes what cannot be formatted; logging itself would print a traceback instead."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging.Handler, whose method this overrides
-        """Write the record once more, with its parts as they are."""
+        """Write the record again, with its parts unformatted."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)) and self.stream.closed:
             return
@@ -75,12 +75,12 @@ class _Handler(logging.StreamHandler[TextIO]):
         try:
             self.stream.write(self.format(plain) + self.terminator)
             self.flush()
-        except Exception:  # noqa: BLE001 - there is nowhere left to tell it: this is what logs, and who logs must not fail by that
+        except Exception:  # noqa: BLE001 - there is nowhere to report it, and code that logs must not fail because of it
             return
 
 
 def _name_object(record: logging.LogRecord) -> bool:
-    """Say of kopf's lines which object they are about, in the place where our own say it."""
+    """Add the object of kopf's lines in the fields of our own lines."""
     reference = getattr(record, "k8s_ref", None)
     if isinstance(reference, Mapping):
         fields = {"vcpuset": reference.get("name"), "namespace": reference.get("namespace")}

@@ -32,10 +32,10 @@ _KEY = rf"([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?{_
 _VALUES = rf"\s*\(\s*({_NAME})?(\s*,\s*({_NAME})?)*\s*\)"
 _REQUIREMENT = rf"\s*(!\s*{_KEY}|{_KEY}(\s*(==?|!=)\s*({_NAME})?|\s*[<>]\s*[0-9]{{1,18}}|\s+(not)?in{_VALUES})?)\s*"
 _LABEL_SELECTOR = re.compile(rf"{_REQUIREMENT}(,{_REQUIREMENT})*", re.ASCII)
-"""What the API server takes as a label selector."""
+"""Label selectors that the API server accepts."""
 
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-"""Where a pod finds the name of its namespace."""
+"""The file with the namespace of a pod."""
 
 
 class _Address(click.ParamType[tuple[str, int] | None]):
@@ -46,7 +46,7 @@ class _Address(click.ParamType[tuple[str, int] | None]):
     def convert(
         self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, int] | None:
-        """Take HOST:PORT apart; an IPv6 host stands in brackets."""
+        """Split HOST:PORT; an IPv6 host is in brackets."""
         if isinstance(value, tuple):
             return value
         if not value:
@@ -58,7 +58,7 @@ class _Address(click.ParamType[tuple[str, int] | None]):
 
 
 class _EmptyCounts(click.Option):
-    """An option whose environment variable may be set and empty; click takes that for unset."""
+    """An option whose environment variable may be set and empty; click treats that as unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """The variable's value, also an empty one."""
@@ -66,7 +66,7 @@ class _EmptyCounts(click.Option):
 
 
 class _Seconds(click.ParamType[float]):
-    """A time of at least a second, with or without the unit that other components of Kubernetes demand: 15s or 15."""
+    """A time of at least a second, with or without the unit that other components of Kubernetes require: 15s or 15."""
 
     name = "SECONDS"
 
@@ -99,14 +99,14 @@ _T = TypeVar("_T")
 
 
 def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
-    """Refuse an empty value: it would mean the current folder, or every namespace."""
+    """Reject an empty value: it would mean the current folder, or every namespace."""
     if any(str(each) in {"", "."} for each in (value if isinstance(value, tuple) else (value,)) if each is not None):
         raise click.BadParameter("must not be empty or the current directory", ctx, param)
     return value
 
 
 def _label_selector(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse what the API server would refuse at each list and each watch."""
+    """Reject what the API server would reject at each list and watch."""
     if value and _LABEL_SELECTOR.fullmatch(value) is None:
         raise click.BadParameter(
             f"{value!r} is not a label selector, such as team=shop,tier in (web, cache),!legacy", ctx, param
@@ -115,16 +115,16 @@ def _label_selector(ctx: click.Context, param: click.Parameter, value: str | Non
 
 
 class _Program(click.Group):
-    """A command line whose output may not fit where it goes, such as a file on a full disk."""
+    """A command line whose output cannot always be written, for example to a file on a full disk."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - as click's own
-        """As click has it (which ends in silence if nothing reads the output), but without a traceback."""
+        """As click's (which exits silently if nothing reads the output), but without a traceback."""
         try:
             return super().main(*arguments, **options)
         except OSError as error:
             if error.errno not in _CANNOT_WRITE:
                 raise
-            # Python would try once more when it ends, and complain again.
+            # Python would try again at its exit, and print another error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
             raise SystemExit(1) from error
@@ -362,20 +362,20 @@ def run(
         leader_election=election,
         kubeconfig=kubeconfig,
     )
-    import uvloop  # noqa: PLC0415 - pays where a process serves many machines; no other command uses it
+    import uvloop  # noqa: PLC0415 - faster for many machines; no other command uses it
 
     from vcpuset.app import operator  # noqa: PLC0415 - imports kopf, which takes 0.8 s and which no other command uses
 
     try:
         uvloop.run(operator.run(settings))
     except VCPUSetError as error:
-        # Not as click would print it: what the process says last is for the log too, in the log's format.
+        # Not as click would print it: the last message belongs in the log too, in its format.
         logging.getLogger("vcpuset").critical("%s", error)
         raise SystemExit(1) from error
 
 
 def _election(namespace: str | None, name: str, lease: float, renew: float, retry: float) -> LeaderElection:
-    """What the options of leader election say together."""
+    """The settings of leader election, checked together."""
     if not lease.is_integer():
         raise click.UsageError(f"--leader-elect-lease-duration {lease:g}: a Lease only supports whole seconds")
     if not lease > renew > retry * 1.2:

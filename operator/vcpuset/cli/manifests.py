@@ -1,8 +1,8 @@
 """VCPUSets from a file, as written by hand or as kubectl prints them.
 
-The API server checks every manifest against the schema, which an installed program does not have at hand. What can be
-checked simply is checked here in the same sense, with all that is wrong told at once; the API server checks more (the
-form of names, hosts and paths).
+The API server checks every manifest against the schema, which an installed program does not have. Simple checks are
+made here with the same meaning, and all errors are reported at once; the API server checks more (the form of names,
+hosts and paths).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["FIELDS", "Choice", "InvalidManifest", "Manifest", "Number", "read"]
 class InvalidManifest(Exception):
     """A file that cannot be used.
 
-    problems  each in a sentence that names the field and what to do
+    problems  each a sentence with the field and the remedy
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -37,7 +37,7 @@ class InvalidManifest(Exception):
 class Manifest:
     """One VCPUSet of a file.
 
-    created  whether it says when it was created, so that it can be compared with others
+    created  whether it has a creation time, so that it can be compared with others
     node     `spec.nodeName`
     """
 
@@ -56,7 +56,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of these words."""
+    """One of these strings."""
 
     words: tuple[str, ...]
 
@@ -85,15 +85,15 @@ FIELDS: Final[Mapping[str, Any]] = {
     },
     "suspend": bool,
 }
-"""`spec`: the fields, with "!" after those that are required; a test holds it against the resource definition."""
+"""The fields of `spec`, required ones with "!"; a test compares them with the resource definition."""
 
 
 def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
     """The VCPUSets of a text: YAML documents, JSON, or lists as `kubectl get -o yaml` prints them.
 
-    namespace  for those that name none (default: "default"); one that names another is refused
+    namespace  for those without one (default: "default"); another one is rejected
 
-    Raises InvalidManifest with all that is wrong.
+    Raises InvalidManifest with all errors.
     """
     found: list[Manifest] = []
     problems: list[str] = []
@@ -118,7 +118,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as the API server takes it: times remain text, and no key comes twice."""
+    """YAML as the API server reads it: times remain text, and duplicate keys are errors."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - a ClassVar, as this rule asks for, cannot override what types-PyYAML declares without
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -126,7 +126,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; ConstructorError if a key comes twice, of which PyYAML would take the last."""
+        """The mapping; ConstructorError for a duplicate key, of which PyYAML would use the last."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
@@ -155,7 +155,7 @@ def _documents(text: str) -> list[Any]:
 
 
 def _bodies(documents: Iterable[Any], where: str = "document") -> Iterator[tuple[str, Any]]:
-    """Every object, with where it stands in the file."""
+    """Every object, with its position in the file."""
     for number, document in enumerate(documents, 1):
         place = f"{where} {number}"
         if isinstance(document, dict) and str(document.get("kind", "")).endswith("List"):
@@ -285,7 +285,7 @@ def _kind_of(value: object) -> str:
 
 
 def _no_text(where: str, value: object) -> str:
-    """What is written as text, and is something else to YAML, such as 123 or yes."""
+    """A string field whose value YAML reads as something else, such as 123 or yes."""
     remedy = ": quote it" if isinstance(value, int | float) else ""
     return f"{where} must be a string, but is {_kind_of(value)}{remedy}."
 
@@ -299,8 +299,8 @@ def _name_of(body: object) -> str | None:
 def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: datetime) -> Manifest:
     metadata = body["metadata"]
     created = metadata.get("creationTimestamp")
-    # What the API server gives to every object, and a manifest by hand has not. One that is not created yet is younger
-    # than all that are; among such, the first in the file is created first.
+    # The API server gives these to every object; a manifest by hand has none. One that is not created yet is younger
+    # than all that are; among those, the order of the file counts.
     given = {
         "uid": f"not created yet: {number:06}",
         "resourceVersion": "0",
@@ -316,7 +316,7 @@ def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: 
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """As the API server reads it: a null is a field that was left out."""
+    """As the API server reads it: null means that the field is not set."""
     return {
         name: _without_nulls(value) if isinstance(value, dict) else value
         for name, value in fields.items()

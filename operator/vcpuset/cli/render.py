@@ -1,6 +1,6 @@
-"""How results are printed: for a person at a terminal, as plain text for pipes and files, or as JSON and YAML.
+"""Prints results: for a person at a terminal, as plain text for pipes and files, or as JSON and YAML.
 
-Imported by the commands that print results only: the operator has no use for rich, and it takes memory.
+Only imported by the commands that print results: the operator does not need rich, which takes memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styl
 Output = Literal["table", "json", "yaml"]
 
 _FITTED_ROWS: Final = 500
-"""Rich takes seconds to fit thousands of rows to a terminal; a longer table is printed as it is."""
+"""Rich takes seconds to fit thousands of rows to a terminal; a longer table is printed unfitted."""
 
 _DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-"""The one in C, where PyYAML has it, is ten times as fast."""
+"""The one in C, if PyYAML has it, is ten times as fast."""
 
 
 class Styled(NamedTuple):
-    """A text with a style of rich, which is seen on terminals only."""
+    """A text with a style of rich, which only terminals show."""
 
     text: str
     style: str
@@ -65,7 +65,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Sentences, each on a line of its own; `indent` in spaces."""
+    """Sentences, one per line; `indent` in spaces."""
 
     lines: Sequence[Cell]
     indent: int = 0
@@ -102,7 +102,7 @@ def _print_plain(block: Block) -> None:
 
 
 def printable(text: str) -> str:
-    """Words of QEMU, a guest or a file, without what would steer a terminal."""
+    """A text of QEMU, a guest or a file, without terminal control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

@@ -1,6 +1,6 @@
-"""The values of options that Kubernetes has a rule for: what it could never accept is refused at the start.
+"""Options with values for which Kubernetes has a rule: impossible ones are rejected at the start.
 
-An operator for a namespace or a node that cannot exist would serve nothing and report nothing.
+An operator for a namespace or a node that cannot exist would manage nothing and report nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
 
 class Name(click.ParamType[str]):
-    """A name of an object in Kubernetes. An empty one passes: what it means is for the option to say.
+    """A name of an object in Kubernetes. An empty one is accepted: the option defines its meaning.
 
     what     what has the name
-    pattern  what such a name looks like
+    pattern  its regular expression
     words    the same for people
     """
 
@@ -31,7 +31,7 @@ class Name(click.ParamType[str]):
         self._words = words
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The same, if there can be such a name."""
+        """The same, if it is a valid name."""
         if value and (len(value) > 253 or self._pattern.fullmatch(value) is None):
             self.fail(f"{value!r} cannot be the name of {self._what}: {self._words}{repeat(value, param)}", param, ctx)
         return value
@@ -45,7 +45,7 @@ LEASE: Final = Name("a Lease", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 
 
 def repeat(value: str, param: click.Parameter | None) -> str:
-    """What helps somebody who has given a list with commas to an option that may be repeated."""
+    """The remedy for a list with commas in an option that may be repeated."""
     if param is None or not param.multiple or "," not in value:
         return ""
     return f". Repeat {param.opts[0]} for each (in the environment: separate them by spaces)"

@@ -1,7 +1,7 @@
 """What an observation means: one assessment for every situation that a set can be in.
 
-Messages hold nothing that changes from one observation to the next without news (no elapsed times), since each change
-of a status is a write. Each says what would help, where anything would.
+Messages contain nothing that changes from one observation to the next without news (no elapsed times), because each
+change of a status is a write. Each names the remedy, if there is one.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ __all__ = [
 ]
 
 PENDING_AFTER = timedelta(seconds=3)
-"""How long a request may go without an answer before the report changes from Unplugging to UnplugPending.
+"""How long a request may be without an answer before the reason changes from Unplugging to UnplugPending.
 
 A healthy Linux guest under load answers within two seconds; a shorter time would only cost a status write.
 """
 
 TAKE_UP_TIME = timedelta(seconds=3)
-"""How long a guest may take to use a CPU that was plugged before it is said to have left it offline.
+"""How long a guest may take to use a plugged CPU before it is reported as left offline.
 
 A Linux guest under TCG takes 0.2 to 0.6 s, and 1.8 s on a loaded host, if it has a rule that brings CPUs online.
 """
 
 TAKE_UP_POLL = timedelta(seconds=0.25)
-"""How soon such a guest is queried again."""
+"""The interval of the guest's queries until then."""
 
 UDEV_RULE = 'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"'
 """Without it Linux on x86 leaves a hot-added CPU offline; RHEL and Ubuntu ship it, Debian does not."""
@@ -72,11 +72,11 @@ class RequeuePolicy(enum.Enum):
     """When a set is observed again, if nothing happens before."""
 
     HOLD = "hold"
-    """Every second: the guest is at work. The session is kept for its events."""
+    """Every second: the guest is working on requests. The session is kept for its events."""
     POLL = "poll"
-    """Every second: the guest takes its time. The monitor is free for other clients in between."""
+    """Every second: the guest is slow. Between observations, the monitor is free for other clients."""
     RETRY = "retry"
-    """After a growing back-off: what is wrong should pass."""
+    """After a growing back-off: the condition should pass by itself."""
     RESYNC = "resync"
     """At the next resync: nothing is expected."""
 
@@ -85,7 +85,7 @@ class RequeuePolicy(enum.Enum):
 class Assessment:
     """What one pass found.
 
-    due  when something falls due before `policy` would have the machine observed; None: nothing
+    due  when an earlier pass than that of `policy` is due; None: none
     """
 
     reason: Reason
@@ -101,7 +101,7 @@ class Assessment:
 
 
 def assess(findings: Findings) -> Assessment:
-    """What the last observation of a pass means, or, with the requests about to be made, what a pass is doing."""
+    """What the last observation of a pass means, or, before requests are sent, what the pass is doing."""
     spec, machine, target = findings.spec, findings.machine, findings.target
     if machine.activity is Activity.OVER:
         return _assessment(
@@ -166,7 +166,7 @@ def _count_matches(findings: Findings) -> Assessment:
 
 
 def _offline(agent: GuestAgent, guest: GuestReport, vcpus: int) -> str:
-    """Why a guest does not use all of its CPUs, and what would help."""
+    """Why a guest does not use all of its CPUs, and the remedy."""
     assert guest.cpus is not None
     offline = guest.cpus.offline
     missing = vcpus - len(guest.cpus.cpus)
@@ -218,14 +218,14 @@ def _unplug_unfinished(findings: Findings) -> Assessment:
             RequeuePolicy.RETRY,
         )
     if not requests:
-        # The machine has changed since the pass decided what to do: the next one decides.
+        # The machine has changed since the pass made its plan: the next one decides.
         return _assessment(Reason.UNPLUGGING, f"{counts}; unplug requests follow.", RequeuePolicy.RETRY)
     timeout = timedelta(seconds=unplug.timeout_seconds)
     deadline = now if findings.started is None else findings.started + timeout
     overdue = now >= deadline
     in_flight = findings.in_flight
     refused = [request for request in requests if not request.in_flight]
-    # What is due already and was not requested is not wanted now: nothing to come back for.
+    # What is due already and was not requested is not wanted now: it needs no pass.
     due = min((at for at in (*map(findings.due_at, requests), deadline) if at > now), default=None)
     policy = _while_requested(findings)
     expected = policy is not RequeuePolicy.RESYNC
@@ -238,14 +238,14 @@ def _unplug_unfinished(findings: Findings) -> Assessment:
         )
     rebooted = ""
     if findings.reset is not None and findings.reset >= deadline - 2 * timeout:
-        # Without the time: a machine that resets again and again would cost a write for each.
+        # Without the time: a machine that resets repeatedly would cost a write for each reset.
         rebooted = " The machine was reset meanwhile: its guest may still be booting."
 
-    # While a CPU that had been refused is requested again, the report stands until the guest has answered.
+    # While a CPU that had been refused is requested again, the report is kept until the guest has answered.
     repeated = reported == Reason.UNPLUG_REFUSED and all(request.attempts > 1 for request in in_flight)
     still_refused = bool(refused) or (expected and reported == Reason.UNPLUG_REFUSED)
 
-    # The same for one that QEMU had rejected, for the moment that its own answer takes.
+    # The same for one that QEMU had rejected, until QEMU answers again.
     rejected = [request for request in requests if request.answer is Answer.REJECTED]
     rejected_again = reported == Reason.UNPLUG_UNSUPPORTED and all(
         request.attempts > 1 and now < request.requested_at + PENDING_AFTER for request in in_flight
@@ -259,7 +259,7 @@ def _unplug_unfinished(findings: Findings) -> Assessment:
         text = f"{counts}; unplug of {slot_list(in_flight)} requested at {_time(in_flight)}"
         if refused:
             text += f", after the guest had refused {_refusals(refused)}"
-        # A repetition is no news: otherwise each would cost a second write, when it gets no answer either.
+        # A repetition is no news: otherwise each would cost a second write if it is not answered either.
         if all(
             request.answer is None and (request.attempts > 1 or now - request.requested_at >= PENDING_AFTER)
             for request in in_flight
@@ -291,8 +291,8 @@ def plugging(findings: Findings) -> Assessment:
 
 def failure(error: VCPUSetError) -> Assessment:
     """What is reported when the machine could not be observed."""
-    # Each can pass without news: what stands at a path, what a name means, a Secret, a QEMU that is started anew. But
-    # what this version cannot obey takes another spec.
+    # Each can pass without an event: what is at a path, what a name resolves to, a Secret, a restarted QEMU. But a spec
+    # that this version does not support needs a new generation.
     policy = RequeuePolicy.RESYNC if isinstance(error, UnsupportedSpec) else RequeuePolicy.RETRY
     help_ = " End -preconfig (x-exit-preconfig)." if isinstance(error, Preconfig) else ""
     return _assessment(_failed(error), f"{sentence(str(error))}{help_}", policy)
@@ -329,7 +329,7 @@ def conflict(holder: str) -> Assessment:
 def conflict_over_machine(holder: str, evidence: str) -> Assessment:
     """What is reported when an older set has another monitor of the same machine.
 
-    evidence  by what that is told
+    evidence  how this is known
     """
     return _assessment(
         Reason.MONITOR_CONFLICT,
@@ -343,11 +343,11 @@ def conflict_over_machine(holder: str, evidence: str) -> Assessment:
 _HIDDEN_BY_CONTEST = frozenset(
     {Reason.CONVERGED, Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING, Reason.WAITING_FOR_GUEST}
 )
-"""What would be reported by turns while something else undoes what the operator does."""
+"""What would be reported alternately while another client undoes what the operator does."""
 
 
 def contested(assessment: Assessment, findings: Findings, contest: Contest) -> Assessment:
-    """What is reported of a machine that something else changes again and again; what else is wrong comes first."""
+    """What is reported of a machine that another client changes repeatedly; other problems come first."""
     if assessment.reason not in _HIDDEN_BY_CONTEST:
         return assessment
     return Assessment(
@@ -382,7 +382,7 @@ _WORRYING = frozenset(
         Reason.MACHINE_NOT_RUNNING,
     }
 )
-"""Not failures (they may pass), but nothing that happens on a good day."""
+"""Not failures (they may pass), but not normal operation either."""
 
 
 def slot_list(requests: Iterable[Request]) -> str:
@@ -394,7 +394,7 @@ _MOST_RANGES = 16
 
 
 def _listed(noun: str, indexes: Iterable[int]) -> str:
-    """As ranges, since there can be hundreds, and no more of them than a person reads."""
+    """As ranges, because there can be hundreds, and at most as many ranges as a person reads."""
     indexes = sorted(indexes)
     ranges: list[list[int]] = []
     for index in indexes:
@@ -418,7 +418,7 @@ _REMEDIES = {
     "io-error": " Fix the storage and resume the machine (cont).",
     "suspended": " Wake the guest (system_wakeup).",
 }
-"""What helps in a run state, where it is not waiting."""
+"""The remedy for a run state, if it is not waiting."""
 
 _RESTART = (
     " Declare the present count, or restart the VM with the declared count or with a machine type that supports this."
@@ -433,11 +433,11 @@ def _assessment(
 
 
 def _while_requested(findings: Findings) -> RequeuePolicy:
-    """How closely requests with the guest are followed, whether they are still wanted or not.
+    """How often the machine is observed while requests are in flight, whether they are still wanted or not.
 
-    A guest at work is heard of at once, by events. One that takes its time must not cost other clients the monitor,
-    unless its answers come by event only. One that has neither answered nor unplugged a CPU for `timeoutSeconds` is
-    expected no more.
+    The events of a guest at work arrive at once. A slow guest must not keep other clients from the monitor, unless its
+    answers come by event only. A guest that has neither answered nor unplugged a CPU for `timeoutSeconds` is no
+    longer expected to.
     """
     made = [request.requested_at for request in findings.in_flight]
     if not made:

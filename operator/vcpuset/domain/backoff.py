@@ -1,6 +1,6 @@
-"""How long to wait: after failures, and between regular looks.
+"""Delays after failures, and between regular observations.
 
-Pure arithmetic: nothing waits here, and randomness can be given.
+Pure arithmetic: nothing waits here, and the source of randomness is a parameter.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 __all__ = ["ExponentialBackoff", "Random", "jittered"]
 
 Random = Callable[[], float]
-"""Gives a number in [0, 1), as `random.random` does."""
+"""Returns a number in [0, 1), as `random.random` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExponentialBackoff:
     """Delays that double with each failure in a row, from the base up to the cap.
 
-    Jitter only ever shortens a delay. So the cap is a promise ("tried at least every 30 s"), and many
-    that have failed together and reached the cap still spread out.
+    Jitter only shortens a delay. So the cap is guaranteed ("tried at least every 30 s"), and many keys that have failed
+    together and reached the cap still spread out.
     """
 
     base_seconds: float
@@ -29,7 +29,7 @@ class ExponentialBackoff:
     cap_seconds: float
     """No delay is longer."""
     jitter: float = 0.5
-    """The largest part of a delay that may be taken off: 0 for none, 1 for anything down to no delay."""
+    """The largest fraction of a delay that may be taken off: 0 for none, 1 for the whole delay."""
     random: Random = random_module.random
 
     def __post_init__(self) -> None:
@@ -52,10 +52,10 @@ class ExponentialBackoff:
 
 
 def jittered(seconds: float, fraction: float, random: Random = random_module.random) -> float:
-    """`seconds`, made up to `fraction` (0 to 1) shorter or longer, so that regular work spreads out.
+    """`seconds`, up to `fraction` (0 to 1) shorter or longer, so that regular work spreads out.
 
-    For regular looks, whose average should stay what was asked for. A delay after a failure has its
-    own jitter in `ExponentialBackoff`.
+    For regular observations: their mean interval stays the configured one. A delay after a failure has its own jitter
+    in `ExponentialBackoff`.
     """
     _check_fraction(fraction)
     return seconds * (1 + fraction * (2 * random() - 1))

@@ -1,7 +1,7 @@
-"""Each thing that stands between a machine and its declared count, where an assessment names only the first.
+"""Everything that blocks a machine from its declared count, where an assessment names only the first.
 
-No rule is stated here twice. `assess` and `target_for` say what is in the way; then that one thing is assumed away (the
-set is not suspended, the machine runs, the policy allows it) and they are called again, until nothing is left.
+No rule is repeated here. `assess` and `target_for` name the first blocker; then that one is assumed to be removed (the
+set is not suspended, the machine runs, the policy allows it) and they are called again, until none is left.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["Blocker", "blocker_of", "blockers"]
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """One thing in the way.
+    """One blocker.
 
     reason   CamelCase, as in the set's conditions
-    message  what is the case, in sentences
-    remedy   what helps, in sentences
+    message  what blocks, in sentences
+    remedy   in sentences
     """
 
     reason: Reason | AgentReason
@@ -39,7 +39,7 @@ class Blocker:
 
 
 def blocker_of(assessment: Assessment) -> Blocker:
-    """What an assessment complains of."""
+    """The blocker that an assessment reports."""
     return Blocker(assessment.reason, assessment.message, assessment.reason.remedy)
 
 
@@ -55,7 +55,7 @@ def blockers(findings: Findings) -> tuple[Blocker, ...]:
 
 
 def _unhindered(free: Findings, found: list[Blocker]) -> Findings:
-    """The set and the machine without what keeps a pass from changing anything at all."""
+    """The set and the machine without what keeps a pass from making any change."""
     while True:
         assessment = assess(free)
         match assessment.reason:
@@ -72,11 +72,11 @@ _RELAXED: Final[Mapping[Reason, Callable[[Spec], Spec]]] = MappingProxyType({
     Reason.UNPLUG_DISABLED: lambda spec: replace(spec, unplug=replace(spec.unplug, policy=UnplugPolicy.ENABLED)),
     Reason.BOOT_VCPUS_KEPT: lambda spec: replace(spec, unplug=replace(spec.unplug, boot_vcpus=BootVCPUs.UNPLUG)),
 })  # fmt: skip
-"""What the author of a set could have meant otherwise; any other limit is the machine's."""
+"""Limits that the author of a set chose; all others are the machine's."""
 
 
 def _reachable(free: Findings, found: list[Blocker]) -> Findings:
-    """The set without its own limits, at the target that the machine's own leave."""
+    """The set without its own limits, at the target that the machine's limits allow."""
     while (reason := free.target.reason) is not None:
         found.append(Blocker(reason, sentence(free.target.message), reason.remedy))
         if (relaxed := _RELAXED.get(reason)) is None:
@@ -108,13 +108,13 @@ def _unplug_blockers(real: Findings, free: Findings) -> Iterator[Blocker]:
 def _open_requests(
     spec: Spec, answer: Answer | None, due: datetime, group: Sequence[Request], now: datetime
 ) -> Blocker:
-    asked_at = max(request.requested_at for request in group)
-    since = f"Unplug of {slot_list(group)} was requested at {_moment(asked_at)}"
-    # What is due and yet not asked for is not wanted now: others are enough.
+    requested_at = max(request.requested_at for request in group)
+    since = f"Unplug of {slot_list(group)} was requested at {_moment(requested_at)}"
+    # What is due and was not requested is not wanted now: others are enough.
     again = f" The request is repeated at {_moment(due)}." if due > now else ""
     if answer is None or not answer.refused:
         said = "has not answered" if answer is None else f"answered: {answer.words}"
-        overdue = now >= asked_at + timedelta(seconds=spec.unplug.timeout_seconds)
+        overdue = now >= requested_at + timedelta(seconds=spec.unplug.timeout_seconds)
         reason = Reason.UNPLUG_TIMED_OUT if overdue else Reason.UNPLUG_PENDING
         return Blocker(reason, f"{since}; the guest {said}.{again}", reason.remedy)
     reason = Reason.UNPLUG_UNSUPPORTED if answer is Answer.REJECTED else Reason.UNPLUG_REFUSED
@@ -144,7 +144,7 @@ def _guest_blockers(findings: Findings) -> Iterator[Blocker]:
     elif guest.cpus is not None and guest.cpus.online < machine.vcpus:
         offline = guest.cpus.offline
         if spec.guest_agent.bring_online and not spec.suspend and guest.cpus.online + len(offline) == machine.vcpus:
-            return  # The operator has them set online: that is work to do, and nothing in its way.
+            return  # The operator sets them online: that is work to do, not a blocker.
         if machine.vcpus == spec.vcpus:
             yield blocker_of(assess(replace(findings, requests=(), started=None, reported=None)))
             return

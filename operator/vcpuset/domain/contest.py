@@ -1,10 +1,9 @@
-"""Whether something else changes a machine again and again: another operator, a tool, a VCPUSet that names another
-monitor of it.
+"""Whether another client changes a machine repeatedly: an operator, a tool, a VCPUSet with another monitor of it.
 
-What counts is a CPU that came, or left without an unplug request, while no pass was under way, and that has to be
-undone. Once that has happened `CHANGES` times within a window, to correct each at once would only keep a fight alive:
-the set is contested, the count is corrected at a slow pace, and the report says so until nothing else has changed it
-for one window. Another QEMU and another spec start from nothing.
+What counts is a CPU that came, or left without an unplug request, between two passes, and that has to be corrected.
+After `CHANGES` of these within a window, correcting each at once would only continue the fight: the set is contested,
+the count is corrected at a slow pace, and the status says so until no other client has changed it for one window.
+Another QEMU or another spec resets this.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from vcpuset.domain.machine import Machine
 __all__ = ["CHANGES", "PAUSE_RESYNCS", "WINDOW_RESYNCS", "Contest"]
 
 CHANGES: Final = 5
-"""So many changes by something else within one window are no accident."""
+"""So many changes by other clients within one window are no coincidence."""
 
 WINDOW_RESYNCS: Final = 10
-"""The window, in resyncs. With one observation each resync a fight is seen at each, so half a window finds it."""
+"""The window, in resyncs. With one observation per resync a fight is found after half a window."""
 
 PAUSE_RESYNCS: Final = 5
-"""The pause between two corrections of a contested machine, in resyncs: less than the window, or a fight that goes on
-would pass for one that has ended."""
+"""The pause between two corrections of a contested machine, in resyncs: less than the window, because otherwise a
+continuing fight would seem to have ended."""
 
 
 @dataclass(slots=True)
 class Contest:
-    """What one set's machine went through. All times are in seconds of one clock that is never set.
+    """The history of one set's machine. All times are in seconds of a monotonic clock.
 
-    resync  the pace at which an idle machine is observed
+    resync  the interval at which an idle machine is observed
     """
 
     resync: float
@@ -40,18 +39,18 @@ class Contest:
     _left: tuple[int | None, ...] | None = None
     """The host thread of each slot's CPU when the last pass ended; None: not known."""
     _leaving: frozenset[int] = frozenset()
-    """The slots that the guest may still free since it was asked to."""
+    """The slots that the guest may still free because of unplug requests."""
     _changes: list[float] = field(default_factory=list)
-    """When something else last changed the machine, `CHANGES` times at most."""
+    """When other clients last changed the machine, at most `CHANGES` times."""
     _last: float | None = None
-    """When the contested machine was last changed, by something else or by a correction; None: it is not contested."""
+    """When the contested machine was last changed, by another client or by a correction; None: it is not contested."""
     _corrected: float = 0.0
     _unfinished: bool = False
-    """Whether the correction under way goes on in the next pass."""
+    """Whether the correction in progress continues in the next pass."""
 
     @property
     def window(self) -> float:
-        """For how long nothing else must have changed the machine."""
+        """How long no other client must have changed the machine."""
         return WINDOW_RESYNCS * self.resync
 
     @property
@@ -60,11 +59,11 @@ class Contest:
         return PAUSE_RESYNCS * self.resync
 
     def observed(self, subject: Hashable, machine: Machine, now: float, *, wrong: bool, reported: bool) -> bool:
-        """Take in what a pass has found; whether the machine is contested.
+        """Evaluate an observation; returns whether the machine is contested.
 
-        subject   the spec and the QEMU that all this is about
-        wrong     the machine is not at its count
-        reported  the status says that they are contested; counts for the first pass of a process
+        subject   the spec and the QEMU that the history is about
+        wrong     the machine does not have its target count
+        reported  the status says that it is contested; used in the first pass of a process
         """
         if subject != self._subject:
             first = self._subject is None
@@ -86,7 +85,7 @@ class Contest:
 
     @property
     def contested(self) -> bool:
-        """Whether something else has changed the machine again and again."""
+        """Whether another client has changed the machine repeatedly."""
         return self._last is not None
 
     def may_correct(self, now: float) -> bool:
@@ -102,8 +101,8 @@ class Contest:
     def left(self, machine: Machine, leaving: Iterable[int], *, unfinished: bool = False) -> None:
         """A pass ends.
 
-        leaving     the slots that the guest may still free, since it was asked to
-        unfinished  the pass had no time for all that it had to do
+        leaving     the slots that the guest may still free because of unplug requests
+        unfinished  the pass had no time for all of its work
         """
         self._left, self._leaving, self._unfinished = _threads(machine), frozenset(leaving), unfinished
 
@@ -111,8 +110,7 @@ class Contest:
         if self._left is None:
             return False
         if machine.since is None and all(slot.boot for slot in machine.occupied):
-            # Perhaps another QEMU that looks like the one before: over TCP nothing shows when it started, and in a
-            # container thread ids repeat.
+            # Perhaps another QEMU: over TCP its start time is unknown, and in a container thread ids repeat.
             return False
         return any(
             was != thread and (thread is not None or slot not in self._leaving)

@@ -1,4 +1,4 @@
-"""What a connection on TLS is made with: certificates and a key, as the Secret of a monitor holds them."""
+"""Certificates and a key for a TLS connection, as in the Secret of a monitor."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["CA", "CERTIFICATE", "KEY", "MOST_BYTES", "CredentialStore", "Credent
 CA: Final = "ca.crt"
 CERTIFICATE: Final = "tls.crt"
 KEY: Final = "tls.key"
-"""The names that cert-manager and the Secret type kubernetes.io/tls give them."""
+"""The names that cert-manager and the Secret type kubernetes.io/tls use."""
 
 MOST_BYTES: Final = 32 * 1024
-"""As long may the three be together. Four certificates and a key of 4096 bits have 12 KiB. OpenSSL keeps ten times as
-much of what it has read, and for each Secret that a set names; users may make many of 1 MiB."""
+"""Limit for the three together. Four certificates and a key of 4096 bits have 12 KiB. OpenSSL keeps ten times as much
+memory as it has read, for each Secret that a set names; users may create many Secrets of 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Credentials:
-    """Certificates and a key, in PEM, as yet unread.
+    """Certificates and a key, in PEM, not parsed yet.
 
     source       where they come from, for messages: "Secret team-a/monitor"
-    ca           those that sign the certificates of QEMU
-    certificate  what the operator shows to QEMU, and those between it and its CA
+    ca           the CAs of QEMU's certificate
+    certificate  the operator's, with the intermediate ones up to its CA
     key          the key of that certificate
     """
 
@@ -60,21 +60,21 @@ class CredentialStore(Protocol):
     """Where the credentials of sets come from."""
 
     async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
-        """What the Secret holds; it may be some seconds old.
+        """The content of the Secret; it may be some seconds old.
 
-        doubted  these have just failed: look whether there are others by now
+        doubted  these have just failed: check whether there are newer ones
 
         Raises CredentialsUnavailable.
         """
 
     def forget(self, uid: UID) -> None:
-        """The set needs none any more."""
+        """The set needs no credentials any more."""
 
 
 class NoCredentials:
-    """The `CredentialStore` of who has none.
+    """A `CredentialStore` without credentials.
 
-    remedy  what to tell who asks for some
+    remedy  for the error message
     """
 
     def __init__(self, remedy: str = "this process has no credentials") -> None:

@@ -1,35 +1,35 @@
-"""What can go wrong between a VCPUSet and its machine, told apart by what to do about it.
+"""What can go wrong between a VCPUSet and its machine, by what to do about it.
 
     VCPUSetError
      +-- InvalidMonitor           the set names a monitor that cannot be used: its author has to act
-     |    +-- UnsupportedSpec     its spec holds what this version cannot obey
-     +-- CredentialsUnavailable   the two ends of a monitor on TLS have nothing to convince each other with
+     |    +-- UnsupportedSpec     its spec has a value that this version does not support
+     +-- CredentialsUnavailable   the credentials of a monitor on TLS are missing or not accepted
      +-- MonitorError             talking to QEMU failed; the last command may or may not have run: observe again
-     |    +-- MonitorUnreachable  nobody listens, or what listens is no QMP monitor
+     |    +-- MonitorUnreachable  nothing listens, or what listens is no QMP monitor
      |    +-- MonitorBusy         connected, but no greeting: another client holds the monitor, or QEMU hangs
      |    +-- MonitorTimeout      a command was sent and no reply came in time
-     +-- MachineUnsettled         CPUs came or went while they were counted: look again in a moment
+     +-- MachineUnsettled         CPUs came or went while they were counted: observe again in a moment
      +-- CommandError             QEMU answered with an error: the command did not run
-     |    +-- TransientError      the same command can succeed later without anybody's help
-     |    |    +-- GuestNotReady  the guest's ACPI does not take unplug requests (yet)
+     |    +-- TransientError      the same command can succeed later without a change
+     |    |    +-- GuestNotReady  the guest's ACPI does not accept unplug requests (yet)
      |    |    +-- Migrating      a migration runs
      |    |    +-- Preconfig      QEMU has not made the machine yet (-preconfig)
-     |    |    +-- SlotTaken      the slot or the device id came into use since it was looked at
+     |    |    +-- SlotTaken      the slot or the device id came into use since it was observed
      |    +-- DeviceGone          the device is not there (any more): for an unplug, success
      |    +-- PermanentError      it can never succeed on this machine as it is
-     |    +-- CommandRefused      QEMU's words are unknown to us: tried again, slowly, and shown to the user
-     +-- AgentError               the guest's agent could not be asked: only what the guest says is missing
-     |    +-- AgentUnreachable    nobody listens, the connection broke, or what listens is no guest agent
+     |    +-- CommandRefused      an error of QEMU that is unknown to us: tried again, slowly, and shown to the user
+     +-- AgentError               the guest's agent could not be queried: only what the guest says is missing
+     |    +-- AgentUnreachable    nothing listens, the connection broke, or what listens is no guest agent
      |    +-- AgentTimeout        no answer: no agent runs in the guest, it hangs, or another client has it
      |    +-- AgentRefused        the agent answered with an error
      +-- InvalidObject            an object that is no VCPUSet, or has no usable metadata (raised in kube/codec.py)
      +-- APIError                 the Kubernetes API server refused a request, failed, or could not be reached
           +-- Unavailable         it does not run, or is starting: it may answer soon
-          +-- Conflict            the object has changed since it was read: read again
+          +-- Conflict            the object has changed since it was read: read it again
           +-- ObjectGone          the object does not exist (any more)
           +-- Rejected            the same request would be refused again
           |    +-- Forbidden      this process may not do that
-          +-- NotLeading          another replica may work by now: this process must change nothing
+          +-- NotLeading          another replica may be the leader by now: this process must change nothing
 
 Every message names the thing and the cause; the original exception is chained.
 """
@@ -78,7 +78,7 @@ class InvalidMonitor(VCPUSetError):
 
 
 class UnsupportedSpec(InvalidMonitor):
-    """`spec` holds what this version cannot obey, so that no monitor may be opened for it."""
+    """`spec` has a value that this version does not support, so no monitor may be opened for it."""
 
 
 class CredentialsUnavailable(VCPUSetError):
@@ -90,13 +90,13 @@ class MonitorError(VCPUSetError):
 
 
 class MonitorUnreachable(MonitorError):
-    """Nobody listens at the monitor's address, the connection broke, or its other end does not speak QMP."""
+    """Nothing listens at the monitor's address, the connection broke, or its other end does not speak QMP."""
 
 
 class MonitorBusy(MonitorError):
-    """The connection stands, or is queued, but QEMU sends no greeting.
+    """Connected, or in the queue of the socket, but QEMU sends no greeting.
 
-    A monitor serves one client at a time. From outside, another client and a QEMU that hangs look alike.
+    A monitor serves one client at a time. From outside, another client and a QEMU that hangs cannot be distinguished.
     """
 
 
@@ -105,7 +105,7 @@ class MonitorTimeout(MonitorError):
 
 
 class MachineUnsettled(VCPUSetError):
-    """CPUs came or went between the two lists that an observation consists of."""
+    """CPUs came or went between the two queries of an observation."""
 
 
 class CommandError(VCPUSetError):
@@ -124,7 +124,7 @@ class CommandError(VCPUSetError):
 
 
 class TransientError(CommandError):
-    """The same command can succeed later without anybody changing the machine's configuration."""
+    """The same command can succeed later without a change of the machine's configuration."""
 
 
 class GuestNotReady(TransientError):
@@ -152,21 +152,21 @@ class PermanentError(CommandError):
 
 
 class CommandRefused(CommandError):
-    """QEMU refused with words that this program does not know."""
+    """QEMU refused with an error that this program does not know."""
 
 
 class AgentError(VCPUSetError):
-    """The guest's agent could not be asked. Neither plug nor unplug needs it."""
+    """The guest's agent could not be queried. Neither plug nor unplug needs it."""
 
 
 class AgentUnreachable(AgentError):
-    """Nobody listens at the agent's socket, the connection broke, or its other end is no guest agent."""
+    """Nothing listens at the agent's socket, the connection broke, or its other end is no guest agent."""
 
 
 class AgentTimeout(AgentError):
     """Connected, but no answer within the deadline.
 
-    QEMU takes the connection whether or not an agent runs in the guest, and serves one client at a time.
+    QEMU accepts the connection whether or not an agent runs in the guest, and serves one client at a time.
     """
 
 
@@ -188,8 +188,8 @@ class AgentRefused(AgentError):
 class APIError(VCPUSetError):
     """The Kubernetes API server refused a request, failed, or could not be reached in time.
 
-    retry_after    how many seconds it asks to be left alone for; 0: it does not say
-    longest_pause  in seconds: how long it is left alone at most if it does not ask for more
+    retry_after    seconds of the response's Retry-After; 0: none
+    longest_pause  in seconds: the longest back-off, unless Retry-After is longer
     """
 
     longest_pause: ClassVar[float] = 30.0
@@ -200,7 +200,7 @@ class APIError(VCPUSetError):
 
 
 class Unavailable(APIError):
-    """Nothing listens at its address, the connection was cut, or it is starting."""
+    """Nothing listens at its address, the connection was closed, or it is starting."""
 
     longest_pause: ClassVar[float] = 10.0
 
@@ -222,7 +222,7 @@ class Forbidden(Rejected):
 
 
 class NotLeading(APIError):
-    """The API server has not confirmed for too long that this process is the one that works.
+    """The API server has not confirmed for too long that this process is the leader.
 
-    Another replica may work by now, so this one must change nothing, neither a machine nor a status.
+    Another replica may be the leader by now, so this one must change nothing, neither a machine nor a status.
     """

@@ -22,15 +22,15 @@ class Findings:
     """What is known when a pass decides or reports.
 
     machine   as last observed
-    requests  the open unplug requests, or those about to be made
-    now       the time of all that is decided or said
+    requests  the open unplug requests, or those about to be sent
+    now       the time of all decisions and reports
     started   when the first unplug request of this generation was made; None: none is open
     reported  the reason in the status for this generation; None: there is none
     blocked   why QEMU did not do what this pass wanted; None: it did, or nothing was wanted
-    early     CPUs whose guest has shown since their requests that it may take them now, as in `due_at`
+    early     CPUs whose guest has shown since their requests that it may accept them now, as in `due_at`
     moved     when a CPU was last seen to leave
-    reset     when the machine was last reset; None: that is not known
-    plugged   when a CPU was last plugged, or the guest then took one up
+    reset     when the machine was last reset; None: not known
+    plugged   when a CPU was last plugged, or the guest then set one online
     guest     what the guest says of these CPUs; None: it was not queried
     """
 
@@ -49,12 +49,12 @@ class Findings:
 
     @cached_property
     def target(self) -> Target:
-        """What the declared count comes to on this machine."""
+        """The count that the machine can reach, for the declared one."""
         return target_for(self.spec, self.machine)
 
     @property
     def surplus(self) -> int:
-        """How many vCPUs are too many; negative: so many are missing."""
+        """How many vCPUs are too many; negative: how many are missing."""
         return self.machine.vcpus - self.target.count
 
     @property
@@ -63,10 +63,10 @@ class Findings:
         return tuple(request for request in self.requests if request.in_flight)
 
     def due_at(self, request: Request) -> datetime:
-        """When a request may be made again."""
+        """When a request may be sent again."""
         return due_at(request, self.spec.unplug, early=cpu_of(request) in self.early, moved=self.moved)
 
     @cached_property
     def due(self) -> frozenset[CPU]:
-        """The CPUs whose requests may be made again now."""
+        """The CPUs whose requests may be sent again now."""
         return frozenset(cpu_of(request) for request in self.requests if self.due_at(request) <= self.now)

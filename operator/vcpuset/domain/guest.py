@@ -1,4 +1,4 @@
-"""What a guest itself says of its CPUs, by its QEMU guest agent (`guest-get-vcpus`)."""
+"""What a guest reports of its CPUs, by its QEMU guest agent (`guest-get-vcpus`)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AgentReason(enum.StrEnum):
     meaning: str
 
     def __new__(cls, value: str, status: str, meaning: str) -> Self:
-        """An enum member that is its CamelCase name, with what it stands for."""
+        """An enum member whose value is its CamelCase name."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.status = status
@@ -81,11 +81,11 @@ class AgentReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """What came of asking a guest.
+    """The result of a guest agent's query.
 
-    cpus      None: it could not be asked
-    error     why not
-    resisted  CPUs (logical ids) that the agent would not set online, with its words
+    cpus      None: the query failed
+    error     why
+    resisted  CPUs (logical ids) that the agent did not set online, with its error texts
     """
 
     cpus: GuestCPUs | None
@@ -93,7 +93,7 @@ class GuestReport:
     resisted: Mapping[int, str] = field(default_factory=dict)
 
     def reason(self, vcpus: int) -> AgentReason:
-        """What this says of the agent of a machine that has so many vCPUs."""
+        """What this report means for the agent of a machine with so many vCPUs."""
         if self.cpus is not None:
             return AgentReason.OTHER_MACHINE if self.cpus.online > vcpus else AgentReason.CONNECTED
         match self.error:

@@ -1,4 +1,4 @@
-"""One machine as QEMU shows it: an immutable snapshot, taken in one monitor session.
+"""One machine as observed: an immutable snapshot, taken in one monitor session.
 
 Sources: `query-status`, `query-hotpluggable-cpus`, `query-cpus-fast`, `query-acpi-ospm-status`, `query-migrate`,
 `query-uuid`, `query-chardev`.
@@ -19,11 +19,11 @@ _SAFE = frozenset({"running", "paused", "prelaunch"})
 _GONE = frozenset({"shutdown", "guest-panicked", "internal-error", "postmigrate", "watchdog"})
 
 _OST_EJECT = frozenset({0x03, 0x103})
-"""`_OST` source events of an eject: asked for by the host, and begun by the guest (ACPI 6.5, 6.3.5)."""
+"""`_OST` source events of an eject: requested by the host, and started by the guest (ACPI 6.5, 6.3.5)."""
 
 
 class Activity(enum.Enum):
-    """What a machine's QEMU run state means for a change of its CPUs."""
+    """What a machine's QEMU run state means for changes of its CPUs."""
 
     CHANGEABLE = "changeable"
     """CPUs can be plugged and unplugged."""
@@ -34,7 +34,7 @@ class Activity(enum.Enum):
 
 
 class Answer(enum.Enum):
-    """What is known of a guest's reaction to an unplug request; the value is shown in `status.unplug.requests`."""
+    """A guest's reaction to an unplug request; the value is shown in `status.unplug.requests`."""
 
     IN_PROGRESS = "InProgress"
     FAILURE = "Failure"
@@ -46,7 +46,7 @@ class Answer(enum.Enum):
     OTHER = "Other"
     """A code that ACPI does not define: only 0 is success and only 0x84 is in progress."""
     GUEST_ERROR = "GuestError"
-    """A machine without `_OST` (pseries): all that it says is DEVICE_UNPLUG_GUEST_ERROR."""
+    """A machine without `_OST` (pseries): its only answer is DEVICE_UNPLUG_GUEST_ERROR."""
     REJECTED = "Rejected"
     """Not the guest's: QEMU itself refused `device_del`."""
 
@@ -57,7 +57,7 @@ class Answer(enum.Enum):
 
     @property
     def words(self) -> str:
-        """The answer for a person, with its ACPI code."""
+        """The answer for people, with its ACPI code."""
         return _WORDS[self]
 
 
@@ -107,9 +107,9 @@ class Slot:
     index       position in ascending order of the topology ids; on x86 QEMU's cpu-index and `_OST` slot
     driver      the QOM type to plug (`type`)
     props       the properties to plug it with, exactly as QEMU listed them
-    vcpus       vCPUs that the slot holds (`vcpus-count`; more than one where only whole cores are plugged)
+    vcpus       vCPUs of the slot (`vcpus-count`; more than one where only whole cores are plugged)
     path        QOM path of the CPU in it; None: free
-    thread_id   host thread of its first vCPU; None: free. Path and thread name one CPU of one QEMU process.
+    thread_id   host thread of its first vCPU; None: free. Path and thread identify one CPU of one QEMU process.
     """
 
     index: int
@@ -121,23 +121,23 @@ class Slot:
 
     @property
     def boot(self) -> bool:
-        """Whether the CPU in it came from `-smp`; one that came with an id, from anybody, counts as plugged."""
+        """Whether the CPU in it came from `-smp`; one that was plugged with an id, by any client, counts as plugged."""
         return self.path is not None and self.path.startswith("/machine/unattached/")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What QEMU said about one machine.
+    """What QEMU reported of one machine.
 
     run_state  `query-status`
     arch       `target` of `query-cpus-fast`
-    vcpus      the number of entries of `query-cpus-fast`: the truth about the count
+    vcpus      the number of entries of `query-cpus-fast`: the authoritative count
     slots      ascending; None: the machine type does not support CPU hotplug
-    migrating  an outgoing migration is under way, whatever the run state
+    migrating  an outgoing migration is in progress, whatever the run state
     ost        the last `_OST` report of each CPU slot; None: the machine has no `query-acpi-ospm-status`
     uuid       `query-uuid`; None: it was started without one
-    since      when its monitor's socket was made, which QEMU does as it starts; None: not known
-    connections  its connections on TCP, those of its monitors among them, if neither a uuid nor a process names it
+    since      when its monitor's socket was created, which QEMU does at its start; None: not known
+    connections  its TCP connections, including those of its monitors, if neither a uuid nor a process identifies it
     """
 
     run_state: str
@@ -166,12 +166,12 @@ class Machine:
 
     @property
     def free(self) -> tuple[Slot, ...]:
-        """The slots that hold none, ascending."""
+        """The slots without a CPU, ascending."""
         return tuple(slot for slot in self.slots or () if slot.path is None)
 
     @property
     def first_thread(self) -> int | None:
-        """Host thread of the CPU in slot 0, which stays for as long as QEMU runs; None: there is none to tell it by."""
+        """Host thread of the CPU in slot 0, which stays for as long as QEMU runs; None: it has no slots."""
         return self.slots[0].thread_id if self.slots else None
 
     @property
@@ -184,14 +184,14 @@ class Machine:
 
     @property
     def unpluggable(self) -> tuple[Slot, ...]:
-        """The occupied slots that QEMU can be asked to free: never slot 0; none on s390x, nor with `one_thread`."""
+        """The occupied slots whose unplug can be requested: never slot 0; none on s390x, nor with `one_thread`."""
         if self.arch == "s390x" or self.one_thread:
             return ()
         return tuple(slot for slot in self.occupied if slot.index != 0)
 
     @property
     def floor(self) -> int:
-        """The fewest vCPUs that this machine can come down to."""
+        """The fewest vCPUs that this machine can have."""
         return self.vcpus - sum(slot.vcpus for slot in self.unpluggable)
 
     @property
@@ -203,6 +203,6 @@ class Machine:
     def guest_accepts_unplugs(self) -> bool:
         """Whether the guest's ACPI has taken over CPU hotplug.
 
-        Until then x86 QEMU up to 10.2 is in its "legacy" mode: it refuses `device_del` and shows no `_OST` slots.
+        Until then x86 QEMU up to 10.2 is in its "legacy" mode: it rejects `device_del` and reports no `_OST` slots.
         """
         return self.arch not in _X86 or self.ost is None or bool(self.ost)

@@ -1,13 +1,13 @@
-"""The networks in which TCP monitors may lie (`--allow-tcp`), and which addresses are in them.
+"""The networks in which TCP monitors may be (`--allow-tcp`), and which addresses are in them.
 
-The operator sits where its users do not: inside the cluster's network, beside its own host's services, where cloud
-providers answer on link-local addresses. A set names any host and port, so without a fence each of its authors could
-send the operator there.
+The operator has access that its users do not have: to the cluster's network, to its host's services, and to the cloud
+provider's link-local addresses. A set names any host and port, so without a restriction each author of a set could make
+the operator connect to those.
 
-Addresses of special ranges reach something else from every host, so that who lists all of 10.0.0.0/8, or even
-0.0.0.0/0, does not mean them. They are allowed only by a network that lies within the special range.
+Addresses of special ranges reach something else from every host, so a network like 10.0.0.0/8 or 0.0.0.0/0 does not
+include them. They are only allowed by a network within the special range.
 
-An IPv6 address that only carries an IPv4 one leads to that one, and is judged as that one.
+An IPv6 address that carries an IPv4 address is treated as that address.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 _SPECIAL: Final[tuple[Network, ...]] = (
-    IPv4Network("0.0.0.0/8"),  # unspecified: Linux takes it for this host
+    IPv4Network("0.0.0.0/8"),  # unspecified: Linux uses this host
     IPv4Network("127.0.0.0/8"),  # loopback
     IPv4Network("169.254.0.0/16"),  # link-local: metadata services
     IPv4Network("224.0.0.0/4"),  # multicast
     IPv4Network("255.255.255.255/32"),  # broadcast
-    IPv6Network("::/128"),  # unspecified: Linux takes it for this host
+    IPv6Network("::/128"),  # unspecified: Linux uses this host
     IPv6Network("::1/128"),  # loopback
     IPv6Network("fe80::/10"),  # link-local
     IPv6Network("ff00::/8"),  # multicast
-    IPv6Network("64:ff9b:1::/48"),  # NAT64 of a site (RFC 8215): which IPv4 address it carries, only the site knows
+    IPv6Network("64:ff9b:1::/48"),  # NAT64 of a site (RFC 8215): only the site knows which IPv4 address it carries
 )
 
 _CARRIERS: Final[tuple[tuple[IPv6Network, int], ...]] = (
@@ -39,7 +39,7 @@ _CARRIERS: Final[tuple[tuple[IPv6Network, int], ...]] = (
     (IPv6Network("64:ff9b::/96"), 0),  # NAT64 (RFC 6052)
     (IPv6Network("2002::/16"), 80),  # 6to4 (RFC 3056)
 )
-"""IPv6 ranges whose addresses carry an IPv4 one, and how many bits stand behind it."""
+"""IPv6 ranges whose addresses carry an IPv4 address, and the number of bits after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Networks:
     listed: tuple[Network, ...] = ()
 
     def allow(self, address: str) -> bool:
-        """Whether a monitor may be at this address, an IPv4 or IPv6 one; a zone behind it says nothing.
+        """Whether a monitor may be at this IPv4 or IPv6 address; a zone is ignored.
 
-        ValueError: it is no address.
+        Raises ValueError if it is no address.
         """
         found = carried(ip_address(address.partition("%")[0]))
         special = next((each for each in _SPECIAL if found in each), None)
@@ -88,7 +88,7 @@ def network(text: str) -> Network:
 
 
 def carried(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address leads to; any other address itself."""
+    """The IPv4 address that an IPv6 address carries; otherwise the address itself."""
     if isinstance(address, IPv6Address):
         for carrier, behind in _CARRIERS:
             if address in carrier:
@@ -97,7 +97,7 @@ def carried(address: Address) -> Address:
 
 
 def _carried_network(text: str, found: IPv6Network, carrier: IPv6Network, behind: int) -> IPv4Network:
-    """Addresses in it are judged by the IPv4 address that they carry, so it stands for a network of those."""
+    """The addresses in it are treated as the IPv4 addresses that they carry, so it means a network of those."""
     bits = found.prefixlen - carrier.prefixlen
     if bits > 32:
         raise ValueError(f"{text!r} is part of the range that maps to a single IPv4 address: use that address")

@@ -1,14 +1,14 @@
-"""What to do about the difference between a declared and an observed count: pure decisions.
+"""What to do about a difference between the declared and the observed count: pure decisions.
 
-Rules that hold for every plan:
+Rules of every plan:
 
 * CPUs are plugged only while fewer are present than the target, lowest free slot first.
 * Unplug is requested only while present - leaving > target, where leaving are the requests that the guest may still
   carry out. So never more are requested than are too many. (A request that never reached the guest counts as leaving
-  until it is made again, or would be if `bootVCPUs` did not keep its CPU since; should that happen while another is
+  until it is sent again, or would be if `bootVCPUs` did not keep its CPU since; if that happens while another is
   open, one CPU too many can leave, and is plugged again.)
-* Plugged CPUs come before those of the boot, the highest slot first; one that was refused comes after all others.
-* The target is what the declaration comes to on this machine: never above its ceiling or below its floor.
+* Plugged CPUs come before boot CPUs, the highest slot first; a refused one comes after all others.
+* The target is the count that this machine can reach: never above its ceiling or below its floor.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["Plan", "first_fit", "plan"]
 class Plan:
     """What one pass does: at most one of the two is not empty.
 
-    plug    free slots to fill, in this order, until the target is reached; the rest stands by
-    unplug  occupied slots whose unplug to request, in this order; each holds a CPU that may be requested now
+    plug    free slots to plug, in this order, until the target is reached; the rest are standby
+    unplug  occupied slots whose unplug to request, in this order; each request may be sent now
     """
 
     plug: tuple[Slot, ...] = ()
@@ -71,7 +71,7 @@ def _to_unplug(findings: Findings) -> Iterator[Slot]:
     due = findings.due
     candidates = _candidates(findings.spec.unplug, machine)
     with_guest = [slot for slot in machine.occupied if (r := known.get(cpu_of(slot))) is not None and r.in_flight]
-    # One that may not be requested (any more) is not requested again when it falls due: it is not waited for, either.
+    # One that may not be requested (any more) is not requested again, so it does not count as leaving once it is due.
     leaving = [slot for slot in with_guest if slot in candidates or cpu_of(slot) not in due]
     surplus = findings.surplus
 
@@ -83,11 +83,11 @@ def _to_unplug(findings: Findings) -> Iterator[Slot]:
             wanted -= slot.vcpus
             yield slot
 
-    # A request in flight that has fallen due is made again, for its own CPU, so no further CPU leaves by it; no more
-    # of them than are still wanted, for the target may have risen since. Before that, all others have been requested
-    # once: a pass may have no time for both.
-    pressed = surplus - sum(slot.vcpus for slot in leaving if cpu_of(slot) not in due)
+    # A request in flight that has fallen due is sent again, for its own CPU, so no further CPU leaves; at most as many
+    # as are still wanted, because the target may have risen since. All others are requested first: a pass may have no
+    # time for both.
+    repeated = surplus - sum(slot.vcpus for slot in leaving if cpu_of(slot) not in due)
     for slot in candidates:
-        if slot in leaving and cpu_of(slot) in due and slot.vcpus <= pressed:
-            pressed -= slot.vcpus
+        if slot in leaving and cpu_of(slot) in due and slot.vcpus <= repeated:
+            repeated -= slot.vcpus
             yield slot

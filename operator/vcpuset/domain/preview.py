@@ -1,4 +1,4 @@
-"""What the next pass over a machine would do, and what would come of it, without doing it."""
+"""What the next pass over a machine would do, and its expected result, without doing it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["PlanPreview", "preview"]
 class PlanPreview:
     """The next pass. At most one of `plug` and `unplug` is not empty.
 
-    findings      what it knows when it begins; its target is the count that it works towards
-    plug          the free slots that it fills, in this order
-    unplug        the occupied slots whose unplug it requests, in this order
-    standby       those that take the place of one that fails or is refused, in this order
-    bring_online  the guest's CPUs (its own numbers) that it has the guest's agent set online
-    assessment    what the set's conditions say meanwhile
-    expected      what they say once QEMU and the guest have done that; None: nothing is done
-    blockers      all that stands in the way
+    findings      what it knows at its start; its target is the count to reach
+    plug          the free slots to plug, in this order
+    unplug        the occupied slots whose unplug to request, in this order
+    standby       those that replace one that fails or is refused, in this order
+    bring_online  the guest's CPUs (its own numbers) that the guest's agent is to set online
+    assessment    for the set's conditions meanwhile
+    expected      the assessment once QEMU and the guest have done that; None: nothing is done
+    blockers      everything that blocks the declared count
     """
 
     findings: Findings
@@ -43,16 +43,16 @@ class PlanPreview:
 
 
 def preview(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: datetime) -> PlanPreview:
-    """The next pass of an operator that has nothing but the set's status."""
+    """The next pass of an operator that only has the set's status."""
     found = _findings(vcpuset, machine, guest, now)
     step = plan(found)
     fill = tuple(first_fit(step.plug, -found.surplus, ()))
     bring_online = _to_bring_online(found)
-    # The very words of the report that a pass writes before it plugs, or sends requests.
+    # The text of the report that a pass writes before it plugs, or sends requests.
     assessment = plugging(found) if fill else assess(_findings(vcpuset, machine, guest, now, step.unplug))
     expected: Assessment | None = None
     if fill or step.unplug:
-        # What the guest makes of it cannot be foreseen: of that nothing is said.
+        # The guest's reaction cannot be predicted.
         without_agent = replace(vcpuset, spec=replace(vcpuset.spec, guest_agent=None))
         expected = assess(_findings(without_agent, _changed(machine, fill, step.unplug), None, now))
     elif bring_online and guest is not None and guest.cpus is not None:
@@ -73,7 +73,7 @@ def preview(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: 
 def _findings(
     vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: datetime, unplug: Sequence[Slot] = ()
 ) -> Findings:
-    """What a pass knows that begins now, once it has recorded these requests."""
+    """What a pass knows that starts now, once it has recorded these requests."""
     status, generation = vcpuset.status, vcpuset.generation
     ledger = Ledger.of(status, machine, now)
     requests = requested(ledger.requests, unplug, now)
@@ -104,7 +104,7 @@ def _standby(findings: Findings, fill: Sequence[Slot], step: Plan) -> tuple[Slot
     if fill:
         everything = findings.machine.free
     elif step.unplug:
-        # Whoever wanted no more than the floor would request all that may be requested.
+        # With the floor as its target it would request all that may be requested.
         everything = plan(replace(findings, spec=replace(findings.spec, vcpus=1))).unplug
     return tuple(slot for slot in everything if slot.index not in chosen)
 

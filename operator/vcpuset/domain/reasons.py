@@ -1,4 +1,4 @@
-"""The reasons of a VCPUSet's conditions: the one list that code, documentation and tests share.
+"""The reasons of a VCPUSet's conditions: the one list for code, documentation and tests.
 
 The table in docs/conditions.md is made from it (`make docs`).
 """
@@ -12,24 +12,24 @@ __all__ = ["Reason", "State"]
 
 
 class State(enum.Enum):
-    """What a reason makes of the three conditions; a condition that is not True is False, never absent."""
+    """The three conditions of a reason; a condition that is not True is False, never absent."""
 
     READY = "Ready"
     """Ready=True: the machine is as declared."""
     RECONCILING = "Reconciling"
-    """Reconciling=True: on its way, or waiting for something that passes."""
+    """Reconciling=True: a change is in progress, or waits for something that passes."""
     STALLED = "Stalled"
-    """Stalled=True: it will not get there unless somebody acts (or the guest changes its mind)."""
+    """Stalled=True: it needs somebody to act (or another answer of the guest)."""
     HELD = "Held"
-    """All three False: nothing is done, because the user asked for that (also by deleting the set)."""
+    """All three False: nothing is done, because the user wants that (also by deleting the set)."""
 
 
 class Reason(enum.StrEnum):
     """Why the conditions are as they are.
 
-    states   those that the reason occurs in, in the order in which they follow each other
-    meaning  what is the case, for people
-    remedy   what helps, for people; a dash where nothing is wrong
+    states   in which the reason occurs, in the order in which they follow each other
+    meaning  what the situation is, for people
+    remedy   for people; a dash where nothing is wrong
     """
 
     states: tuple[State, ...]
@@ -37,7 +37,7 @@ class Reason(enum.StrEnum):
     remedy: str
 
     def __new__(cls, value: str, states: tuple[State, ...], meaning: str, remedy: str) -> Self:
-        """An enum member that is its CamelCase name, with what it stands for."""
+        """An enum member whose value is its CamelCase name."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.states = states

@@ -1,7 +1,7 @@
-"""What a VCPUSet's status says: an assessment as conditions, and the numbers beside them.
+"""A VCPUSet's status: an assessment as conditions, and the counts.
 
-The conditions follow the kstatus rules (sigs.k8s.io/cli-utils, pkg/kstatus): Ready, Reconciling and Stalled stand in
-this order, are always all three present, and Reconciling and Stalled are never both True. A set with a guest agent has
+The conditions follow the kstatus rules (sigs.k8s.io/cli-utils, pkg/kstatus): Ready, Reconciling and Stalled are in this
+order, always present, and Reconciling and Stalled are never both True. A set with a guest agent has
 GuestAgentConnected after them.
 """
 
@@ -19,16 +19,16 @@ from vcpuset.domain.resource import Condition, Status, VCPUSet
 __all__ = ["AGENT", "is_progress", "status_of"]
 
 MESSAGE_LIMIT = 32768
-"""The schema's limit: a longer message would have the whole status refused."""
+"""The limit of the schema: with a longer message the API server rejects the whole status."""
 
 AGENT = "GuestAgentConnected"
-"""The type of the condition that says whether the guest can be queried."""
+"""The type of the condition about the queries of the guest agent."""
 
 
 def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | None, now: datetime) -> Status:
     """The status that reports an assessment.
 
-    findings  None: the machine was not observed, and the last observation stands
+    findings  None: the machine was not observed, and the last observation is kept
     """
     status = replace(
         vcpuset.status,
@@ -39,12 +39,12 @@ def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | Non
     if vcpuset.spec.guest_agent is None:
         status = replace(status, online_vcpus=None)
     if findings is None:
-        # The clock of another generation's requests is not this one's.
+        # The start of another generation's requests is not this one's.
         same = vcpuset.status.observed_generation == vcpuset.generation
         return status if same else replace(status, unplug_started_at=None)
     machine, guest = findings.machine, findings.guest
     if guest is None:
-        # What the guest said of other CPUs than these says nothing.
+        # The online count of other CPUs is void.
         old = vcpuset.status
         if old.machine_uuid != machine.uuid or (old.online_vcpus or 0) > machine.vcpus:
             status = replace(status, online_vcpus=None)
@@ -82,7 +82,7 @@ def _conditions(
         return found
     if findings is None or findings.guest is None:
         if findings is not None and findings.machine.run_state == "running" and (old := since.get(AGENT)):
-            # The guest is not queried while it unplugs CPUs; what it said last stands, for what was declared then.
+            # The guest is not queried while it unplugs CPUs; its last answer is kept, for the generation of that time.
             return (*found, old)
         reason, message = AgentReason.NOT_QUERIED, AgentReason.NOT_QUERIED.meaning
     else:
@@ -95,9 +95,9 @@ _WITH_THE_GUEST = frozenset({Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.valu
 
 
 def is_progress(old: Status, new: Status, policy: RequeuePolicy) -> bool:
-    """Whether the change is mere progress of a plug or unplug under way, which may be reported later.
+    """Whether the change is only progress of a plug or unplug, which may be reported later.
 
-    Not progress: another generation, the end, bad news (what is tried again).
+    Not progress: another generation, the end, a failure that is tried again.
     """
     before, after = old.ready, new.ready
     if (

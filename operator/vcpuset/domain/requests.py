@@ -1,8 +1,8 @@
 """Unplug requests: what is known of each, and how an observation changes it.
 
-A request may vanish without a trace (early in a boot, with a replaced QEMU) or be carried out much later (QEMU keeps
-it through resets until the guest looks). So nothing is assumed: a request is over when its CPU is gone or when the
-guest said no, and until then the CPU may leave at any time.
+A request may be lost (early in a boot, or with a replaced QEMU) or be carried out much later (QEMU keeps it through
+resets until the guest reads it). So nothing is assumed: a request is over when its CPU is gone or when the guest has
+refused it, and until then the CPU may leave at any time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from vcpuset.domain.resource import Request, Status, Unplug
 __all__ = ["CPU", "FIRST_PAUSE", "Ledger", "cpu_of", "due_at", "requested", "still_open"]
 
 CPU = tuple[str, int]
-"""QOM path and host thread id: one CPU of one QEMU process, for ever."""
+"""QOM path and host thread id: permanently one CPU of one QEMU process."""
 
 FIRST_PAUSE = timedelta(seconds=5)
-"""After this time a request that the guest ignored or refused is made again for the first time.
+"""After this time a request that the guest ignored or refused is sent again for the first time.
 
-A Linux guest that is up answers within two seconds; QEMU takes requests while it boots, and the guest never sees them.
+A Linux guest that is up answers within two seconds; one that is still booting loses requests that QEMU accepts.
 """
 
 _DOUBLINGS = 16
-"""More of them than `retrySeconds` can have."""
+"""More than `retrySeconds` can have."""
 
 
 def cpu_of(holder: Request | Slot) -> CPU:
@@ -40,10 +40,10 @@ def cpu_of(holder: Request | Slot) -> CPU:
 
 
 def _made_to(requests: Iterable[Request], machine: Machine, now: datetime) -> Iterable[Request]:
-    """Without those that are older than this QEMU.
+    """Without the requests that are older than this QEMU.
 
-    Path and thread id alone do not tell: in a container, the next QEMU can have the same ones. A time in the future
-    tells nothing: the clock was set back.
+    Path and thread id are not enough: in a container, the next QEMU can have the same ones. A start time in the future
+    is ignored: the clock was set back.
     """
     since = datetime.min.replace(tzinfo=UTC)
     if machine.since is not None and machine.since <= now:
@@ -67,9 +67,9 @@ def still_open(requests: Iterable[Request], machine: Machine, now: datetime) -> 
 def requested(
     requests: Iterable[Request], slots: Iterable[Slot], now: datetime, early: Collection[CPU] = ()
 ) -> tuple[Request, ...]:
-    """The requests as they stand once the unplug of these CPUs is requested (again), ordered by slot.
+    """The requests once the unplug of these CPUs is requested (again), ordered by slot.
 
-    early  CPUs whose requests count from one again, and with them the pauses
+    early  CPUs whose attempts, and with them the pauses, start again
     """
     known = {cpu_of(request): request for request in requests}
     for slot in slots:
@@ -80,14 +80,13 @@ def requested(
 
 
 def due_at(request: Request, unplug: Unplug, *, early: bool = False, moved: datetime | None = None) -> datetime:
-    """When the request may be made again.
+    """When the request may be sent again.
 
     A guest that ignores or refuses a request may just not be up yet: the first pause is short, each further one twice
-    as long, and none longer than `retrySeconds`. A guest that says that it is at work on a request is left to it for as
-    long, and so is a QEMU that rejects one.
+    as long, and none longer than `retrySeconds`. After "in progress" or a rejection by QEMU it is `retrySeconds`.
 
-    early  the guest has shown since that it may take requests now: only the first pause counts
-    moved  when a CPU was last seen to leave; a guest that carries out one request after the other ignores none
+    early  the guest has shown since that it may accept requests now: only the first pause counts
+    moved  when a CPU was last observed to leave; a guest that carries out requests one by one ignores none
     """
     longest = timedelta(seconds=unplug.retry_seconds)
     first = min(FIRST_PAUSE, longest)
@@ -106,11 +105,11 @@ def due_at(request: Request, unplug: Unplug, *, early: bool = False, moved: date
 class _Entry:
     """One open request.
 
-    request    as the status is to show it
-    inherited  an earlier process made it
-    report     the slot's `_OST` report that stood before this process sent it
-    error      what QEMU said when it rejected it
-    early      the guest has shown since that it may take requests now
+    request    as in the status
+    inherited  an earlier process sent it
+    report     the slot's `_OST` report before this process sent it
+    error      QEMU's, when it rejected it
+    early      the guest has shown since that it may accept requests now
     """
 
     request: Request
@@ -121,9 +120,9 @@ class _Entry:
 
 
 class Ledger:
-    """The unplug requests of one set: what this process has sent, what a predecessor has recorded, what was answered.
+    """The unplug requests of one set: what this process has sent, what a predecessor has recorded, and the answers.
 
-    A request is recorded in the status before it is sent, and stands here once it is sent: what is only recorded was
+    A request is recorded in the status before it is sent, and is here once it is sent: one that is only recorded was
     never sent, and is due at once.
     """
 
@@ -132,11 +131,11 @@ class Ledger:
         self._qemu: tuple[Hashable, str | None, datetime | None] | None = None
         """The monitor's address, the machine's UUID and `Machine.since`; None: nothing was observed yet."""
         self._started: tuple[int, datetime] | None = None
-        """A generation, and when its first request was made."""
+        """A generation, and when its first request was sent."""
 
     @classmethod
     def of(cls, status: Status, machine: Machine, now: datetime) -> Self:
-        """The ledger of a process that begins with this status and this observation."""
+        """The ledger of a process that starts with this status and this observation."""
         ledger = cls()
         ledger.observe(status, None, machine, now)
         return ledger
@@ -148,20 +147,20 @@ class Ledger:
 
     @property
     def early(self) -> frozenset[CPU]:
-        """The CPUs whose guest has shown since their requests that it may take them now."""
+        """The CPUs whose guest has shown since their requests that it may accept them now."""
         return frozenset(cpu for cpu, entry in self._entries.items() if entry.early)
 
     @property
     def rejection(self) -> CommandError | None:
-        """What QEMU said to one of the requests that it rejected; None: it rejected none."""
+        """QEMU's error for one of the requests that it rejected; None: it rejected none."""
         return next((entry.error for entry in self._entries.values() if entry.error is not None), None)
 
     def started(self, requests: Sequence[Request], generation: int, surplus: int, now: datetime) -> datetime | None:
-        """When the first unplug request of this generation was made; None while none is open or no CPU is too many.
+        """When the first unplug request of this generation was sent; None if none is open or no CPU is too many.
 
         Requests of an earlier generation count from the first observation for this one.
 
-        requests  the open ones, or those about to be made
+        requests  the open ones, or those about to be sent
         """
         if surplus <= 0 or not requests:
             self._started = None
@@ -173,8 +172,8 @@ class Ledger:
     def observe(self, status: Status, address: Hashable, machine: Machine, now: datetime) -> int:
         """Keep the requests that this machine may still carry out; returns how many CPUs have left since.
 
-        status   counts for the first observation of a process
-        address  the monitor's: another one says nothing of whether the QEMU behind it is another one
+        status   is used at the first observation of a process
+        address  the monitor's: a new address does not mean a new QEMU
         """
         qemu, self._qemu = self._qemu, (address, machine.uuid, machine.since)
         if qemu is None:
@@ -197,47 +196,47 @@ class Ledger:
         return len(before) - len(present)
 
     def hear(self, answer: Callable[[int], Answer | None], machine: Machine | None = None) -> None:
-        """Take in what the guest has answered.
+        """Record what the guest has answered.
 
-        answer   what it said of a slot, by event, since the last request for it; None: nothing
-        machine  with the `_OST` reports; a report that stood before this process sent its request is about something
-                 older. When an earlier process sent it none can be dated, so none counts but that the guest is at work:
-                 whatever came of it would replace that
+        answer   its answer for a slot, by event, since the last request for it; None: none
+        machine  with the `_OST` reports. A report from before this process sent its request is about an older one. If
+                 an earlier process sent it, no report can be dated, so only "in progress" counts: a later answer
+                 would replace it
         """
         before = self.requests
         for entry in self._entries.values():
             if entry.error is not None:
                 continue
             slot = entry.request.slot
-            told = answer(slot)
+            heard = answer(slot)
             report = None if machine is None or machine.ost is None else machine.ost.get(slot)
-            if told is None and report is not None:
+            if heard is None and report is not None:
                 counts = report.answer is Answer.IN_PROGRESS if entry.inherited else report != entry.report
-                told = report.answer if counts else None
-            if told is not None:
-                entry.request = replace(entry.request, answer=told)
+                heard = report.answer if counts else None
+            if heard is not None:
+                entry.request = replace(entry.request, answer=heard)
         self._hurry_up(before)
 
     def hurry_up(self) -> None:
-        """The guest has shown that it may take requests now: it was reset, or its agent speaks again."""
+        """The guest has shown that it may accept requests now: it was reset, or its agent answers again."""
         for entry in self._entries.values():
             entry.early = True
 
     def _hurry_up(self, before: Sequence[Request]) -> None:
         """The same for requests without an answer, if the guest has answered or carried out a later one."""
         silent = {None, Answer.REJECTED}
-        heard = [
+        answered = [
             request.requested_at
             for request in before
             if (entry := self._entries.get(cpu_of(request))) is None or entry.request.answer not in silent
         ]
-        latest = max(heard, default=None)
+        latest = max(answered, default=None)
         for entry in self._entries.values():
             if entry.request.answer is None and latest is not None and entry.request.requested_at < latest:
                 entry.early = True
 
     def forget_refusals(self) -> None:
-        """No CPU is too many: those whose unplug was refused may be requested again when one is."""
+        """No CPU is too many: refused ones may be requested again when one is."""
         self._entries = {cpu: entry for cpu, entry in self._entries.items() if entry.request.in_flight}
 
     def with_guest(self, slot: Slot) -> bool:
@@ -246,7 +245,7 @@ class Ledger:
         return entry is not None and entry.request.in_flight
 
     def send(self, request: Request, report: Ost | None) -> Callable[[], None]:
-        """The request, which is recorded in the status, is about to be sent; returns what takes that back.
+        """The request, which is recorded in the status, is about to be sent; returns a function that undoes this.
 
         report  the slot's `_OST` report now
         """

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 UID = NewType("UID", str)
-"""`metadata.uid`: names one object for ever, also after another of the same name took its place."""
+"""`metadata.uid`: permanently one object, also if another of the same name replaces it."""
 
 
 class UnplugPolicy(enum.Enum):
@@ -91,9 +91,9 @@ class TCPMonitor:
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """In place of the monitor of a spec that this version cannot obey: such a set has none.
+    """Instead of the monitor, for a spec that this version does not support.
 
-    message  the field, what is wrong with it, and what helps
+    message  the field, what is wrong with it, and the remedy
     """
 
     message: str
@@ -125,9 +125,9 @@ class Unplug:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """`spec`, as far as the operator acts on it (the API server holds the guard rails of `vcpus`).
+    """`spec`, as far as the operator uses it (the API server checks the limits of `vcpus`).
 
-    vcpus  0: not known, in a spec that this version cannot obey
+    vcpus  0: not known, in a spec that this version does not support
     """
 
     vcpus: int
@@ -140,11 +140,11 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unplug request that the guest has not granted: an entry of `status.unplug.requests`.
+    """One unplug request whose CPU is still there: an entry of `status.unplug.requests`.
 
-    requested_at  when it was last made, UTC; written before `device_del` is sent
-    attempts      how often it was made
-    answer        None: no sign of an answer
+    requested_at  when it was last sent, UTC; written before `device_del` is sent
+    attempts      how often it was sent
+    answer        None: none yet
     """
 
     slot: int
@@ -161,7 +161,7 @@ class Request:
 
 
 CONDITION_TYPES: Final = ("Ready", "Reconciling", "Stalled", "GuestAgentConnected")
-"""The conditions that are the operator's. All others belong to their writers."""
+"""The operator's conditions. All others belong to other writers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +182,10 @@ class Status:
 
     online_vcpus       those that the guest uses
     machine_uuid       `query-uuid`; None: the machine has none
-    unplug_started_at  when the first unplug request of this generation was made; None: none is open
+    unplug_started_at  when the first unplug request of this generation was sent; None: none is open
     conditions         the operator's own, in the order of `CONDITION_TYPES` when this version wrote them
-    foreign_conditions those of others, as they are stored, each with its place in the list. What they say makes no
-                       difference to this operator, and so none between two statuses
+    foreign_conditions those of other writers, as they are stored, each with its position in the list; ignored when
+                       statuses are compared
     """
 
     observed_generation: int = -1
@@ -210,7 +210,7 @@ class Status:
         return self.condition("Ready")
 
     def reason_for(self, generation: int) -> str | None:
-        """The reason that is reported for this generation; None: nothing is."""
+        """The reported reason for this generation; None: there is none."""
         ready = self.ready
         return ready.reason if ready is not None and ready.observed_generation == generation else None
 
@@ -219,7 +219,7 @@ class Status:
 class VCPUSet:
     """One VCPUSet object.
 
-    deleting  it has been deleted, and a finalizer keeps the object
+    deleting  it was deleted, and a finalizer keeps the object
     """
 
     uid: UID
@@ -234,7 +234,7 @@ class VCPUSet:
 
     @property
     def seniority(self) -> tuple[datetime, str]:
-        """Orders the sets that name one monitor: the smallest keeps it."""
+        """Orders the sets that name one monitor: the first keeps it."""
         return (self.created_at, self.uid)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a declared count comes to on one machine: the target, and why it is not the declared count."""
+"""The count that a machine can reach for a declared count, and why it differs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Target", "target_for"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The count to bring a machine to.
+    """The count to reach.
 
-    count    the reachable count that is nearest to the declared one
+    count    the possible count that is nearest to the declared one
     reason   why it is not the declared one; None: it is
-    message  the same for a person, with the remedy
+    message  the same for people, with the remedy
     """
 
     count: int
@@ -26,7 +26,7 @@ class Target:
 
 
 def target_for(spec: Spec, machine: Machine) -> Target:
-    """What the declared count comes to on this machine."""
+    """The count that this machine can reach for the declared one."""
     declared, present = spec.vcpus, machine.vcpus
     if machine.slots is None:
         if declared == present:
@@ -61,7 +61,7 @@ def target_for(spec: Spec, machine: Machine) -> Target:
 
 
 def _floor(unplug: Unplug, machine: Machine) -> tuple[int, Reason, str, str]:
-    """The fewest vCPUs that machine and policy allow, what stands in the way, and what would clear it."""
+    """The fewest vCPUs that machine and policy allow, the reason, the cause in words, and the remedy."""
     unpluggable = machine.unpluggable
     if not unpluggable:
         if machine.arch == "s390x":

@@ -1,12 +1,12 @@
-"""The API server: everything that speaks to it, and the only place that imports kopf and kubernetes.
+"""The API server: everything that connects to it, and the only package that imports kopf and kubernetes.
 
 codec        objects as values, status as a merge patch
-cache        the sets that this operator serves
-login        where the API server is and who we are, for kopf and for our own requests
+cache        the sets that this operator manages
+login        the address and credentials of the API server, for kopf and for our own requests
 cluster      our own requests: list, write a status, post Events
 source       the watch, by kopf
-sweep        the list that makes up for what a watch misses
-lease        which of several replicas works
+sweep        the list that finds what the watch missed
+lease        leader election
 recorder     Kubernetes Events
 series       which Events are repeats, and when their count is written
 tokenbucket  how many Events one set may have

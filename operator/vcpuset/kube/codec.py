@@ -1,15 +1,14 @@
-"""VCPUSet objects as the API server sends them, and their status as it is written back.
+"""VCPUSet objects as the API server sends them, and their status as it is written.
 
-Reading is tolerant: the API server has validated what it stores, by the definition of this version, an older or a newer
-one. Fields that this version does not know are skipped, and what the schema gives a default may be missing. What cannot
-be understood of a status is as if it were not there. A spec that holds what this version does not know is `Unsupported`
-as a whole, so that a set made for a newer version is left alone instead of half obeyed. Only an object without usable
-metadata is an error.
+Reading is tolerant: the API server has validated its objects, by the definition of this version, an older or a newer
+one. Unknown fields are skipped, and fields with a default may be missing. Unreadable parts of a status are treated as
+absent. A spec with a value that this version does not know is `Unsupported` as a whole, so that a set for a newer
+version is left alone instead of half applied. Only an object without usable metadata is an error.
 
 Writing gives the whole status as a JSON merge patch (RFC 7386): a field without a value is null there, which removes
-it. Conditions of others stay as they are, and where they are. What is written is read back as the same value, so
-comparing two `Status` says whether a write is due; the one loss is deliberate: `lastTransitionTime` has whole seconds,
-as everywhere in Kubernetes.
+it. Conditions of other owners keep their content and position. A written status is read back as the same value, so
+comparing two `Status` shows whether a write is due; the one exception is deliberate: `lastTransitionTime` has whole
+seconds, as everywhere in Kubernetes.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ _Time = Annotated[datetime, msgspec.Meta(tz=True)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _Seconds = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
-"""More would lead beyond the calendar."""
+"""Larger values would overflow a datetime."""
 
 _UNPLUG: Final = Unplug()
 
 _LATEST: Final = datetime(2999, 12, 31, tzinfo=UTC)
-"""In place of a time that cannot be read. A time in the future counts as now."""
+"""Instead of an unreadable time. A time in the future counts as now."""
 
 
 class InvalidObject(VCPUSetError):
-    """An object that has no usable metadata; the message names the object and the field."""
+    """An object without usable metadata; the message names the object and the field."""
 
 
 class _Metadata(msgspec.Struct, rename="camel"):
@@ -163,7 +162,7 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
 
 
 def describe(body: Mapping[str, Any]) -> str:
-    """`namespace/name` of an object that may be no VCPUSet at all."""
+    """`namespace/name` of an object that may not be a VCPUSet."""
     metadata = body.get("metadata")
     if not isinstance(metadata, Mapping):
         return "without metadata"
@@ -187,7 +186,7 @@ def encode_status(status: Status) -> dict[str, Any]:
         "unplug": _unless_empty(
             {
                 "startedAt": None if status.unplug_started_at is None else _microseconds(status.unplug_started_at),
-                # A merge patch replaces lists as a whole. Nulls inside of them would be stored, so there are none.
+                # A merge patch replaces whole lists. Nulls in them would be stored, so there are none.
                 "requests": [_encode_request(request) for request in status.pending_unplugs] or None,
             }
         ),
@@ -196,7 +195,7 @@ def encode_status(status: Status) -> dict[str, Any]:
 
 
 def _words(error: Exception, where: str) -> str:
-    """The field and what is wrong with it. msgspec says "… - at `$.monitor.tcp.port`", and nothing of the whole."""
+    """The field and its error. msgspec says "… - at `$.monitor.tcp.port`", without the name of the whole."""
     words, _, path = str(error).partition(" - at `$")
     return f"{where}{path.removesuffix('`')}: {words}"
 
@@ -242,14 +241,14 @@ def _monitor(wire: _Monitor) -> Monitor:
         case _Monitor(unix=None, tcp=_TCP(host=host, port=port, tls=_TLS() as tls, insecure=False)):
             return TCPMonitor(host, port, TLS(tls.secret_name, tls.server_name))
         case _Monitor(unix=None, tcp=_TCP()):
-            # The schema demands it too. Never speak plain text to a monitor whose author has not agreed to it.
+            # The schema requires this too. Never use plain text with a monitor whose author has not agreed to it.
             raise ValueError("Expected exactly one of `tls` and `insecure: true` - at `$.monitor.tcp`")
         case _:
             raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.monitor`")
 
 
 def _status(raw: object) -> Status:
-    """What can be understood of a status."""
+    """The readable parts of a status."""
     status = _fields(raw)
     machine, unplug = _fields(status.get("machine")), _fields(status.get("unplug"))
     generation = _read(status.get("observedGeneration"), int)
@@ -277,7 +276,7 @@ def _status(raw: object) -> Status:
 
 
 def _request(raw: Mapping[str, Any]) -> Request | None:
-    """A request; None: which CPU it is for cannot be told. One whose answer or time cannot be read is in flight."""
+    """A request; None: its CPU is unknown. One with an unreadable answer or time is in flight."""
     wire = _read(raw, _Request)
     if wire is None:
         return None
@@ -306,7 +305,7 @@ def _condition(raw: Mapping[str, Any]) -> Condition | None:
 
 
 def _read(raw: object, kind: type[_T]) -> _T | None:
-    """The value; None: it is not there, or is no value of this kind."""
+    """The value; None: it is missing, or not of this kind."""
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError:
@@ -314,7 +313,7 @@ def _read(raw: object, kind: type[_T]) -> _T | None:
 
 
 def _time(raw: object) -> datetime | None:
-    """A time in UTC, in the years that the definition admits: the API server's calendar goes on where Python's ends."""
+    """A time in UTC, within the years of the schema: Python's calendar ends before the API server's."""
     try:
         time: datetime = msgspec.convert(raw, _Time)
     except msgspec.ValidationError:
@@ -331,7 +330,7 @@ def _entries(raw: object) -> list[Mapping[str, Any]]:
 
 
 def _unless_empty(fields: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a merge patch; None, which removes the object that holds them, if none has a value."""
+    """The fields of a merge patch; None, which removes their object, if none has a value."""
     return fields if any(value is not None for value in fields.values()) else None
 
 

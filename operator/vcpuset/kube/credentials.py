@@ -1,12 +1,12 @@
-"""The Secrets of monitors on TLS: read one by one by name, kept for seconds, and for as long as the API server is away.
+"""The Secrets of monitors on TLS: read one by one by name, and kept for seconds, or until the API server answers again.
 
-Secrets are never listed or watched: the operator then needs no more than `get`, in the namespaces where an
-administrator gave it that. A change is found when a session is opened and the copy is older than `FRESH_SECONDS`, and
-at once when a connection with the copy has failed. However many sets share a Secret, it is read once for all of them.
+Secrets are never listed or watched: so the operator only needs `get`, in the namespaces where an administrator granted
+it. A change is found when a session is opened and the copy is older than `FRESH_SECONDS`, and at once when a connection
+with the copy has failed. A Secret is read once for all sets that share it.
 
-While the API server cannot be reached the last copy goes on being used, and only now and then somebody waits for it,
-two seconds at most, so that machines stay at their target. For a Secret that is gone, or may not be read any more, no
-session is opened any longer; one that is open goes on, as it needs no credentials.
+While the API server cannot be reached the last copy is used, and only occasionally a pass waits for a new one, two
+seconds at most, so that machines stay at their target. If a Secret is gone, or may no longer be read, no new session is
+opened; an open session continues, because it needs no credentials.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vcpuset.domain.resource import UID
 __all__ = ["DOUBTED_SECONDS", "FRESH_SECONDS", "ROLE", "Secrets"]
 
 FRESH_SECONDS: Final = 10.0
-"""How long a copy is taken for what the API server has."""
+"""How long a copy is considered current."""
 
 DOUBTED_SECONDS: Final = 1.0
 """The same for a copy with which a connection has just failed: all sets that share it fail at the same time."""
 
 PATIENT_SECONDS: Final = 2.0
-"""How long an answer is awaited where a copy would do. It takes 3 ms, and an API server that is away takes for ever."""
+"""How long to wait for a response if there is a copy. It takes 3 ms; an API server that is away never responds."""
 
 ROLE: Final = "vcpuset-monitor-credentials"
-"""The ClusterRole that is shipped for this, unbound."""
+"""The ClusterRole that is shipped for this, without a binding."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[
 
 
 class _Cluster(Protocol):
-    """What is needed of `Cluster`."""
+    """The needed part of `Cluster`."""
 
     async def read_secret(self, namespace: str, name: str) -> Mapping[str, bytes]:
         """The entries of a Secret."""
@@ -55,9 +55,9 @@ class _Copy:
     """What is known of one Secret.
 
     users    the sets that it was read for; never empty
-    lock     held while it is read, so that whoever comes meanwhile waits for that answer
-    content  what it holds, or why that cannot be used; None: not read yet
-    read_at  loop time of the last answer, or of the last try
+    lock     held while it is read, so that others wait for the same response
+    content  its content, or why that cannot be used; None: not read yet
+    read_at  loop time of the last response, or of the last attempt
     """
 
     users: set[UID] = field(default_factory=set)
@@ -67,23 +67,23 @@ class _Copy:
 
 
 class Secrets:
-    """A `CredentialStore`. Holds what its sets need, and forgets a Secret with the last set that named it."""
+    """A `CredentialStore`. Keeps what its sets need, and forgets a Secret with the last set that named it."""
 
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster = cluster
         self._copies: dict[_Name, _Copy] = {}
         self._named: dict[UID, _Name] = {}
         self._away_until = -math.inf
-        """Loop time until when the API server is not asked for what there is a copy of: it has just not answered."""
+        """Loop time until which copies are used without a request: the API server has just not responded."""
 
     async def fetch(self, uid: UID, namespace: str, name: str, doubted: Credentials | None = None) -> Credentials:
         """The credentials in a Secret of the set's own namespace.
 
         doubted  a connection with these has just failed
 
-        Raises CredentialsUnavailable: says what is missing, and who can help.
+        Raises CredentialsUnavailable, with what is missing and the remedy.
         """
-        # The schema demands it too. A name with "/" or ".." in it would lead to another namespace.
+        # The schema requires this too. A name with "/" or ".." in it would lead to another namespace.
         if _NAME.fullmatch(name) is None:
             raise CredentialsUnavailable(f"spec.monitor.tcp.tls.secretName: {name[:253]!r} is not a valid Secret name")
         copy = self._copy(uid, (namespace, name))
@@ -100,7 +100,7 @@ class Secrets:
         raise CredentialsUnavailable(copy.content)
 
     def forget(self, uid: UID) -> None:
-        """The set names no Secret any more."""
+        """The set no longer names a Secret."""
         if (name := self._named.pop(uid, None)) is not None:
             users = self._copies[name].users
             users.discard(uid)
@@ -109,7 +109,7 @@ class Secrets:
 
     @property
     def held(self) -> int:
-        """How many Secrets are held."""
+        """How many Secrets are kept."""
         return len(self._copies)
 
     def _copy(self, uid: UID, name: _Name) -> _Copy:
@@ -142,11 +142,11 @@ class Secrets:
         except (APIError, TimeoutError) as error:
             words = str(error) or "no answer yet"
             content = copy.content or f"{source} cannot be read: {words}"
-            # With many Secrets, one wait for each would leave no time for the machines.
+            # With many Secrets, waiting for each would leave no time for the machines.
             self._away_until = self._now() + FRESH_SECONDS
             if isinstance(copy.content, Credentials):
                 _log.warning("%s cannot be read, using its previous contents: %s", source, words)
-        # The same value stays the same object: what was made of it goes on being used too.
+        # The same value remains the same object: so a TLS context made from it is also kept.
         if content != copy.content:
             copy.content = content
         copy.read_at = self._now()

@@ -1,19 +1,19 @@
-"""Whether the watch still brings what there is.
+"""Whether the watch still delivers all changes.
 
-A watch can fail without a word: a reader that hangs, a server whose own cache has stopped, a proxy that holds streams
-back. Silence alone proves nothing, since sets need not change. But the lists that are made from time to time show what
-the watch should have brought, and what it does not bring for long although the API server answers, it will not bring.
+A watch can fail silently: a reader hangs, a server's own cache has stopped, a proxy holds streams back. Silence alone
+proves nothing, because sets need not change. But the periodic lists show what the watch should have delivered, and what
+it has not delivered for long although the API server responds, it will not deliver.
 
-That the API server is away proves nothing about the watch either, which then waits in its own back-off. So only the
-time between two lists counts that succeeded one soon after the other, and a list that fails starts the count anew.
-While news is missing, lists are to be made every `CHECK_SECONDS`.
+An API server that is away proves nothing about the watch either, which then waits in its own back-off. So only the time
+between two consecutive successful lists counts, and a list that fails resets it. While changes are missing, there is a
+list every `CHECK_SECONDS`.
 
-A watch that fails aloud, since the right to it is missing or the server refuses it, is behind as well; but it is tried
-again by itself, and a new process could do no more. So the time is counted apart in which the watch did not fail: in
-which it seemed to stand and was silent, or nobody tried it any more.
+A watch that fails with an error, because a permission is missing or the server refuses it, is behind as well; but it is
+retried anyway, and a restart would not help. So the time in which the watch did not fail is counted separately: it
+seemed to be open and was silent, or was no longer retried.
 
-A watch that has been silent for 70 s is given up, as the API server sends a bookmark each minute. So a half-open
-connection, the pause before the next try (30 s at most) and another list take less than `BEHIND_SECONDS` together.
+A watch that has been silent for 70 s is closed, because the API server sends a bookmark each minute. So a half-open
+connection, the pause before the next attempt (30 s at most) and another list take less than `BEHIND_SECONDS` together.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from vcpuset.kube.cache import is_newer
 __all__ = ["BEHIND_SECONDS", "CHECK_SECONDS", "Freshness", "Missing"]
 
 CHECK_SECONDS: Final = 30.0
-"""The time between two lists while news is missing."""
+"""The time between two lists while changes are missing."""
 
 BEHIND_SECONDS: Final = 240.0
-"""News that a watch has not brought for so long, although it did not fail, it is not going to bring."""
+"""Changes that a watch has not delivered for so long, although it did not fail, it will not deliver."""
 
 
 @dataclass(slots=True)
 class Missing:
-    """A set's news that a list had and the watch has not brought.
+    """A set's change that a list had and the watch has not delivered.
 
-    version  the resourceVersion that the list showed
-    seconds  for how long lists have shown it
+    version  the resourceVersion in the list
+    seconds  for how long lists have had it
     silent   for how many of them the watch did not fail
     """
 
@@ -50,13 +50,13 @@ class Missing:
 
 
 class Freshness:
-    """Compares what the watch brings with what the lists show.
+    """Compares what the watch delivers with the lists.
 
-    failing    whether the watch on a namespace fails at present, and is tried again
-    monotonic  a clock that is never set, in seconds
+    failing    whether the watch on a namespace fails at present, and is retried
+    monotonic  a monotonic clock, in seconds
 
-    missing    the sets whose news the watch owes
-    events     how many objects the watch has brought
+    missing    the sets whose changes the watch has not delivered
+    events     how many objects the watch has delivered
     lists      how many lists succeeded
     failures   how many did not
     listed_at  when the last one succeeded, in seconds since 1970; 0: none has
@@ -68,15 +68,15 @@ class Freshness:
         self._failing = failing
         self._monotonic = monotonic
         self._last: float | None = None
-        """When the last list succeeded, by `monotonic`; None: it did not."""
+        """When the last list succeeded, by `monotonic`; None: it failed."""
         self._brought: dict[UID, str] = {}
-        """The last version of each set that the watch has brought, of those in the last list."""
+        """The last version of each set that the watch has delivered, of those in the last list."""
         self.missing: dict[UID, Missing] = {}
         self.events = self.lists = self.failures = 0
         self.listed_at = 0.0
 
     def brought(self, uid: UID, version: str | None) -> None:
-        """The watch has brought a set in this version; None: it is gone."""
+        """The watch has delivered a set in this version; None: it is gone."""
         self.events += 1
         if version is None:
             self._brought.pop(uid, None)
@@ -89,7 +89,7 @@ class Freshness:
     def listed(self, present: Mapping[UID, str], news: Mapping[UID, str]) -> None:
         """A list has succeeded. `present`: the sets in it and their namespaces; `news`: the versions not known yet."""
         now = self._monotonic()
-        # A process that was stopped, or a host that slept, has not looked for longer than that.
+        # A process that was stopped, or a suspended host, has not checked for longer than that.
         elapsed = 0.0 if self._last is None else min(now - self._last, 2 * CHECK_SECONDS)
         self._last = now
         self.lists += 1
@@ -100,19 +100,19 @@ class Freshness:
                 if not self._failing(present[uid]):
                     owed.silent += elapsed
             else:
-                del self.missing[uid]  # gone meanwhile: a watch that began anew since then never says so
+                del self.missing[uid]  # gone meanwhile: a watch that restarted since then never reports that
         self._brought = {uid: version for uid, version in self._brought.items() if uid in present}
         for uid, version in news.items():
-            # A version that the watch has brought can be news all the same: while the definition is being upgraded, the
-            # watch tells it without the fields that are new. It is not going to tell it again.
+            # A version that the watch has delivered can be news all the same: while the definition is being upgraded,
+            # the watch delivers it without the new fields, and not again.
             if (brought := self._brought.get(uid)) is not None and not is_newer(version, brought):
                 continue
-            # What it owed before, it owes for as long.
+            # A newer version does not reset the time.
             owed = self.missing.setdefault(uid, Missing(version))
             owed.version = version
 
     def failed(self) -> None:
-        """A list has failed, so what the watch did not bring meanwhile does not count."""
+        """A list has failed, so the time until now does not count."""
         self.failures += 1
         self._last = None
         for owed in self.missing.values():
@@ -120,10 +120,10 @@ class Freshness:
 
     @property
     def behind_seconds(self) -> float:
-        """For how long lists have shown something that the watch did not bring; 0: nothing, or it is not known."""
+        """How long lists have had something that the watch did not deliver; 0: nothing, or not known."""
         return max((owed.seconds for owed in self.missing.values()), default=0.0)
 
     @property
     def silent_seconds(self) -> float:
-        """For how much of that the watch did not fail, and brought nothing all the same."""
+        """The part of that in which the watch did not fail."""
         return max((owed.silent for owed in self.missing.values()), default=0.0)

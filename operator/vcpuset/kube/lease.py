@@ -1,16 +1,16 @@
-"""Which of several replicas works: the one that holds a Lease, by the rules of client-go's leader election.
+"""Leader election of replicas: the leader holds a Lease, by the rules of client-go.
 
-The holder writes a new `renewTime` every few seconds. Whoever has seen no new one for the length of the lease takes it
-over. Times are measured by each process for itself: the ones in the Lease are for people, since clocks of different
-hosts differ. The holder counts from before it sent a request, everybody else from after they saw it, so that the holder
-gives up first, by the difference between `renew_seconds` and the length of the lease.
+The holder writes a new `renewTime` every few seconds. A standby that has seen no new one for the length of the lease
+takes it. Each process measures times itself: those in the Lease are for people, because clocks of different hosts
+differ. The holder counts from before it sent a request, the others from after they saw the change, so that the holder
+stops first, by the difference between `renew_seconds` and the length of the lease.
 
 No lease can stop a process that was itself stopped and does not know it yet (SIGSTOP, a frozen container, a suspended
-host). So being the leader is not a state here but a question of time, `require`, that is to be asked right before each
-deed.
+host). So leadership is not a state here but a question of time, `require`, to be called right before each command and
+write.
 
-`kubernetes.aio.leaderelection` is not used (version 37): it measures with the clock that can be set, its requests have
-no deadline, so that one that hangs makes for a leader that never learns of its end, and it does not release.
+`kubernetes.aio.leaderelection` is not used (version 37): it uses a clock that can be set, its requests have no
+deadline, so that after one that hangs a leader never learns that it has lost, and it does not release the lease.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vcpuset.kube.cluster import Cluster
 __all__ = ["Leadership", "own_identity", "since_boot"]
 
 JITTER: Final = 0.2
-"""By what part the time between two tries of a standby differs at most, so that replicas do not try in step."""
+"""The largest part by which the time between two attempts of a standby differs, so that replicas do not try in step."""
 
 _STOPPED: Final = "the process was stopped, or had too little CPU time"
 
@@ -46,22 +46,22 @@ def since_boot() -> float:
 
 
 def own_identity() -> str:
-    """A name for this process: the pod's (or host's), and what tells it from its predecessor there."""
+    """A name for this process: the pod's (or host's) with a random suffix."""
     return f"{os.environ.get('HOSTNAME') or socket.gethostname()}_{secrets.token_hex(4)}"
 
 
 class Leadership:
-    """One process' part in the election for one Lease.
+    """One process in the election for one Lease.
 
-        await leadership.acquire(heard)    # standby until it returns
-        ...                                # work, with `require` before each deed, beside
+        await leadership.acquire(answered) # standby until it returns
+        ...                                # work, with `require` before each command and write, concurrent with
         await leadership.keep()            # which renews, and raises when that has failed for too long
         await leadership.release()         # once all work has ended
 
-    identity       who this process is, different for each process
-    lease_seconds  how long the others wait after the last sign of life; at least 1
-    renew_seconds  how long the holder works on after its last renewal; less than the lease
-    retry_seconds  from one try to the next, of the holder to renew, of the others to take it
+    identity       of this process, different for each process
+    lease_seconds  how long the others wait after the last renewal; at least 1
+    renew_seconds  how long the holder works after its last renewal; less than the lease
+    retry_seconds  between two attempts, of the holder to renew, of the others to acquire
     clock          seconds; see `since_boot`
     """
 
@@ -84,18 +84,18 @@ class Leadership:
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
-        # Two tries fit into the time that a holder has, as with the components of Kubernetes.
+        # Two attempts fit into the holder's time, as with the components of Kubernetes.
         self._request_seconds = renew_seconds / 2
         self._clock = clock
         self._until = -math.inf
-        """Until when this process may work."""
+        """How long this process may work."""
         self._lease: dict[str, Any] | None = None
-        """The Lease that this process wrote last; None: it must be read before it is written."""
+        """The Lease as last written by this process; None: it must be read before it is written."""
         self._tried = False
         self._seen: Mapping[str, Any] | None = None
-        """What the Lease last said, and since when it says so."""
+        """The last spec of the Lease, and when it was first seen."""
         self._seen_at = -math.inf
-        self._told = ""
+        self._logged = ""
 
     def __str__(self) -> str:
         return f"lease {self._namespace}/{self._name}"
@@ -110,23 +110,23 @@ class Leadership:
         if not self.leading:
             raise NotLeading(f"{self} has not been renewed in time, so another replica may be the leader")
 
-    async def acquire(self, heard: asyncio.Event) -> None:
-        """Be a standby until the lease is free, then take it. Tried for ever; failures are logged, each kind once.
+    async def acquire(self, answered: asyncio.Event) -> None:
+        """Be a standby until the lease is free, then acquire it. Retries permanently; logs each kind of failure once.
 
-        heard  is set when the API server has answered, whoever holds the lease
+        answered  is set when the API server has answered, whoever holds the lease
         """
         while True:
             try:
                 async with asyncio.timeout(self._request_seconds):
                     held = await self._try(keeping=False)
             except TimeoutError:
-                self._tell(logging.WARNING, f"{self}: no answer within {self._request_seconds:g} s; retrying")
+                self._log_once(logging.WARNING, f"{self}: no answer within {self._request_seconds:g} s; retrying")
             except Conflict:
-                heard.set()  # somebody was faster
+                answered.set()  # another replica was faster
             except APIError as error:
-                self._tell(logging.WARNING, f"{self}: {error}{_remedy(error)}; retrying")
+                self._log_once(logging.WARNING, f"{self}: {error}{_remedy(error)}; retrying")
             else:
-                heard.set()
+                answered.set()
                 if held and self.leading:
                     _log.info("became leader: acquired %s as %s", self, self.identity)
                     return
@@ -136,8 +136,8 @@ class Leadership:
         """Renew the lease for as long as that succeeds.
 
         Raises:
-            NotLeading: it is lost, or could not be renewed for `renew_seconds`; nobody else has it before
-                `lease_seconds` are over, unless somebody has taken it by force.
+            NotLeading: it is lost, or could not be renewed for `renew_seconds`; no other replica has it before
+                `lease_seconds` are over, unless it was taken by force.
         """
         trouble = _STOPPED
         while True:
@@ -162,9 +162,9 @@ class Leadership:
                 trouble = _STOPPED
 
     async def release(self) -> None:
-        """Let another replica have the lease at once; all work must have ended. Without effect if it is not held.
+        """Release the lease for another replica; all work must have ended. Without effect if it is not held.
 
-        Never raises (but CancelledError): if it cannot be given back, the others wait until it runs out.
+        Never raises (except CancelledError): if it cannot be released, the others wait until it expires.
         """
         self._until = -math.inf
         if not self._tried:
@@ -185,11 +185,11 @@ class Leadership:
             _log.info("released %s", self)
 
     async def _try(self, *, keeping: bool) -> bool:
-        """Take the lease or renew it; whether this process has it now.
+        """Acquire the lease or renew it; returns whether this process has it now.
 
-        keeping  it was held until now: what somebody else has had since is not taken back
+        keeping  it was held until now: if another replica has had it since, it is not taken back
 
-        Raises APIError; then, and when it is cancelled, it may have been written all the same.
+        Raises APIError; then, and when it is cancelled, the Lease may have been written nevertheless.
         """
         began = self._clock()
         self._tried = True
@@ -218,10 +218,10 @@ class Leadership:
             return True
         if keeping:
             return False
-        # What the holder goes by, which need not be what this process would.
+        # The length that the holder uses, which can differ from this process'.
         seconds = spec.get("leaseDurationSeconds") or self._lease_seconds
         if holder and self._clock() < self._seen_at + seconds:
-            self._tell(logging.INFO, f"standby: {self} is held by {holder}")
+            self._log_once(logging.INFO, f"standby: {self} is held by {holder}")
             return False
         return True
 
@@ -241,10 +241,10 @@ class Leadership:
             **taken,
         }
 
-    def _tell(self, level: int, text: str) -> None:
-        """Log what a standby has to say, but not the same twice in a row."""
-        if text != self._told:
-            self._told = text
+    def _log_once(self, level: int, text: str) -> None:
+        """Log a standby's message, but not the same twice in a row."""
+        if text != self._logged:
+            self._logged = text
             _log.log(level, "%s", text)
 
 

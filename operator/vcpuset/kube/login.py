@@ -1,9 +1,9 @@
-"""Where the API server is, and who we are: one source for kopf's watch and for our own requests.
+"""The address and credentials of the API server: one source for kopf's watch and for our own requests.
 
-In this order: the file given with `--kubeconfig`, the files named by `KUBECONFIG`, `~/.kube/config`, and in a pod the
-service account. Read again at each login, so rotated tokens and `exec` plugins work.
+In this order: the file given with `--kubeconfig`, the files in `KUBECONFIG`, `~/.kube/config`, and in a pod the service
+account. They are read again at each login, so rotated tokens and `exec` plugins work.
 
-The client's loader logs why it could not get a user's credentials, and goes on without any. Here that is an error:
+The client's loader logs why it could not get a user's credentials, and continues without any. Here that is an error:
 nothing is sent as an anonymous user unless the kubeconfig has a user without credentials.
 """
 
@@ -34,7 +34,7 @@ _load_incluster_config: Any = load_incluster_config
 _REMEDY: Final = "pass --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
 
 _errors: ContextVar[list[str] | None] = ContextVar("_errors", default=None)
-"""What the loader has logged as errors in this login."""
+"""The errors that the loader has logged in this login."""
 
 
 def _keep_errors(record: logging.LogRecord) -> bool:
@@ -52,7 +52,7 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
     """The address and the credentials of the API server.
 
     Raises:
-        APIError: there are none, or they cannot be used; says what to do.
+        APIError: there are none, or they cannot be used; with the remedy.
     """
     configuration = Configuration()
     files = _kubeconfig_files(kubeconfig)
@@ -67,7 +67,7 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
         source = "of the service account" if files is None else f"in {files}"
         raise APIError(f"cannot use the Kubernetes credentials {source}: {_words(error)}; {_REMEDY}") from error
     if configuration.tls_server_name:
-        # kopf cannot do it, and a watch to another server than the one that is written to would be worse.
+        # kopf does not support it, and a watch on another server than the one that is written to would be worse.
         raise APIError(f"tls-server-name in {files} is not supported: use a server address that is in its certificate")
     return configuration
 
@@ -98,7 +98,7 @@ async def _load_files(files: str, configuration: Configuration) -> None:
     errors: list[str] = []
     token = _errors.set(errors)
     try:
-        # persist_config would write refreshed tokens into a file that belongs to somebody else.
+        # persist_config would write refreshed tokens into the user's file.
         loader = await _load_kube_config(config_file=files, client_configuration=configuration, persist_config=False)
     finally:
         _errors.reset(token)
@@ -115,10 +115,10 @@ async def _load_files(files: str, configuration: Configuration) -> None:
 def _words(error: Exception) -> str:
     match error:
         case TypeError() | AttributeError() | KeyError() | UnicodeDecodeError():
-            # The loader does not check what it has read, and Python's words for that help no one.
+            # The loader does not check what it has read, and Python's error messages do not help a user.
             return "it is not a kubeconfig, or a field is missing or has the wrong type"
         case _:
-            # The loader shows where it failed, with all that the user's entry holds: tokens, passwords.
+            # The loader's message contains the user's entry, with tokens and passwords.
             return " ".join(re.sub(r"/\{.*\}", "", str(error), flags=re.DOTALL).split())
 
 

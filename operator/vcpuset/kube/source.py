@@ -1,12 +1,12 @@
-"""The watch on VCPUSets: kopf as informer, and nothing of kopf besides.
+"""The watch on VCPUSets: kopf as informer, and no other part of kopf.
 
-kopf logs in, discovers, lists, watches and reconnects. One `on.event` handler keeps the cache and says what changed;
-whatever acts on it is elsewhere. kopf's own handlers for creation, update and timers are not used: they write
-annotations and finalizers, and act on edges where this operator compares states.
+kopf logs in, discovers, lists, watches and reconnects. One `on.event` handler updates the cache and reports what
+changed. kopf's own handlers for creation, update and timers are not used: they write annotations and finalizers, and
+are edge-triggered.
 
-kopf ends when watching fails in a way that it thinks final: the resource is not served (any more), a list is refused,
-the watch says that it has failed. Here nothing that an API server says is final: kopf is begun anew, at a growing pace
-(`vcpuset.kube.transport`), and machines are kept meanwhile at what was declared last.
+kopf ends when watching fails in a way that it considers final: the resource is not served (any more), a list is
+refused, the watch reports an error. Here no answer of an API server is final: kopf is restarted, with a back-off
+(`vcpuset.kube.transport`), and machines are kept at their last declared count meanwhile.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ from vcpuset.kube.transport import RetryBackoff, ThrottledTransport
 __all__ = ["Source", "watch_settings"]
 
 LOGIN_RETRY_SECONDS: Final = 5.0
-"""Pause after credentials could not be read, for instance while they are being replaced."""
+"""Pause after credentials could not be read, for example while they are being replaced."""
 
 SILENT_SECONDS: Final = 70.0
-"""A watch that has brought nothing for so long is given up: the API server sends a bookmark each minute."""
+"""A watch without any data for so long is closed: the API server sends a bookmark each minute."""
 
 _log = logging.getLogger(__name__)
 
 
-_TOLD_BY_US: Final = (
+_REPORTED_BY_US: Final = (
     "kopf._cogs.clients.watching",
     "kopf._core.reactor.observation",
     "kopf._core.reactor.orchestration",
     "kopf._core.reactor.running",
 )
-"""The loggers by which kopf reports failed requests without what they are about, and its end with tracebacks."""
+"""The loggers in which kopf reports failed requests without their context, and its end with tracebacks."""
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
-    """Keeps nothing of an object to compare it with later. kopf prepares that for each event, wanted or not."""
+    """Stores nothing of an object for later comparison. kopf prepares that for each event, whether needed or not."""
 
     def build(self, **_: object) -> kopf.BodyEssence:
-        """Nothing of the object."""
+        """An empty essence."""
         return kopf.BodyEssence()
 
     def fetch(self, **_: object) -> None:
-        """Nothing was kept."""
+        """Nothing was stored."""
 
     def store(self, **_: object) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
 
 def watch_settings(scope: Scope) -> kopf.OperatorSettings:
@@ -77,14 +77,14 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     settings.scanning.disabled = True  # no watch on CRDs and namespaces, and no rights needed for it
     settings.persistence.diffbase_storage = _NoDiffs()
     settings.posting.enabled = False  # Events come from our own recorder
-    settings.process.ultimate_exiting_timeout = None  # it would be a SIGKILL while we clean up
-    # As tuples: kopf takes the string "vcpuset.dev/vcpusets" as a resource name that nothing has (1.45.2).
+    settings.process.ultimate_exiting_timeout = None  # it would be a SIGKILL during our cleanup
+    # As tuples: kopf reads the string "vcpuset.dev/vcpusets" as the name of a resource that does not exist (1.45.2).
     settings.watching.field_selectors[GROUP, PLURAL] = scope.field_selector
     if scope.label_selector:
         settings.watching.label_selectors[GROUP, PLURAL] = scope.label_selector
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = SILENT_SECONDS
-    settings.watching.server_timeout = 300  # an integer: the API server refuses "300.0"
+    settings.watching.server_timeout = 300  # an integer: the API server rejects "300.0"
     # The gate has deadlines, and pauses that a deadline must not count.
     settings.networking.request_timeout = None
     settings.networking.error_backoffs = itertools.repeat(0.0)
@@ -94,10 +94,10 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
 
 
 class Source:
-    """Keeps `cache` up to date for one scope and calls `changed` after each change, a set that is gone included.
+    """Keeps `cache` up to date for one scope and calls `changed` after each change, including a deletion.
 
-    freshness  is told what the watch brings, news or not
-    lists      held while a list is asked for and read, by whoever does; see `Cluster.lists`
+    freshness  is informed of what the watch delivers, news or not
+    lists      held during each list; see `Cluster.lists`
     requested  called after each request, as by `Cluster.count`
     """
 
@@ -119,24 +119,24 @@ class Source:
         self._gate = ThrottledTransport(lists or asyncio.Lock(), self._note_list, requested)
         self._listed: set[str] = set()
         self.listed_again = asyncio.Event()
-        """Set when the watch could not go on from where it was and began anew with a list: sets that were deleted
-        between are not told of."""
+        """Set when the watch could not continue and restarted with a list: sets that were deleted meanwhile are not
+        reported."""
 
     def is_failing(self, namespace: str) -> bool:
-        """Whether the watch on a namespace fails at present, and is tried again; the log has told of it."""
+        """Whether the watch on a namespace fails at present, and is retried; this has been logged."""
         return self._gate.is_failing(namespace)
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
         """Watch until `stop` is set; in the main thread, SIGTERM and SIGINT set it. `ready` is set when it watches.
 
-        Failures are logged, and tried again for ever. Tasks of others are left alone (`kopf.operator` would cancel all
-        that began after it). When cancelled, it closes its connections first.
+        Failures are logged and retried permanently. Other tasks are not touched (`kopf.operator` would cancel all that
+        began after it). When cancelled, it closes its connections first.
         """
-        # kopf reports each handler call as information.
+        # kopf logs each handler call as information.
         kopf_log = logging.getLogger("kopf")
         if kopf_log.level == logging.NOTSET:
             kopf_log.setLevel(logging.WARNING)
-        for name in _TOLD_BY_US:
+        for name in _REPORTED_BY_US:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
         halt = asyncio.Event()
@@ -146,8 +146,8 @@ class Source:
             await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
-            # Not cancelled but asked to end, since a cancelled kopf leaves its connections open. The time that takes is
-            # bounded: the handler never waits.
+            # Not cancelled but requested to end, because a cancelled kopf leaves its connections open. This takes a
+            # bounded time: the handler never waits.
             halt.set()
             await asyncio.shield(watching)
 
@@ -175,14 +175,14 @@ class Source:
                 settings=watch_settings(self._scope),
                 insights=insights,
                 standalone=True,
-                # For peering, which is off. kopf would ask for the user's name, and in a pod there may be none.
+                # For peering, which is off. kopf would use the user's name, and in a pod there may be none.
                 identity=Identity("vcpuset"),
                 clusterwide=not self._scope.namespaces,
                 namespaces=self._scope.namespaces,
                 stop_flag=over,
             )
             if threading.current_thread() is threading.main_thread():
-                # In place of kopf's handlers, which raise InvalidStateError at a second signal.
+                # Instead of kopf's handlers, which raise InvalidStateError at a second signal.
                 for number in (signal.SIGTERM, signal.SIGINT):
                     asyncio.get_running_loop().add_signal_handler(number, stop.set)
             check = asyncio.create_task(_check(insights, ready, over), name="watch: check")
@@ -224,9 +224,9 @@ class Source:
         self._listed.add(path)
 
     def _observe(self, event_type: str | None, body: kopf.Body, uid: UID) -> None:
-        """Take over one watch event. A type of None is an entry of a list.
+        """Process one watch event. A type of None is an entry of a list.
 
-        DELETED stands for a deletion and for a set that has left the selection.
+        DELETED is sent for a deletion and for a set that has left the selection.
         """
         gone = event_type == "DELETED"
         self._freshness.brought(uid, None if gone else body.metadata.get("resourceVersion"))
@@ -237,14 +237,14 @@ class Source:
                 news = self._cache.put(decode(body))
             except InvalidObject as error:
                 _log.error("%s", error)
-                # To go on with what it said before would be to obey half of it.
+                # Continuing with its previous version would apply half of it.
                 news = self._cache.drop(uid) is not None
         if news:
             self._changed(uid)
 
 
 class _AllTasks(Collection["asyncio.Task[Any]"]):
-    """All tasks of the loop, now and later. `kopf.run_tasks` waits for, and then cancels, those it is not told of."""
+    """All tasks of the loop, now and later. `kopf.run_tasks` would wait for, and then cancel, all others."""
 
     def __contains__(self, _: object) -> bool:
         return True
@@ -262,9 +262,9 @@ async def _forward(flag: asyncio.Event, to: asyncio.Event) -> None:
 
 
 async def _check(insights: Insights, ready: asyncio.Event, halt: asyncio.Event) -> bool:
-    """Set `ready` when kopf has found something to watch. If it finds nothing it would idle for ever: halt it.
+    """Set `ready` when kopf has found a resource to watch. If it finds none it would be idle permanently: halt it.
 
-    Returns whether it found something, or was halted before it knew.
+    Returns whether it found one, or was halted before it knew.
     """
     known = asyncio.create_task(insights.ready_resources.wait())
     halted = asyncio.create_task(halt.wait())

@@ -1,7 +1,7 @@
-"""The list that makes up for what a watch can miss.
+"""The list that finds what a watch can miss.
 
-A watch that breaks and begins anew reports what exists, but not what was deleted meanwhile. One list, from time to
-time, finds those sets; the first one fills the cache before the watch is there.
+A watch that breaks and restarts reports what exists, but not what was deleted meanwhile. A periodic list finds those
+sets; the first one fills the cache before the watch starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["sweep"]
 async def sweep(
     cluster: Cluster, scope: Scope, cache: Cache, changed: Callable[[UID], None], freshness: Freshness
 ) -> None:
-    """Make `cache` hold what the API server has, and call `changed` for each set that is news or gone.
+    """Update `cache` to the state of the API server, and call `changed` for each set that is news or gone.
 
     Raises:
         APIError: the list failed; the cache is as it was.
@@ -35,13 +35,13 @@ async def sweep(
     news = [vcpuset.uid for vcpuset in listed if cache.put(vcpuset)]
     now = cache.versions()
     present = {vcpuset.uid: vcpuset.namespace for vcpuset in listed}
-    # The watch owes each version that was not known, also one in which there is nothing to act on.
+    # The watch has to deliver each version that was not known, also one that needs no pass.
     owed = {uid: version for uid, version in now.items() if uid in present and version != known.get(uid)}
     freshness.listed(present, owed)
     for uid in news:
         changed(uid)
     for uid in before.keys() - present.keys():
-        # A set that came, or came back, while the list was under way need not be in it.
+        # A set that was created or came back while the list was in progress may be missing in it.
         if now.get(uid) == before[uid]:
             cache.drop(uid)
             changed(uid)

@@ -1,7 +1,7 @@
-"""Threads for calls that may hang, such as the look-up of a name: the process ends without waiting for them.
+"""Threads for calls that may hang, such as name resolution: the process exits without waiting for them.
 
-The threads of `ThreadPoolExecutor`, which asyncio uses too, are waited for when the interpreter ends, whatever they are
-at. A resolver that no DNS server answers takes 10 s and more for one name, most of a pod's grace.
+At exit, the interpreter waits for the threads of `ThreadPoolExecutor`, which asyncio uses too, whatever they do. A
+resolver without an answer of a DNS server takes 10 s and more for one name, most of a pod's grace period.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class DaemonThreads:
-    """Up to `most` threads. One is made when it is needed, and kept; who comes when all are at work waits for one."""
+    """Up to `most` threads. One is created when it is needed, and kept; if all are busy a call waits for one."""
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
@@ -29,11 +29,11 @@ class DaemonThreads:
         self._todo: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
 
     async def run(self, function: Callable[[], _T]) -> _T:
-        """What the function returns or raises. Cancelled, it is not begun, or goes on for nobody."""
+        """What the function returns or raises. If cancelled, it is not started, or its result is dropped."""
         return await self.start(function)
 
     def start(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
-        """The same, begun now: the result is in the future."""
+        """The same, started now: the result is in the future."""
         answer: Future[_T] = Future()
         self._todo.put((answer, function))
         if not self._idle.acquire(blocking=False) and self._made < self._most:
@@ -48,8 +48,8 @@ class DaemonThreads:
             if answer.set_running_or_notify_cancel():
                 try:
                     answer.set_result(function())
-                except BaseException as error:  # noqa: BLE001 - raised again where it is awaited, as by concurrent.futures; else that would hang
+                except BaseException as error:  # noqa: BLE001 - raised again where it is awaited, as by concurrent.futures; otherwise that would hang
                     answer.set_exception(error)
-            # What a look-up was for is not kept until the next one.
+            # Do not keep these objects until the next call.
             del answer, function
             self._idle.release()

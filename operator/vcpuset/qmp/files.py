@@ -1,12 +1,12 @@
-"""Calls to file systems, which may hang: what is below one hung mount waits for it, and nothing else.
+"""Calls to file systems, which may hang: only what is below a hung mount waits for it.
 
-A file system whose server is gone (NFS, FUSE, Ceph) lets a call wait for as long as it is away, and nothing ends the
-call. So each call is made in a thread that the end of the process does not wait for, and is given up after
-`CALL_SECONDS`. Its thread is then lost until the call returns. Meanwhile
+A file system whose server is away (NFS, FUSE, Ceph) blocks a call for as long as that lasts, and nothing can end the
+call. So each call is made in a thread that does not block the exit of the process, and is abandoned after
+`CALL_SECONDS`. Its thread is lost until the call returns. Meanwhile
 
-* what lies below the path at which it hangs fails at once, without another thread;
-* the other calls of the same lane (a namespace's folder) go on, until `AT_ONCE` hang: then all of it fails at once;
-* other lanes do not notice.
+* calls below the path that hangs fail at once, without another thread;
+* the other calls of the same lane (a namespace's folder) continue, until `AT_ONCE` hang: then all of it fails at once;
+* other lanes are not affected.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from vcpuset.qmp.daemons import DaemonThreads
 __all__ = ["AT_ONCE", "CALL_SECONDS", "THREADS", "Place", "call", "hangs"]
 
 CALL_SECONDS = 2.0
-"""A local file system takes some microseconds. Less than a session takes to open: this message is the better one."""
+"""A local file system takes some microseconds. Less than the timeout of a session: this message is the better one."""
 
 AT_ONCE = 4
-"""How many calls of one lane are made at the same time."""
+"""How many calls of one lane run at the same time."""
 
 THREADS = DaemonThreads(256, "file system")
-"""Enough for 64 lanes that hang. A thread costs some 50 µs to hand a call to."""
+"""Enough for 64 lanes that hang. Passing a call to a thread costs about 50 µs."""
 
 _T = TypeVar("_T")
 
 
 class Place:
-    """Where a call is. It notes each path before it uses it, so that a call that hangs names the place.
+    """The position of a call. It is updated before each path is used, so that a call that hangs names the path.
 
     path  absolute
-    due   loop time from which on the call counts as one that hangs
+    due   loop time after which the call counts as hung
     """
 
     __slots__ = ("due", "path")
@@ -49,10 +49,10 @@ class Place:
 
 
 class _Lane:
-    """What goes on in one lane.
+    """The calls of one lane.
 
-    turns  for the calls to be made
-    going  where the calls are that have not returned
+    turns  limits the calls that run
+    going  the positions of the calls that have not returned
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class _Lane:
         self.going: list[Place] = []
 
     def blocked_at(self, lane: str, path: str) -> str | None:
-        """What does not answer, so that a call to this path would not return; None: nothing is known."""
+        """The path that does not answer, so that a call to this one would not return; None: none known."""
         now = asyncio.get_running_loop().time()
         hung = [place.path for place in self.going if place.due <= now]
         above = (each for each in hung if f"{path}/".startswith(f"{each.rstrip('/')}/"))
@@ -68,7 +68,7 @@ class _Lane:
 
 
 _lanes: WeakValueDictionary[str, _Lane] = WeakValueDictionary()
-"""A lane lasts for as long as a call in it does."""
+"""A lane exists for as long as a call in it."""
 
 
 def hangs(lane: str, path: str) -> bool:
@@ -80,11 +80,11 @@ def hangs(lane: str, path: str) -> bool:
 async def call(
     lane: str, path: str, function: Callable[[Place], _T], discard: Callable[[_T], object] = lambda _: None
 ) -> _T:
-    """What the function returns or raises; it is called in a thread, with the place that it is to keep up to date.
+    """What the function returns or raises; it is called in a thread, with the `Place` that it has to update.
 
-    lane     which calls are to hang together: an absolute path at or above `path`
+    lane     the calls that hang together: an absolute path at or above `path`
     path     what the function uses first
-    discard  called with a result that nobody waits for any more, in the event loop
+    discard  called with a result that is no longer awaited, in the event loop
 
     Raises MonitorUnreachable if the file system does not answer in time.
     """

@@ -1,10 +1,10 @@
 """The monitors of all sets: how each is found, and the sessions that are kept between passes.
 
-A monitor serves one client at a time, so a session is kept only while its events are awaited, and closed by whoever
-no longer waits.
+A monitor serves one client at a time, so a session is kept only while its events are needed, and closed by the pass
+that no longer needs them.
 
-The loss of a kept session is news like any event, and makes for a new one at once. Where sessions break again and again
-soon after they were opened (something between here and QEMU cuts them), the pauses grow.
+The loss of a kept session triggers a pass like any event, which opens a new one at once. If sessions break repeatedly
+soon after they were opened (something between here and QEMU closes them), the delays grow.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from vcpuset.qmp.tls import Access
 __all__ = ["EVENTS_TURN_SECONDS", "LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
 
 TURN_SECONDS = 3.0
-"""How long a session goes on in one piece where other clients are to have their turn too."""
+"""How long a session with a shared monitor lasts before other clients get their turn."""
 
 EVENTS_TURN_SECONDS = 60.0
-"""The same where a guest's answers come by event only: one that comes between two sessions is lost."""
+"""The same if a guest's answers come by event only: an event between two sessions is lost."""
 
 _LOSS_BACKOFF = ExponentialBackoff(base_seconds=0.25, cap_seconds=30)
 
 LASTING_SECONDS = 10.0
-"""A session that has lasted so long was a sound one: its loss is the first in its row."""
+"""The loss of a session that has lasted so long is the first in its row."""
 
 _NOWHERE = Networks()
 
 
 def _pause_seconds(losses: int) -> float:
-    """How long the loss of so many sessions in a row, each soon after it was opened, is kept quiet.
+    """The delay after the loss of so many sessions in a row, each soon after it was opened.
 
-    The first one is told at once.
+    The first one is reported at once.
     """
     return 0.0 if losses == 1 else _LOSS_BACKOFF.delay(losses - 1)
 
@@ -52,14 +52,14 @@ def _pause_seconds(losses: int) -> float:
 class Monitors:
     """Finds monitors and keeps sessions; one caller at a time for each set.
 
-    socket_root  where the namespaces' folders with unix monitors are; None: this operator serves none
-    networks     where TCP monitors may lie; None: anywhere, for a local user, who is trusted
-    credentials  where the Secrets of monitors on TLS are read; None: nowhere, so that none of them is served
-    wake         told that something happened to a set's machine while its session is kept
+    socket_root  where the namespaces' folders with unix monitors are; None: unix monitors are rejected
+    networks     the allowed networks of TCP monitors; None: all, for a local user, who is trusted
+    credentials  reads the Secrets of monitors on TLS; None: these are rejected
+    wake         called when something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
-    commanded    told of the end of each command: whose machine, its name, how many seconds it took, what came of it
-    found        told which socket a pass has found at the set's path; None: none, or something else
-    pause        seconds by which the news is put off that so many sessions in a row were lost soon after their opening
+    commanded    called at the end of each command: whose machine, its name, how many seconds it took, its outcome
+    found        called with the socket that a pass has found at the set's path; None: none, or something else
+    pause        the delay in seconds after the loss of so many sessions in a row soon after their opening
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Monitors:
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
-        """When each kept session was opened, in loop time."""
+        """Loop time at which each kept session was opened."""
         self._losses: dict[UID, int] = {}
         """How many sessions in a row were lost soon after their opening."""
 
     async def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
-        """Find the set's monitor; the endpoint lasts as long as the context.
+        """Find the set's monitor; the endpoint is open as long as the context.
 
         Raises InvalidMonitor (the set's author must act) and MonitorUnreachable (nothing is there, or its file system
         does not answer).
@@ -127,7 +127,7 @@ class Monitors:
                 return None
 
     async def session(self, uid: UID, endpoint: Endpoint) -> Session:
-        """The session with this endpoint: the kept one while it lasts, else a new one, which is then kept.
+        """The session with this endpoint: the kept one while it is alive, otherwise a new one, which is then kept.
 
         Raises InvalidMonitor, CredentialsUnavailable, MonitorUnreachable and MonitorBusy.
         """
@@ -136,17 +136,17 @@ class Monitors:
             if session.alive and known.route == endpoint.route:
                 return session
             await self._close(uid)
-        told = None if self._commanded is None else partial(self._commanded, uid)
-        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit, commanded=told)
+        commanded = None if self._commanded is None else partial(self._commanded, uid)
+        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit, commanded=commanded)
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
 
     async def end_turn(self, uid: UID) -> bool:
-        """Close the set's session if it has had its turn; whether that was so.
+        """Close the set's session if it has lasted for its turn; returns whether it was closed.
 
-        Whoever waits for the monitor is served before a session that is opened soon after. For a monitor may be wanted
-        for longer than others can wait: by a guest that is asked again every second, or that answers by event only.
+        Clients that wait for the monitor are served before a session that is opened soon after. A monitor may be needed
+        for longer than others can wait: by a guest that is slow, or that answers by event only.
         """
         if (kept := self._kept.get(uid)) is None:
             return False
@@ -159,12 +159,12 @@ class Monitors:
     async def release(self, uid: UID) -> None:
         """Close the set's session, if one is kept, so that other clients get their turn."""
         kept = self._kept.get(uid)
-        if kept is None or kept[1].alive:  # One that broke under its user counts with those that broke before.
+        if kept is None or kept[1].alive:  # One that broke in use counts with those that broke before.
             self._losses.pop(uid, None)
         await self._close(uid)
 
     async def forget(self, uid: UID) -> None:
-        """The set is not this operator's any more."""
+        """This process no longer manages the set."""
         await self.release(uid)
         self._losses.pop(uid, None)
         self._credentials.forget(uid)
@@ -183,7 +183,7 @@ class Monitors:
         lasted = loop.time() >= self._opened_at[uid] + LASTING_SECONDS
         self._losses[uid] = 1 if lasted else self._losses.get(uid, 0) + 1
         if (pause := self._pause(self._losses[uid])) > 0:
-            # A pass that comes earlier, for another reason, finds the loss all the same.
+            # An earlier pass, for another reason, finds the loss too.
             loop.call_later(pause, self._wake, uid)
         else:
             self._wake(uid)

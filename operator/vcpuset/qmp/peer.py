@@ -1,10 +1,10 @@
-"""What the kernel tells of a connection: which process listens at the other end, or on which host, and both addresses.
+"""The kernel's information about a connection: the process or host at the other end, and both addresses.
 
-A process is known by the inode of its pidfd (Linux 6.9 and newer), also across containers, where its process id means
-nothing. Older kernels tell the process id only, which is 0 for a process of another container.
+A process is identified by the inode of its pidfd (Linux 6.9 and newer), also across containers, where its process id
+means nothing. Older kernels only report the process id, which is 0 for a process of another container.
 
-Neither is a machine's identity by itself: one process can listen for many machines (libvirt makes the sockets of all of
-its machines, a relay passes connections on), and a host runs many.
+Neither identifies a machine by itself: one process can listen for many machines (libvirt creates the sockets of all its
+machines, a relay forwards connections), and a host runs many.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Final
 __all__ = ["NOBODY", "Link", "Peer", "address", "peer_of"]
 
 Link = tuple[tuple[str, int], tuple[str, int]]
-"""A TCP connection by the addresses and ports of its two ends, QEMU's first: at one time there is no other one."""
+"""A TCP connection by the addresses and ports of its two ends, QEMU's first: unique at any time."""
 
 _SO_PEERPIDFD: Final = 77
-"""Linux 6.5; Python has no name for it."""
+"""Linux 6.5; Python has no constant for it."""
 
 _CREDENTIALS: Final = struct.Struct("3i")
 """`struct ucred`: process id, user, group."""
@@ -57,7 +57,7 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def address(host: str, port: int) -> tuple[str, int]:
-    """One spelling of an address: a dual-stack socket shows IPv4 ones as IPv6.
+    """One spelling of an address: a dual-stack socket reports IPv4 addresses as IPv6.
 
     Raises ValueError if the host is no address.
     """
@@ -84,7 +84,7 @@ def _process(connection: socket.socket) -> Hashable | None:
 
 @functools.cache
 def _anonymous_device() -> int:
-    """Where the kernel keeps what has no inode of its own; before Linux 6.9 pidfds too."""
+    """The device of kernel objects without an inode of their own; before Linux 6.9 also of pidfds."""
     descriptor = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         return os.fstat(descriptor).st_dev

@@ -1,7 +1,6 @@
-"""How often something that others cause may wake a pass: at once for a while, and then at a pace.
+"""How often events of a guest and answers of an agent may trigger a pass: at once for a while, then at a limited rate.
 
-Guests make events and agents give answers, and either may do so without end; each wake is a pass, which takes the
-operator's time from other machines.
+Both can come endlessly, and each triggers a pass, which takes the operator's time from other machines.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ WAKES_AT_ONCE = 100
 """More than any change of CPUs needs."""
 
 WAKES_PER_SECOND = 5.0
-"""How fast the allowance grows again."""
+"""How fast the tokens are refilled."""
 
 
 class RateLimiter:
@@ -26,7 +25,8 @@ class RateLimiter:
         self._at = -math.inf
 
     def delay(self) -> float:
-        """Take one, and say how many seconds to wait first: none, or once all are used up, until this one has grown."""
+        """Take a token; returns how many seconds to wait first: none, or once all are used, until this one is
+        refilled."""
         now = asyncio.get_running_loop().time()
         self._left = min(self._left + (now - self._at) * WAKES_PER_SECOND, WAKES_AT_ONCE)
         self._at = now

@@ -1,7 +1,7 @@
 """The replies of QEMU, and of a guest's agent, as domain values.
 
-Each function takes what one query returned. Unknown keys are ignored, since every QEMU release adds some; a known key
-of another type, or one that is missing, raises `Malformed`: a number made of something else would end up in a plan.
+Each function takes the reply of one query. Unknown keys are ignored, because every QEMU release adds some; a known key
+of another type, or a missing one, raises `Malformed`: a number made of something else would end up in a plan.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TOPOLOGY = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "modul
 """The ids that order slots, outermost first. On x86 a slot's rank in this order is QEMU's cpu-index."""
 
 _NOT_MIGRATING = frozenset({"none", "cancelled", "completed", "failed"})
-"""What of `MigrationStatus` (QEMU 10.0, qapi/migration.json) means that none is under way. The others grow in number
-with QEMU's releases; one that is not known is taken for a migration, since a change would disturb that."""
+"""The values of `MigrationStatus` (QEMU 10.0, qapi/migration.json) without a migration. QEMU's releases add others; an
+unknown one counts as a migration, because a change would disturb that."""
 
 
 _MOST_THREADS = 1024
@@ -52,14 +52,14 @@ _MOST_CPUS = 4096
 """More than any machine of QEMU has (10.0: 4096 on x86)."""
 
 _LARGEST = (1 << 63) - 1
-"""The largest number that the Kubernetes API takes."""
+"""The largest number that the Kubernetes API accepts."""
 
 _LONGEST = 1024
 """Characters of a name."""
 
 
 class Malformed(ValueError):
-    """A reply does not look like what its command returns."""
+    """A reply does not have the form of its command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,13 @@ def run_state(reply: object) -> str:
 
 
 def uuid(reply: object) -> str | None:
-    """`query-uuid`; None: the machine was started without one, which QEMU shows as zeros."""
+    """`query-uuid`; None: the machine was started without one, which QEMU reports as zeros."""
     text = _member(_object(reply), "UUID", str)
     try:
         found = UUID(text)
     except ValueError as error:
         raise Malformed(f"'UUID' is {reprlib.repr(text)}") from error
-    if str(found) != text:  # Python takes much for a UUID that is not written as QEMU writes one.
+    if str(found) != text:  # Python accepts many UUIDs in other forms than QEMU's.
         raise Malformed(f"'UUID' is {reprlib.repr(text)}")
     return str(found) if found.int else None
 
@@ -94,7 +94,7 @@ def uuid(reply: object) -> str | None:
 def connections(reply: object) -> frozenset[Link]:
     """The TCP connections of `query-chardev`, in "tcp:192.0.2.1:4444,server=on <-> 192.0.2.9:40000" and the like.
 
-    What is written in another way is left out.
+    Other forms are skipped.
     """
     found: set[Link] = set()
     for each in _objects(reply):
@@ -111,7 +111,7 @@ def _end(text: str) -> tuple[str, int]:
 
 
 def version(greeting: object) -> str | None:
-    """`QMP.version` of the greeting, for people; None: not as QEMU says it. Nothing is decided by it."""
+    """`QMP.version` of the greeting, for people; None: not in QEMU's form. Nothing depends on it."""
     try:
         entry = _object(greeting)
         numbers = _member(entry, "qemu", dict)
@@ -141,7 +141,7 @@ def cpus(reply: object) -> CPUs:
 def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ...] | None:
     """`query-hotpluggable-cpus`, ascending; `threads` is that of `cpus`.
 
-    None: the two replies do not speak of the same CPUs; one came or went between them.
+    None: the two replies are not about the same CPUs; one came or went between them.
     """
     if isinstance(reply, list) and len(reply) > _MOST_CPUS:
         raise Malformed(f"{len(reply)} CPU slots, more than {_MOST_CPUS}")
@@ -151,7 +151,7 @@ def slots(reply: object, threads: Mapping[str, Sequence[int]]) -> tuple[Slot, ..
         raise Malformed("two slots with the same ids")
     found = []
     held: dict[str, int] = {}
-    # Of machines with thousands of slots many may be seen at once: the same words are kept once.
+    # Many machines with thousands of slots may be observed at once: equal strings are kept once.
     known = {path: path for path in threads}
     for index, (_, props, entry) in enumerate(entries):
         driver = _name(entry, "type")
@@ -196,7 +196,7 @@ def ost_of_event(data: object) -> tuple[int, Ost] | None:
 
 
 def migrating(reply: object) -> bool:
-    """`query-migrate`: whether a migration is under way. Without one, ever, the reply is an empty object."""
+    """`query-migrate`: whether a migration is in progress. If there was never one, the reply is an empty object."""
     entry = _object(reply)
     return "status" in entry and _name(entry, "status") not in _NOT_MIGRATING
 
@@ -217,10 +217,10 @@ def guest_cpus(reply: object) -> GuestCPUs:
     return GuestCPUs(tuple(found[logical_id] for logical_id in sorted(found)))
 
 
-def processed(reply: object, asked: int) -> int:
+def processed(reply: object, requested: int) -> int:
     """`guest-set-vcpus`: how many entries were carried out, from the first on; at least one, else it is an error."""
-    if isinstance(reply, bool) or not isinstance(reply, int) or not 1 <= reply <= asked:
-        raise Malformed(f"{reprlib.repr(reply)} of {asked} entries")
+    if isinstance(reply, bool) or not isinstance(reply, int) or not 1 <= reply <= requested:
+        raise Malformed(f"{reprlib.repr(reply)} of {requested} entries")
     return reply
 
 
@@ -240,7 +240,7 @@ def _props(entry: Mapping[str, object]) -> Mapping[str, int | str]:
 
 
 def _place(props: Mapping[str, int | str]) -> tuple[int, ...]:
-    """What orders the slot with these properties among the others."""
+    """Orders the slot with these properties among the others."""
     place = []
     for key in _TOPOLOGY:
         value = props.get(key, -1)
@@ -251,7 +251,7 @@ def _place(props: Mapping[str, int | str]) -> tuple[int, ...]:
 
 
 def _slot(entry: Mapping[str, object]) -> int:
-    """QEMU sends the number of a slot as a string. What is kept by slot cannot grow without end."""
+    """QEMU sends the number of a slot as a string. Bounded, because values are kept by slot."""
     text = _member(entry, "slot", str)
     if not (text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < _MOST_CPUS):
         raise Malformed(f"'slot' is {reprlib.repr(text)}")
@@ -259,7 +259,7 @@ def _slot(entry: Mapping[str, object]) -> int:
 
 
 def _name(entry: Mapping[str, object], key: str) -> str:
-    """A text that can stand in a status and in a line of a log; QEMU's are short and in ASCII."""
+    """A text that is safe in a status and in a log line; QEMU's are short and in ASCII."""
     text = _member(entry, key, str)
     if not (0 < len(text) <= _LONGEST and text.isprintable()):
         raise Malformed(f"{key!r} is {reprlib.repr(text)}")

@@ -1,22 +1,22 @@
-"""From the path that a VCPUSet names to a socket to connect to; `tcp.py` does the same for host and port.
+"""From the path in a VCPUSet to a socket to connect to; `tcp.py` does the same for host and port.
 
-A unix monitor is named by a path below `<socket root>/<namespace>/`, and the people who may write into that folder
-need not be trusted with those of other namespaces. So no name is looked up twice and no symbolic link is followed:
+A unix monitor is named by a path below `<socket root>/<namespace>/`, and users who may write into that folder need not
+be trusted with those of other namespaces. So no name is resolved twice and no symbolic link is followed:
 
 1. The folders are opened one by one, each relative to the descriptor of the one before, with `O_PATH | O_NOFOLLOW`.
 2. The socket is opened in the same way. `O_PATH` opens the inode without using it: a FIFO cannot block, a device
    does not react.
-3. The connection goes through `/proc/self/fd/<descriptor>`, which leads to that inode whatever its name means by now.
-   It is also shorter than the 107 bytes that a socket address can hold, however long the path is.
+3. The connection goes through `/proc/self/fd/<descriptor>`, which leads to that inode whatever its name means then. It
+   is also shorter than the 107 bytes of a socket address, however long the path is.
 
-Only `local_socket` follows links: a path that the local user typed needs no fence.
+Only `local_socket` follows links: a path that the local user typed needs no restriction.
 
-Each of these calls can hang with the file system that it leads to: in the event loop only `find_socket`,
-`find_local_socket` and `UnixEndpoint.reach` are used, which make them in threads (`files`).
+Each of these calls can hang with its file system: the event loop only uses `find_socket`, `find_local_socket` and
+`UnixEndpoint.reach`, which make them in threads (`files`).
 
-The socket root itself belongs to the administrator and may be a symbolic link. What this cannot see is a hard link:
-whoever can make one to another namespace's socket reaches it. Linux refuses that to all but the socket's owner and
-root (`fs.protected_hardlinks`, on by default); the two names have one identity, so that `MonitorConflict` shows it.
+The socket root itself belongs to the administrator and may be a symbolic link. Hard links cannot be detected: a user
+who can create one to another namespace's socket reaches it. Linux refuses that to all but the socket's owner and root
+(`fs.protected_hardlinks`, on by default); both names have one identity, so that `MonitorConflict` is reported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 Stamp = tuple[int, int, int]
-"""Which socket stands at a path: device, inode and time of modification in ns. Inode numbers are used again."""
+"""Identifies the socket at a path: device, inode and time of modification in ns. Inode numbers are reused."""
 
 _KINDS = {
     stat.S_IFREG: "a regular file",
@@ -68,11 +68,11 @@ _KINDS = {
 class UnixEndpoint:
     """A unix socket found by `open_socket`. It owns a file descriptor: close it, or use it in a `with` block.
 
-    An open session does not need it any more.
+    An open session no longer needs it.
 
-    identity  device and inode of the socket; unique only for as long as the endpoint is open
-    made_at   when the socket was made (its mtime, which only its owner moves later), UTC; None: not known
-    stamp     which socket this is among those that ever stood at its path
+    identity  device and inode of the socket; unique only while the endpoint is open
+    made_at   when the socket was created (its mtime, which only its owner can change later), UTC; None: not known
+    stamp     identifies this socket among all that were ever at its path
     """
 
     def __init__(self, descriptor: int, status: os.stat_result, name: str, lane: str, path: str) -> None:
@@ -89,7 +89,7 @@ class UnixEndpoint:
 
     @property
     def route(self) -> Hashable:
-        """What a session that was opened here leads through; another route takes another session."""
+        """What a session opened here is connected through; another route needs another session."""
         return self.identity
 
     async def reach(self) -> socket.socket:
@@ -97,17 +97,17 @@ class UnixEndpoint:
         return await files.call(self._lane, self._path, lambda _: self.connect(), socket.socket.close)
 
     def connect(self) -> socket.socket:
-        """A non-blocking socket connected to this very inode.
+        """A non-blocking socket connected to exactly this inode.
 
         Never waits for the listener: a unix connect either succeeds at once or fails. Raises OSError, with EAGAIN
-        (BlockingIOError) if the listener's queue is full, as it is when others wait for a busy monitor.
+        (BlockingIOError) if the listener's queue is full because others wait for a busy monitor.
         """
         if self._descriptor < 0:
             raise OSError(errno.EBADF, "the endpoint has been closed")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setblocking(False)
-            # Not loop.sock_connect(): it takes EAGAIN for "in progress" and then reports success.
+            # Not loop.sock_connect(): it treats EAGAIN as "in progress" and then reports success.
             connection.connect(f"/proc/self/fd/{self._descriptor}")
         except BaseException:
             connection.close()
@@ -115,7 +115,7 @@ class UnixEndpoint:
         return connection
 
     def close(self) -> None:
-        """Give the descriptor back; again is harmless."""
+        """Close the descriptor; may be called again."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -143,7 +143,7 @@ def below(root: Path, path: str) -> str:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Which socket this is."""
+    """The stamp of a socket."""
     return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
@@ -167,9 +167,9 @@ def open_socket(
 ) -> UnixEndpoint:
     """The socket at `path` below the folder of `namespace` in the socket root; `field` is where the path was given.
 
-    Raises InvalidMonitor if the path is not acceptable, a symbolic link stands anywhere below the root, or what it
-    names is no socket; MonitorUnreachable if a part of it is missing or may not be opened. Does not touch the socket:
-    whether anybody listens shows at `Session.open`.
+    Raises InvalidMonitor if the path is not acceptable, there is a symbolic link anywhere below the root, or it leads
+    to something else than a socket; MonitorUnreachable if a part of it is missing or may not be opened. Does not use
+    the socket: whether QEMU listens is found by `Session.open`.
     """
     name = f"{namespace}/{path}"
     if bad_segment(namespace):
@@ -234,8 +234,8 @@ def descend(
 def local_socket(path: Path) -> UnixEndpoint:
     """The socket at any path, for the user of this process, who is trusted: symbolic links are followed.
 
-    Raises InvalidMonitor if the path leads to something else than a socket; MonitorUnreachable if to nothing, or if it
-    may not be looked up.
+    Raises InvalidMonitor if the path leads to something else than a socket; MonitorUnreachable if it leads to nothing,
+    or may not be resolved.
     """
     try:
         found = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -276,7 +276,7 @@ def bad_segment(segment: str) -> str | None:
 
 
 def _open_beneath(folder: int, segment: str, name: str) -> int:
-    """Descriptor of one entry of an open folder, a symbolic link itself and not its target."""
+    """Descriptor of one entry of an open folder; of a symbolic link itself, not its target."""
     try:
         return os.open(segment, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError as error:
@@ -294,7 +294,7 @@ def _open_beneath(folder: int, segment: str, name: str) -> int:
 
 
 def _time(seconds: float) -> datetime | None:
-    """A file's time; None: its owner has set one beyond the calendar."""
+    """A file's time; None: its owner has set one that Python cannot represent."""
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
@@ -302,10 +302,10 @@ def _time(seconds: float) -> datetime | None:
 
 
 def _require(descriptor: int, kind: int, name: str) -> os.stat_result:
-    """The status of an open file, which has to be of this kind."""
+    """The status of an open file, which must be of this kind."""
     try:
         status = os.fstat(descriptor)
-    except OSError as error:  # on a network file system it may have gone by now
+    except OSError as error:  # on a network file system it may be gone by now
         raise MonitorUnreachable(f"{name} below the socket root cannot be examined: {error.strerror}") from error
     found = stat.S_IFMT(status.st_mode)
     if found != kind:

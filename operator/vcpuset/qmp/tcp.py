@@ -1,7 +1,7 @@
-"""From the host and port that a VCPUSet names to a connected socket.
+"""From the host and port in a VCPUSet to a connected socket.
 
-A host name is looked up once, each address that it has is judged, and the connection goes to those that are allowed: a
-name that means another address a moment later leads nowhere else.
+A host name is resolved once, each of its addresses is checked, and the connection goes to an allowed one: a name that
+means another address a moment later leads nowhere else.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from vcpuset.qmp.tls import Access
 __all__ = ["TCPEndpoint"]
 
 _HEAD_START = 0.25
-"""Seconds that an address of a host has before the next one is tried beside it (RFC 8305)."""
+"""Seconds before the next address of a host is tried in parallel (RFC 8305)."""
 
-_LOOK_UPS = DaemonThreads(256, "look-up")
-"""The threads in which names are looked up. Their own, as a resolver takes its time where no DNS server answers, and
-whoever writes sets can name such names: the rest of the process shall not wait behind them for a thread. So many that
-all workers can be at names like that (64 workers, one in 3 s each, 10 s or so until the resolver gives up)."""
+_RESOLVERS = DaemonThreads(256, "resolver")
+"""The threads that resolve names. Their own, because a resolver is slow without an answer of a DNS server, and authors
+of sets can use such names: the rest of the process must not wait behind them for a thread. Enough for all workers (64,
+each with such a name every 3 s, for 10 s or so until the resolver gives up)."""
 
 _SHOWN = 4
-"""As many addresses of a host are named."""
+"""As many addresses of a host are shown."""
 
 _LONGEST = 200
-"""Characters that are shown of an error without a number."""
+"""Characters of an error without a number that are shown."""
 
 _UNANSWERED = frozenset({errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT})
-"""What a host that is away comes to by turns with no answer at all: the kernel gives up on its link address after three
-seconds, too, and fails the next try at once. A router or firewall that rejects says some of these as well, but not to
+"""The errors that alternate with no answer if a host is away: the kernel gives up on its link address after three
+seconds, and fails the next attempt at once. A router or firewall that rejects also causes some of these, but not for
 each packet."""
 
 _NUMBER = re.compile(r"\[Errno (\d+)\]")
-"""In the text of each `OSError`. That of several addresses has all theirs, in the order in which they came."""
+"""In the text of each `OSError`. That of several addresses has all their numbers, in the order of the errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class TCPEndpoint:
     """A monitor on TCP.
 
     host      a name or an address, an IPv6 one without brackets
-    networks  where it may lie; None: anywhere, for the user of this process, who is trusted
+    networks  the allowed ones; None: all, for the user of this process, who is trusted
     tls       None: neither encrypted nor authenticated
     """
 
@@ -62,14 +62,14 @@ class TCPEndpoint:
     tls: Access | None = None
 
     made_at: ClassVar[None] = None
-    """Nothing tells when a port was opened."""
+    """It is not known when a port was opened."""
 
     @property
     def identity(self) -> tuple[str, int, str]:
         """Host in one spelling, port, and on TLS the namespace. Two names of one host remain two.
 
-        Who may use a monitor on TLS is QEMU's to say: whoever merely names it from another namespace shall not keep it
-        from those who have its credentials.
+        QEMU decides who may use a monitor on TLS: a set in another namespace that only names it must not keep it from
+        those with its credentials.
         """
         namespace = "" if self.tls is None else self.tls.namespace
         try:
@@ -79,7 +79,7 @@ class TCPEndpoint:
 
     @property
     def route(self) -> Hashable:
-        """What a session that was opened here leads through; another route takes another session."""
+        """What a session opened here is connected through; another route needs another session."""
         return self
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class TCPEndpoint:
     async def connect(self, addresses: Sequence[AddrInfoType]) -> socket.socket:
         """A non-blocking socket connected to one of the addresses. No deadline.
 
-        Raises MonitorUnreachable if none takes the connection.
+        Raises MonitorUnreachable if none accepts the connection.
         """
         try:
             connection = await start_connection(addresses, happy_eyeballs_delay=_HEAD_START, interleave=1)
@@ -106,21 +106,21 @@ class TCPEndpoint:
         return connection
 
     def without_address(self) -> MonitorUnreachable:
-        """What it means that the name was not found, or not in time: DNS in trouble does both by turns."""
+        """The error if the name was not found, or not in time: a DNS failure causes both alternately."""
         return MonitorUnreachable(
             f"the host name of {self} cannot be resolved: it does not exist, or DNS does not answer; correct "
             "spec.monitor.tcp.host or DNS"
         )
 
     def unanswered(self, addresses: Sequence[AddrInfoType]) -> MonitorUnreachable:
-        """What it means that no address has answered, or not within the deadline."""
+        """The error if no address has answered, or not within the deadline."""
         return MonitorUnreachable(
             f"{self}{self._meaning(addresses)} did not accept the connection: its host is unreachable, a network "
             "policy, firewall or route blocks the traffic, or another client holds the monitor and its queue is full"
         )
 
     def require_served(self) -> None:
-        """Raises InvalidMonitor if no TCP monitor may be connected to at all."""
+        """Raises InvalidMonitor if no TCP monitor is allowed at all."""
         if self.networks is not None and not self.networks.listed:
             raise InvalidMonitor(
                 f"spec.monitor.tcp: {self} is not allowed, because this operator was started without --allow-tcp; its "
@@ -133,14 +133,14 @@ class TCPEndpoint:
         except ValueError:
             pass
         else:
-            # Asks nobody, so it need not wait for a thread behind the names that are looked up in vain.
+            # Sends no query, so it need not wait for a thread behind names without an answer.
             return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         try:
-            return await _LOOK_UPS.run(self._ask_resolver)
+            return await _RESOLVERS.run(self._query_resolver)
         except (socket.gaierror, UnicodeError) as error:
             raise self.without_address() from error
 
-    def _ask_resolver(self) -> Sequence[AddrInfoType]:
+    def _query_resolver(self) -> Sequence[AddrInfoType]:
         return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
 
     def _allowed(self, found: Sequence[AddrInfoType]) -> Sequence[AddrInfoType]:
@@ -168,8 +168,8 @@ class TCPEndpoint:
         return MonitorUnreachable(f"{where} cannot be reached: {words}")
 
     def _meaning(self, found: Sequence[AddrInfoType]) -> str:
-        """The addresses behind a name, to be put after it."""
-        addresses = sorted({str(each[4][0]) for each in found})  # DNS may give them in another order each time
+        """The addresses of a name, for the text after it."""
+        addresses = sorted({str(each[4][0]) for each in found})  # DNS may return them in another order each time
         if addresses == [self.host]:
             return ""
         more = f" and {len(addresses) - _SHOWN} more" if len(addresses) > _SHOWN else ""
@@ -183,7 +183,7 @@ def _words(number: int) -> str:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice within two minutes that a host on an idle connection has gone."""
+    """Make the kernel detect within two minutes that the host of an idle connection is gone."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)

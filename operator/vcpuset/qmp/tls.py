@@ -1,11 +1,11 @@
-"""Mutual TLS with a monitor: what the operator shows, what it accepts, and what a failure means.
+"""Mutual TLS with a monitor: the certificates, the parameters, and what a failure means.
 
-QEMU (`tls-creds-x509`) never says why it turns a client away: it completes the handshake and then closes, whether the
-client's certificate has expired, is another CA's, or has a name that `tls-authz` does not know. So what can be known
-before is checked before, and the message that is left names the two things to look at, with the certificate's subject
-as `authz-simple` wants it.
+QEMU (`tls-creds-x509`) never reports why it rejects a client: it completes the handshake and then closes, whether the
+client's certificate has expired, is of another CA, or has a name that `tls-authz` does not allow. So everything that
+can be checked before is checked before, and the remaining message names the two things to check, with the certificate's
+subject in the form of `authz-simple`.
 
-Private keys touch no disk: OpenSSL reads them from memory that has no name.
+Private keys are never written to disk: OpenSSL reads them from anonymous memory.
 
 `cryptography` costs 10 MB and is imported with the first monitor on TLS.
 """
@@ -34,27 +34,27 @@ __all__ = ["Access", "ClosedAfterHandshake", "Keys", "keys_of"]
 Fetch = Callable[[Credentials | None], Awaitable[Credentials]]
 
 _HANDSHAKE_SECONDS: Final = 3600.0
-"""asyncio's own deadline, which shall never come first."""
+"""asyncio's own deadline, which must never come first."""
 
 _UNTRUSTED: Final = frozenset({2, 18, 19, 20, 21})
 """OpenSSL's X509_V_ERR_… for a chain that does not end in a trusted certificate."""
 _NOT_YET, _EXPIRED, _NAME_MISMATCH, _ADDRESS_MISMATCH = 9, 10, 62, 64
 
-# A handshake is computed in the event loop: as long as it takes, nothing is done for any other set. So neither whoever
-# writes the Secret nor whoever answers at the port shall choose keys that take long. (What is left is a long chain of
-# certificates: with as many as OpenSSL reads, 100 of P-384, a handshake took 0.2 to 0.5 s. Python cannot limit that.)
+# A handshake is computed in the event loop: no other set is served meanwhile. So neither the author of the Secret nor
+# the server may choose keys that take long. (A long chain of certificates remains possible: with as many as OpenSSL
+# reads, 100 of P-384, a handshake took 0.2 to 0.5 s. Python cannot limit that.)
 
 _CIPHERS: Final = "@SECLEVEL=2:ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
-"""For TLS 1.2: Python's own but DHE, where the server chooses the group (10,000 bits: more than a second)."""
+"""For TLS 1.2: Python's own without DHE, where the server chooses the group (10,000 bits: more than a second)."""
 
 _GROUP: Final = "prime256v1"
-"""The one group that is offered, in TLS 1.3 too, where OpenSSL's own list goes up to ffdhe8192: that takes 0.2 s."""
+"""The only offered group, also in TLS 1.3, where OpenSSL's own list includes ffdhe8192: that takes 0.2 s."""
 
 _KEY_BITS: Final = 4096
 """The longest key (RSA) that signs for the operator: that takes 5 ms; with 8192 bits 50 ms, with 16384 0.35 s."""
 
 _NO_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"})
-"""What OpenSSL makes of plain text."""
+"""OpenSSL's errors for plain text."""
 _SERVER_NAME: Final = re.compile(r"[A-Za-z0-9:._-]+")
 _NOTHING_IN_COMMON: Final = re.compile(
     r"UNSUPPORTED_PROTOCOL|ALERT_(PROTOCOL_VERSION|HANDSHAKE_FAILURE|INSUFFICIENT_SECURITY)"
@@ -67,7 +67,7 @@ _GNUTLS_NAMES: Final = {
     "2.5.4.20": "telephoneNumber", "2.5.4.41": "name", "2.5.4.42": "givenName", "2.5.4.43": "initials",
     "2.5.4.44": "generationQualifier", "2.5.4.46": "dnQualifier", "2.5.4.65": "pseudonym",
 }  # fmt: skip
-"""How QEMU's TLS library spells the parts of a name that have no letters of their own in RFC 4514."""
+"""The spelling of QEMU's TLS library for the parts of a name without a short name in RFC 4514."""
 
 _SHOWN: Final = 5
 """As many names of a certificate are shown."""
@@ -75,12 +75,12 @@ _SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a monitor on TLS is entered.
+    """The access to a monitor on TLS.
 
-    namespace    whose credentials they are
-    secret       and what they are called there
-    server_name  what QEMU's certificate has to be for: a DNS name or an address
-    fetch        the credentials; given some that have just failed, it looks for newer ones
+    namespace    of the credentials
+    secret       their name
+    server_name  the DNS name or address that QEMU's certificate must have
+    fetch        returns the credentials; given some that have just failed, it checks for newer ones
     """
 
     namespace: str
@@ -90,14 +90,14 @@ class Access:
 
 
 class _Connection(ssl.SSLObject):
-    """Keeps the certificate that was not accepted, for the message."""
+    """Keeps the rejected certificate for the message."""
 
     def do_handshake(self) -> None:
         try:
             super().do_handshake()
         except ssl.SSLCertVerificationError as error:
             refused: Any = error
-            # Without it the message is poorer by the names.
+            # Without it the message has no names.
             with contextlib.suppress(Exception):
                 chain: Any = self._sslobj.get_unverified_chain()  # type: ignore[attr-defined] # public from Python 3.13 on
                 refused.certificate = chain[0].public_bytes(_DER)
@@ -109,22 +109,22 @@ _DER: Final = 2
 
 
 class ClosedAfterHandshake(CredentialsUnavailable):
-    """What QEMU does to a client that it refuses, each time, and to any client if it happens to end just then."""
+    """QEMU's reaction to a client that it rejects, each time, and to any client if it happens to end just then."""
 
 
 class _EncryptedError(Exception):
-    """OpenSSL asked for a passphrase."""
+    """OpenSSL requires a passphrase."""
 
 
 class Keys:
-    """Credentials, read and found sound."""
+    """Credentials, parsed and checked."""
 
     def __init__(self, credentials: Credentials) -> None:
-        """Raises CredentialsUnavailable: says what is wrong with them."""
+        """Raises CredentialsUnavailable, with what is wrong with them."""
         self._source = credentials.source
         authorities = self._certificates(credentials.ca, CA)
         own = self._certificates(credentials.certificate, CERTIFICATE)[0]
-        with self._told(CERTIFICATE):
+        with self._readable(CERTIFICATE):
             self._valid = (own.not_valid_before_utc, own.not_valid_after_utc)
             self._subject = ",".join(part.rfc4514_string(_spelling()) for part in own.subject.rdns)
             bits = getattr(own.public_key(), "key_size", 0)
@@ -134,10 +134,10 @@ class Keys:
                 f"VCPUSets at each connection: use an EC key, or RSA of up to {_KEY_BITS} bits"
             )
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        """Checks names and certificates, trusts this CA only, and shows this certificate to whoever asks."""
+        """Checks names and certificates, trusts only this CA, and presents this certificate."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.set_ciphers(_CIPHERS)
-        # Python's manual has this for servers only, but since OpenSSL 1.1.1 it is the list of a client's groups too.
+        # Python documents this for servers only, but since OpenSSL 1.1.1 it is also the list of a client's groups.
         self.context.set_ecdh_curve(_GROUP)
         self.context.sslobject_class = _Connection
         try:
@@ -149,7 +149,7 @@ class Keys:
             ) from error
 
     def require_valid(self) -> None:
-        """Raises CredentialsUnavailable if the operator's certificate is valid no more, or not yet."""
+        """Raises CredentialsUnavailable if the operator's certificate has expired, or is not valid yet."""
         now = datetime.now(UTC)
         begin, end = self._valid
         if now > end:
@@ -164,8 +164,8 @@ class Keys:
             )
 
     def options(self, server_name: str) -> dict[str, Any]:
-        """For `asyncio.open_connection`. Raises InvalidMonitor if no certificate can be for such a name."""
-        # To asyncio an empty name is a wish to have none checked.
+        """For `asyncio.open_connection`. Raises InvalidMonitor if no certificate can have such a name."""
+        # asyncio checks no name if this is empty.
         if _SERVER_NAME.fullmatch(server_name) is None:
             raise _not_a_name(server_name)
         try:
@@ -180,9 +180,9 @@ class Keys:
         }
 
     def failure(self, where: str, server_name: str, error: BaseException, *, agreed: bool) -> VCPUSetError | None:
-        """What kept a session from being opened; None: it has nothing to do with TLS.
+        """Why a session could not be opened; None: not because of TLS.
 
-        agreed  whether the handshake was complete
+        agreed  whether the handshake was completed
         """
         match error:
             case ssl.SSLCertVerificationError():
@@ -231,7 +231,7 @@ class Keys:
                 "without encryption and authentication, set spec.monitor.tcp.insecure instead of tls"
             )
         if _NOTHING_IN_COMMON.search(reason):
-            # Whether QEMU's words come through before it resets the connection is a matter of luck.
+            # Whether QEMU's alert arrives before it resets the connection is a race.
             return _cut_short(where)
         if _REFUSED.search(reason):
             return CredentialsUnavailable(self._refusal(where, f"answered {reason}"))
@@ -252,12 +252,12 @@ class Keys:
     def _certificates(self, pem: bytes, name: str) -> Sequence[x509.Certificate]:
         from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
 
-        with self._told(name):
+        with self._readable(name):
             return load_pem_x509_certificates(pem)
 
     @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        """What `cryptography` finds wrong with a certificate, some of it only when a field is read."""
+    def _readable(self, name: str) -> Iterator[None]:
+        """`cryptography`'s errors about a certificate, some of which only come when a field is read, as ours."""
         try:
             yield
         except Exception as error:  # it raises more kinds than ValueError (InvalidVersion, DuplicateExtension, …)
@@ -294,7 +294,7 @@ _read: WeakKeyDictionary[Credentials, Keys] = WeakKeyDictionary()
 
 
 def keys_of(credentials: Credentials) -> Keys:
-    """The credentials, read once for as long as they are kept by anybody. Raises CredentialsUnavailable."""
+    """The credentials, parsed once for as long as they are kept. Raises CredentialsUnavailable."""
     found = _read.get(credentials)
     if found is None:
         found = _read[credentials] = Keys(credentials)
@@ -326,7 +326,7 @@ def _no_passphrase() -> bytes:
 
 
 def _names(certificate: bytes | None) -> str:
-    """Whom an unverified certificate is for, in words."""
+    """The names of an unverified certificate, in words."""
     if certificate is None:
         return ""
     from cryptography import x509  # noqa: PLC0415 - takes 10 MB, and only monitors on TLS need it
@@ -336,7 +336,7 @@ def _names(certificate: bytes | None) -> str:
         found = [str(each.value) for each in names.get_extension_for_class(x509.SubjectAlternativeName).value]
     except x509.ExtensionNotFound:
         return ", and has no subject alternative name"
-    except Exception as error:  # noqa: BLE001 - whoever listens there made it, and as in `_told`
+    except Exception as error:  # noqa: BLE001 - the server made it, and as in `_readable`
         return f", and cannot be read ({_printable(str(error))})"
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return f" but for {_printable(', '.join(found[:_SHOWN]))}{more}"

@@ -1,8 +1,8 @@
-"""Foreign errors as ours: the only place that reads QEMU's words or knows what `qemu.qmp` raises.
+"""Foreign errors as ours: the only place that reads QEMU's error texts or knows what `qemu.qmp` raises.
 
-QEMU promises the class of an error and nothing about its text, and nearly every class is GenericError. So the texts
-below are hints, taken from QEMU's source and checked by run where said. A text that none of them fits becomes
-`CommandRefused`, which is tried again, slowly: a wrong guess must not give up on a machine.
+QEMU guarantees the class of an error but not its text, and nearly every class is GenericError. So the texts below are
+hints, from QEMU's source and verified by running it where stated. A text without a match becomes `CommandRefused`,
+which is tried again, slowly: a wrong guess must not give up on a machine.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ __all__ = [
 _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
-        # device_del on pc and q35 before the guest's ACPI took over; for ever with acpi=off. hw/acpi/{ich9,piix4}.c up
-        # to 10.2 (run: 7.2, 10.0); 11.1 accepts and latches instead.
+        # device_del on pc and q35 before the guest's ACPI took over; permanently with acpi=off. hw/acpi/{ich9,piix4}.c
+        # up to 10.2 (run: 7.2, 10.0); 11.1 accepts and latches instead.
         ("device unplug request for not supported device type", GuestNotReady),
         # device_add, device_del. system/qdev-monitor.c (run: 7.2 to 11.1).
         ("not allowed while migrating", Migrating),
@@ -87,7 +87,7 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
         ("can not be hotplugged", PermanentError),
         # "current -smp configuration requires kernel irqchip and X2APIC API support." hw/i386/x86.c, KVM.
         ("requires kernel irqchip and X2APIC", PermanentError),
-        # Wrong driver or properties: the list of slots is at odds with what QEMU accepts. hw/i386/x86-common.c,
+        # Wrong driver or properties: the list of slots does not match what QEMU accepts. hw/i386/x86-common.c,
         # qom/object.c, system/qdev-monitor.c (run: 7.2 to 11.1), hw/ppc/spapr.c.
         ("Invalid CPU type", PermanentError),
         ("CPU core type should be", PermanentError),
@@ -108,7 +108,7 @@ _NO_HOTPLUG = re.compile(r"does not support hot-?plugging|feature 'query-hotplug
 _AGENT_QUERIES = frozenset({"guest-sync-delimited", "guest-get-vcpus"})
 
 _LONGEST = 200
-"""Characters of a foreign message that are shown; `qemu.qmp` puts whole replies into its own."""
+"""Characters of a foreign message that are shown; `qemu.qmp` includes whole replies."""
 
 
 def refusal(command: str, error: ExecuteError) -> CommandError:
@@ -131,7 +131,7 @@ def says_no_hotplug(error: CommandError) -> bool:
 
 
 def busy(where: str, what: str = "does not greet") -> MonitorBusy:
-    """Connected or queued, but what comes next, the greeting or a handshake before it, does not come."""
+    """Connected or queued, but what should come next, the greeting or a handshake before it, does not come."""
     return MonitorBusy(
         f"{where} {what}: another client holds this monitor, QEMU hangs, or this is not a QMP monitor (but a guest "
         "agent's channel or a serial port); give the operator a dedicated monitor"
@@ -145,12 +145,12 @@ def asked(command: str) -> str:
 
 
 def cause(error: BaseException) -> BaseException:
-    """What is behind an error of `qemu.qmp`'s `connect`."""
+    """The original error of one of `qemu.qmp`'s `connect`."""
     return error.exc if isinstance(error, ConnectError) else error
 
 
 def strip(error: BaseException) -> None:
-    """Take from an error what was known where it was raised: replies can be long, and errors are kept."""
+    """Remove the tracebacks of an error: their frames hold replies, which can be long, and errors are kept."""
     each: BaseException | None = error
     while each is not None:
         each.__traceback__ = None
@@ -158,10 +158,10 @@ def strip(error: BaseException) -> None:
 
 
 def connect_failure(where: str, error: BaseException) -> MonitorError:
-    """What kept a session from being opened; `error` is what the operating system or `qemu.qmp` raised."""
+    """Why a session could not be opened; `error` is what the operating system or `qemu.qmp` raised."""
     found = cause(error)
     match found:
-        case BlockingIOError():  # the listener's queue is full: others wait for the monitor already
+        case BlockingIOError():  # the listener's queue is full: other clients already wait for the monitor
             return busy(where)
         case ConnectionResetError() | BrokenPipeError() | EOFError():
             return MonitorUnreachable(
@@ -182,14 +182,14 @@ def connect_failure(where: str, error: BaseException) -> MonitorError:
 
 
 def loss(where: str, command: str, error: BaseException, cause: BaseException | None) -> MonitorUnreachable:
-    """A command that found no connection, lost it, or got a reply that is none.
+    """A command without a connection, whose connection was lost, or with an unusable reply.
 
     error  what `execute` raised
-    cause  what broke the connection, if that is known
+    cause  what broke the connection, if known
     """
     if cause is None and isinstance(error, QMPError) and not isinstance(error, StateError):
         return MonitorUnreachable(f"{where} did not answer {command}: {_brief(error)}")
-    # Whether it shows when the command is sent or later, and whether as an end or a reset, is a matter of luck.
+    # Whether this is found when the command is sent or later, and as an end or a reset, is a race.
     if isinstance(cause or error, EOFError | ConnectionError | StateError):
         command, why = asked(command), "it was closed by the other end"
     else:
@@ -212,10 +212,10 @@ def agent_silent(where: str, command: str, seconds: float) -> AgentTimeout:
 
 
 def agent_failure(where: str, command: str, error: BaseException, cause: BaseException | None) -> AgentError:
-    """What kept `command`, or the connection that it needs, from a guest's agent, or its reply from making sense.
+    """Why `command`, or its connection, failed with a guest's agent, or why its reply is unusable.
 
-    error  what the operating system, `qemu.qmp` or the reading of the reply raised
-    cause  what broke the connection, if that is known
+    error  what the operating system, `qemu.qmp` or the decoding of the reply raised
+    cause  what broke the connection, if known
     """
     match cause or (error.exc if isinstance(error, ConnectError) else error):
         case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
@@ -235,7 +235,7 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
 
 
 def _brief(error: BaseException) -> str:
-    """The words of an error in one printable line."""
+    """The text of an error in one printable line."""
     words = " ".join(str(error).split()) or type(error).__name__
     words = "".join(letter if letter.isprintable() else "?" for letter in words[: _LONGEST + 1])
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"

@@ -1,17 +1,18 @@
-"""Noticing that a machine's monitor has come, gone or been replaced: a set whose socket is another than its last pass
-found gets a pass at once, and not at its next retry or resync.
+"""Triggers a pass when a machine's monitor has appeared, disappeared or been replaced: for a set whose socket is
+another one than in its last pass, at once and not at its next retry or resync.
 
-QEMU makes its socket when it starts and removes it when it ends. This only saves time: what is missed here, a later
-pass finds.
+QEMU creates its socket when it starts and removes it when it ends. This only saves time: a later pass finds what is
+missed here.
 
-* An event of the kernel (inotify) says no more than where to observe. What counts is which socket `stat` shows then, so
-  an event that comes twice, late or not at all does no harm; everything is observed every half minute anyway.
-* Each folder on the way to a followed socket is watched, by itself. An observation opens these folders one by one as a
-  pass does (`sockets`), no symbolic link is followed, and watches each one that it opened: so what is watched is
-  what stands there now, whatever has been made, moved or replaced.
-* Events are gathered for a short while before anything is observed. A QEMU that is restarted at once makes for one
-  pass, and a writer that makes events without end does not hold up the event loop.
-* Everything that may hang with a file system, watches too, is called in threads (`files`), one namespace at a time.
+* An event of the kernel (inotify) only says where to observe. What counts is which socket `stat` returns then, so an
+  event that comes twice, late or not at all does no harm; everything is observed every half minute anyway.
+* Each folder on the way to a followed socket is watched separately. An observation opens these folders one by one as a
+  pass does (`sockets`), follows no symbolic link, and watches each one that it opened: so the watched folders are the
+  current ones, whatever has been created, moved or replaced.
+* Events are collected for a short while before anything is observed. A QEMU that is restarted at once triggers one
+  pass, and endless events do not block the event loop.
+* Everything that may hang with a file system, including watches, is called in threads (`files`), one namespace at a
+  time.
 """
 
 from __future__ import annotations
@@ -41,47 +42,47 @@ __all__ = ["SocketWatcher"]
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.1
-"""For how long events are gathered before what they are about is observed."""
+"""How long events are collected before the observation."""
 
 OBSERVE_SECONDS = 30.0
 """How often everything is observed without an event: for lost events, for mounts, which cause none, and for folders
 that could not be watched."""
 
 SOON_SECONDS = 3.0
-"""The same while there is no socket root, and the least time between two observations of everything."""
+"""The same while there is no socket root, and the minimum time between two observations of everything."""
 
 FOLDERS_AT_ONCE = 64
 """How many folders are observed by one call in a thread. A local file system takes about 20 µs for each."""
 
 READ_BYTES = 64 * 1024
-"""How much of the kernel's queue of events is read each time. What overflows it is observed all the same."""
+"""How much of the kernel's queue of events is read at once. After an overflow everything is observed."""
 
 _EVENTS = (
     flags.CREATE
     | flags.DELETE
     | flags.MOVED_FROM
     | flags.MOVED_TO
-    | flags.ATTRIB  # a folder may be entered or read by now
+    | flags.ATTRIB  # a folder may be accessible now
     | flags.DELETE_SELF
     | flags.MOVE_SELF
     | flags.ONLYDIR
 )
 
 _LIMITS = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""With these no folder can be watched, whichever it is."""
+"""After these no folder can be watched at all."""
 
 
 class SocketWatcher:
-    """Calls `changed`, in the event loop, for each followed set at whose path another socket stands than its last pass
-    found, or none any more.
+    """Calls `changed`, in the event loop, for each followed set with another socket at its path than in its last pass,
+    or without one.
 
     Paths are below the root, without a "/" at either end; the root's own is "".
 
-    root  the socket root; need not exist, and may come, go and be replaced
+    root  the socket root; need not exist, and may appear, disappear and be replaced
     """
 
     def __init__(self, root: Path, changed: Callable[[UID], None]) -> None:
-        self._root = root.absolute()  # not resolved: the administrator may turn a symbolic link elsewhere
+        self._root = root.absolute()  # not resolved: the administrator may change a symbolic link
         self._changed = changed
         self._paths: dict[UID, str] = {}
         self._sets: dict[str, set[UID]] = {}
@@ -91,7 +92,7 @@ class SocketWatcher:
         self._below: dict[str, set[str]] = {}
         """The root and every folder on the way to a followed socket → those of `_names` at or below it."""
         self._found: dict[UID, Stamp | None] = {}
-        """What the last pass of each set found, or has been made to find."""
+        """What the last pass of each set found, or was triggered for."""
         self._observed: dict[str, Stamp | None] = {}
         """Path of a followed socket → what was there when it was last observed."""
 
@@ -99,21 +100,21 @@ class SocketWatcher:
         self._watches: dict[str, int] = {}
         """Folder → its watch."""
         self._watched: dict[int, set[str]] = {}
-        """The reverse: a folder can have two paths, through a bind mount or for a moment after it was renamed."""
+        """The reverse: a folder can have two paths, by a bind mount or for a moment after a rename."""
         self._limited: set[str] = set()
-        """Folders that are not watched since a limit of the kernel is reached."""
+        """Folders that are not watched because a limit of the kernel is reached."""
         self._refused: set[str] = set()
         """Folders that are not watched for another reason."""
 
         self._stir = asyncio.Event()
         self._dirty: dict[str, set[str]] = {}
-        """Namespace → the folders in it that are to be observed."""
+        """Namespace → the folders in it to observe."""
         self._observing: dict[str, list[str]] = {}
         """Namespace → the folders in it that are being observed."""
         self._last = self._next = -math.inf  # loop times of the observation of everything
 
     def follow(self, uid: UID, vcpuset: VCPUSet | None) -> None:
-        """Follow the set's monitor as declared now; None: the set is gone. To be called at each change of a set."""
+        """Follow the set's monitor as now declared; None: the set is gone. Call it at each change of a set."""
         path = None if vcpuset is None else _path(vcpuset)
         if path == self._paths.get(uid):
             return
@@ -135,13 +136,13 @@ class SocketWatcher:
             return
         first = uid not in self._found
         self._found[uid] = stamp
-        # Not at later ones: what has changed since has made an event, and a pass that cannot see what is seen here must
-        # not cause observations without end.
+        # Only then: later changes cause events, and a pass that cannot see what is visible here must not cause endless
+        # observations.
         if first and self._observed.get(path, stamp) != stamp:
             self._touch({path.rpartition("/")[0]})
 
     async def run(self) -> None:
-        """Notice changes until cancelled; passes on what `changed` raises, in a group. Leaves no descriptor behind."""
+        """Report changes until cancelled; raises what `changed` raises, in a group. Leaves no descriptor open."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as observations:
@@ -188,7 +189,7 @@ class SocketWatcher:
                 self._refused.discard(way)
 
     def _touch(self, folders: Iterable[str]) -> None:
-        """Have these folders observed."""
+        """Schedule observations of these folders."""
         for folder in folders:
             self._dirty.setdefault(folder.partition("/")[0], set()).add(folder)
             self._stir.set()
@@ -199,7 +200,7 @@ class SocketWatcher:
         self._next = self._last + jittered(SOON_SECONDS if "" in self._refused else OBSERVE_SECONDS, 0.1)
 
     def _start(self) -> None:
-        """Have the kernel report events from now on, if it can; what is watched is observed after that."""
+        """Start the kernel's events, if possible; the watched folders are observed after that."""
         try:
             self._inotify = INotify(nonblocking=True)
         except OSError as error:
@@ -228,7 +229,7 @@ class SocketWatcher:
         folders = self._watched.get(watch)
         if folders is None:
             if not mask & flags.IGNORED:
-                # Of a watch that an observation under way has just made: it may have seen what was before.
+                # Of a watch that an observation in progress has just created: it may have seen the state before.
                 for observed in self._observing.values():
                     self._touch(observed)
             return
@@ -242,7 +243,7 @@ class SocketWatcher:
                 del self._watches[folder]
 
     async def _observe(self, namespace: str, folders: list[str]) -> None:
-        """Observe folders of one namespace. One that hangs takes its thread with it; the others are observed again."""
+        """Observe folders of one namespace. If one hangs, its thread is lost; the others are observed again."""
         lane = below(self._root, namespace)
         try:
             for start in range(0, len(folders), FOLDERS_AT_ONCE):
@@ -265,7 +266,7 @@ class SocketWatcher:
             self._stir.set()
 
     def _learn(self, wanted: dict[str, list[str]], sight: _Sight, found: dict[UID, Stamp | None]) -> None:
-        """Take up what an observation has shown.
+        """Apply the result of an observation.
 
         found  what the passes had found when it began
         """
@@ -281,16 +282,16 @@ class SocketWatcher:
                 if path in self._sets:
                     self._observed[path] = stamp
                 for uid in self._sets.get(path, ()):
-                    if self._found.get(uid, stamp) == stamp:  # Where no pass has looked yet, one is due anyway.
+                    if self._found.get(uid, stamp) == stamp:  # Before the first pass, one is due anyway.
                         continue
                     if self._found[uid] is found.get(uid):
                         self._found[uid] = stamp
                         self._changed(uid)
-                    else:  # A pass has found it meanwhile, and may have done so later.
+                    else:  # A pass has found it meanwhile, perhaps after this observation.
                         self._touch({folder})
 
     def _watch(self, folder: str, watch: int | None) -> None:
-        """The folder is watched by this; a watch that none needs any more is removed."""
+        """Record the watch of a folder; one that is no longer needed is removed."""
         before = self._watches.pop(folder, None)
         if watch is not None:
             self._watches[folder] = watch
@@ -301,11 +302,11 @@ class SocketWatcher:
         if not self._watched[before]:
             del self._watched[before]
             assert self._inotify is not None
-            # The kernel may let go of the folder with this, and so use its file system.
+            # This may release the folder in the kernel, and so use its file system.
             _ = files.THREADS.start(partial(_unwatch, self._inotify, before))
 
     def _note(self, folder: str, error: OSError | None) -> None:
-        """Log what keeps a folder from being watched, each thing once while it lasts."""
+        """Log why a folder cannot be watched, each reason once while it lasts."""
         limited = error is not None and error.errno in _LIMITS
         were_limited = bool(self._limited)
         (self._limited.add if limited else self._limited.discard)(folder)
@@ -346,7 +347,7 @@ class SocketWatcher:
 
 
 def _path(vcpuset: VCPUSet) -> str | None:
-    """Where the set's socket is to be; None: on TCP, or where a pass would refuse to look."""
+    """The path of the set's socket; None: on TCP, or a path that a pass would reject."""
     match vcpuset.spec.monitor:
         case UnixMonitor(path):
             segments = (vcpuset.namespace, *path.split("/"))
@@ -367,11 +368,11 @@ def _ways(folder: str) -> Iterator[str]:
 
 @dataclass
 class _Sight:
-    """What an observation has shown.
+    """The result of an observation.
 
     watches  the folders that are watched now
     errors   why others are not
-    sockets  which sockets stand at the paths asked for
+    sockets  the sockets at the wanted paths
     """
 
     watches: dict[str, int] = field(default_factory=dict)
@@ -380,7 +381,7 @@ class _Sight:
 
 
 def _observe(root: Path, wanted: dict[str, list[str]], inotify: INotify | None, place: files.Place) -> _Sight:
-    """Watch these folders and those on the way to them, then see which sockets are in them. Called in a thread."""
+    """Watch these folders and those on the way to them, then find the sockets in them. Called in a thread."""
     sight = _Sight()
 
     def watch(folder: str, descriptor: int) -> None:
@@ -394,7 +395,7 @@ def _observe(root: Path, wanted: dict[str, list[str]], inotify: INotify | None, 
         try:
             here = descend(root, folder.split("/"), place, watch)
         except (InvalidMonitor, MonitorUnreachable) as error:
-            # There is no such folder, or a pass says what is wrong with it; about the root only this does.
+            # There is no such folder, or a pass reports what is wrong with it; the root is reported only here.
             if place.path == str(root) and isinstance(error.__cause__, OSError):
                 sight.errors[""] = error.__cause__
             continue
@@ -411,6 +412,6 @@ def _observe(root: Path, wanted: dict[str, list[str]], inotify: INotify | None, 
 
 
 def _unwatch(inotify: INotify, watch: int) -> None:
-    # Gone by itself, with its folder; or closed meanwhile, with all watches.
+    # Already gone with its folder, or closed meanwhile with all watches.
     with contextlib.suppress(OSError, ValueError):
         inotify.rm_watch(watch)

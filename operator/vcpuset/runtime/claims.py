@@ -1,7 +1,7 @@
-"""Who may use a thing that several name: the most senior of them.
+"""Which claimant owns a thing that several name: the most senior one.
 
-Each claimant states the keys of all that it names. It holds them if no more senior claimant shares one of them; when
-that one lets go, those who share its keys are told, so that the next takes over at once.
+Each claimant states the keys of all that it names. It owns them if no more senior claimant shares one of them; when
+that one releases them, `release` returns those who share its keys, so that the next can take over at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Claims(Generic[C]):
         self._keys: dict[C, frozenset[Hashable]] = {}
 
     def claim(self, claimant: C, seniority: Any, keys: Iterable[Hashable]) -> set[C]:  # noqa: ANN401 - any ordered value
-        """Claim these keys and no others; returns the other claimants whose standing may have changed by it."""
+        """Claim these keys and no others; returns the other claimants whose ownership may have changed."""
         wanted = frozenset(keys)
         held = self._keys.get(claimant, frozenset())
         if wanted == held:
@@ -41,12 +41,12 @@ class Claims(Generic[C]):
         """Whether the claimant claims this key (among others)."""
         return key in self._keys.get(claimant, frozenset())
 
-    def first(self, key: Hashable) -> Any:  # noqa: ANN401 - as ordered as it was given
+    def first(self, key: Hashable) -> Any:  # noqa: ANN401 - any ordered value
         """The seniority of the most senior claimant of a key; None: there is none."""
         return min(self._claimants.get(key, {}).values(), default=None)
 
     def release(self, claimant: C) -> set[C]:
-        """Let go of everything; returns those whose standing may have changed by it."""
+        """Release all keys; returns those whose ownership may have changed."""
         touched = self._sharers(claimant, self._keys.get(claimant, frozenset()))
         for key in self._keys.pop(claimant, frozenset()):
             self._drop(claimant, key)
@@ -55,10 +55,10 @@ class Claims(Generic[C]):
     def conflicting_owner(
         self, claimant: C, key: Hashable | None = None, *, rival: Callable[[C], bool] = lambda _: True
     ) -> C | None:
-        """The most senior other claimant that comes before this one; None: this one holds what it claims.
+        """The most senior other claimant that comes before this one; None: this one owns what it claims.
 
-        key    look at this key alone; None: at all that it claims
-        rival  whether another claimant of a key that this one claims too means the same by it
+        key    only this key; None: all keys that it claims
+        rival  whether another claimant of a shared key means the same thing by it
         """
         keys = self._keys.get(claimant, frozenset())
         rivals = {

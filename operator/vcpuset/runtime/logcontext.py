@@ -1,13 +1,13 @@
-"""Fields that every log line of a piece of work carries, without being handed from call to call.
+"""Fields for every log line of a piece of work, without passing them from call to call.
 
     with log_context(order="A-17", attempt=2):
         ...                                     # whatever is logged here, and in what is awaited here, has both fields
 
-The fields follow the work through `await` and into the tasks that it starts, and other tasks do not see them
-(`contextvars`). They end with the block, also for what the work leaves behind: a timer or a task that outlives it has
-inherited its context, but belongs to no piece of work any more, and a line that named one would mislead.
+The fields follow the work through `await` and into the tasks that it starts; other tasks do not see them
+(`contextvars`). They end with the block, also for timers and tasks that outlive it: these have inherited its context,
+but no longer belong to a piece of work.
 
-    LogContextFilter   puts the fields onto each record, as attributes; formatters for JSON take these as they are
+    LogContextFilter   adds the fields to each record, as attributes; formatters for JSON use these as they are
     LogfmtFormatter    text, with the fields after the message: `done order=A-17 attempt=2`
 """
 
@@ -25,15 +25,15 @@ from typing import Final
 __all__ = ["Field", "LogContextFilter", "LogfmtFormatter", "current_fields", "log_context"]
 
 Field = str | int | float | bool | None
-"""What a field can hold. None: it has no value here; JSON shows null, text shows nothing."""
+"""The value of a field. None: it has no value here; JSON shows null, text shows nothing."""
 
 FIELDS_ATTRIBUTE: Final = "context_fields"
-"""The record's attribute with all fields in one mapping, for formatters that set them apart."""
+"""The record's attribute with all fields in one mapping, for formatters that treat them separately."""
 
 _RESERVED: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", FIELDS_ATTRIBUTE}
 
 _BARE: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f]+")
-"""What logfmt needs no quotes for."""
+"""Values that logfmt does not quote."""
 
 
 @dataclass(slots=True)
@@ -50,10 +50,10 @@ _scope: ContextVar[_Scope | None] = ContextVar("log_context", default=None)
 
 @contextlib.contextmanager
 def log_context(**fields: Field) -> Iterator[None]:
-    """Have log lines carry `fields` until the end of the block, beside those of the blocks around it.
+    """Add `fields` to log lines until the end of the block, with those of the enclosing blocks.
 
     Raises:
-        ValueError: a field has the name of something that each log record has anyway.
+        ValueError: a field has the name of an attribute of log records.
     """
     if taken := sorted(fields.keys() & _RESERVED):
         raise ValueError(f"log_context: {', '.join(taken)}: log records have an attribute of that name already")
@@ -67,7 +67,7 @@ def log_context(**fields: Field) -> Iterator[None]:
 
 
 def current_fields() -> dict[str, Field]:
-    """The fields of the blocks that go on, the outermost first; of two with one name the inner one's counts."""
+    """The fields of the open blocks, the outermost first; of two with one name the inner one counts."""
     scopes: list[_Scope] = []
     scope = _scope.get()
     while scope is not None:
@@ -78,10 +78,10 @@ def current_fields() -> dict[str, Field]:
 
 
 class LogContextFilter(logging.Filter):
-    """Puts the current fields onto each record; lets every record pass.
+    """Adds the current fields to each record; passes every record.
 
-    It belongs on a handler: only there does it see the records of all loggers. What a record was given by its own
-    call (`extra`) stands.
+    It belongs on a handler: only there it sees the records of all loggers. Fields of the record's own call (`extra`)
+    are kept.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -94,7 +94,7 @@ class LogContextFilter(logging.Filter):
 
 
 class LogfmtFormatter(logging.Formatter):
-    """Text with the fields after the message, before an exception's traceback; empty ones are left out."""
+    """Text with the fields after the message, before the traceback; empty ones are left out."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The line without a traceback."""

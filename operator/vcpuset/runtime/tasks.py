@@ -1,11 +1,10 @@
-"""Background tasks that always have an owner who sees their end.
+"""Background tasks whose owner always notices their end.
 
-A bare `asyncio.create_task` can end unnoticed, and then the process looks well while a part of it is
-dead. Here the end of a task that should run for ever is an error of the whole process, so that whatever
-started the process starts it again.
+A bare `asyncio.create_task` can end unnoticed, and then the process seems healthy while a part of it is gone. Here the
+end of a task that should run permanently is an error of the whole process, so that it is restarted.
 
-`asyncio.TaskGroup` would not do: it is content when a task returns, and it waits without a deadline
-for tasks that do not heed their cancellation.
+`asyncio.TaskGroup` is not enough: a task may return, and it waits without a deadline for tasks that ignore their
+cancellation.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class TaskEndedError(Exception):
-    """A background task is over that should not be; the cause is chained, if there was an exception."""
+    """A background task has ended that should not; the cause is chained, if there was an exception."""
 
 
 class TaskOwner:
-    """Starts background tasks, reports their end, and ends them.
+    """Starts background tasks, reports their end, and cancels them.
 
         async with TaskOwner(close_seconds=10) as owner:
             owner.spawn(serve(), "server")
@@ -36,17 +35,17 @@ class TaskOwner:
             queue.shut_down()
             await owner.finish("workers")   # ends in good order; the rest is cancelled after the block
 
-    Every failure is logged when it happens, whether or not someone waits.
+    Every failure is logged when it happens, whether or not `wait()` is called.
     """
 
     def __init__(self, *, close_seconds: float) -> None:
         """`close_seconds`: how long `aclose()` waits for cancelled tasks."""
         self._close_seconds = close_seconds
         self._running: dict[str, asyncio.Task[object]] = {}
-        # Names of tasks that were told to end.
+        # Names of tasks that were requested to end.
         self._finishing: set[str] = set()
         self._closing = False
-        # An event and the error rather than a future with it: a future warns if nobody asks for it.
+        # An event and the error rather than a future with it: a future warns if it is never awaited.
         self._ended = asyncio.Event()
         self._error: TaskEndedError | None = None
 
@@ -71,9 +70,9 @@ class TaskOwner:
         raise self._error
 
     async def finish(self, name: str) -> None:
-        """Wait for the end of a task that was told to end; from now on its return is no error.
+        """Wait for the end of a task that was requested to end; from now on its return is no error.
 
-        Returns at once if the task is over already. Cancelling this does not cancel the task.
+        Returns at once if the task has ended already. Cancelling this does not cancel the task.
         """
         task = self._running.get(name)
         if task is not None:

@@ -1,11 +1,11 @@
 """Tasks that serve a work queue.
 
-A handler looks at one key and returns what came of it. `_settle` alone turns that into queue calls, a
-log line and a metric label, so the rules of retrying stand in one place:
+A handler processes one key and returns a result. `_settle` alone turns that into queue calls, a log line and a metric
+label, so the rules of retrying are in one place:
 
     Done()                    nothing to do until the next event
-    Done(requeue_after=60)    as above, and look again in 60 s
-    Retry(error)              an expected failure: look again after the back-off
+    Done(requeue_after=60)    as above, and process it again in 60 s
+    Retry(error)              an expected failure: process it again after the back-off
     Retry(error, at_least=5)  the same, but not within 5 s
     (an exception)            a defect: logged with its traceback, then as Retry
 """
@@ -33,24 +33,24 @@ class Done:
     """The pass succeeded, which ends the key's back-off."""
 
     requeue_after: float | None = None
-    """Seconds until the key is looked at again without an event; None for never."""
+    """Seconds until the key is processed again without an event; None: never."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The pass failed in a foreseen way, and trying again can help."""
+    """The pass failed in an expected way, and a retry can help."""
 
     error: Exception
     """Why; its text is logged, without a traceback."""
     at_least: float = 0.0
-    """For so many seconds trying again cannot help. The back-off may be longer; an event is looked at all the same."""
+    """For so many seconds a retry cannot help. The back-off may be longer; an event is processed nevertheless."""
     at_most: float = math.inf
     """The back-off is not longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Crash:
-    """The handler raised: a defect in it, not a result that it chose."""
+    """The handler raised: a defect, not a result."""
 
     error: BaseException
 
@@ -63,13 +63,13 @@ Label = Literal["done", "requeued", "retry", "crash", "cancelled"]
 
 
 class WorkerObserver(Protocol):
-    """Told of every pass, for metrics. It must not raise."""
+    """Called for every pass, for metrics. It must not raise."""
 
     def started(self) -> None:
         """A worker has taken a key: one more is active."""
 
     def finished(self, label: Label, seconds: float) -> None:
-        """A worker has given its key back: one less is active."""
+        """A worker is done with its key: one less is active."""
 
 
 async def run_workers(
@@ -82,9 +82,9 @@ async def run_workers(
 ) -> None:
     """Serve the queue with `count` workers until it is shut down.
 
-    Then each worker finishes the key in its hands, but takes no other: a successor begins by looking at
-    everything anyway, and the sooner it can, the better. Passes that last longer than `grace_seconds`
-    are cancelled. Cancelling this coroutine cancels all passes at once; their keys are due again.
+    Then each worker finishes its key, but takes no other: a successor begins with a pass over each set anyway, the
+    sooner the better. Passes that last longer than `grace_seconds` are cancelled. Cancelling this coroutine cancels all
+    passes at once; their keys are due again.
 
     An exception in the handler never ends a worker. A defect in this module ends all of them, with an
     `ExceptionGroup` from here.
@@ -112,8 +112,8 @@ async def _work(
         except QueueShutDown:
             return
         await _serve(queue, key, handler, observer)
-        # get() does not wait while keys are ready, and a handler need not wait either: without this, a
-        # full queue could keep the loop from everything else.
+        # get() does not wait while keys are ready, and a handler need not wait either: without this, a full queue could
+        # block the rest of the event loop.
         await asyncio.sleep(0)
 
 
@@ -123,7 +123,7 @@ async def _serve(
     handler: Callable[[K], Awaitable[Result]],
     observer: WorkerObserver | None,
 ) -> None:
-    """One pass over one key, which is given back whatever happens."""
+    """One pass over one key; `done()` is called whatever happens."""
     loop = asyncio.get_running_loop()
     started_at = loop.time()
     if observer is not None:
@@ -143,15 +143,15 @@ async def _serve(
 
 
 async def _run(handler: Callable[[K], Awaitable[Result]], key: K) -> Result | _Crash:
-    """Call the handler; only the cancellation of this worker gets through as an exception."""
+    """Call the handler; only the cancellation of this worker is raised."""
     try:
         return await handler(key)
     except asyncio.CancelledError as error:
         worker = asyncio.current_task()
         if worker is None or worker.cancelling():
             raise
-        # Nobody cancelled the worker: something that the handler awaited was cancelled. Passed on, it
-        # would end the worker without a word.
+        # The worker was not cancelled, but something that the handler awaited. Raised, it would end the worker without
+        # a log line.
         return _Crash(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, _settle logs it and tries again
         return _Crash(error)
@@ -168,7 +168,7 @@ def _settle(queue: WorkQueue[K], key: K, outcome: Result | _Crash) -> Label:
             return "requeued"
         case Retry(error, at_least=at_least, at_most=at_most):
             queue.add_rate_limited(key, at_least=at_least, at_most=at_most)
-            # For debugging only: the handler has told whoever should know, and with many keys this would be a flood.
+            # For debugging only: the handler has reported the failure, and with many keys this would be a flood.
             logger.debug("%s: %s (failure %d in a row; will be retried)", key, error, queue.failures(key))
             return "retry"
         case _Crash(error):

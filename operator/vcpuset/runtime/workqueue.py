@@ -1,32 +1,31 @@
-"""Keys that need work: the queue between everything that notices and the workers that act.
+"""Keys that need work: the queue between all triggers and the workers.
 
-The contract is that of client-go's work queue, because it has proved itself under level-triggered
-controllers. A key names an object and carries nothing else, so ten events about one object are one
-piece of work:
+The contract is that of client-go's work queue, which is proven with level-triggered controllers. A key names an object
+and contains nothing else, so ten events about one object are one piece of work:
 
-    queue.add(key)                # something happened: look at it
-    queue.add_after(key, 60)      # look at it again, at the latest in 60 s
-    queue.add_rate_limited(key)   # it failed: look again after the back-off
+    queue.add(key)                # something happened: process it
+    queue.add_after(key, 60)      # process it again, in 60 s at the latest
+    queue.add_rate_limited(key)   # it failed: process it again after the back-off
     queue.forget(key)             # it succeeded: the back-off starts again from its base
-    queue.renew(key)              # it stands for another task now: what its passes were like says nothing
+    queue.renew(key)              # it means another task now: its history is void
 
     key = await queue.get()       # a worker takes a key ...
-    queue.touch(key)              # ... may say that it gets on ...
-    queue.done(key)               # ... and gives it back, whatever came of it
+    queue.touch(key)              # ... may report progress ...
+    queue.done(key)               # ... and is done with it, whatever the result
 
-Four things differ from client-go. A pass supersedes the timers set before it: its own result says when
-to look next, so a key has at most one timer, and none while it is due anyway. Giving back a key that was
-not handed out is an error. Slow keys wait in a line of their own. And `renew()` is for a caller that knows
-that a key stands for another task than before.
+Four things differ from client-go. A pass supersedes the timers set before it: its own result decides about the next
+pass, so a key has at most one timer, and none while it is due anyway. `done()` for a key that was not handed out is an
+error. Slow keys have a queue of their own. And `renew()` is for a caller that knows that a key means another task than
+before.
 
-A slow key is one whose last pass held its worker for `SLOW_SECONDS` or longer, whatever came of it: a peer
-that hangs and one that answers slowly cost the same. So that a thousand of them do not hold up the others,
+A slow key is one whose last pass held its worker for `SLOW_SECONDS` or longer, whatever the result: a peer that hangs
+and one that answers slowly cost the same. So that a thousand of them do not delay the others,
 
-* only so many of them are in work at once: the rest of the workers is soon free for the others;
+* the number of them in progress is limited: the other workers are soon free for the others;
 * the others are taken first; but of four keys one is a slow one, if one may be taken, so that none starves.
 
-This bounds what a slow key costs only if a pass ends soon after `SLOW_SECONDS`: long work goes on in later
-passes. News of a slow key, `add()`, leave it slow, since there can be news all the time of what is slow.
+This bounds the cost of a slow key only if a pass ends soon after `SLOW_SECONDS`: long work continues in later passes.
+`add()` leaves a slow key slow, because slow keys can have events all the time.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ __all__ = ["SLOW_SECONDS", "QueueObserver", "QueueShutDown", "QueueStatistics", 
 K = TypeVar("K", bound=Hashable)
 
 SLOW_SECONDS: Final = 1.0
-"""A key is slow if its last pass took so long. Most passes take milliseconds, or run into a deadline."""
+"""A key is slow if its last pass took so long. Most passes take milliseconds, or until a deadline."""
 
 _PASSED_OVER: Final = 3
 """So many others are taken before a slow key that may be taken too."""
@@ -57,23 +56,23 @@ class QueueShutDown(Exception):  # the name that asyncio's own queue gives this 
 
 
 class QueueObserver(Protocol):
-    """Told how long things took, for metrics. It must not raise."""
+    """Called with durations, for metrics. It must not raise."""
 
     def waited(self, seconds: float) -> None:
         """A key was handed out so many seconds after it was added."""
 
     def worked(self, seconds: float) -> None:
-        """A key was given back so many seconds after it was handed out."""
+        """A key was done so many seconds after it was handed out."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
-    """The queue at one moment; what to look at when work does not move. Without arguments: one that is idle."""
+    """The queue at one moment; for debugging when work does not progress. Without arguments: an idle one."""
 
     depth: int = 0
     """Keys that are ready and wait for a worker."""
     processing: int = 0
-    """Keys in the hands of workers."""
+    """Keys that workers have taken."""
     delayed: int = 0
     """Keys that wait for their timer."""
     failing: int = 0
@@ -83,27 +82,27 @@ class QueueStatistics:
     retries_total: int = 0
     """How often a key was added after a failure."""
     longest_running_seconds: float = 0.0
-    """How long the oldest of the keys in work has been there; a stuck worker shows here."""
+    """How long the oldest of the keys in progress has been there; shows a stuck worker."""
     unfinished_seconds: float = 0.0
-    """The same, summed over all keys in work."""
+    """The same, summed over all keys in progress."""
     longest_still_seconds: float = 0.0
-    """How long nothing has been heard (`touch()`) of the key in work of which nothing was heard the longest."""
+    """The longest time without progress (`touch()`) of a key in progress."""
     untaken_seconds: float = 0.0
-    """How long there has been a key that may be taken, and none was. Time during which keys are taken one after the
-    other does not count, nor do slow keys while as many of them are in work as may be."""
+    """How long there has been a key that may be taken, and none was taken. Time in which keys are taken one after the
+    other does not count, nor do slow keys while the maximum number of them is in progress."""
 
 
 class WorkQueue(Generic[K]):
-    """Fair; stingy: a key is never handed out twice at once, and added several times before its turn
-    it is handed out once; a key added while it is worked on is handed out again.
+    """Fair; stingy: a key is never handed out twice at once, and added several times before its turn it is handed out
+    once; a key added while it is in progress is handed out again.
 
-    It belongs to the event loop that runs when it is made: it cannot be made without one, and is used
-    from that loop's thread only (from others by `loop.call_soon_threadsafe(queue.add, key)`). Workers
-    need not be there yet when keys are added. Nothing here waits but `get()` and `wait_shut_down()`.
+    It belongs to the running event loop: it cannot be created without one, and is used from that loop's thread only
+    (from others by `loop.call_soon_threadsafe(queue.add, key)`). Keys may be added before there are workers. Only
+    `get()` and `wait_shut_down()` wait.
 
     The sets are unbounded: they hold each key once, so they are bounded by the number of objects.
 
-    slow_at_once  how many slow keys may be in work at once; fewer than there are workers, if there are several
+    slow_at_once  how many slow keys may be in progress at once; fewer than there are workers, if there are several
     """
 
     def __init__(
@@ -116,31 +115,31 @@ class WorkQueue(Generic[K]):
         self._observer = observer
         self._slow_at_once = slow_at_once
 
-        # Due, in order of work, with the loop time of the add. Not a plain dictionary: that one slows down
-        # when its first key is taken out again and again.
+        # Due, in order of work, with the loop time of the add. Not a plain dictionary: that becomes slow when its first
+        # key is removed repeatedly.
         self._ready: OrderedDict[K, float] = OrderedDict()
         # The same for slow keys.
         self._slow_ready: OrderedDict[K, float] = OrderedDict()
         # How many others were taken since a slow key could have been.
         self._passed_over = 0
         self._taken_at = -math.inf
-        # Handed out and not yet given back, with the loop time of the hand-out. None is ready.
+        # Handed out and not yet done, with the loop time of the hand-out. None is ready.
         self._processing: dict[K, float] = {}
-        # When each of those last moved on, in loop time, if it has since its hand-out.
+        # When each of those last made progress, in loop time, if it has since its hand-out.
         self._touched: dict[K, float] = {}
         # Added while in _processing, with the time of the add; done() makes them ready.
         self._again: dict[K, float] = {}
         # One timer for a key, none for a key that is due (ready or in _again). A loop handle for each,
-        # because asyncio already keeps its handles in one heap, and clears cancelled ones out of it; a
-        # heap of our own would do the same once more. It costs about 0.3 kB a key.
+        # because asyncio already keeps its handles in one heap, and removes cancelled ones; a heap of our own would do
+        # the same again. It costs about 0.3 kB per key.
         self._timers: dict[K, asyncio.TimerHandle] = {}
         # Shared by all timers: a handle would otherwise keep a copy of its caller's context alive.
         self._timer_context = contextvars.Context()
         self._failures: dict[K, int] = {}
-        # Those that are slow, and those of them that were taken as such.
+        # The slow ones, and those of them that were taken as such.
         self._slow: set[K] = set()
         self._slow_processing: set[K] = set()
-        # Renewed while in _processing: how long that pass takes says nothing of the task that there is now.
+        # Renewed while in _processing: the duration of that pass says nothing about the new task.
         self._renewed: set[K] = set()
 
         self._getters: deque[asyncio.Future[None]] = deque()
@@ -151,7 +150,7 @@ class WorkQueue(Generic[K]):
     # Adding.
 
     def add(self, key: K) -> None:
-        """Have the key worked on as soon as a worker is free; ignored once shut down."""
+        """Process the key as soon as a worker is free; ignored once shut down."""
         if self.shutting_down:
             return
         self._cancel_timer(key)
@@ -166,8 +165,8 @@ class WorkQueue(Generic[K]):
     def add_after(self, key: K, delay: float) -> None:
         """Add the key in `delay` seconds, unless it is due earlier anyway; ignored once shut down.
 
-        Of several deadlines the earliest wins. The next hand-out of the key ends them all: the pass that
-        then starts decides anew. A deadline set during a pass outlives `done()`.
+        The earliest of several deadlines counts. The next hand-out of the key ends them all: the pass that then starts
+        decides again. A deadline set during a pass outlives `done()`.
         """
         if self.shutting_down or self._is_due(key):
             return
@@ -187,7 +186,7 @@ class WorkQueue(Generic[K]):
         at_least  in seconds: another lower bound of the delay
         at_most   in seconds: another cap of the back-off
 
-        A key that was added in the meantime does not wait: there is something new to look at.
+        A key that was added in the meantime does not wait: it has a new event.
         """
         if self.shutting_down:
             return
@@ -195,13 +194,13 @@ class WorkQueue(Generic[K]):
         self._failures[key] = self.failures(key) + 1
         self.add_after(key, max(self._backoff.delay(self._failures[key], at_most), at_least))
 
-    # Taking and giving back.
+    # Taking and done.
 
     async def get(self) -> K:
         """Wait for a key and take it; it is the caller's until `done(key)`.
 
-        A cancelled `get()` has taken nothing. Await it directly: in a task of its own it may have taken
-        a key by the time that the task is cancelled.
+        A cancelled `get()` has taken nothing. Await it directly: in a task of its own it may have taken a key before
+        the task is cancelled.
 
         Raises `QueueShutDown` when the queue is shut down and no key may be taken.
         """
@@ -214,10 +213,10 @@ class WorkQueue(Generic[K]):
                 await getter
             except asyncio.CancelledError:
                 if not getter.cancelled():
-                    # Woken for a key and cancelled before it could take it: someone else has to.
+                    # Woken for a key and cancelled before it could take it: another one has to.
                     if self._is_takeable():
                         self._wake_getter()
-                elif getter in self._getters:  # an add in the meantime may have passed it over
+                elif getter in self._getters:  # an add in the meantime may have skipped it
                     self._getters.remove(getter)
                 raise
         key, added_at = self._take()
@@ -229,12 +228,12 @@ class WorkQueue(Generic[K]):
         return key
 
     def done(self, key: K) -> None:
-        """Give back a key taken by `get()`; if it was added since, it is due again.
+        """End the work on a key taken by `get()`; if it was added since, it is due again.
 
-        Raises `ValueError` if the key is not in work.
+        Raises `ValueError` if the key is not in progress.
         """
         if key not in self._processing:
-            raise ValueError(f"done({key!r}): get() has not handed out this key, or it was given back before")
+            raise ValueError(f"done({key!r}): get() has not handed out this key, or done() was called before")
         held = self._loop.time() - self._processing.pop(key)
         self._touched.pop(key, None)
         if held >= SLOW_SECONDS and key not in self._renewed:
@@ -252,7 +251,7 @@ class WorkQueue(Generic[K]):
             self._observer.worked(held)
 
     def touch(self, key: K) -> None:
-        """Note that the work on the key moves on, which tells long work from work that is stuck."""
+        """Report progress on the key, which distinguishes long work from work that is stuck."""
         if key in self._processing:
             self._touched[key] = self._loop.time()
 
@@ -261,7 +260,7 @@ class WorkQueue(Generic[K]):
         self._failures.pop(key, None)
 
     def renew(self, key: K) -> None:
-        """The key stands for another task from here on: its back-off ends, and it is not slow any more.
+        """The key means another task from now on: its back-off ends, and it is no longer slow.
 
         It replaces neither `done()` nor `add()`.
         """
@@ -292,7 +291,7 @@ class WorkQueue(Generic[K]):
         """Wait until `shut_down()` is called."""
         await self._shut_down.wait()
 
-    # Looking.
+    # Statistics.
 
     def failures(self, key: K) -> int:
         """How often in a row the key has failed."""
@@ -303,7 +302,7 @@ class WorkQueue(Generic[K]):
         return len(self._ready) + len(self._slow_ready)
 
     def statistics(self) -> QueueStatistics:
-        """What the queue holds now, and its totals so far."""
+        """The state of the queue, and its totals so far."""
         now = self._loop.time()
         takeable = [next(iter(self._ready.values()))] if self._ready else []
         if self._is_slow_takeable():
@@ -323,19 +322,19 @@ class WorkQueue(Generic[K]):
             untaken_seconds=max((now - max(since, self._taken_at) for since in takeable), default=0.0),
         )
 
-    # Own use.
+    # Internals.
 
     def _is_due(self, key: K) -> bool:
         return key in self._ready or key in self._slow_ready or key in self._again
 
     def _line_up(self, key: K, since: float) -> None:
-        """Put a key that is due since then at the end of its line."""
+        """Append a key that is due since then to its queue."""
         if key not in self._slow:
             self._ready[key] = since
             self._wake_getter()
         else:
             self._slow_ready[key] = since
-            if self._is_slow_takeable():  # else done() wakes somebody
+            if self._is_slow_takeable():  # otherwise done() wakes a getter
                 self._wake_getter()
 
     def _is_takeable(self) -> bool:
@@ -345,7 +344,7 @@ class WorkQueue(Generic[K]):
         return bool(self._slow_ready) and len(self._slow_processing) < self._slow_at_once
 
     def _take(self) -> tuple[K, float]:
-        """Take the key whose turn it is; one must be takeable."""
+        """Take the next key; one must be takeable."""
         slow = self._is_slow_takeable()
         if slow and (not self._ready or self._passed_over >= _PASSED_OVER):
             self._passed_over = 0
@@ -361,7 +360,7 @@ class WorkQueue(Generic[K]):
             timer.cancel()
 
     def _wake_getter(self) -> None:
-        """Wake the one that has waited longest; it takes a key itself when it runs."""
+        """Wake the one that has waited longest; it takes a key when it runs."""
         while self._getters:
             getter = self._getters.popleft()
             if not getter.done():

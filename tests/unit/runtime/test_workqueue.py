@@ -137,7 +137,7 @@ async def test_each_of_many_waiting_gets_receives_one_key() -> None:
     assert await asyncio.gather(*getters) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("taken", [False, True], ids=["never taken", "given back before"])
+@pytest.mark.parametrize("taken", [False, True], ids=["never taken", "done before"])
 async def test_giving_back_a_key_that_is_not_in_work_is_an_error(taken: bool) -> None:
     queue = make_queue()
     queue.add("a")
