@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,30 @@ async def test_repeats_that_come_before_the_event_is_posted_are_in_it() -> None:
 
     assert server.counts() == {"2 of 4 vCPUs": 7}
     assert [method for _, method, _ in server.requests] == ["POST"]
+
+
+async def test_what_happens_while_a_request_is_under_way_is_counted() -> None:
+    class Slow(Server):
+        async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
+            await super().post_event(namespace, event)
+            await asyncio.sleep(1)
+
+        async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
+            await super().patch_event(namespace, name, patch)
+            await asyncio.sleep(1)
+
+    server = Slow()
+    async with running(server) as recorder:
+        record(recorder, a_set())
+        await asyncio.sleep(0.5)
+        record(recorder, a_set())
+        await asyncio.sleep(1 + WRITE_SECONDS)  # a second after posting it, its count is due
+        assert server.counts() == {"2 of 4 vCPUs": 2}
+        assert len(server.times("PATCH")) == 1
+        record(recorder, a_set())
+        await asyncio.sleep(2 * WRITE_SECONDS)
+
+    assert server.counts() == {"2 of 4 vCPUs": 3}
 
 
 async def test_a_pause_ends_a_series_and_its_last_count_is_written() -> None:
