@@ -121,7 +121,8 @@ class Outcome:
     startup_seconds  until then; `startup_cpu` is the CPU time of the process until then
     quiet_seconds    until the last write that start-up has caused
     megabytes        resident memory while idle; `peak` is the highest until the end
-    restart_seconds  from the start of the next process until it is connected to every monitor, and its memory then
+    restart_seconds  from the start of the next process until it is connected to every monitor; its CPU time and memory
+                     then
     wrong            sets whose status, at the end, did not say what the machine had been told
     """
 
@@ -137,6 +138,7 @@ class Outcome:
     megabytes: float = math.nan
     peak: float = math.nan
     restart_seconds: float = math.nan
+    restart_cpu: float = math.nan
     restart_megabytes: float = math.nan
     wrong: int = 0
 
@@ -286,6 +288,7 @@ class Run:
         await self._serving.start(ready=False)
         if await self._until(lambda: self._simulation.connections() == len(self._names)):
             self._outcome.restart_seconds = time.time() - begun
+        self._outcome.restart_cpu = cpu_seconds(self._serving.pid)
         self._outcome.restart_megabytes = memory(self._serving.pid, "VmRSS")
         self._say(f"restart: connected to all monitors after {self._outcome.restart_seconds:.1f} s")
 

@@ -21,7 +21,7 @@ OBSERVATIONS_PER_SECOND: Final = 50
 STEPS: Final = (("operator", 0), ("operator", 100), ("operator", 1000), ("operator, OnDemand", 1000))
 CHANGES: Final = 100
 IDLE_SECONDS: Final = 15.0
-LIMIT_SECONDS: Final = 30.0
+LIMIT_SECONDS: Final = 120.0
 """For a step, such as the wait for the last Event."""
 
 

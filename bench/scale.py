@@ -108,11 +108,11 @@ def standing(rows: Iterable[Row]) -> str:
                 told(idle.observation_ms, "{:.1f} ms") if idle else "-",
                 f"{idle.writes}" if idle else "-",
                 f"{first.megabytes:.0f} MB ({first.peak:.0f})",
-                told(first.restart_seconds, f"{{:.1f}} s, {first.restart_megabytes:.0f} MB"),
+                told(first.restart_seconds, f"{{:.1f}} s ({first.restart_cpu:.1f}), {first.restart_megabytes:.0f} MB"),
             ]
         )
     head = ["sets", "operator", "start-up", "CPU per set", "quiet", "resync", "idle CPU (busiest 20 s)", "observations"]
-    head += ["CPU each", "writes", "RSS (peak)", "restart: all connected, RSS"]
+    head += ["CPU each", "writes", "RSS (peak)", "restart: all connected (CPU), RSS"]
     return markdown(head, table)
 
 
