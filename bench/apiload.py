@@ -28,9 +28,10 @@ __all__ = ["Audit", "Connection", "Load", "Record"]
 AGENT: Final = "bench"
 """The user agent of the requests that are made here."""
 
-CONNECTIONS: Final = 128
-"""How many requests the API server has to work at, at once. With 16 an operator that had 64 requests under way got most
-of its time, and 1,000 changes took as long to be accepted as to be carried out."""
+CONNECTIONS: Final = 64
+"""How many requests the API server has to work at, at once: as many as an operator's workers make. With fewer, it spends
+its time on what the operator writes about the first changes, and the others are accepted as slowly as those are carried
+out. With many more, the operator waits for its answers."""
 
 REQUEST_SECONDS: Final = 120.0
 """For all requests of a call together."""
