@@ -29,8 +29,8 @@ AGENT: Final = "bench"
 """The user agent of the requests that are made here."""
 
 CONNECTIONS: Final = 64
-"""How many requests the API server has to work at, at once: as many as an operator's workers make. With fewer, it spends
-its time on what the operator writes about the first changes, and the others are accepted as slowly as those are carried
+"""How many requests are under way at once: as many as an operator's workers make. With fewer, the API server spends its
+time on what the operator writes about the first changes, and the others are accepted as slowly as those are carried
 out. With many more, the operator waits for its answers."""
 
 REQUEST_SECONDS: Final = 120.0

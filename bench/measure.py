@@ -80,7 +80,8 @@ class Burst:
     seconds            of each change that was carried out, ascending
     status_writes      of each changed set
     events             writes of Kubernetes Events
-    cpu_ms             of the process until the last write, for a change
+    until_last_write   seconds
+    cpu_ms             of the process until then, for a change; observations of all sets go on meanwhile
     """
 
     changes: int
@@ -88,6 +89,7 @@ class Burst:
     seconds: list[float]
     status_writes: list[int]
     events: int
+    until_last_write: float
     cpu_ms: float
 
 
@@ -222,7 +224,7 @@ class Run:
         matched: dict[str, float] = {}
         status_writes: Counter[str] = Counter()
         events = 0
-        last = time.time()
+        begun = last = time.time()
 
         def over() -> bool:
             nonlocal last, events, used
@@ -253,6 +255,7 @@ class Run:
             seconds=sorted(at - accepted[name] for name, at in matched.items() if name in accepted),
             status_writes=[status_writes[name] for name in aims],
             events=events,
+            until_last_write=last - begun,
             cpu_ms=(used - cpu) / len(aims) * 1000,
         )
         self._outcome.bursts.append(burst)

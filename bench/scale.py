@@ -42,7 +42,7 @@ from typing import Final
 
 from bench.measure import LIMIT_SECONDS, SLOTS, WAYS, Burst, Outcome, measure, percentile, raise_file_limit
 
-__all__ = ["markdown", "told"]
+__all__ = ["markdown"]
 
 TURNS: Final = 2
 OBSERVATIONS_PER_SECOND: Final = 5000 / 300
