@@ -26,7 +26,7 @@ class _State:
     process     the QEMU process, if the host reports it
     tried       a pass has completed
     yielded_to  the older set that had another monitor of the same machine when this one last observed it
-    deferred    that set was enqueued to come first, because it does not seem to have the machine any more
+    deferred    that set was enqueued to come first, because it no longer seems to have the machine
     """
 
     process: Hashable | None = None

@@ -190,7 +190,7 @@ class Pass:
         return await self._report_with_guest(assessment, findings)
 
     def _note(self, machine: Machine) -> None:
-        """Take in an observation. A request whose CPU is gone has been carried out."""
+        """Record an observation. A request whose CPU is gone has been carried out."""
         self.machine = machine
         self.memory.observed(machine, self.loop.time())
         vcpuset, now = self.vcpuset, self.services.clock()

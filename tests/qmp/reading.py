@@ -25,7 +25,7 @@ from vcpuset.domain.errors import (
     VCPUSetError,
 )
 from vcpuset.domain.machine import Answer, Machine
-from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
+from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
 from vcpuset.qmp.session import COMMAND_SECONDS, OPEN_SECONDS
 
 __all__ = ["Failure", "Reading", "parsed"]
@@ -189,7 +189,7 @@ class Reading:
                 ident = message.get("id")
                 self.lost = isinstance(ident, dict | list) or ("error" in message and "id" not in message)
         # Once no reply is awaited any more, no client waits for the end of so long a line.
-        self.lost = self.lost or self._unfinished > UNASKED_LIMIT
+        self.lost = self.lost or self._unfinished > UNSOLICITED_LIMIT
 
     def _take(self, deadline: float) -> dict[str, Json] | Failure:
         if self.lost:

@@ -18,7 +18,7 @@ from harness.qmp import raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorUnreachable
-from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
+from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
 
 SHORT = 0.3
 
@@ -74,7 +74,10 @@ class Followed(Fault):
 
 @pytest.mark.parametrize(
     ("fault", "limit"),
-    [(Bytes(b"{\r\n" + b"    1,\r\n" * 200_000), READ_LIMIT), (Followed(b"{\r\n" + b"\r\n" * 10_000), UNASKED_LIMIT)],
+    [
+        (Bytes(b"{\r\n" + b"    1,\r\n" * 200_000), READ_LIMIT),
+        (Followed(b"{\r\n" + b"\r\n" * 10_000), UNSOLICITED_LIMIT),
+    ],
     ids=["a-reply", "unasked"],
 )
 async def test_a_message_in_several_lines_is_as_limited_as_one_in_one(

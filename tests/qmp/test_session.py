@@ -44,7 +44,7 @@ from harness.wait import until
 from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorTimeout, MonitorUnreachable
 from vcpuset.qmp import client, ratelimiter
-from vcpuset.qmp.client import READ_LIMIT, UNASKED_LIMIT
+from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
 from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -602,7 +602,7 @@ async def test_a_greeting_of_whatever_length_holds_up_no_other_monitor(
         await reader.read()
         writer.close()
 
-    lengths = list(range(UNASKED_LIMIT - 2, UNASKED_LIMIT + 4))
+    lengths = list(range(UNSOLICITED_LIMIT - 2, UNSOLICITED_LIMIT + 4))
     path = namespace_folder / "odd"
     odd = await asyncio.start_unix_server(greet, path)
     async with odd, FaultyMonitor(namespace_folder / "qmp", slots=200) as monitor:

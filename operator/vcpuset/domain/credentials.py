@@ -68,7 +68,7 @@ class CredentialStore(Protocol):
         """
 
     def forget(self, uid: UID) -> None:
-        """The set needs no credentials any more."""
+        """The set no longer needs credentials."""
 
 
 class NoCredentials:

@@ -30,7 +30,7 @@ class Activity(enum.Enum):
     BUSY = "busy"
     """Not now: it migrates, saves, restores, sleeps, or is in a state that this program does not know."""
     OVER = "over"
-    """Not any more: shut down, panicked, failed, or migrated away."""
+    """No longer: shut down, panicked, failed, or migrated away."""
 
 
 class Answer(enum.Enum):

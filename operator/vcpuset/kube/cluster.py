@@ -28,32 +28,31 @@ from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "refusal", "unanswered", "unheard"]
+__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "ignore", "refusal", "unanswered"]
 
 REQUEST_SECONDS: Final = 10.0
-"""Deadline of one request, from connecting to the last byte of the answer."""
+"""Deadline of one request, from connecting to the last byte of the response."""
 
 PAGE: Final = 500
-"""Objects per answer of a list; client-go's choice."""
+"""Objects per page of a list; client-go's choice."""
 
 LIST_ATTEMPTS: Final = 5
-"""How often a list begins anew because the API server has forgotten where it was (HTTP 410, after some minutes)."""
+"""How often a list starts again because the API server has forgotten its position (HTTP 410, after some minutes)."""
 
 LONGEST_RETRY_AFTER: Final = 30.0
-"""For so many seconds an API server that is overloaded, or still starting, may ask to be left alone. It is tried again
-then, though it ask for more: no other pause is longer."""
+"""The longest accepted Retry-After, in seconds, of an API server that is overloaded or starting."""
 
 USER_AGENT: Final = "vcpuset"
-"""Who asks, in the API server's audit log."""
+"""The client in the API server's audit log."""
 
 NO_ANSWER: Final = "<error>"
-"""In place of an HTTP status where there was none; client-go's word."""
+"""Instead of an HTTP status if there was no response; as in client-go."""
 
 _MERGE_PATCH: Final = "application/merge-patch+json"
 _LEASES: Final = "coordination.k8s.io/v1"
 
 _NO_JSON: Final = (ValueError, RecursionError)
-"""What msgspec raises for bytes that are no JSON: its own errors, those of UTF-8, and too many brackets."""
+"""What msgspec raises for bytes that are not JSON: its own errors, those of UTF-8, and too many brackets."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,16 +74,16 @@ class _Secret(msgspec.Struct):
 
 
 class _Expired(APIError):
-    """HTTP 410: the point to go on from is no longer known."""
+    """HTTP 410: the position in the list is no longer known."""
 
 
 class _Unauthorized(APIError):
-    """HTTP 401: the credentials are not, or no longer, accepted."""
+    """HTTP 401: the credentials are not accepted (any more)."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Which VCPUSets this operator serves. The API server does the selecting.
+    """Which VCPUSets this operator manages. The API server selects them.
 
     node_name       those of this node; None: those without a node
     namespaces      only in these; empty: in all
@@ -97,7 +96,7 @@ class Scope:
 
     @property
     def field_selector(self) -> str:
-        """`spec.nodeName=` with nothing behind it selects the sets that have none."""
+        """`spec.nodeName=` without a name selects the sets without a node."""
         return f"spec.nodeName={self.node_name or ''}"
 
 
@@ -108,21 +107,21 @@ class Cluster:
         self.kubeconfig: Final = kubeconfig
         self._client = client
         self._users: Counter[ApiClient] = Counter()
-        """Requests under way; one client, and after a new login the one before for as long as it is in use."""
+        """Requests in progress; one client, and after a new login the previous one while it is in use."""
         self._login = asyncio.Lock()
         self.lists: Final = asyncio.Lock()
-        """Held while a list is asked for and read: whoever else lists the same objects takes it too."""
+        """Held during each list: any other list of the same objects takes it too."""
         self._permit: Callable[[], None] | None = None
-        self._requested: Callable[[str, str], None] = unheard
+        self._requested: Callable[[str, str], None] = ignore
         self._reported: set[str] = set()
-        """What was wrong with objects of the last list: it is told once, not at each list."""
+        """The errors of objects in the last list: each is logged once, not at each list."""
 
     @classmethod
     async def connect(cls, kubeconfig: Path | None) -> Self:
         """Find the credentials. Nothing is sent yet.
 
         Raises:
-            APIError: there are none; says what to do.
+            APIError: there are none; with the remedy.
         """
         return cls(await _make_client(kubeconfig), kubeconfig)
 
@@ -135,7 +134,7 @@ class Cluster:
         await self.close()
 
     def guard(self, permit: Callable[[], None]) -> None:
-        """From now on call `permit` before a status or an Event is written; what it raises is raised to the writer."""
+        """From now on call `permit` before a status or an Event is written; what it raises is raised to the caller."""
         self._permit = permit
 
     def count(self, requested: Callable[[str, str], None]) -> None:
@@ -143,11 +142,11 @@ class Cluster:
         self._requested = requested
 
     async def close(self) -> None:
-        """Close the connections. Requests that are under way fail."""
+        """Close the connections. Requests in progress fail."""
         await _close(self._client)
 
     async def list(self, scope: Scope) -> builtins.list[VCPUSet]:
-        """All sets of the scope. Objects that cannot be decoded are logged, once, and left out.
+        """All sets of the scope. Objects that cannot be decoded are logged, once, and skipped.
 
         Raises:
             APIError: also when the API server does not know VCPUSets.
@@ -170,8 +169,8 @@ class Cluster:
     async def write_status(self, vcpuset: VCPUSet, status: Status) -> VCPUSet:
         """Make `status` the status of `vcpuset`, if that is still the latest version; return the new version.
 
-        Without a difference nothing is sent, and `vcpuset` itself returned. After a failure other than the two named
-        the write may have happened all the same.
+        Without a difference nothing is sent, and `vcpuset` itself is returned. After a failure other than the two named
+        the write may have happened nevertheless.
 
         Raises:
             Conflict: the object has changed since.
@@ -183,7 +182,7 @@ class Cluster:
             return vcpuset
         body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
         path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
-        self._ask_leave()
+        self._require_permit()
         answer = await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH)
         try:
             return decode(answer)
@@ -194,24 +193,24 @@ class Cluster:
         """Create an `events.k8s.io/v1` Event.
 
         Raises:
-            APIError: it may have been created all the same.
+            APIError: it may have been created nevertheless.
         """
-        self._ask_leave()
+        self._require_permit()
         await self._request("POST", _path("events.k8s.io/v1", "events", namespace), body=event)
 
     async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
         """Merge `patch` into an Event.
 
         Raises:
-            ObjectGone: the API server has forgotten it; it keeps Events for an hour.
+            ObjectGone: it has expired; the API server keeps Events for an hour.
             APIError: anything else.
         """
         path = f"{_path('events.k8s.io/v1', 'events', namespace)}/{name}"
-        self._ask_leave()
+        self._require_permit()
         await self._request("PATCH", path, body=patch, content_type=_MERGE_PATCH)
 
     async def read_secret(self, namespace: str, name: str) -> dict[str, bytes]:
-        """The entries of a Secret as it is now.
+        """The current entries of a Secret.
 
         Raises:
             ObjectGone: there is none.
@@ -221,14 +220,14 @@ class Cluster:
         path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
         return _understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
 
-    def _ask_leave(self) -> None:
+    def _require_permit(self) -> None:
         if self._permit is not None:
             self._permit()
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
     async def read_lease(self, namespace: str, name: str) -> dict[str, Any]:
-        """A `coordination.k8s.io/v1` Lease as it is now.
+        """The current `coordination.k8s.io/v1` Lease.
 
         Raises:
             ObjectGone: there is none.
@@ -240,8 +239,8 @@ class Cluster:
         """Create a Lease.
 
         Raises:
-            Conflict: there is one already.
-            APIError: it may have been created all the same; `ObjectGone`: there is no such namespace.
+            Conflict: it exists already.
+            APIError: it may have been created nevertheless; `ObjectGone`: there is no such namespace.
         """
         body = {"apiVersion": _LEASES, "kind": "Lease", "metadata": {"name": name}, "spec": spec}
         return await self._request("POST", _path(_LEASES, "leases", namespace), body=body)
@@ -249,12 +248,12 @@ class Cluster:
     async def replace_lease(
         self, namespace: str, name: str, lease: Mapping[str, Any], spec: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give `lease` another `spec`, if that is still its latest version; return the new version.
+        """Replace the `spec` of `lease`, if that is still its latest version; return the new version.
 
         Raises:
             Conflict: it has changed since it was read.
-            ObjectGone: it does not exist any more.
-            APIError: anything else; it may have been written all the same.
+            ObjectGone: it no longer exists.
+            APIError: anything else; it may have been written nevertheless.
         """
         path = f"{_path(_LEASES, 'leases', namespace)}/{name}"
         return await self._request("PUT", path, body={**lease, "spec": spec})
@@ -266,7 +265,7 @@ class Cluster:
             try:
                 return await self._list_pages(namespace, scope)
             except _Expired:
-                # The token that the answer carries would go on with a later state: a set that moved could be missed.
+                # The token in the response would continue with a later state: a set that moved could be missed.
                 if attempt == LIST_ATTEMPTS:
                     raise
             except ObjectGone as error:
@@ -283,9 +282,9 @@ class Cluster:
         path = _path(API_VERSION, PLURAL, namespace)
         token = ""
         while True:
-            asked = [*query, ("continue", token)] if token else query
+            page_query = [*query, ("continue", token)] if token else query
             async with self.lists:
-                page = _understood(f"GET {path}", await self._request("GET", path, query=asked), _Page)
+                page = _understood(f"GET {path}", await self._request("GET", path, query=page_query), _Page)
             bodies += page.items
             token = page.metadata.token
             if not token:
@@ -327,7 +326,7 @@ class Cluster:
         body: Mapping[str, Any] | None,
         content_type: str,
     ) -> dict[str, Any]:
-        """One request and what came of it: an object, as every answer of an API server to what is asked here."""
+        """One request and its response: an object, as for all requests here."""
         what, code = f"{method} {path}", NO_ANSWER
         try:
             status, headers, raw = await _send(client, method, path, query, body, content_type)
@@ -342,9 +341,9 @@ class Cluster:
             raise APIError(f"{what}: the response is not a JSON object: {error}") from error
 
     async def _log_in_again(self, refused: ApiClient) -> None:
-        """Put a client with credentials read anew in place of one whose credentials were refused."""
+        """Replace a client whose credentials were refused by one with newly read credentials."""
         async with self._login:
-            if self._client is refused:  # else another request has done it meanwhile
+            if self._client is refused:  # otherwise another request has done it meanwhile
                 self._client = await _make_client(self.kubeconfig)
                 if not self._users[refused]:
                     del self._users[refused]
@@ -352,7 +351,7 @@ class Cluster:
 
     @contextlib.asynccontextmanager
     async def _borrowed(self) -> AsyncIterator[ApiClient]:
-        """The client for one request. The last request on one that was replaced closes it."""
+        """The client for one request. The last request on a replaced one closes it."""
         client = self._client
         self._users[client] += 1
         try:
@@ -375,8 +374,8 @@ async def _close(client: ApiClient) -> None:
     await untyped.close()
 
 
-def unheard(_method: str, _code: str) -> None:
-    """Nobody counts."""
+def ignore(_method: str, _code: str) -> None:
+    """The default of `count`."""
 
 
 def _path(api_version: str, plural: str, namespace: str | None) -> str:
@@ -393,9 +392,9 @@ async def _send(
     body: Mapping[str, Any] | None,
     content_type: str,
 ) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body of the answer to one request, through the untyped layer below the generated API classes.
+    """Status, headers and body of the response to one request, by the untyped layer below the generated API classes.
 
-    Those would add a model class per kind and a second parse; what they know beyond it is the path.
+    Those would add a model class per kind and a second parse, and otherwise only know the path.
     """
     untyped: Any = client
     request = await untyped.param_serialize(
@@ -411,7 +410,7 @@ async def _send(
 
 
 def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wire:
-    """What is needed of an answer. APIError: it is not there; a proxy may answer for the API server, with anything."""
+    """The needed part of a response. APIError: it is missing; a proxy may respond for the API server, with anything."""
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:
@@ -419,13 +418,13 @@ def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wir
 
 
 def unanswered(what: str, error: Exception) -> APIError:
-    """What kept a request from being answered, other than time, as one of our errors."""
+    """Why a request had no response, other than time, as one of our errors."""
     cut = isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientSSLError)
     return (Unavailable if cut else APIError)(f"{what}: {error or repr(error)}")
 
 
 def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> APIError:
-    """The API server's refusal as one of our errors: the only place that reads HTTP status codes."""
+    """An error response of the API server as one of our errors: the only place that reads HTTP status codes."""
     try:
         reason = str(msgspec.json.decode(raw)["message"])
     except (*_NO_JSON, KeyError, TypeError):
@@ -445,10 +444,10 @@ def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> API
         case 410:
             return _Expired(message)
         case 429 | 502 | 503:
-            # A server that starts has no storage for custom resources yet; other 429 are for who asks too often.
+            # A server that starts has no storage for custom resources yet; other 429 are for too many requests.
             starts = code != 429 or "initializing" in reason
-            asked = headers.get("Retry-After", "")
-            pause = min(float(asked), LONGEST_RETRY_AFTER) if asked.isdecimal() else 0.0
+            retry_after = headers.get("Retry-After", "")
+            pause = min(float(retry_after), LONGEST_RETRY_AFTER) if retry_after.isdecimal() else 0.0
             return (Unavailable if starts else APIError)(message, retry_after=pause)
         case _:
             return APIError(message)

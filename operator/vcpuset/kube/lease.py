@@ -113,7 +113,7 @@ class Leadership:
     async def acquire(self, answered: asyncio.Event) -> None:
         """Be a standby until the lease is free, then acquire it. Retries permanently; logs each kind of failure once.
 
-        answered  is set when the API server has answered, whoever holds the lease
+        answered  is set when the API server has answered, also if another replica holds the lease
         """
         while True:
             try:

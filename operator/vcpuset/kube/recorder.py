@@ -1,12 +1,13 @@
 """Kubernetes Events (`events.k8s.io/v1`), what `kubectl describe` and `kubectl events` show.
 
 Events are for people and may be lost: recording never waits and never fails, and one task posts them from a bounded
-queue, at a limited rate. So that they stay readable when many sets fail,
+queue, at a limited rate. So that they remain readable when many sets fail,
 
-* equal Events are one Event with a `series` that counts them. Equal are, as in client-go, those of one type, action and
-  reason about one object. Notes hold times and numbers; the first one stays, as only `series` of an Event can change;
-* each set has a token bucket for new Events, as in client-go. Counting goes on without tokens;
-* trouble is logged once per episode, not per Event. What is lost is counted.
+* equal Events are one Event with a `series` that counts them. As in client-go, Events of one type, action and reason
+  about one object are equal. Notes contain times and numbers; the first one is kept, because only `series` of an Event
+  can change;
+* each set has a token bucket for new Events, as in client-go. Repeats are counted without tokens;
+* a failure is logged once per episode, not per Event. Lost Events are counted.
 """
 
 from __future__ import annotations
@@ -30,38 +31,38 @@ from vcpuset.kube.codec import API_VERSION, KIND
 __all__ = ["EventSink", "Recorder"]
 
 QUEUE_LIMIT: Final = 5000
-"""New Events that wait to be posted; when full, the oldest are dropped. Posting so many takes 4 minutes."""
+"""New Events that wait to be posted; when full, the oldest are dropped. Posting all of them takes 4 minutes."""
 
 PACE_SECONDS: Final = 0.05
 """Pause between two requests, so that many sets that fail together do not flood the API server."""
 
 BURST: Final = 25
 REFILL_SECONDS: Final = 300.0
-"""How many new Events one set may have at once, and after how long one more; client-go's numbers."""
+"""How many new Events one set may have at once, and the time until one more; client-go's numbers."""
 
 SERIES_SECONDS: Final = 600.0
-"""How long after the last of equal Events the next one is counted with them; client-go's old choice."""
+"""How long after the last of equal Events the next one is counted with them; as client-go's original value."""
 
 WRITE_SECONDS: Final = 60.0
-"""How long after an Event has repeated its count is written, with all that happened meanwhile."""
+"""How long after a repeat the count is written, including the repeats of this time."""
 
 REMEMBERED: Final = 10_000
-"""How many series are remembered, and how many token buckets; beyond it those that have been quiet longest go."""
+"""How many series and token buckets are remembered; beyond it the least recently used ones are dropped."""
 
 BACKOFF: Final = ExponentialBackoff(base_seconds=1, cap_seconds=15)
-"""The pause after a failed request. It is for all Events: most often it is the API server that is not there."""
+"""The pause after a failed request. It is for all Events: usually the API server is away."""
 
 GIVE_UP_SECONDS: Final = 600.0
-"""How long after the first failed attempt to post an Event it is given up."""
+"""How long after the first failed attempt to post an Event it is dropped."""
 
 QUIET_SECONDS: Final = 600.0
-"""Trouble that comes back sooner than this is the same episode, and is not logged again."""
+"""A failure that returns sooner is the same episode, and is not logged again."""
 
 _log = logging.getLogger(__name__)
 
 
 class EventSink(Protocol):
-    """Where Events go: a `vcpuset.kube.cluster.Cluster`."""
+    """The API server: a `vcpuset.kube.cluster.Cluster`."""
 
     async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None: ...
     async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> None: ...
@@ -69,13 +70,13 @@ class EventSink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Series:
-    """One Event, and how often it happened. Times are the event loop's, but for `last`.
+    """One Event, and how often it happened. Times are the event loop's, except `last`.
 
-    name           the Event's, chosen before it is posted, so that a second attempt cannot make a second Event
+    name           the Event's, chosen before it is posted, so that a retry cannot create a second Event
     generation     the set's, when the series began
-    event          the Event without its count; None: it is posted
+    event          the Event without its count; None: it was posted
     last, last_at  the latest occurrence
-    queued         it is going to be posted, or its count to be written
+    queued         it will be posted, or its count written
     failing_since  when posting first failed
     """
 
@@ -92,7 +93,7 @@ class _Series:
 
 
 class Recorder:
-    """Posts Events about VCPUSets. `run` has to run, else they are only queued."""
+    """Posts Events about VCPUSets. Without `run` they are only queued."""
 
     def __init__(self, cluster: EventSink, *, instance: str | None = None) -> None:
         """`instance` is the `reportingInstance`, by default the host's (in a pod: the pod's) name."""
@@ -101,15 +102,15 @@ class Recorder:
         self._series: OrderedDict[tuple[UID, str, str, str], _Series] = OrderedDict()
         """In the order of their latest occurrence."""
         self._full_at: OrderedDict[UID, float] = OrderedDict()
-        """When the token bucket of each set will be full again."""
+        """When the token bucket of each set is full again."""
         self._new: deque[_Series] = deque()
         self._counts: deque[_Series] = deque()
         self._wake = asyncio.Event()
         self._failures = 0
-        self._away_told = False
+        self._outage_logged = False
         self._troubles: OrderedDict[tuple[str, UID | None], float] = OrderedDict()
         self.dropped = 0
-        """How many Events were lost because the queue was full, or because the API server did not take them."""
+        """How many Events were lost because the queue was full, or because the API server rejected them."""
         self.throttled = 0
         """How many Events were lost because their set had too many."""
 
@@ -122,17 +123,17 @@ class Recorder:
         action: str,
         note: str,
     ) -> None:
-        """Report that something happened to `vcpuset`. Returns at once; needs a running event loop.
+        """Record that something happened to `vcpuset`. Returns at once; needs a running event loop.
 
-        `reason` (why) and `action` (what the operator did) are one CamelCase word each. A note is cut after 1024 bytes.
+        `reason` (why) and `action` (what the operator did) are one CamelCase word each. Notes have at most 1024 bytes.
         """
         now = asyncio.get_running_loop().time()
         while self._series and now - next(iter(self._series.values())).last_at >= SERIES_SECONDS:
             self._series.popitem(last=False)
         key = (vcpuset.uid, type, action, reason)
         series = self._series.get(key)
-        # What happens to another declared state is no repeat, and the old note would be wrong about it. client-go
-        # compares the object's resourceVersion for that; ours changes with each status write.
+        # An Event about another generation is no repeat, and the old note would be wrong about it. client-go compares
+        # the object's resourceVersion for that; ours changes with each status write.
         new = series is None or series.generation != vcpuset.generation
         if new and self._take_token(vcpuset.uid, now):
             at, name = _micro_time(), f"{vcpuset.name}.{token_hex(8)}"
@@ -160,7 +161,7 @@ class Recorder:
             _remember(self._series, key, series)
             self._queue(self._new, series)
         elif series is not None:
-            # Also a new one that there is no token for: better counted under an old note than lost.
+            # Also a new one without a token: better counted with an old note than lost.
             series.count += 1
             series.last, series.last_at = _micro_time(), now
             self._series.move_to_end(key)
@@ -175,19 +176,19 @@ class Recorder:
             )
 
     async def run(self) -> None:
-        """Post what is recorded. Ends only by cancellation; what waits then is lost."""
+        """Post what is recorded. Ends only by cancellation; queued Events are lost then."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._new or self._counts:
-                # By turns, as neither may keep the other from being seen.
+                # Alternately, so that neither can block the other.
                 for queue in (self._new, self._counts):
                     if queue:
                         await self._send(queue.popleft())
 
     def _take_token(self, uid: UID, now: float) -> bool:
         full_at = max(self._full_at.get(uid, now), now)
-        if round(full_at - now) > (BURST - 1) * REFILL_SECONDS:  # rounded, since sums of floats are not exact
+        if round(full_at - now) > (BURST - 1) * REFILL_SECONDS:  # rounded, because sums of floats are not exact
             return False
         _remember(self._full_at, uid, full_at + REFILL_SECONDS)
         return True
@@ -200,7 +201,7 @@ class Recorder:
             self._lose(self._new.popleft(), QUEUE_LIMIT, words)
 
     def _write_later(self, series: _Series) -> None:
-        """Have the count written after a while, also if the series is replaced or forgotten meanwhile."""
+        """Write the count after a while, also if the series is replaced or forgotten meanwhile."""
         series.queued = True
         asyncio.get_running_loop().call_later(WRITE_SECONDS, self._queue, self._counts, series)
 
@@ -215,7 +216,7 @@ class Recorder:
                 else:
                     await self._cluster.post_event(series.namespace, series.event | (patch if count > 1 else {}))
             except Conflict:
-                count = 1  # an attempt that got no answer has made it after all; with which count is not known
+                count = 1  # an attempt without a response has created it; with which count is not known
             series.event, series.queued = None, False
             if series.count != count:
                 self._write_later(series)
@@ -226,8 +227,8 @@ class Recorder:
             await self._fail(series, error)
             return
         self._failures = 0
-        if self._away_told:
-            self._away_told = False
+        if self._outage_logged:
+            self._outage_logged = False
             _log.info("posting Events succeeds again; lost so far: %d", self.dropped)
         await asyncio.sleep(PACE_SECONDS)
 
@@ -235,19 +236,19 @@ class Recorder:
         now = asyncio.get_running_loop().time()
         series.failing_since = min(series.failing_since, now)
         self._failures += 1
-        self._away_told |= self._warn("posting Events failed, retrying: %s", error)
+        self._outage_logged |= self._warn("posting Events failed, retrying: %s", error)
         await asyncio.sleep(max(BACKOFF.delay(self._failures, error.longest_pause), error.retry_after))
         if series.event is None:
             self._write_later(series)
         elif now - series.failing_since < GIVE_UP_SECONDS:
-            self._queue(self._new, series)  # behind the others: one that is refused again and again holds up none
+            self._queue(self._new, series)  # behind the others: one that is rejected repeatedly must not delay them
         else:
             self._lose(series, error)
 
     def _lose(
         self, series: _Series, cause: object, message: str = "an Event was lost, because it could not be posted: %s"
     ) -> None:
-        """Let the next of its kind begin another series. Of one that is posted, only the rest of its count is lost."""
+        """The next equal Event starts a new series. Of one that was posted, only the rest of its count is lost."""
         if self._series.get(series.key) is series:
             del self._series[series.key]
         if series.event is not None:
@@ -255,7 +256,7 @@ class Recorder:
             self._warn(message, cause)
 
     def _warn(self, message: str, *values: object, about: UID | None = None) -> bool:
-        """Log trouble if it begins; returns whether it does."""
+        """Log a failure if its episode begins; returns whether it does."""
         now = asyncio.get_running_loop().time()
         begins = now - self._troubles.get((message, about), -math.inf) > QUIET_SECONDS
         _remember(self._troubles, (message, about), now)

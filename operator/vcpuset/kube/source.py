@@ -30,7 +30,7 @@ from kopf._core.engines.peering import Identity
 from vcpuset.domain.errors import APIError
 from vcpuset.domain.resource import UID
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Scope, unheard
+from vcpuset.kube.cluster import Scope, ignore
 from vcpuset.kube.codec import GROUP, PLURAL, VERSION, InvalidObject, decode
 from vcpuset.kube.freshness import Freshness
 from vcpuset.kube.login import connection_info
@@ -109,7 +109,7 @@ class Source:
         changed: Callable[[UID], None],
         freshness: Freshness,
         lists: asyncio.Lock | None = None,
-        requested: Callable[[str, str], None] = unheard,
+        requested: Callable[[str, str], None] = ignore,
     ) -> None:
         self._kubeconfig = kubeconfig
         self._scope = scope

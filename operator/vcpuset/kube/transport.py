@@ -1,11 +1,11 @@
-"""How fast kopf may ask: its requests pass through here, on their way to the API server.
+"""Rate and back-off of kopf's requests: they pass through here on their way to the API server.
 
-kopf watches well and retries badly. A watch that is cut at once it takes up without a pause, for ever; after an expired
-one it begins anew ten times a second; it counts its pauses afresh each minute, and knows nothing of our own lists. So
-its own pauses are switched off, and each of its requests waits here until it is due: after a failure twice as long as
-after the one before, up to half a minute (to ten seconds while the API server does not run, or starts), and never in
-step with others; a watch that ends when it has hardly begun is a
-failure too. Each failure is told of in the log, as kopf's own lines name neither the status nor a remedy.
+kopf watches well and retries badly. It resumes an interrupted watch without a pause, permanently; after an expired one
+it restarts ten times a second; it resets its pauses each minute, and does not know our own lists. So its own pauses are
+disabled, and each of its requests waits here until it is due: after a failure twice as long as after the one before, up
+to half a minute (to ten seconds while the API server does not run, or starts), with jitter; a watch that ends soon
+after its start is a failure too. Each failure is logged, because kopf's own lines contain neither the status nor a
+remedy.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ LONGEST_SECONDS: Final = 30.0
 BACKOFF: Final = ExponentialBackoff(base_seconds=1, cap_seconds=LONGEST_SECONDS)
 
 STEADY_SECONDS: Final = 5.0
-"""A watch that stood for so long was a success. One that a proxy cuts each quarter of a minute is taken up at once."""
+"""A watch that lasted so long was a success. One that a proxy closes every 15 s is resumed at once."""
 
 UNTRIED_SECONDS: Final = 180.0
-"""What has failed and was not tried again for so long is not tried any more: the pauses of a watch and of what goes
+"""A path that has failed and was not retried for so long is no longer in use: the pauses of a watch and of the requests
 before it, and their deadlines, are shorter together."""
 
 ANSWER_SECONDS: Final = 30.0
-"""Deadline of a request: for a watch to its first byte, for all others to the last byte of the answer."""
+"""Deadline of a request: for a watch to its first byte, for all others to the last byte of the response."""
 
 _log = logging.getLogger(__name__)
 
 
 class RetryBackoff:
-    """When something that can fail, or can last too short a time, may be tried again. Times are the loop's."""
+    """When something that can fail, or end too soon, may be tried again. Times are the loop's."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -55,14 +55,14 @@ class RetryBackoff:
         self._began: float | None = None
 
     def is_failing(self) -> bool:
-        """Whether the last tries have failed, and it is tried again. What has begun is a success once it has lasted."""
+        """Whether the last attempts have failed, and it is retried. What has begun is a success once it has lasted."""
         now = asyncio.get_running_loop().time()
         if self._began is not None and now - self._began >= STEADY_SECONDS:
             return False
         return self._failures > 0 and now - self._failed_at < UNTRIED_SECONDS
 
     def wait_seconds(self) -> float:
-        """How long to wait before the next try."""
+        """How long to wait before the next attempt."""
         return max(0.0, self._due - asyncio.get_running_loop().time())
 
     def began(self) -> None:
@@ -70,7 +70,7 @@ class RetryBackoff:
         self._began = asyncio.get_running_loop().time()
 
     def ended(self) -> bool:
-        """If something had begun, it is over. Whether that was too soon, which counts as a failure."""
+        """If something had begun, it is over. Returns whether it ended too soon, which counts as a failure."""
         if self._began is None:
             return False
         lasted, self._began = asyncio.get_running_loop().time() - self._began, None
@@ -81,14 +81,14 @@ class RetryBackoff:
         return True
 
     def succeeded(self) -> None:
-        """A try that shows all there is to it, where nothing has to last, has gone well."""
+        """An attempt has succeeded, of something that need not last."""
         self._failures = 0
 
     def failed(self, error: APIError | None = None) -> float:
-        """A try has failed; returns how many seconds the next one waits: at least what the server asks for."""
+        """An attempt has failed; returns how many seconds the next one waits: at least the server's Retry-After."""
         unavailable = isinstance(error, Unavailable)
         if self._unavailable and not unavailable:
-            # It runs again, but is not quite ready: one that starts ends its first watches.
+            # It runs again, but is not ready: a server that starts ends its first watches.
             self._failures = 0
         self._unavailable = unavailable
         self._failures += 1
@@ -101,9 +101,9 @@ class RetryBackoff:
 
 
 class ThrottledTransport:
-    """Makes kopf's HTTP sessions, whose requests all pass through here: a pace for each path, one list at a time.
+    """Makes kopf's HTTP sessions, whose requests all pass through here: a back-off for each path, one list at a time.
 
-    lists      held while a list is asked for and read; the operator's own lists hold it too
+    lists      held during each list; the operator's own lists hold it too
     listed     called with the path after each list
     requested  called after each request, as by `Cluster.count`
     """
@@ -132,12 +132,12 @@ class ThrottledTransport:
             trust_env=info.trust_env,
             middlewares=(middleware,),
         )
-        # Each login makes one, and while credentials are refused there are thousands in a day.
+        # Each login makes one, and while credentials are refused these are thousands in a day.
         self._sessions = [each for each in self._sessions if not each.closed] + [session]
         return session
 
     def is_failing(self, namespace: str) -> bool:
-        """Whether what watches a namespace fails at present, or what kopf asks before it; and it is tried again."""
+        """Whether the watch on a namespace fails at present, or kopf's requests before it; and is retried."""
         return any(
             pace.is_failing()
             for path, pace in self._paces.items()
@@ -152,9 +152,9 @@ class ThrottledTransport:
     async def _pass(
         self, session: aiohttp.ClientSession, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
-        """Send a request when it is due. What fails is raised, or returned, as it came."""
+        """Send a request when it is due. Errors are raised, or returned, unchanged."""
         path = request.url.path
-        # A list and the watch that follows it share one: neither comes to rest without the other.
+        # A list and the watch that follows it share one: both must succeed.
         pace = self._paces.setdefault(path, RetryBackoff())
         if pace.ended():
             _log.warning(
@@ -163,8 +163,8 @@ class ThrottledTransport:
         if (seconds := pace.wait_seconds()) > 0:
             await asyncio.sleep(seconds)
         if session.closed:
-            # Another request has found out meanwhile that these credentials are not accepted. So says aiohttp too, and
-            # kopf then takes the new ones.
+            # Another request has found meanwhile that these credentials are not accepted. aiohttp raises this too, and
+            # kopf then uses the new ones.
             raise RuntimeError("Session is closed")
         if request.url.query.get("watch") == "true":
             response = await self._send(request, handler, pace, watch=True)
@@ -196,24 +196,24 @@ class ThrottledTransport:
                 if watch and response.ok:
                     pace.began()
                     return response
-                raw = await response.read()  # kept by the response for whoever reads it again
+                raw = await response.read()  # the response keeps it for its other readers
         except TimeoutError:
-            self._tell(pace, APIError(f"{what}: no answer from {request.url.authority} within {ANSWER_SECONDS:g} s"))
+            self._failed(pace, APIError(f"{what}: no answer from {request.url.authority} within {ANSWER_SECONDS:g} s"))
             raise
         except (aiohttp.ClientError, OSError) as error:
-            self._tell(pace, unanswered(what, error))
+            self._failed(pace, unanswered(what, error))
             raise
         finally:
             self._requested(request.method, code)
         if not response.ok:
-            self._tell(pace, refusal(what, response.status, response.headers, raw))
+            self._failed(pace, refusal(what, response.status, response.headers, raw))
         return response
 
-    def _tell(self, pace: RetryBackoff, error: APIError) -> None:
+    def _failed(self, pace: RetryBackoff, error: APIError) -> None:
         pause = pace.failed(error)
         _log.warning("%s%s; retrying in %.1f s", error, remedy(error), pause)
 
 
 def remedy(error: APIError) -> str:
-    """What helps, in brackets, if that is known from the kind of the error."""
+    """The remedy, in brackets, if the kind of the error has one."""
     return " (the roles in deploy/ grant the required permissions)" if isinstance(error, Forbidden) else ""

@@ -146,7 +146,7 @@ class Agent:
             await self.close()
             if self._client.strange is not None:
                 raise AgentUnreachable(
-                    f"{self._where} did not answer {translate.asked(command)} within {self._seconds:g} s, but sent"
+                    f"{self._where} did not answer {translate.named(command)} within {self._seconds:g} s, but sent"
                     " other data: this is not a guest agent"
                 ) from self._client.strange
             raise translate.agent_silent(self._where, command, self._seconds) from error

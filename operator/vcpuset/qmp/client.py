@@ -1,22 +1,22 @@
-"""`qemu.qmp`'s client (0.0.6) with what a long-running program needs of it.
+"""`qemu.qmp`'s client (0.0.6) with what a long-running program needs.
 
-The library's client suits a script. Kept open for days, and against peers that may misbehave, it needs some care, all
-of which is in this module because it reaches into the library; the version is pinned for that reason:
+The library's client is made for scripts. Open for days, and with peers that may misbehave, it needs some changes, all
+of them in this module because they use internals of the library; this is why the version is pinned:
 
-- It keeps every event it ever saw, and formats every message for a log that nobody reads: for 4096 CPU slots that
-  costs more than the query. Here events go to a callback and nothing is formatted.
-- Its request ids start from 0 in every client, so that a reply left over from an earlier client of the same monitor
-  could be taken for one of ours.
+- It keeps every event, and formats every message for a log that is not used: for 4096 CPU slots that costs more than
+  the query. Here events go to a callback and nothing is formatted.
+- Its request ids start from 0 in every client, so that a reply to an earlier client of the same monitor could be taken
+  for one of ours.
 - `disconnect()` first waits until the peer has read everything, which a hanging peer never does, and on TLS never
-  returns at all. Every command that matters has been awaited by then: nothing is worth flushing.
-- A loss of the connection wakes nobody but pending commands.
-- It takes the first message after `qmp_capabilities` for the reply. QEMU, busy with a command of a client that has
-  left, answers that one to whoever comes next; so here the negotiation has an id like every command.
-- It takes what stands before the end of a connection for a message, though the rest of that may be missing.
+  returns at all. Every command that matters has been awaited then: nothing needs flushing.
+- A loss of the connection is only reported to pending commands.
+- It takes the first message after `qmp_capabilities` as the reply. QEMU, busy with a command of a client that has left,
+  sends that reply to the next client; so here the negotiation has an id like every command.
+- It takes an incomplete message before the end of a connection as a message.
 - Each message goes through queues and tasks, and is encoded three times: a third of the CPU time of an observation.
   Here a command is written at once, and its reply is a future.
-- Its limit for a reply is one for all that a peer may send, unasked too; and replies of many peers that come in one go
-  are all parsed, to many times their size, before the first is taken. Here one long message at a time is.
+- Its limit for a reply is also that for unsolicited messages; and replies of many peers that arrive together are all
+  parsed, to many times their size, before the first is used. Here only one long message at a time is parsed.
 """
 
 from __future__ import annotations
@@ -39,46 +39,46 @@ from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMP
 from qemu.qmp.models import ErrorResponse
 from qemu.qmp.qmp_client import NegotiationError
 
-from vcpuset.qmp.peer import NOBODY, peer_of
+from vcpuset.qmp.peer import UNKNOWN, peer_of
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Keys
 
-__all__ = ["READ_LIMIT", "UNASKED_LIMIT", "VALUES_LIMIT", "Client", "Stage"]
+__all__ = ["READ_LIMIT", "UNSOLICITED_LIMIT", "VALUES_LIMIT", "Client", "Stage"]
 
 READ_LIMIT = 1280 * 1024
-"""The longest reply that is read, in bytes. The longest that QEMU is known to send has 0.9 MB (4096 CPUs)."""
+"""The longest accepted reply, in bytes. The longest known one of QEMU has 0.9 MB (4096 CPUs)."""
 
 VALUES_LIMIT = 1 << 17
-"""How many values may be in a message that is longer than `UNASKED_LIMIT`, roughly: a short one makes an object of 70
-bytes out of two. QEMU's replies have 13 for each CPU at most."""
+"""About how many values may be in a message that is longer than `UNSOLICITED_LIMIT`: two bytes can become an object of
+70 bytes. QEMU's replies have at most 13 for each CPU."""
 
-UNASKED_LIMIT = 16 * 1024
-"""How much may come while no reply is awaited: greetings and events have some hundred bytes. Sessions are kept by the
-thousand, and whoever listens at one could have the process hold a reply's length for each."""
+UNSOLICITED_LIMIT = 16 * 1024
+"""The longest message while no reply is awaited: greetings and events have some hundred bytes. Thousands of sessions
+are kept, and each peer could make the process hold a reply's length."""
 
 _KEPT = 1000
-"""Characters of an error's text; it may be remembered for each CPU of a machine."""
+"""Characters of an error's text; it may be kept for each CPU of a machine."""
 
 _BURST = 64
-"""How many messages are taken from the buffer before others get their turn."""
+"""How many messages are taken from the buffer before other tasks run."""
 
-# The library reports each failure to its log and then raises it. What it raises is translated, and told to the user,
-# by its caller; saying it twice, as an error, would fill the log with monitors that are merely not there yet.
+# The library logs each failure and then raises it. Its caller translates and reports what it raises; a second report,
+# as an error, would fill the log with monitors that do not exist yet.
 _SILENT = logging.Logger("qemu.qmp")
 _SILENT.disabled = True
 
 
 class Stage(enum.Enum):
-    """How far a connection has come."""
+    """The progress of a connection."""
 
-    LOOKING_UP = enum.auto()
+    RESOLVING = enum.auto()
     CONNECTING = enum.auto()
     SECURING = enum.auto()
     GREETING = enum.auto()
-    """Connected, on TLS too; nothing has come yet."""
+    """Connected, on TLS too; nothing was received yet."""
     NEGOTIATING = enum.auto()
-    """Something has come: whoever speaks has let this client in."""
+    """Something was received: the peer has accepted this client."""
 
 
 _NOT_QMP = (
@@ -91,14 +91,14 @@ _NOT_QMP = (
         "the chardev uses the telnet protocol; remove telnet=on (or tn3270=on)",
     ),
 )
-"""What QEMU sends in place of a greeting if it was told to, and what helps."""
+"""What QEMU sends instead of a greeting if so configured, and the remedy."""
 
 
 class _Reply(asyncio.Future[Message | ExecInterruptedError]):
-    """What the library has a queue for: one reply, or the loss of the connection."""
+    """Replaces a queue of the library: one reply, or the loss of the connection."""
 
     def get(self) -> Self:
-        """For whoever waits."""
+        """Called by the waiting command."""
         return self
 
     def put_nowait(self, reply: Message | ExecInterruptedError) -> None:
@@ -112,17 +112,17 @@ class _Reply(asyncio.Future[Message | ExecInterruptedError]):
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
-"""Held from the parsing of a long message until whoever waits for it has taken it."""
+"""Held from the parsing of a long message until the waiting command has taken it."""
 
 
 class Client(QMPClient):
-    """One connection to a monitor, from `connect` to `end`; not to be used again after that.
+    """One connection to a monitor, from `connect` to `end`; cannot be used again after that.
 
-    longest    the longest reply that is read, in bytes
-    permit     called right before a message is sent; what it raises breaks the connection in place of that
-    stage      how far `open` has come
-    peer       what the kernel tells of the other end
-    addresses  those that it connects to, on TCP
+    longest    the longest accepted reply, in bytes
+    permit     called right before a message is sent; what it raises ends the connection instead
+    stage      the progress of `open`
+    peer       the kernel's information about the other end
+    addresses  of the host, on TCP
     cause      why the connection was lost; None: it is not, or not known
     """
 
@@ -135,10 +135,10 @@ class Client(QMPClient):
         permit: Callable[[], None] | None = None,
         longest: int = READ_LIMIT,
     ) -> None:
-        super().__init__(readbuflen=UNASKED_LIMIT)
+        super().__init__(readbuflen=UNSOLICITED_LIMIT)
         self.logger = _SILENT
-        self.stage = Stage.LOOKING_UP
-        self.peer = NOBODY
+        self.stage = Stage.RESOLVING
+        self.peer = UNKNOWN
         self.addresses: Sequence[AddrInfoType] = ()
         self.cause: BaseException | None = None
         self._on_event = on_event
@@ -177,14 +177,14 @@ class Client(QMPClient):
             raise
 
     async def _greet(self, connection: socket.socket) -> None:
-        # The library only asserts that a connection which was closed right after the negotiation is still there.
+        # The library only asserts that a connection which was closed right after the negotiation still exists.
         with contextlib.suppress(AssertionError):
             await self.connect(connection)
         if self.runstate is not Runstate.RUNNING:
             raise EOFError("closed right after the negotiation")
 
     async def end(self, seconds: float) -> None:
-        """Close the connection, within `seconds`, whatever its state; never raises (but CancelledError)."""
+        """Close the connection, within `seconds`, whatever its state; never raises (except CancelledError)."""
         self._on_loss = _nothing
         self._abort()
         if self.runstate is Runstate.IDLE:
@@ -192,11 +192,11 @@ class Client(QMPClient):
         try:
             async with asyncio.timeout(seconds):
                 await self.disconnect()
-        except Exception as error:  # noqa: BLE001 - disconnect() raises again what broke the connection; closing is no place to fail for it, and `cause` keeps it
+        except Exception as error:  # noqa: BLE001 - disconnect() raises again what broke the connection; closing must not fail because of that, and `cause` keeps it
             self.cause = self.cause or error
 
     async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
-        """As the library has it, but no error holds more of a reply than its beginning."""
+        """As the library's, but errors only hold the beginning of a reply."""
         if self._runstate is not Runstate.RUNNING:
             raise StateError("not connected", self._runstate, Runstate.RUNNING)
         request: dict[str, object] = {"exec-oob" if oob else "execute": cmd, "id": self._get_exec_id()}
@@ -206,8 +206,8 @@ class Client(QMPClient):
             reply = await self._reply(await self._issue(Message(request, eager=False)))
         finally:
             reader: Any = self._reader
-            if reader is not None and reader._limit > UNASKED_LIMIT and not self._awaits_reply():
-                self._abort()  # in the middle of a long message that nobody waits for any more
+            if reader is not None and reader._limit > UNSOLICITED_LIMIT and not self._awaits_reply():
+                self._abort()  # in the middle of a long message that is no longer needed
         if "return" in reply and "error" not in reply:
             return reply["return"]
         failure = _failure(reply)
@@ -218,12 +218,12 @@ class Client(QMPClient):
         negotiating = self.runstate is Runstate.CONNECTING and self._greeting is not None
         return negotiating or not all(reply.done() for reply in self._pending.values())
 
-    # What follows overrides the library's own hooks.
+    # Overrides of the library's hooks.
 
     async def _do_connect(
         self, address: tuple[str, int] | str | socket.socket, ssl: tls.SSLContext | None = None
     ) -> None:
-        # The library's own knows no server name.
+        # The library's own has no server name.
         assert isinstance(address, socket.socket)
         self._set_state(Runstate.CONNECTING)
         self._reader, self._writer = await asyncio.open_connection(sock=address, limit=self.readbuflen, **self._tls)
@@ -240,7 +240,7 @@ class Client(QMPClient):
                 reply = await self._recv()
             finally:
                 self._end_turn()
-            # QEMU tells without an id that it could not read what it was sent.
+            # QEMU reports without an id that it could not read the request.
             if reply.get("id") == ident or ("error" in reply and "id" not in reply):
                 break
         accepted = "return" in reply and "error" not in reply
@@ -249,7 +249,7 @@ class Client(QMPClient):
             raise NegotiationError("Negotiation failed", ValueError("not accepted"))
 
     async def _establish_session(self) -> None:
-        # As the library has it, but without a queue and a task for what is to be sent.
+        # As the library's, but without a queue and a task for sending.
         self._greeting, self._pending = None, {}
         if self.await_greeting:
             self._greeting = await self._get_greeting()
@@ -276,7 +276,7 @@ class Client(QMPClient):
     async def _on_message(self, msg: Message) -> None:
         waiting = self._pending.get(cast("str | None", msg.get("id")))
         if waiting is not None and waiting.done() and "event" not in msg:
-            return  # A second reply with one id: its predecessor is about to be taken.
+            return  # A second reply with one id: the first is about to be taken.
         await super()._on_message(msg)
 
     async def _issue(self, msg: Message) -> str:
@@ -291,13 +291,13 @@ class Client(QMPClient):
 
     def _do_send(self, msg: Message) -> None:
         # Here and not where the command is issued: a process can be stopped for any length of time at any point, and
-        # between here and the kernel's buffer there is next to nothing.
+        # hardly any code runs between here and the kernel's buffer.
         self._permit()
         self._write(bytes(msg))
 
     def _write(self, chunk: bytes) -> None:
         assert self._writer is not None
-        # If the connection has just been lost, uvloop would raise an error of its own; why it was, the reader tells.
+        # If the connection has just been lost, uvloop would raise its own error; the reader reports the reason.
         if not self._writer.transport.is_closing():
             self._writer.write(chunk)
 
@@ -307,12 +307,12 @@ class Client(QMPClient):
         if self._received % _BURST == 0:
             await asyncio.sleep(0)
         line = await self._readline()
-        if len(line) > UNASKED_LIMIT + 1:  # the reader's limit does not count the end of the line
+        if len(line) > UNSOLICITED_LIMIT + 1:  # the reader's limit does not count the end of the line
             turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
             await turn.acquire()
             self._turn = turn
         found, why = _parsed(line)
-        del line  # An error keeps what was known where it was raised; it lives longer, and lines can be long.
+        del line  # An error keeps its frame's variables; it lives longer, and lines can be long.
         if found is None:
             self._end_turn()
             raise ValueError(why)
@@ -335,7 +335,7 @@ class Client(QMPClient):
                 try:
                     line: bytes = await reader.readuntil(end)
                 except asyncio.LimitOverrunError:
-                    limit = self._longest if self._awaits_reply() else UNASKED_LIMIT
+                    limit = self._longest if self._awaits_reply() else UNSOLICITED_LIMIT
                     if reader._limit >= limit:
                         raise ValueError(f"a message of more than {limit} bytes") from None
                     reader._limit = limit
@@ -346,13 +346,13 @@ class Client(QMPClient):
                 self.stage = Stage.NEGOTIATING
             raise EOFError("closed in the middle of a message" if error.partial else "closed") from None
         finally:
-            reader._limit = UNASKED_LIMIT
+            reader._limit = UNSOLICITED_LIMIT
 
     async def _bh_recv_message(self) -> None:
         try:
             await super()._bh_recv_message()
             if self._turn is not None:
-                await asyncio.sleep(0)  # whoever waits for the reply takes it now, and makes less of it
+                await asyncio.sleep(0)  # the waiting command takes the reply now, and reduces it
         finally:
             self._end_turn()
 
@@ -381,7 +381,7 @@ class Client(QMPClient):
 
 def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
     """The message in a line, or why there is none."""
-    if len(line) > UNASKED_LIMIT:
+    if len(line) > UNSOLICITED_LIMIT:
         values = sum(map(line.count, (b",", b"[", b"{")))
         if values > VALUES_LIMIT:
             return None, f"a message of {values} values"
@@ -395,7 +395,7 @@ def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
 
 
 def _failure(reply: Message) -> QMPError:
-    """What a reply that returns nothing says, without more of it than its beginning."""
+    """The error in a reply without a result, with only the beginning of its text."""
     match reply:
         case {"error": {"class": str(error_class), "desc": str(desc)}}:
             said = {"class": error_class[:_KEPT], "desc": desc[:_KEPT]}
@@ -407,4 +407,4 @@ def _failure(reply: Message) -> QMPError:
 
 
 def _nothing() -> None:
-    """Nobody is told of a loss that was asked for; and who gave no `permit` may send."""
+    """The default of callbacks."""

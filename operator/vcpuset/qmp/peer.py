@@ -18,7 +18,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["NOBODY", "Link", "Peer", "address", "peer_of"]
+__all__ = ["UNKNOWN", "Link", "Peer", "address", "peer_of"]
 
 Link = tuple[tuple[str, int], tuple[str, int]]
 """A TCP connection by the addresses and ports of its two ends, QEMU's first: unique at any time."""
@@ -44,7 +44,7 @@ class Peer:
     link: Link | None = None
 
 
-NOBODY: Final = Peer()
+UNKNOWN: Final = Peer()
 """Nothing is known of the other end."""
 
 

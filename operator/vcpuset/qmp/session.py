@@ -1,12 +1,12 @@
-"""One connection to one monitor: observe the machine, plug, unplug, and hear what the guest answers.
+"""One connection to one monitor: observe the machine, plug, unplug, and receive the guest's answers.
 
-A monitor serves one client at a time, so a session is held only while there is work or its events are waited for.
-Every wait has a deadline. A command that missed its deadline, or was cut off, may still have run, or run later:
-whoever sees `MonitorError` closes the session and observes anew.
+A monitor serves one client at a time, so a session is kept only while there is work or its events are needed. Every
+wait has a deadline. A command that missed its deadline, or was interrupted, may still have run, or run later: after
+`MonitorError`, close the session and observe again.
 
-Events only say "look again": `wake` is called, and the next observation decides. The guest's answer to an unplug
-request is the exception, since on machines without `query-acpi-ospm-status` an event is all there is of it. Nothing
-here grows with the age of a session or the number of its events.
+Events only trigger an observation: `wake` is called, and the next observation decides. The guest's answer to an unplug
+request is the exception, because on machines without `query-acpi-ospm-status` it only comes by event. No state grows
+with the age of a session or the number of its events.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
 __all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "MANY_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
 
 OPEN_SECONDS: Final = 3.0
-"""For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor takes for ever."""
+"""For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor sends no greeting."""
 
 COMMAND_SECONDS: Final = 10.0
-"""For the reply to one command. The slowest that is known, listing 4096 slots, takes 0.15 s on an idle host."""
+"""For the reply to one command. The slowest known one, listing 4096 slots, takes 0.15 s on an idle host."""
 
 CLOSE_SECONDS: Final = 2.0
-"""For closing. Nothing is flushed and nobody is waited for, so it takes a millisecond; this only bounds a fault."""
+"""For closing. Nothing is flushed or awaited, so it takes a millisecond; this only bounds a fault."""
 
 SETTLE_SECONDS: Final = 0.02
-"""How long events are gathered before `wake` is called. One CPU that leaves sends two or three within some ms, and each
-look at the machine takes time from the guest that is to give back the next."""
+"""How long events are collected before `wake` is called. One CPU that leaves causes two or three within some ms, and
+each observation takes time from the guest that unplugs the next."""
 
 MANY_SECONDS: Final = 0.25
-"""The same when one CPU has left and others are expected to: the last one is news, each of them would cost a pass."""
+"""The same if one CPU has left and others are expected to: one observation after the last one is enough."""
 
 _WAKING: Final = frozenset({
     "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "GUEST_CRASHLOADED", "GUEST_PANICKED", "MIGRATION", "RESET",
     "RESUME", "SHUTDOWN", "STOP", "SUSPEND", "SUSPEND_DISK", "WAKEUP", "WATCHDOG",
 })  # fmt: skip
-"""Events after which a pass could see something else. `ACPI_DEVICE_OST` is looked at more closely."""
+"""Events after which a pass could observe a change. `ACPI_DEVICE_OST` is examined separately."""
 
 Outcome = Literal["done", "refused", "timeout", "lost"]
-"""What came of a command: QEMU did it, or said no, or did not answer in time; or the connection was lost, or cut."""
+"""The result of a command: success, an error of QEMU, no answer in time, or the connection was lost or closed."""
 
 _T = TypeVar("_T")
 
@@ -92,18 +92,19 @@ class Session:
         self._commanded = commanded
         self._open = False
         self._closed = False
-        self._puzzled = False
+        self._warned = False
         self._waking: asyncio.TimerHandle | None = None
         self._waits_for_many = False
         self._leaving: set[int] = set()
-        """The slots whose unplug was requested in this session, and that the guest neither freed nor refused since."""
+        """The slots whose unplug was requested in this session, and that the guest has neither freed nor refused
+        since."""
         self._wake_limiter = RateLimiter()
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
         self._answers: dict[int, Answer] = {}
         self._reset_at: float | None = None
         self.answers_by_event_only = False
-        """Whether what a guest answers while nobody listens is lost: there is nothing to read it from."""
+        """Whether a guest's answer without a session is lost: no query returns it."""
         self._since: datetime | None = None
         self._uuid: tuple[str | None] | None = None
 
@@ -121,16 +122,16 @@ class Session:
     ) -> Session:
         """Connect, wait for the greeting, negotiate.
 
-        `wake` is called from the event loop, soon after, when an event arrives that can matter, and once when the
-        connection is lost; never after `close`. Several events in one go make one call. It must not raise.
+        `wake` is called from the event loop, soon after an event that can matter, and once when the connection is lost;
+        never after `close`. Several events in quick succession cause one call. It must not raise.
 
-        `permit` is called right before each command is sent; if it raises, the connection is cut in place of that.
-        `commanded` is told of the end of each: its name, how many seconds it took, and what came of it.
+        `permit` is called right before each command is sent; if it raises, the connection is closed instead.
+        `commanded` is called at the end of each: its name, how many seconds it took, and its outcome.
 
-        Raises InvalidMonitor if the endpoint may not be connected to, CredentialsUnavailable if its Secret, a
-        certificate or QEMU's idea of whom to let in is wrong, MonitorUnreachable if nobody listens or what
-        listens does not speak QMP, MonitorBusy if no greeting comes, MonitorTimeout if QEMU greets and then answers no
-        more. The endpoint may be closed afterwards.
+        Raises InvalidMonitor if connecting to the endpoint is not allowed, CredentialsUnavailable if its Secret, a
+        certificate or QEMU's authorization is wrong, MonitorUnreachable if nothing listens or what listens does not
+        speak QMP, MonitorBusy if no greeting comes, MonitorTimeout if QEMU does not answer after its greeting. The
+        endpoint may be closed afterwards.
         """
 
         async def opened(credentials: Credentials | None) -> Session:
@@ -146,7 +147,7 @@ class Session:
         try:
             return await opened(credentials)
         except CredentialsUnavailable as error:
-            # They may have been replaced since they were read, or QEMU was ending: who refuses does so again.
+            # They may have been replaced since they were read, or QEMU was ending: a QEMU that rejects does so again.
             newer = await access.fetch(credentials)
             if newer == credentials and not isinstance(error, ClosedAfterHandshake):
                 raise
@@ -160,7 +161,7 @@ class Session:
         except TimeoutError as error:
             await self.close()
             if isinstance(endpoint, TCPEndpoint):
-                if client.stage is Stage.LOOKING_UP:
+                if client.stage is Stage.RESOLVING:
                     raise endpoint.without_address() from error
                 if client.stage is Stage.CONNECTING:
                     raise endpoint.unanswered(client.addresses) from error
@@ -186,7 +187,7 @@ class Session:
 
     @property
     def peer(self) -> Peer:
-        """What the kernel tells of the other end."""
+        """The kernel's information about the other end."""
         return self._client.peer
 
     @property
@@ -196,15 +197,14 @@ class Session:
 
     @property
     def version(self) -> str | None:
-        """QEMU's version as it greeted, such as "10.0.2 (Debian 1:10.0.2)"; None: not in a form that is known."""
+        """QEMU's version from its greeting, such as "10.0.2 (Debian 1:10.0.2)"; None: not in a known form."""
         return None if self._client.greeting is None else replies.version(self._client.greeting.QMP.version)
 
     async def observe(self) -> Machine:
-        """What QEMU shows of the machine now.
+        """The current state of the machine.
 
-        Raises MonitorUnreachable (also for replies that make no sense), MonitorTimeout, MachineUnsettled if the two
-        lists of CPUs disagree (while a CPU leaves, that can be for some ms), CommandError if QEMU refuses a query that
-        every QEMU has.
+        Raises MonitorUnreachable (also for malformed replies), MonitorTimeout, MachineUnsettled if the two lists of
+        CPUs disagree (while a CPU leaves, for some ms), CommandError if QEMU rejects a query that every QEMU has.
         """
         # One after the other: sent all at once they take QEMU as long (measured with 8, 64 and 4096 slots).
         run_state = await self._query("query-status", replies.run_state)
@@ -260,9 +260,9 @@ class Session:
             raise MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU") from error
 
     async def plug(self, slot: Slot) -> None:
-        """Put a CPU into a free slot. It counts at once; the guest takes it later, if it will.
+        """Plug a CPU into a free slot. It counts at once; the guest uses it later, if at all.
 
-        Its id is `vcpu<slot>`, libvirt's form, or begins with that: any other device can have the same id.
+        Its id is `vcpu<slot>`, as with libvirt, or begins with that: any other device can have the same id.
 
         Raises SlotTaken, Migrating, PermanentError, CommandRefused, or MonitorError.
         """
@@ -270,11 +270,11 @@ class Session:
         try:
             await self._execute("device_add", arguments)
         except SlotTaken:
-            # If it is the slot that is taken and not the id, QEMU says so again.
+            # If the slot is taken and not the id, QEMU reports that again.
             await self._execute("device_add", {**arguments, "id": f"vcpu{slot.index}-{token_hex(3)}"})
 
     async def unplug(self, slot: Slot) -> None:
-        """Ask the guest to give back the CPU in an occupied slot; returns when QEMU has passed the request on.
+        """Request the unplug of the CPU in an occupied slot; returns when QEMU has passed the request to the guest.
 
         Raises DeviceGone if it has left already, GuestNotReady, Migrating, PermanentError, CommandRefused, or
         MonitorError. ValueError: the slot is free.
@@ -283,22 +283,22 @@ class Session:
             raise ValueError(f"slot {slot.index} holds no CPU")
         self._answers.pop(slot.index, None)
         self._leaving.add(slot.index)
-        # A name without a slash would be taken for a device id; every CPU has a path, and only plugged ones have an id.
+        # QEMU reads a name without a slash as a device id; every CPU has a path, and only plugged ones have an id.
         await self._execute("device_del", {"id": slot.path})
 
     def answer(self, slot: int) -> Answer | None:
-        """What the guest has answered, by event, in this session and since the last `unplug` of that slot in it."""
+        """The guest's answer, by event, in this session since the last `unplug` of that slot in it."""
         return self._answers.get(slot)
 
     def take_reset(self) -> float | None:
-        """Loop time of a reset of the machine that this session has heard of; None: of none since the last call."""
+        """Loop time of a reset of the machine in this session; None: none since the last call."""
         reset_at, self._reset_at = self._reset_at, None
         return reset_at
 
     async def close(self) -> None:
-        """End the session. Pending commands raise MonitorUnreachable. Never raises, and again is harmless.
+        """End the session. Pending commands raise MonitorUnreachable. Never raises, and may be called again.
 
-        Cancelled, it has cut the connection all the same.
+        If cancelled, it has closed the connection nevertheless.
         """
         self._open = False
         self._closed = True
@@ -315,14 +315,14 @@ class Session:
             outcome = "timeout"
             late = "" if command.startswith("query-") else "; it may still execute it"
             raise MonitorTimeout(
-                f"{self._where} has not answered {translate.asked(command)} within {self._command_seconds:g} s{late}: "
+                f"{self._where} has not answered {translate.named(command)} within {self._command_seconds:g} s{late}: "
                 "check whether the QEMU process is stopped, waits for storage or has too little CPU time"
             ) from error
         except ExecuteError as error:
             outcome = "refused"
             raise translate.refusal(command, error) from error
         except Exception as error:
-            if isinstance(error, StateError):  # the connection is lost already: its end says why
+            if isinstance(error, StateError):  # the connection is lost already: its end has the reason
                 await self._client.end(self._close_seconds)
             raise translate.loss(self._where, command, error, self._client.cause) from error
         else:
@@ -353,15 +353,15 @@ class Session:
         try:
             report = replies.ost_of_event(data)
         except replies.Malformed as error:
-            # Once: whoever sends one can send thousands.
-            level = logging.DEBUG if self._puzzled else logging.WARNING
-            self._puzzled = True
+            # Once: a peer that sends one can send thousands.
+            level = logging.DEBUG if self._warned else logging.WARNING
+            self._warned = True
             _log.log(level, "%s sent an invalid ACPI_DEVICE_OST event: %s", self._where, error)
             return
         if report is None:
             return
         slot, ost = report
-        # Also of slots that this session has not asked for: an earlier one may have.
+        # Also for slots without a request in this session: an earlier one may have sent it.
         if ost.answer is not None:
             self._answers[slot] = ost.answer
             if ost.answer.refused:
@@ -371,7 +371,7 @@ class Session:
             self._wake_soon(one_of_many=ost.answer is None and bool(self._leaving))
 
     def _on_guest_error(self, data: object) -> None:
-        """What spapr sends in place of an _OST; it says no more than "no". Also to a request of an earlier session."""
+        """spapr sends this instead of an _OST, without a reason. Also for a request of an earlier session."""
         path = data.get("path") if isinstance(data, dict) else None
         if isinstance(path, str) and (slot := self._at.get(path)) is not None:
             self._answers[slot] = Answer.GUEST_ERROR
@@ -402,7 +402,7 @@ class Session:
 
 
 def _silence(endpoint: Endpoint, stage: Stage) -> str:
-    """What it is that does not come."""
+    """What is missing, for the message."""
     if stage is Stage.SECURING:
         return "does not answer the TLS handshake"
     if isinstance(endpoint, TCPEndpoint) and endpoint.tls is None:

@@ -35,11 +35,11 @@ __all__ = [
     "agent_failure",
     "agent_refusal",
     "agent_silent",
-    "asked",
     "busy",
     "cause",
     "connect_failure",
     "loss",
+    "named",
     "refusal",
     "says_no_hotplug",
     "strip",
@@ -138,9 +138,8 @@ def busy(where: str, what: str = "does not greet") -> MonitorBusy:
     )
 
 
-def asked(command: str) -> str:
-    """A command as a message names it. Of those that only read, whichever comes first meets the trouble: the message
-    would be another one at each try."""
+def named(command: str) -> str:
+    """A command in a message. All queries have one name: which one fails first is a matter of timing."""
     return "a query" if command.startswith("query-") or command in _AGENT_QUERIES else command
 
 
@@ -191,7 +190,7 @@ def loss(where: str, command: str, error: BaseException, cause: BaseException | 
         return MonitorUnreachable(f"{where} did not answer {command}: {_brief(error)}")
     # Whether this is found when the command is sent or later, and as an end or a reset, is a race.
     if isinstance(cause or error, EOFError | ConnectionError | StateError):
-        command, why = asked(command), "it was closed by the other end"
+        command, why = named(command), "it was closed by the other end"
     else:
         why = _brief(cause or error)
     return MonitorUnreachable(f"the connection to {where} broke before {command} was answered: {why}")
@@ -205,7 +204,7 @@ def agent_refusal(command: str, error: ExecuteError) -> AgentRefused:
 def agent_silent(where: str, command: str, seconds: float) -> AgentTimeout:
     """Connected or queued, and `command` was not answered."""
     return AgentTimeout(
-        f"{where} has not answered {asked(command)} within {seconds:g} s: qemu-guest-agent is not running in the "
+        f"{where} has not answered {named(command)} within {seconds:g} s: qemu-guest-agent is not running in the "
         "guest, hangs, or another client holds its socket; start the agent in the guest, and use its socket only for "
         "the operator"
     )
@@ -219,7 +218,7 @@ def agent_failure(where: str, command: str, error: BaseException, cause: BaseExc
     """
     match cause or (error.exc if isinstance(error, ConnectError) else error):
         case ConnectionResetError() | BrokenPipeError() | EOFError() | StateError() | ExecInterruptedError():
-            return AgentUnreachable(f"the connection to {where} was closed before {asked(command)} was answered")
+            return AgentUnreachable(f"the connection to {where} was closed before {named(command)} was answered")
         case ConnectionRefusedError() | FileNotFoundError():
             return AgentUnreachable(f"nothing listens at {where}: check that QEMU is running")
         case PermissionError():
