@@ -86,11 +86,10 @@ class RetryBackoff:
 
     def failed(self, error: APIError | None = None) -> float:
         """An attempt has failed; returns how many seconds the next one waits: at least the server's Retry-After."""
-        unavailable = isinstance(error, Unavailable)
-        if self._unavailable and not unavailable:
-            # It runs again, but is not ready: a server that starts ends its first watches.
+        if self._unavailable and (error is None or isinstance(error, Forbidden)):
+            # It runs again, but is not ready: one that starts forbids everything, and ends its first watches.
             self._failures = 0
-        self._unavailable = unavailable
+        self._unavailable = isinstance(error, Unavailable)
         self._failures += 1
         pause = BACKOFF.delay(self._failures)
         if error is not None:
