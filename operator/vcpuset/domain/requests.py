@@ -165,9 +165,9 @@ class Ledger:
         if surplus <= 0 or not requests:
             self._started = None
             return None
-        if self._started is None or self._started[0] != generation:
+        if self._started is None or self._started[0] != generation or self._started[1] > now:
             self._started = (generation, now)
-        return min(self._started[1], now)
+        return self._started[1]
 
     def observe(self, status: Status, address: Hashable, machine: Machine, now: datetime) -> int:
         """Keep the requests that this machine may still carry out; returns how many CPUs have left since.

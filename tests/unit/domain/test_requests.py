@@ -308,5 +308,11 @@ def test_the_time_out_counts_from_the_first_request_of_the_generation(
     assert ledger.started([a_request(4)] if open_ else [], generation, surplus, NOW) == started
 
 
+def test_after_the_clock_was_set_back_the_time_out_counts_from_then() -> None:
+    ledger = Ledger.of(replace(OPEN, unplug_started_at=NOW + timedelta(hours=1)), MACHINE, NOW)
+    assert ledger.started([a_request(4)], 4, 1, NOW) == NOW
+    assert ledger.started([a_request(4)], 4, 1, NOW + timedelta(seconds=60)) == NOW
+
+
 def test_a_cpu_is_its_path_and_its_thread() -> None:
     assert cpu_of(a_request(4)) == cpu_of(a_slot(4, "plugged")) != cpu_of(a_slot(4, "boot"))
