@@ -224,7 +224,7 @@ class Pass:
         while chosen := first_fit(self.machine.free, target - self.machine.vcpus, taken):
             self.blocked = None
             for slot in chosen:
-                if self._stops():
+                if self._stops(self.until):
                     break
                 try:
                     await self.session.plug(slot)
@@ -233,7 +233,7 @@ class Pass:
                     self.blocked = error
                     break
             self._note(await self.session.recount(self.machine))
-            if not isinstance(self.blocked, SlotTaken) or self._stops():
+            if not isinstance(self.blocked, SlotTaken) or self._stops(self.until):
                 return
             # Another client was faster: use another free slot.
             taken.add(slot.index)
@@ -270,10 +270,12 @@ class Pass:
         # The record is written before the request is sent, because a successor must not send it twice.
         findings = self._findings(requests, now)
         await self._report(self._assess(findings), findings, must=True)
+        # However long that took: with a slow API server, no request would ever be sent else.
+        until = self.loop.time() + SLOW_SECONDS
         recorded = {cpu_of(request): request for request in requests}
         rejected = False
         for slot in slots:
-            if self._stops():
+            if self._stops(until):
                 break
             request, with_guest = recorded[cpu_of(slot)], self.ledger.with_guest(slot)
             withdraw = self.ledger.send(request, (self.machine.ost or {}).get(slot.index))
@@ -294,11 +296,11 @@ class Pass:
                     rejected = True
         return rejected
 
-    def _stops(self) -> bool:
-        """Whether the rest is left to the next pass: the set is gone or has a new generation, or time is up."""
+    def _stops(self, until: float) -> bool:
+        """Whether the rest is left to the next pass: the set has gone or declares something else, or time is up."""
         newest = self.services.cache.get(self.uid)
         superseded = newest is None or newest.generation != self.vcpuset.generation
-        return superseded or self.loop.time() >= self.until
+        return superseded or self.loop.time() >= until
 
     # --- what is known, what it means, what is reported -------------------------------------------------------------
 

@@ -11,7 +11,9 @@ from unit.reconciler.model import Guest, Qemu
 from unit.reconciler.world import ON_DEMAND
 from vcpuset.controller import NEXT_TURN_SECONDS
 from vcpuset.domain.errors import SlotTaken
+from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.qmp.monitors import TURN_SECONDS
+from vcpuset.runtime.workqueue import SLOW_SECONDS
 
 __all__: list[str] = []
 
@@ -308,3 +310,18 @@ def test_unplug_requests_that_take_long_are_sent_without_pauses_to_a_guest_that_
     large_world.advance((MANY - 1) * 1.5 + MANY * 2 * NEXT_TURN_SECONDS)
 
     assert (len(large.cpus), large_world.true_conditions()) == (1, ["Ready"])
+
+
+def test_requests_are_sent_however_slow_the_api_server_records_them(
+    world: LawfulWorld, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = world.api.write_status
+
+    async def slow(vcpuset: VCPUSet, status: Status) -> VCPUSet:
+        world.spend(SLOW_SECONDS + 1)
+        return await write(vcpuset, status)
+
+    monkeypatch.setattr(world.api, "write_status", slow)
+    world.apply("web", vcpus=1)
+    world.advance(20)
+    assert (qemu.vcpus, world.reason()) == (1, "Converged")
