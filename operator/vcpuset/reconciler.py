@@ -99,11 +99,12 @@ class Pass:
     vcpuset   the set at the start of this pass, or as last written
     session   with its monitor, once that is open
     machine   as last observed
-    until     loop time after which the rest is left to the next pass, so that other sets get their turn
+    until     loop time after which the rest of the changes is left to the next pass, so that other sets get their turn
     """
 
     session: Session
     machine: Machine
+    until: float
     blocked: CommandError | None = None
     """Why QEMU did not do what this pass wanted; None: it did, or nothing was wanted."""
 
@@ -115,7 +116,6 @@ class Pass:
         self.ledger = memory.ledger
         self.contest = memory.contest
         self.loop = asyncio.get_running_loop()
-        self.until = self.loop.time() + SLOW_SECONDS
 
     async def run(self) -> Assessment:
         """Raises Later, and APIError if the status could not be written."""
@@ -167,6 +167,8 @@ class Pass:
         self._hear()
         findings = self._findings()
         step = self._unless_contested(findings, plan(findings))
+        # Not from the start of the pass: a monitor that is slow to observe would leave no time for any change.
+        self.until = self.loop.time() + SLOW_SECONDS
         if step.plug:
             await self._plug(findings)
         elif step.unplug:
@@ -270,7 +272,7 @@ class Pass:
         # The record is written before the request is sent, because a successor must not send it twice.
         findings = self._findings(requests, now)
         await self._report(self._assess(findings), findings, must=True)
-        # However long that took: with a slow API server, no request would ever be sent else.
+        # Not from before the record: an API server that is slow to write it would leave no time for any request.
         until = self.loop.time() + SLOW_SECONDS
         recorded = {cpu_of(request): request for request in requests}
         rejected = False

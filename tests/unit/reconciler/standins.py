@@ -73,6 +73,8 @@ class ApiServer(Cluster):
         """The objects, decoded."""
         self.version = 0
         self.writes: list[VCPUSet] = []
+        self.seconds = 0.0
+        """How long each write takes."""
         self.brings_at_once = False
         """Whether the watch brings each status write before its answer comes."""
 
@@ -102,6 +104,7 @@ class ApiServer(Cluster):
         assert path.endswith("/status")
         assert body is not None
         await self._world.point(APIError("no answer"))
+        self._world.spend(self.seconds)
         name = path.split("/")[-2]
         found = self.objects.get(name)
         if found is None:
@@ -168,6 +171,7 @@ class ModelSession(Session):
     @override
     async def observe(self) -> Machine:
         await self._point()
+        self._world.spend(self._qemu.seconds.get("observe", 0.0))
         self._qemu.looked_at()
         machine = await super().observe()
         self._world.on_observe(self._qemu, machine)
@@ -177,6 +181,7 @@ class ModelSession(Session):
     @override
     async def recount(self, machine: Machine) -> Machine:
         await self._point()
+        self._world.spend(self._qemu.seconds.get("observe", 0.0))
         self._qemu.looked_at()
         machine = await super().recount(machine)
         self._world.on_observe(self._qemu, machine)

@@ -11,7 +11,6 @@ from unit.reconciler.model import Guest, Qemu
 from unit.reconciler.world import ON_DEMAND
 from vcpuset.controller import NEXT_TURN_SECONDS
 from vcpuset.domain.errors import SlotTaken
-from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.qmp.monitors import TURN_SECONDS
 from vcpuset.runtime.workqueue import SLOW_SECONDS
 
@@ -312,16 +311,19 @@ def test_unplug_requests_that_take_long_are_sent_without_pauses_to_a_guest_that_
     assert (len(large.cpus), large_world.true_conditions()) == (1, ["Ready"])
 
 
-def test_requests_are_sent_however_slow_the_api_server_records_them(
-    world: LawfulWorld, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = world.api.write_status
-
-    async def slow(vcpuset: VCPUSet, status: Status) -> VCPUSet:
-        world.spend(SLOW_SECONDS + 1)
-        return await write(vcpuset, status)
-
-    monkeypatch.setattr(world.api, "write_status", slow)
+def test_requests_are_sent_however_slow_the_api_server_records_them(world: LawfulWorld, qemu: Qemu) -> None:
+    world.api.seconds = SLOW_SECONDS + 1
     world.apply("web", vcpus=1)
     world.advance(20)
     assert (qemu.vcpus, world.reason()) == (1, "Converged")
+
+
+@pytest.mark.parametrize("vcpus", [1, 6])
+@pytest.mark.parametrize("connection", ["OnDemand", "Persistent"])
+def test_a_machine_gets_its_count_however_slow_its_monitor_is_to_observe(
+    world: LawfulWorld, qemu: Qemu, connection: str, vcpus: int
+) -> None:
+    qemu.seconds["observe"] = SLOW_SECONDS + 1
+    world.apply("web", vcpus=vcpus, monitor={"unix": {"path": "a.sock"}, "connection": connection})
+    world.advance(60)
+    assert (qemu.vcpus, world.reason()) == (vcpus, "Converged")
