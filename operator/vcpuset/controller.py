@@ -124,7 +124,7 @@ class Controller:
                 seconds = jittered(self._resync_seconds, 0.1)
             case RequeuePolicy.RESYNC:
                 # All sets have their first pass when the operator starts; their later ones are spread.
-                seconds = random.uniform(0, self._resync_seconds)  # noqa: S311 - no secret
+                seconds = random.uniform(0, self._resync_seconds)  # noqa: S311 - spreads observations over time; an attacker gains nothing by a guess
                 memory.resynced = True
         if assessment.due is not None:
             seconds = min(seconds, max(0.0, (assessment.due - self._services.clock()).total_seconds()))

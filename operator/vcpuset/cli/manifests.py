@@ -120,7 +120,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
 class _Loader(yaml.SafeLoader):
     """YAML as the API server reads it: times remain text, and duplicate keys are errors."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - a ClassVar, as this rule asks for, cannot override what types-PyYAML declares without
+    yaml_implicit_resolvers = {  # noqa: RUF012 - types-PyYAML declares it without ClassVar, and mypy rejects an override with it
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

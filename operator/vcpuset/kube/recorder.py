@@ -118,7 +118,7 @@ class Recorder:
         self,
         vcpuset: VCPUSet,
         *,
-        type: Literal["Normal", "Warning"],  # noqa: A002 - a field of events.k8s.io/v1
+        type: Literal["Normal", "Warning"],  # noqa: A002 - reason, action, note and type are named as the fields of events.k8s.io/v1
         reason: str,
         action: str,
         note: str,

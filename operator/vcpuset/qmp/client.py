@@ -284,7 +284,7 @@ class Client(QMPClient):
         self._pending[ident] = _Reply()
         try:
             self._do_send(msg)
-        except Exception as error:  # noqa: BLE001 - it ends the connection, and so this command
+        except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
             self.cause = error
             self._schedule_disconnect()
         return ident

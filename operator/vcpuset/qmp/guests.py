@@ -145,7 +145,7 @@ class Guests:
                 report = await self._query_once(vcpuset.namespace, agent, vcpus if bring_online else 0)
         except AgentError as error:
             report = GuestReport(None, error)
-        except Exception as error:  # noqa: BLE001 - a defect: logged with its traceback, and reported in the status; a set waits for this answer
+        except Exception as error:  # noqa: BLE001 - the set waits for this answer, and would never get one after a defect; it is logged with its traceback and reported in the status
             _log.exception("querying the guest agent of %s failed unexpectedly", vcpuset)
             report = GuestReport(None, AgentUnreachable(f"querying the guest agent failed: {error!r}"))
         loop = asyncio.get_running_loop()

@@ -9,30 +9,19 @@ from typing import Any
 import pytest
 
 from unit.reconciler.laws import LawfulWorld
-from unit.reconciler.model import AgentMode, Guest, Qemu
+from unit.reconciler.model import Guest, Qemu
 from unit.reconciler.world import ON_DEMAND, RESYNC_SECONDS, World
 from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.machine import Answer
-from vcpuset.domain.requests import FIRST_PAUSE
 from vcpuset.domain.resource import Connection
-from vcpuset.qmp.session import MANY_SECONDS, SETTLE_SECONDS
 
 __all__: list[str] = []
-
-
-def _writes(world: LawfulWorld) -> list[str]:
-    """The reasons of the status writes so far."""
-    return [written.status.ready.reason for written in world.api.writes if written.status.ready is not None]
-
-
-def _slots_pending(world: LawfulWorld) -> list[int]:
-    return [request.slot for request in world.status().pending_unplugs]
 
 
 def test_a_set_that_is_right_from_the_start_costs_one_write(world: LawfulWorld, qemu: Qemu) -> None:
     status = world.status()
 
-    assert _writes(world) == ["Converged"]
+    assert world.reasons_written == ["Converged"]
     assert world.true_conditions() == ["Ready"]
     assert (status.vcpus, status.min_vcpus, status.max_vcpus) == (2, 1, 8)
     assert status.selector == "vcpuset.dev/name=web"
@@ -53,7 +42,7 @@ def test_the_first_resyncs_of_many_sets_are_spread(empty_world: World) -> None:
 def test_a_steady_state_costs_no_write_and_an_observation_a_minute(world: LawfulWorld) -> None:
     world.advance(3600)
 
-    assert _writes(world) == ["Converged"]
+    assert world.reasons_written == ["Converged"]
     assert 1 + (3600 - RESYNC_SECONDS) / 66 <= world.passes <= 2 + 3600 / 54
 
 
@@ -63,7 +52,7 @@ def test_a_status_write_that_the_watch_brings_before_its_answer_causes_no_pass(w
     world.apply("web", unplug={"timeoutSeconds": 40})
     world.run_due()
 
-    assert _writes(world)[1:] == ["Converged"]
+    assert world.reasons_written[1:] == ["Converged"]
     assert world.passes == before + 1
 
 
@@ -117,7 +106,7 @@ def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: Lawful
     world.run_due()
 
     assert sorted(qemu.cpus) == [0, 1, 2, 3, 4, 5]
-    assert _writes(world)[1:] == ["Converged"]
+    assert world.reasons_written[1:] == ["Converged"]
     assert world.recorder.events[told:] == [("Normal", "Converged")]
     assert qemu.cpus[5][0] == "/machine/peripheral/vcpu5"
 
@@ -138,7 +127,7 @@ def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(
     world.run_due()
 
     assert sorted(qemu.cpus) == [0, 1, 2]
-    assert _writes(world)[2:] == ["Unplugging", "Converged"]
+    assert world.reasons_written[2:] == ["Unplugging", "Converged"]
     assert world.status().pending_unplugs == ()
     assert world.sessions_held == held
 
@@ -173,7 +162,7 @@ def test_a_set_that_says_ready_and_is_not_says_so_before_it_is(world: LawfulWorl
     world.advance(67)
 
     assert sorted(qemu.cpus) == [0, 1, 2]
-    assert _writes(world)[before:] == ["Plugging", "Converged"]
+    assert world.reasons_written[before:] == ["Plugging", "Converged"]
 
 
 def test_a_change_of_many_seconds_is_reported_now_and_then(world: LawfulWorld, qemu: Qemu) -> None:
@@ -190,315 +179,6 @@ def test_a_change_of_many_seconds_is_reported_now_and_then(world: LawfulWorld, q
     assert world.reason() == "Converged"
     # asked, progress after 3 s and 10 s more, done
     assert 3 <= len(world.api.writes) - before <= 4
-
-
-def test_a_refused_cpu_is_replaced_by_the_next_and_leaves_no_trace(world: LawfulWorld, qemu: Qemu) -> None:
-    world.apply("web", vcpus=6)
-    world.run_due()
-    qemu.refused_slots = {5, 3}
-
-    world.apply("web", vcpus=4)
-    world.run_due()
-
-    assert world.reason() == "Converged"
-    assert qemu.vcpus == 4
-    assert {5, 3} <= set(qemu.cpus)
-    assert world.status().pending_unplugs == ()
-
-
-def test_a_guest_that_refuses_all_is_asked_again_until_it_gives_in(world: LawfulWorld, qemu: Qemu) -> None:
-    qemu.refused_slots = {1}
-    world.apply("web", vcpus=1)
-    world.advance(5)
-    assert world.reason() == "UnplugRefused"
-    assert world.true_conditions() == ["Reconciling"]
-    assert "slot 1: device in use (_OST 0x81)" in world.vcpuset().status.conditions[0].message
-
-    world.advance(60)
-    assert world.true_conditions() == ["Stalled"]
-    writes, attempts = len(world.api.writes), world.status().pending_unplugs[0].attempts
-    world.advance(200)
-    # Each repetition costs two: its record, and the answer.
-    repetitions = world.status().pending_unplugs[0].attempts - attempts
-    assert (repetitions, len(world.api.writes) - writes) == (2, 4)
-    assert "after 5 s" in world.vcpuset().status.conditions[0].message
-
-    qemu.refused_slots = set()
-    world.advance(60)
-    assert world.true_conditions() == ["Ready"]
-    assert qemu.vcpus == 1
-
-
-@pytest.mark.parametrize(("connection", "held", "seconds"), [("Persistent", 1, 0), ("OnDemand", 0, 67)])
-def test_a_silent_guest_times_out_and_a_late_answer_is_taken(
-    world: LawfulWorld, qemu: Qemu, connection: str, held: int, seconds: int
-) -> None:
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=1, monitor={**ON_DEMAND, "connection": connection})
-    world.advance(10)
-    assert world.reason() == "UnplugPending"
-    world.advance(60)
-    assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
-    assert world.sessions_held == held
-
-    qemu.guest_works()
-    world.advance(seconds)
-
-    assert world.true_conditions() == ["Ready"]
-
-
-def test_a_change_of_the_declaration_late_in_a_wait_delays_neither_time_out_nor_repetition(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    """The wait for the new one begins anew, and both fall due long before the next regular look."""
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=1)
-    world.advance(240)
-    assert world.reason() == "UnplugTimedOut"
-
-    world.apply("web", unplug={"timeoutSeconds": 40})
-    world.advance(1)
-    assert world.reason() == "UnplugPending"
-    world.advance(40)
-
-    assert (world.reason(), world.true_conditions()) == ("UnplugTimedOut", ["Stalled"])
-    attempts = world.status().pending_unplugs[0].attempts
-    world.advance(315 - 240 - 1 - 40)
-    assert world.status().pending_unplugs[0].attempts == attempts + 1
-
-
-@pytest.mark.parametrize(
-    ("retry", "made_at"),
-    [
-        pytest.param(300, [0, 5, 15, 35, 75, 155, 315, 615, 915], id="twice as long each time, up to retrySeconds"),
-        pytest.param(12, [0, 5, 15, 27, 39], id="up to retrySeconds"),
-        pytest.param(3, [0, 3, 6, 9], id="a shorter retrySeconds is the only pause"),
-    ],
-)
-@pytest.mark.parametrize("restarts", [False, True], ids=["one operator", "a new operator each second"])
-def test_a_request_that_a_guest_ignores_is_made_again_after_growing_pauses_at_one_write_each(
-    world: LawfulWorld, qemu: Qemu, retry: int, made_at: list[int], restarts: bool
-) -> None:
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=1, unplug={"retrySeconds": retry})
-    world.run_due()
-    started = world.wall
-    for _ in range(made_at[-1] + 1):
-        if restarts:
-            world.restart_operator()
-        world.advance(1)
-
-    made = {each.requested_at for write in world.api.writes for each in write.status.pending_unplugs}
-    assert [round((at - started).total_seconds()) for at in sorted(made)] == made_at
-    # Besides: Converged, that no answer has come, and the time-out.
-    overdue = made_at[-1] >= 60
-    assert _writes(world) == [
-        "Converged",
-        "Unplugging",
-        *["UnplugPending"] * (sum(0 < at < 60 for at in made_at) + (retry > 3)),
-        *["UnplugTimedOut"] * overdue * (1 + sum(at > 60 for at in made_at)),
-    ]
-
-
-def test_a_guest_that_is_at_work_on_one_cpu_after_the_other_is_not_asked_again(world: LawfulWorld, qemu: Qemu) -> None:
-    world.apply("web", vcpus=8)
-    world.run_due()
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=2)
-    for index in (7, 6, 5, 4):
-        world.advance(4)
-        qemu.take_away(index)
-    world.advance(4.9)
-    assert {request.attempts for request in world.status().pending_unplugs} == {1}
-
-    # That a CPU has left is seen up to a second later.
-    world.advance(1.2)
-    assert [request.attempts for request in world.status().pending_unplugs] == [2, 2]
-
-
-def test_a_guest_that_says_it_is_at_work_is_left_to_it_until_retry_seconds_are_over(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    qemu.guest = Guest.SLOW
-    world.apply("web", vcpus=1)
-    world.advance(150)
-    world.restart_operator()
-    world.advance(149)
-    assert world.status().pending_unplugs[0].attempts == 1
-
-    world.advance(2)
-    assert world.status().pending_unplugs[0].attempts == 2
-
-
-def test_a_reset_makes_requests_due_at_once_and_the_pauses_short_again_and_is_reported(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    world.apply("web", vcpus=1, deliver=False)
-    qemu.guest = Guest.ASLEEP
-    world.deliver()
-    world.advance(90)
-    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == ({1}, 5)
-
-    qemu.forget()
-    world.run_due()
-    assert (qemu.latched, world.status().pending_unplugs[0].attempts) == ({1}, 1)
-    assert "The machine was reset meanwhile: its guest may still be booting." in world.status().conditions[0].message
-    assert world.reason() == "UnplugTimedOut"
-
-
-def test_a_machine_that_resets_again_and_again_costs_a_write_for_each_request_and_none_for_a_reset(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    world.apply("web", vcpus=1, deliver=False)
-    qemu.guest = Guest.ASLEEP
-    world.deliver()
-    world.advance(90)
-    writes = len(world.api.writes)
-    for _ in range(60):
-        qemu.forget()
-        world.advance(1)
-
-    assert world.reason() == "UnplugTimedOut"
-    assert len(world.api.writes) - writes <= 60 / FIRST_PAUSE.total_seconds() + 1
-
-    # It boots and never sees the request.
-    qemu.latched.clear()
-    qemu.guest = Guest.PROMPT
-    world.advance(5.1)
-    assert world.true_conditions() == ["Ready"]
-
-
-def test_resets_one_after_the_other_do_not_make_requests_follow_faster_than_the_first_pause(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=1)
-    world.run_due()
-    writes = len(world.api.writes)
-    for _ in range(50):
-        world.advance(1)
-        qemu.forget()
-    world.advance(1)
-
-    assert len(world.api.writes) - writes <= 2 * 50 / 5
-
-
-def test_a_later_request_that_is_carried_out_shows_that_an_earlier_one_was_lost(world: LawfulWorld, qemu: Qemu) -> None:
-    world.apply("web", vcpus=6)
-    world.run_due()
-    qemu.loses_requests = True
-    world.apply("web", vcpus=5)
-    world.advance(100)
-    assert [request.attempts for request in world.status().pending_unplugs] == [5]
-
-    qemu.loses_requests = False
-    world.apply("web", vcpus=4)
-    world.advance(MANY_SECONDS + SETTLE_SECONDS)
-
-    assert (qemu.vcpus, world.true_conditions()) == (4, ["Ready"])
-
-
-def test_cpus_that_leave_one_after_the_other_cost_no_pass_each_and_the_last_one_is_seen_at_once(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    world.apply("web", vcpus=7)
-    world.run_due()
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=2)
-    world.run_due()
-    before = world.passes
-    for slot in (6, 5, 4, 3, 2):
-        world.advance(0.06)
-        qemu.take_away(slot)
-    world.advance(SETTLE_SECONDS)
-    assert (world.reason(), world.passes - before) == ("Converged", 1)
-
-
-def test_a_guest_whose_agent_speaks_again_is_asked_again_at_once(world: LawfulWorld, qemu: Qemu) -> None:
-    world.apply("web", guestAgent={"unix": {"path": "a.agent"}})
-    world.run_due()
-    qemu.loses_requests, qemu.agent = True, AgentMode.MUTE
-    world.apply("web", vcpus=1)
-    world.advance(240)
-    assert (world.reason(), world.status().pending_unplugs[0].attempts) == ("UnplugTimedOut", 6)
-
-    qemu.loses_requests, qemu.agent = False, AgentMode.WORKS
-    world.advance(61)
-
-    assert (qemu.vcpus, world.true_conditions()) == (1, ["Ready", "GuestAgentConnected"])
-
-
-def test_a_raised_target_does_not_overshoot_and_a_late_departure_is_plugged_again(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    world.apply("web", vcpus=6)
-    world.run_due()
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=2)
-    world.advance(1)
-    assert qemu.latched == {2, 3, 4, 5}
-
-    world.apply("web", vcpus=6)
-    world.advance(5)
-    assert (qemu.vcpus, world.true_conditions()) == (6, ["Ready"])
-    assert "may still unplug slots 2-5" in world.status().conditions[0].message
-
-    qemu.guest = Guest.PROMPT
-    qemu.guest_works()
-    world.advance(2)
-    assert (qemu.vcpus, world.true_conditions()) == (6, ["Ready"])
-    assert world.status().pending_unplugs == ()
-
-
-def test_a_target_between_the_old_and_the_new_one_asks_nobody_else_and_does_not_spin(
-    world: LawfulWorld, qemu: Qemu
-) -> None:
-    world.apply("web", vcpus=6)
-    world.run_due()
-    qemu.guest = Guest.ASLEEP
-    world.apply("web", vcpus=4)
-    world.advance(310)
-    # Both are with the guest, made twice, and only one is wanted from here on.
-    world.apply("web", vcpus=5)
-    world.advance(370)
-    attempts = {request.slot: request.attempts for request in world.status().pending_unplugs}
-    assert attempts == {4: 6, 5: 8}
-
-    passes = world.passes
-    world.advance(200)
-
-    assert world.passes - passes <= 5
-
-
-def test_a_refusal_that_nobody_heard_is_found_in_the_reports_of_the_slots(world: LawfulWorld, qemu: Qemu) -> None:
-    qemu.guest = Guest.SLOW
-    qemu.refused_slots = {1}
-    world.apply("web", vcpus=1)
-    world.run_due()
-    qemu.disconnect()
-    qemu.guest_works()
-    world.advance(1)
-
-    assert world.reason() == "UnplugRefused"
-    assert [request.answer for request in world.status().pending_unplugs] == [Answer.IN_USE]
-
-
-def test_a_refusal_of_an_earlier_request_is_no_answer_to_a_new_one(world: LawfulWorld, qemu: Qemu) -> None:
-    qemu.refused_slots = {1}
-    world.apply("web", vcpus=1)
-    world.advance(1)
-    assert world.reason() == "UnplugRefused"
-    world.apply("web", vcpus=2)
-    world.run_due()
-    qemu.guest = Guest.ASLEEP
-
-    world.apply("web", vcpus=1)
-    world.advance(5)
-    world.restart_operator()
-    world.advance(5)
-
-    assert world.reason() == "UnplugPending"
-    assert [request.answer for request in world.status().pending_unplugs] == [None]
 
 
 def test_a_slot_whose_id_another_cpu_has_is_filled_with_another_id(world: LawfulWorld, qemu: Qemu) -> None:
@@ -648,7 +328,7 @@ def test_of_requests_that_were_recorded_the_one_without_a_reply_waits_and_the_un
 
     assert qemu.latched == {3}
     assert world.reason() == "MonitorTimeout"
-    assert _slots_pending(world) == [2, 3]
+    assert world.slots_pending == [2, 3]
 
     world.advance(1)
     assert qemu.latched == {2, 3}
@@ -663,7 +343,7 @@ def test_a_record_whose_write_got_no_answer_is_no_request(world: LawfulWorld, qe
     world.apply("web", vcpus=2)
     world.interrupt(3, "fails")
     world.run_due()
-    assert (qemu.latched, _slots_pending(world)) == (set(), [2, 3])
+    assert (qemu.latched, world.slots_pending) == (set(), [2, 3])
     started = world.status().unplug_started_at
 
     world.advance(1)
@@ -704,12 +384,12 @@ def test_requests_that_were_not_sent_are_off_the_record_once_nothing_is_too_many
     world.apply("web", vcpus=2)
     world.interrupt(3, "fails")
     world.run_due()
-    assert _slots_pending(world) == [2, 3]
+    assert world.slots_pending == [2, 3]
 
     world.apply("web", vcpus=4)
     world.advance(1)
 
-    assert (_slots_pending(world), world.true_conditions()) == ([], ["Ready"])
+    assert (world.slots_pending, world.true_conditions()) == ([], ["Ready"])
     assert "may still" not in world.status().conditions[0].message
 
 
@@ -722,7 +402,7 @@ def test_requests_end_when_the_set_goes_or_declares_something_else(world: Lawful
     world.apply("web", vcpus=2)
     world.advance(1)
 
-    assert (qemu.latched, _slots_pending(world)) == ({7}, [7])
+    assert (qemu.latched, world.slots_pending) == ({7}, [7])
     assert world.true_conditions() == ["Ready"]
 
     world.interrupt(5, lambda: world.delete("web"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -311,19 +312,29 @@ def test_unplug_requests_that_take_long_are_sent_without_pauses_to_a_guest_that_
     assert (len(large.cpus), large_world.true_conditions()) == (1, ["Ready"])
 
 
-def test_requests_are_sent_however_slow_the_api_server_records_them(world: LawfulWorld, qemu: Qemu) -> None:
-    world.api.seconds = SLOW_SECONDS + 1
-    world.apply("web", vcpus=1)
-    world.advance(20)
-    assert (qemu.vcpus, world.reason()) == (1, "Converged")
-
-
-@pytest.mark.parametrize("vcpus", [1, 6])
 @pytest.mark.parametrize("connection", ["OnDemand", "Persistent"])
-def test_a_machine_gets_its_count_however_slow_its_monitor_is_to_observe(
-    world: LawfulWorld, qemu: Qemu, connection: str, vcpus: int
+@pytest.mark.parametrize("guest", [Guest.PROMPT, Guest.SLOW])
+@pytest.mark.parametrize(
+    "slow",
+    [
+        each
+        for number in range(1, 5)
+        for each in itertools.combinations(("api", "observe", "device_add", "device_del"), number)
+    ],
+)
+def test_a_machine_gets_its_count_whatever_takes_longer_than_a_pass_may_change_cpus(
+    world: LawfulWorld, qemu: Qemu, slow: tuple[str, ...], guest: Guest, connection: str
 ) -> None:
-    qemu.seconds["observe"] = SLOW_SECONDS + 1
-    world.apply("web", vcpus=vcpus, monitor={"unix": {"path": "a.sock"}, "connection": connection})
-    world.advance(60)
-    assert (qemu.vcpus, world.reason()) == (vcpus, "Converged")
+    qemu.guest = guest
+    qemu.seconds.update(dict.fromkeys(slow, SLOW_SECONDS + 0.5))
+    world.api.seconds = qemu.seconds.get("api", 0.0)
+    world.apply("web", monitor={"unix": {"path": "a.sock"}, "connection": connection})
+    for vcpus in (6, 1):
+        world.apply("web", vcpus=vcpus)
+        writes = len(world.api.writes)
+        for _ in range(20):
+            world.advance(3)
+            qemu.guest_works()
+        world.advance(20)
+        assert (qemu.vcpus, world.reason()) == (vcpus, "Converged")
+        assert len(world.api.writes) - writes <= 12

@@ -159,6 +159,16 @@ class World:
         """The types of its conditions that are True."""
         return [condition.type for condition in self.status(name).conditions if condition.status == "True"]
 
+    @property
+    def reasons_written(self) -> list[str]:
+        """The reasons of the status writes so far."""
+        return [written.status.ready.reason for written in self.api.writes if written.status.ready is not None]
+
+    @property
+    def slots_pending(self) -> list[int]:
+        """The slots of the unplug requests in the status of "web"."""
+        return [request.slot for request in self.status().pending_unplugs]
+
     # --- faults ---------------------------------------------------------------------------------------------------
 
     def interrupt(self, after: int, fault: Fault) -> None:
