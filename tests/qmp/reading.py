@@ -48,7 +48,6 @@ NEEDED = {
 }  # fmt: skip
 FIRST_ID = "__qmp#00007"
 """That of the negotiation, where ids are the same each time. Whoever guesses it may answer before being asked."""
-BOTH_LISTS = {"query-cpus-fast", "query-hotpluggable-cpus"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,18 @@ LOST = Failure(MonitorUnreachable)
 LATE = Failure(MonitorTimeout)
 BUSY = Failure(MonitorBusy)
 UNSETTLED = Failure(MachineUnsettled)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A message with the id of a command.
+
+    due  it came after the command was sent, so it counts unless one before was faster
+    """
+
+    at: float
+    due: bool
+    message: dict[str, Json]
 
 
 class Senseless(Exception):
@@ -109,6 +120,7 @@ class Reading:
         self._uuids: list[dict[str, Json]] = [{}]
         self.events: list[dict[str, Json]] = []
         self.lost = False
+        self._lost_at = 0.0
 
     def opened(self) -> list[Failure | None]:
         """The outcomes that are right for opening the session; None: it is open."""
@@ -133,25 +145,54 @@ class Reading:
         return [None, LOST] if self._trouble_by(1) else [None]
 
     def observed(self, asked: Sequence[Asked]) -> list[Failure | dict[str, Json]]:
-        """The outcomes that are right after these commands of an observation: errors, or what the machine is."""
+        """The outcomes that are right after these commands of an observation: errors, or what the machine is.
+
+        They were sent together; each reply may take its time from the one before it.
+        """
+        found: dict[Json, list[Reply]] = {each.ident: [] for each in asked}
         # Replies that came before they were asked for make alternatives.
-        stories = copy.deepcopy(self._uuids)
+        stories = [(asked[0].at, story) for story in copy.deepcopy(self._uuids)]
         right: list[Failure | dict[str, Json]] = []
         for command in asked:
-            outcomes = [_value(command.command, reply) for reply in self.replies(command)]
-            if command is not asked[-1]:
-                assert any(not isinstance(each, Failure) for each in outcomes), f"went on after {command}: {outcomes}"
-            else:
-                right += [each for each in outcomes if isinstance(each, Failure)]
-            values = [each for each in outcomes if not isinstance(each, Failure)]
-            stories = [{**story, command.command: value} for story in stories for value in values]
-        if stories and self._trouble_by(asked[-1].number):
-            right.append(LOST)
-        complete = [story for story in stories if story.keys() >= NEEDED]
+            self._read_for(command.ident, found, asked[0].number)
+            ways = [(*each, story) for at, story in stories for each in self._ways(found[command.ident], at)]
+            stories = []
+            for at, reply, story in ways:
+                value = _value(command.command, reply)
+                if isinstance(value, Failure):
+                    right.append(value)
+                else:
+                    stories.append((at, {**story, command.command: value}))
+        complete = [story for _, story in stories if story.keys() >= NEEDED]
         self._uuids = [{"query-uuid": story["query-uuid"]} for story in complete] or self._uuids
-        if any(story.keys() >= BOTH_LISTS and _at_odds(story) for story in stories):
+        if any(_at_odds(story) for story in complete):
             right.append(UNSETTLED)
         return right + [machine(story) for story in complete if not _at_odds(story)]
+
+    def _read_for(self, ident: Json, found: dict[Json, list[Reply]], first: int) -> None:
+        """Read on until the reply to this command has come; `first` is the number of the first one sent with it."""
+        while not self.lost and self._next < len(self._lines) and not any(each.due for each in found[ident]):
+            line = self._lines[self._next][0]
+            message = self._take(float("inf"))
+            if isinstance(message, Failure):
+                self._lost_at = line.at
+            elif not self._is_event(message):
+                whose = message.get("id")
+                if isinstance(whose, dict | list) or ("error" in message and "id" not in message):
+                    self.lost, self._lost_at = True, line.at
+                elif isinstance(whose, str) and whose in found:
+                    found[whose].append(Reply(line.at, line.after >= first, message))
+
+    def _ways(self, replies: Sequence[Reply], began: float) -> Iterator[tuple[float, dict[str, Json] | Failure]]:
+        """What may count as a command's reply, and when it has been taken."""
+        deadline = began + COMMAND_SECONDS
+        for reply in replies:
+            if not reply.due:
+                yield began, reply.message
+            else:
+                yield (max(began, reply.at), reply.message) if reply.at <= deadline else (deadline, LATE)
+                return
+        yield deadline, LOST if self.lost and self._lost_at <= deadline else LATE
 
     def carried_out(self, asked: Asked) -> list[Failure | None]:
         """The outcomes that are right for a command that returns nothing; None: it succeeded."""

@@ -28,6 +28,7 @@ from vcpuset.domain.errors import (
     TransientError,
 )
 from vcpuset.qmp import translate
+from vcpuset.qmp.session import Command
 
 
 async def test_plugging_into_an_occupied_slot(q35: Guest, connect: Connect) -> None:
@@ -110,7 +111,7 @@ async def test_unplugging_on_a_machine_type_without_hotplug(namespace_folder: Pa
             path = (await control.call("query-cpus-fast"))[1]["qom-path"]
         session = await connect(guest.monitors[0])
         with pytest.raises(PermanentError, match="unplug not supported by microvm"):
-            await session._execute("device_del", {"id": path})
+            await session._execute(Command("device_del", {"id": path}))
 
 
 async def test_plugging_and_unplugging_while_a_migration_runs(

@@ -152,7 +152,7 @@ async def test_a_turn_is_longer_where_an_answer_that_nobody_hears_is_lost(
 
 
 async def test_sessions_that_break_soon_after_they_were_opened_are_counted_as_a_row(namespace_folder: Path) -> None:
-    faults = {"query-uuid": AnswersAndCloses()}
+    faults = {"query-hotpluggable-cpus": AnswersAndCloses()}
     async with FaultyMonitor(namespace_folder / "vm.sock", faults=faults), keeping(namespace_folder) as keeper:
         for _ in range(5):
             await keeper.pass_()
@@ -160,7 +160,7 @@ async def test_sessions_that_break_soon_after_they_were_opened_are_counted_as_a_
 
 
 async def test_a_session_that_breaks_under_its_user_does_not_end_the_row(namespace_folder: Path) -> None:
-    faults: dict[str, Fault] = {"query-uuid": AnswersAndCloses()}
+    faults: dict[str, Fault] = {"query-hotpluggable-cpus": AnswersAndCloses()}
     async with (
         FaultyMonitor(namespace_folder / "vm.sock", faults=faults) as monitor,
         keeping(namespace_folder) as keeper,
@@ -178,7 +178,7 @@ async def test_a_session_that_breaks_under_its_user_does_not_end_the_row(namespa
 async def test_a_session_that_has_lasted_begins_a_new_row(
     namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults = {"query-uuid": AnswersAndCloses()}
+    faults = {"query-hotpluggable-cpus": AnswersAndCloses()}
     async with FaultyMonitor(namespace_folder / "vm.sock", faults=faults), keeping(namespace_folder) as keeper:
         for _ in range(3):
             await keeper.pass_()
@@ -188,7 +188,7 @@ async def test_a_session_that_has_lasted_begins_a_new_row(
 
 
 async def test_a_set_that_gives_its_monitor_up_begins_a_new_row(namespace_folder: Path) -> None:
-    faults: dict[str, Fault] = {"query-uuid": AnswersAndCloses()}
+    faults: dict[str, Fault] = {"query-hotpluggable-cpus": AnswersAndCloses()}
     async with (
         FaultyMonitor(namespace_folder / "vm.sock", faults=faults) as monitor,
         keeping(namespace_folder) as keeper,
@@ -198,7 +198,7 @@ async def test_a_set_that_gives_its_monitor_up_begins_a_new_row(namespace_folder
         monitor.faults.clear()
         await (await keeper.session()).observe()
         await keeper.monitors.release(ONE)
-        monitor.faults["query-uuid"] = AnswersAndCloses()
+        monitor.faults["query-hotpluggable-cpus"] = AnswersAndCloses()
         await keeper.pass_()
         assert keeper.losses == [1, 2, 3, 1]
 

@@ -45,7 +45,7 @@ from qmp.sessions import Connect, Wakes
 from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorTimeout, MonitorUnreachable
 from vcpuset.qmp import client, ratelimiter
 from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
-from vcpuset.qmp.session import Session
+from vcpuset.qmp.session import Command, Session
 from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 
@@ -452,6 +452,7 @@ async def test_the_death_of_qemu_is_noticed_without_asking(q35: Guest, connect: 
 
 async def test_a_closed_session_wakes_nobody_and_answers_no_command(q35: Guest, connect: Connect, wakes: Wakes) -> None:
     session = await connect(q35.monitors[0], wakes)
+    q35.freeze()
     observing = asyncio.create_task(session.observe())
     await asyncio.sleep(0)
     await asyncio.gather(session.close(), session.close())
@@ -469,7 +470,8 @@ async def test_closing_does_not_wait_for_a_peer_that_reads_nothing(namespace_fol
         session = await connect(monitor.path, command_seconds=SHORT)
         with pytest.raises(MonitorTimeout):
             await session.observe()
-        stuck = [asyncio.create_task(session._execute("x" * (1 << 20))) for _ in range(4)]  # more than buffers hold
+        long = Command("x" * (1 << 20))  # four are more than buffers hold
+        stuck = [asyncio.create_task(session._execute(long)) for _ in range(4)]
         await asyncio.sleep(0)
         async with asyncio.timeout(60):
             await session.close()
@@ -481,7 +483,8 @@ async def test_a_break_is_told_at_once_even_if_the_peer_reads_nothing(namespace_
     async with FaultyMonitor(namespace_folder / "qmp", faults={"query-status": GarbageFromTheDeaf()}) as monitor:
         session = await connect(monitor.path)
         commands = ["query-status", *["x" * (1 << 20)] * 4]
-        results = await asyncio.gather(*map(session._execute, commands), return_exceptions=True)
+        executing = (session._execute(Command(command)) for command in commands)
+        results = await asyncio.gather(*executing, return_exceptions=True)
         assert [type(result) for result in results] == [MonitorUnreachable] * 5
 
 
@@ -585,7 +588,7 @@ async def test_a_refusal_keeps_no_more_of_a_reply_than_its_beginning(namespace_f
 async def test_a_reply_that_has_not_ended_at_the_deadline_is_read_no_further(
     namespace_folder: Path, connect: Connect
 ) -> None:
-    faults: dict[str, Fault] = {"query-status": Bytes(b'{"return": "' + b"x" * 100_000)}
+    faults: dict[str, Fault] = {"query-hotpluggable-cpus": Bytes(b'{"return": "' + b"x" * 100_000)}
     async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path, command_seconds=1.0)
         with pytest.raises(MonitorTimeout):
@@ -620,7 +623,7 @@ async def test_a_kept_session_holds_no_more_than_an_event_of_what_nobody_asked_f
 ) -> None:
     """Sessions are kept by the thousand, and each could hold as much as the longest reply."""
     later = None if at_once else asyncio.Event()
-    faults: dict[str, Fault] = {"query-uuid": Followed(b'{"event": "' + b"x" * (READ_LIMIT - 1000), later)}
+    faults: dict[str, Fault] = {"query-hotpluggable-cpus": Followed(b'{"event": "' + b"x" * (READ_LIMIT - 1000), later)}
     async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path, wakes)
         with contextlib.suppress(MonitorUnreachable):  # in one go with the answer, it can be seen before it

@@ -159,7 +159,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         credentials=Secrets(cluster),
         permit=permit,
         commanded=commanded,
-        found=None if watcher is None else watcher.found,
+        watcher=watcher,
     )
     guests = Guests(settings.socket_root, queue.add, permit=permit)
 

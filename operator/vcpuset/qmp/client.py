@@ -30,8 +30,8 @@ import re
 import secrets
 import socket
 import ssl as tls
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from aiohappyeyeballs import AddrInfoType
@@ -96,10 +96,6 @@ _NOT_QMP = (
 
 class _Reply(asyncio.Future[Message | ExecInterruptedError]):
     """Replaces a queue of the library: one reply, or the loss of the connection."""
-
-    def get(self) -> Self:
-        """Called by the waiting command."""
-        return self
 
     def put_nowait(self, reply: Message | ExecInterruptedError) -> None:
         """Only the first one counts."""
@@ -195,24 +191,59 @@ class Client(QMPClient):
         except Exception as error:  # noqa: BLE001 - disconnect() raises again what broke the connection; closing must not fail because of that, and `cause` keeps it
             self.cause = self.cause or error
 
-    async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
-        """As the library's, but errors only hold the beginning of a reply."""
+    def send(self, *commands: tuple[str, Mapping[str, object] | None]) -> list[str]:
+        """Send commands with their arguments in one write; QEMU executes them one after the other.
+
+        Returns their ids: await `reply` of each, in this order, and `forget` all of them in any case. Raises StateError
+        if there is no connection.
+        """
         if self._runstate is not Runstate.RUNNING:
             raise StateError("not connected", self._runstate, Runstate.RUNNING)
-        request: dict[str, object] = {"exec-oob" if oob else "execute": cmd, "id": self._get_exec_id()}
-        if arguments is not None:
-            request["arguments"] = arguments
+        idents = [self._get_exec_id() for _ in commands]
+        self._pending |= {ident: _Reply() for ident in idents}
+        requests = []
+        for ident, (command, arguments) in zip(idents, commands, strict=True):
+            request: dict[str, object] = {"execute": command, "id": ident}
+            requests.append(request if arguments is None else {**request, "arguments": arguments})
         try:
-            reply = await self._reply(await self._issue(Message(request, eager=False)))
+            # Here and not earlier: a process can be stopped for any length of time at any point, and hardly any code
+            # runs between here and the kernel's buffer.
+            self._permit()
+            self._write(b"".join(json.dumps(request, separators=(",", ":")).encode() for request in requests))
+        except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
+            self.cause = error
+            self._schedule_disconnect()
+        return idents
+
+    async def reply(self, ident: str) -> object:
+        """The result of a command. Raises ExecuteError with the beginning of QEMU's text, or another QMPError."""
+        try:
+            reply = await self._pending[ident]
         finally:
-            reader: Any = self._reader
-            if reader is not None and reader._limit > UNSOLICITED_LIMIT and not self._awaits_reply():
-                self._abort()  # in the middle of a long message that is no longer needed
+            del self._pending[ident]
+        if isinstance(reply, ExecInterruptedError):
+            raise reply
         if "return" in reply and "error" not in reply:
             return reply["return"]
         failure = _failure(reply)
         del reply  # as in `_do_recv`
         raise failure
+
+    def forget(self, idents: Iterable[str]) -> None:
+        """Drop the replies of these commands that were not awaited, and what has arrived of a long one."""
+        for ident in idents:
+            self._pending.pop(ident, None)
+        reader: Any = self._reader
+        if reader is not None and reader._limit > UNSOLICITED_LIMIT and not self._awaits_reply():
+            self._abort()  # in the middle of a long message that is no longer needed
+
+    async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
+        """Send one command, and return its result or raise as `send` and `reply`; `oob` is not supported."""
+        idents = self.send((cmd, arguments))
+        try:
+            return await self.reply(idents[0])
+        finally:
+            self.forget(idents)
 
     def _awaits_reply(self) -> bool:
         negotiating = self.runstate is Runstate.CONNECTING and self._greeting is not None
@@ -279,19 +310,7 @@ class Client(QMPClient):
             return  # A second reply with one id: the first is about to be taken.
         await super()._on_message(msg)
 
-    async def _issue(self, msg: Message) -> str:
-        ident = cast("str", msg["id"])
-        self._pending[ident] = _Reply()
-        try:
-            self._do_send(msg)
-        except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
-            self.cause = error
-            self._schedule_disconnect()
-        return ident
-
     def _do_send(self, msg: Message) -> None:
-        # Here and not where the command is issued: a process can be stopped for any length of time at any point, and
-        # hardly any code runs between here and the kernel's buffer.
         self._permit()
         self._write(bytes(msg))
 
@@ -350,7 +369,7 @@ class Client(QMPClient):
 
     async def _bh_recv_message(self) -> None:
         try:
-            await super()._bh_recv_message()
+            await self._on_message(await self._do_recv())
             if self._turn is not None:
                 await asyncio.sleep(0)  # the waiting command takes the reply now, and reduces it
         finally:

@@ -21,9 +21,10 @@ from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.qmp.session import Outcome, Session
-from vcpuset.qmp.sockets import Endpoint, Stamp, find_socket
+from vcpuset.qmp.sockets import Endpoint, Stamp, UnixEndpoint, find_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Access
+from vcpuset.qmp.watcher import SocketWatcher
 
 __all__ = ["EVENTS_TURN_SECONDS", "LASTING_SECONDS", "TURN_SECONDS", "Monitors"]
 
@@ -58,7 +59,8 @@ class Monitors:
     wake         called when something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
     commanded    called at the end of each command: whose machine, its name, how many seconds it took, its outcome
-    found        called with the socket that a pass has found at the set's path; None: none, or something else
+    watcher      is told what each pass finds at its set's path; while it sees the same there, a kept session's monitor
+                 is not searched again
     pause        the delay in seconds after the loss of so many sessions in a row soon after their opening
     """
 
@@ -71,7 +73,7 @@ class Monitors:
         credentials: CredentialStore | None = None,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[UID, str, float, Outcome], None] | None = None,
-        found: Callable[[VCPUSet, Stamp | None], None] | None = None,
+        watcher: SocketWatcher | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
         self._socket_root = socket_root
@@ -80,7 +82,7 @@ class Monitors:
         self._wake = wake
         self._permit = permit
         self._commanded = commanded
-        self._found = found
+        self._watcher = watcher
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
@@ -106,16 +108,26 @@ class Monitors:
                         "spec.monitor.unix: this operator does not connect to unix monitors, because it was started "
                         "without --socket-root; run an operator with that flag on the machine's node"
                     )
+                if (known := self._known(vcpuset)) is not None:
+                    return nullcontext(known)
                 stamp: Stamp | None = None
                 try:
                     socket = await find_socket(self._socket_root, vcpuset.namespace, path)
                     stamp = socket.stamp
                     return socket
                 finally:
-                    if self._found is not None:
-                        self._found(vcpuset, stamp)
+                    if self._watcher is not None:
+                        self._watcher.found(vcpuset, stamp)
             case Unsupported(message):
                 raise UnsupportedSpec(message)
+
+    def _known(self, vcpuset: VCPUSet) -> UnixEndpoint | None:
+        """The closed endpoint of the set's session, if its socket is still the one at the set's path."""
+        match self._kept.get(vcpuset.uid):
+            case (UnixEndpoint() as endpoint, session) if session.alive and self._watcher is not None:
+                return endpoint if self._watcher.shows(vcpuset, endpoint.stamp) else None
+            case _:
+                return None
 
     def _access(self, vcpuset: VCPUSet) -> Access | None:
         match vcpuset.spec.monitor:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from secrets import token_hex
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from qemu.qmp import ExecuteError, Message, StateError
 
@@ -31,7 +31,7 @@ from vcpuset.domain.errors import (
     SlotTaken,
     VCPUSetError,
 )
-from vcpuset.domain.machine import Answer, Machine, Ost, Slot
+from vcpuset.domain.machine import Answer, Machine, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.client import Client, Stage
 from vcpuset.qmp.peer import Link, Peer
@@ -40,7 +40,16 @@ from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import ClosedAfterHandshake, Keys, keys_of
 
-__all__ = ["CLOSE_SECONDS", "COMMAND_SECONDS", "MANY_SECONDS", "OPEN_SECONDS", "SETTLE_SECONDS", "Outcome", "Session"]
+__all__ = [
+    "CLOSE_SECONDS",
+    "COMMAND_SECONDS",
+    "MANY_SECONDS",
+    "OPEN_SECONDS",
+    "SETTLE_SECONDS",
+    "Command",
+    "Outcome",
+    "Session",
+]
 
 OPEN_SECONDS: Final = 3.0
 """For connecting, the greeting and the negotiation together. QEMU takes 2 ms; a busy monitor sends no greeting."""
@@ -67,9 +76,24 @@ _WAKING: Final = frozenset({
 Outcome = Literal["done", "refused", "timeout", "lost"]
 """The result of a command: success, an error of QEMU, no answer in time, or the connection was lost or closed."""
 
-_T = TypeVar("_T")
-
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and how its reply is read.
+
+    optional  whether an error of QEMU means that there is no result: None
+    """
+
+    name: str
+    arguments: Mapping[str, object] | None = None
+    read: Callable[[object], Any] = lambda reply: reply
+    optional: Callable[[CommandError], bool] = lambda _: False
+
+
+def _always(_: CommandError) -> bool:
+    return True
 
 
 class Session:
@@ -98,6 +122,8 @@ class Session:
         self._leaving: set[int] = set()
         """The slots whose unplug was requested in this session, and that the guest has neither freed nor refused
         since."""
+        self._arriving: set[int] = set()
+        """The slots that were plugged silently in this session, and that the guest has not reported yet."""
         self._wake_limiter = RateLimiter()
         self._at: dict[str, int] = {}
         """The slot of each CPU of the last observation, by its path."""
@@ -206,72 +232,76 @@ class Session:
         Raises MonitorUnreachable (also for malformed replies), MonitorTimeout, MachineUnsettled if the two lists of
         CPUs disagree (while a CPU leaves, for some ms), CommandError if QEMU rejects a query that every QEMU has.
         """
-        # One after the other: sent all at once they take QEMU as long (measured with 8, 64 and 4096 slots).
-        run_state = await self._query("query-status", replies.run_state)
-        migrating = await self._query("query-migrate", replies.migrating)
-        ost: Mapping[int, Ost] | None
-        try:
-            ost = await self._query("query-acpi-ospm-status", replies.ost)
-        except CommandError:  # No ACPI here, or no such command: either way nothing is known.
-            ost = None
-        cpus, slots = await self._count()
-        self.answers_by_event_only = ost is None
+        commands = [
+            Command("query-status", read=replies.run_state),
+            Command("query-migrate", read=replies.migrating),
+            # An error: no ACPI here, or no such command. Either way nothing is known.
+            Command("query-acpi-ospm-status", read=replies.ost, optional=_always),
+        ]
         if self._uuid is None:  # One connection leads to one process, which keeps it.
-            self._uuid = (await self._query("query-uuid", replies.uuid),)
+            commands.append(Command("query-uuid", read=replies.uuid))
+        run_state, migrating, ost, *found, cpus, slots = await self._execute(*commands, *self._both_lists())
+        self.answers_by_event_only = ost is None
+        if found:
+            self._uuid = (found[0],)
+        assert self._uuid is not None
         uuid = self._uuid[0]
-        connections = await self._connections() if uuid is None and self.peer.link is not None else frozenset()
-        return Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
+        connections: frozenset[Link] | None = None
+        if uuid is None and self.peer.link is not None:
+            (connections,) = await self._execute(Command("query-chardev", read=replies.connections, optional=_always))
+        return Machine(
+            run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections or frozenset()
+        )
 
     async def recount(self, machine: Machine) -> Machine:
         """The machine of an observation a moment ago with the CPUs that QEMU shows now, for two queries. Raises as
         `observe`."""
-        cpus, slots = await self._count()
+        cpus, slots = await self._execute(*self._both_lists())
         return replace(machine, vcpus=cpus.count, slots=slots)
 
-    async def _count(self) -> tuple[replies.CPUs, tuple[Slot, ...] | None]:
-        cpus = await self._query("query-cpus-fast", replies.cpus)
-        slots: tuple[Slot, ...] | None
-        try:
-            slots = await self._query("query-hotpluggable-cpus", lambda reply: replies.slots(reply, cpus.threads))
-        except CommandError as error:
-            if not translate.says_no_hotplug(error):
-                raise
-            slots = None
-        else:
-            if slots is None:
-                raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
-        self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
-        self._leaving &= set(self._at.values())
-        return cpus, slots
+    def _both_lists(self) -> tuple[Command, Command]:
+        """The queries of the CPUs and of their slots. No slots: the machine type has no CPU hotplug."""
+        found: list[replies.CPUs] = []
 
-    async def _connections(self) -> frozenset[Link]:
-        try:
-            return await self._query("query-chardev", replies.connections)
-        except CommandError:
-            return frozenset()
+        def cpus(reply: object) -> replies.CPUs:
+            found.append(replies.cpus(reply))
+            return found[0]
 
-    async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
-        reply = await self._execute(command)
-        try:
-            return read(reply)
-        except replies.Malformed as error:
-            del reply
-            translate.strip(error)
-            raise MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU") from error
+        def slots(reply: object) -> tuple[Slot, ...]:
+            return self._settled(replies.slots(reply, found[0].threads))
 
-    async def plug(self, slot: Slot) -> None:
+        return (
+            Command("query-cpus-fast", read=cpus),
+            Command("query-hotpluggable-cpus", read=slots, optional=translate.says_no_hotplug),
+        )
+
+    def _settled(self, slots: tuple[Slot, ...] | None) -> tuple[Slot, ...]:
+        """Keep the places of the CPUs; None: the two lists are not about the same CPUs."""
+        if slots is None:
+            raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
+        self._at = {slot.path: slot.index for slot in slots if slot.path is not None}
+        occupied = set(self._at.values())
+        self._leaving &= occupied
+        self._arriving &= occupied
+        return slots
+
+    async def plug(self, slot: Slot, *, silently: bool = False) -> None:
         """Plug a CPU into a free slot. It counts at once; the guest uses it later, if at all.
+
+        silently  `wake` is not called when the guest reports that it has found the CPU
 
         Its id is `vcpu<slot>`, as with libvirt, or begins with that: any other device can have the same id.
 
         Raises SlotTaken, Migrating, PermanentError, CommandRefused, or MonitorError.
         """
+        if silently:
+            self._arriving.add(slot.index)
         arguments = {**slot.props, "driver": slot.driver, "id": f"vcpu{slot.index}"}
         try:
-            await self._execute("device_add", arguments)
+            await self._execute(Command("device_add", arguments))
         except SlotTaken:
             # If the slot is taken and not the id, QEMU reports that again.
-            await self._execute("device_add", {**arguments, "id": f"vcpu{slot.index}-{token_hex(3)}"})
+            await self._execute(Command("device_add", {**arguments, "id": f"vcpu{slot.index}-{token_hex(3)}"}))
 
     async def unplug(self, slot: Slot) -> None:
         """Request the unplug of the CPU in an occupied slot; returns when QEMU has passed the request to the guest.
@@ -284,7 +314,7 @@ class Session:
         self._answers.pop(slot.index, None)
         self._leaving.add(slot.index)
         # QEMU reads a name without a slash as a device id; every CPU has a path, and only plugged ones have an id.
-        await self._execute("device_del", {"id": slot.path})
+        await self._execute(Command("device_del", {"id": slot.path}))
 
     def answer(self, slot: int) -> Answer | None:
         """The guest's answer, by event, in this session since the last `unplug` of that slot in it."""
@@ -304,13 +334,39 @@ class Session:
         self._closed = True
         await self._client.end(self._close_seconds)
 
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+    async def _execute(self, *commands: Command) -> list[Any]:
+        """The results of commands that are sent together. The first error is raised; the rest is executed nevertheless.
+
+        Raises MonitorUnreachable, MonitorTimeout, CommandError, and what a command's `read` raises.
+        """
+        try:
+            idents = self._client.send(*((command.name, command.arguments) for command in commands))
+        except StateError as error:
+            await self._client.end(self._close_seconds)  # it is lost already: its end has the reason
+            raise translate.loss(self._where, commands[0].name, error, self._client.cause) from error
+        try:
+            return [await self._result(command, ident) for command, ident in zip(commands, idents, strict=True)]
+        finally:
+            self._client.forget(idents)
+
+    async def _result(self, command: Command, ident: str) -> object:
+        try:
+            return command.read(await self._reply(command.name, ident))
+        except CommandError as error:
+            if command.optional(error):
+                return None
+            raise
+        except replies.Malformed as error:
+            translate.strip(error)
+            raise MonitorUnreachable(f"{self._where} answered {command.name} with {error}: this is not QEMU") from error
+
+    async def _reply(self, command: str, ident: str) -> object:
         loop = asyncio.get_running_loop()
         began = loop.time()
         outcome: Outcome = "lost"
         try:
             async with asyncio.timeout(self._command_seconds):
-                reply = await self._client.execute(command, arguments)
+                reply = await self._client.reply(ident)
         except TimeoutError as error:
             outcome = "timeout"
             late = "" if command.startswith("query-") else "; it may still execute it"
@@ -322,8 +378,6 @@ class Session:
             outcome = "refused"
             raise translate.refusal(command, error) from error
         except Exception as error:
-            if isinstance(error, StateError):  # the connection is lost already: its end has the reason
-                await self._client.end(self._close_seconds)
             raise translate.loss(self._where, command, error, self._client.cause) from error
         else:
             outcome = "done"
@@ -366,6 +420,9 @@ class Session:
             self._answers[slot] = ost.answer
             if ost.answer.refused:
                 self._leaving.discard(slot)
+        if ost.answer is None and slot in self._arriving:
+            self._arriving.discard(slot)
+            return
         # "In progress" needs no pass of its own: a final answer, or the CPU's departure, follows.
         if ost.answer is not Answer.IN_PROGRESS:
             self._wake_soon(one_of_many=ost.answer is None and bool(self._leaving))

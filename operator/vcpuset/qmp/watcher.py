@@ -141,6 +141,15 @@ class SocketWatcher:
         if first and self._observed.get(path, stamp) != stamp:
             self._touch({path.rpartition("/")[0]})
 
+    def shows(self, vcpuset: VCPUSet, stamp: Stamp) -> bool:
+        """Whether the last pass has found this socket, and the last observation of its folder too."""
+        path = self._paths.get(vcpuset.uid)
+        return (
+            path is not None
+            and path == _path(vcpuset)
+            and stamp == self._found.get(vcpuset.uid) == self._observed.get(path)
+        )
+
     async def run(self) -> None:
         """Report changes until cancelled; raises what `changed` raises, in a group. Leaves no descriptor open."""
         loop = asyncio.get_running_loop()

@@ -173,6 +173,8 @@ class Qemu:
         """The slots whose CPU the guest knows of, and whether it uses it."""
         self.latched: set[int] = set()
         self.refusals = set()
+        self.expected: set[CPU] = set()
+        """What was plugged by somebody who does not wait for the guest to find it."""
         self.ost: dict[int, Ost] = {}
         self.changes += 1
         self._slots: tuple[Slot, ...] | None = None
@@ -267,8 +269,11 @@ class Qemu:
 
     # --- commands -------------------------------------------------------------------------------------------------
 
-    def device_add(self, index: int, device_id: str) -> None:
-        """Plug a CPU; the guest gets to see whatever is latched."""
+    def device_add(self, index: int, device_id: str, *, expected: bool = False) -> None:
+        """Plug a CPU; the guest gets to see whatever is latched.
+
+        expected  that the guest finds it is no news
+        """
         path = f"/machine/peripheral/{device_id}"
         if self.migrating:
             raise Migrating("device_add", "GenericError", "device_add not allowed while migrating")
@@ -276,6 +281,8 @@ class Qemu:
             raise SlotTaken("device_add", "GenericError", f"Duplicate device ID '{device_id}'")
         self._slots = None
         self.cpus[index] = (path, next(self._threads))
+        if expected:
+            self.expected.add(self.cpus[index])
         self.hotplug_event()
 
     def device_del(self, path: str) -> None:
@@ -316,7 +323,7 @@ class Qemu:
             return
         for index in sorted(self.cpus.keys() - self.taken_up.keys()):
             self.taken_up[index] = not (self.leaves_offline or index in self.never_online)
-            self._report(index, PLUGGED, 0)
+            self._report(index, PLUGGED, 0, final=self.cpus[index] not in self.expected)
         for index in sorted(self.latched):
             if index in self.refused_slots:
                 self.latched.discard(index)
@@ -390,11 +397,11 @@ class Qemu:
         self.changes += 1
         self._tell("DEVICE_DELETED", {"path": path})
 
-    def _report(self, index: int, source: int, status: int) -> None:
+    def _report(self, index: int, source: int, status: int, *, final: bool = True) -> None:
         if self.arch == "x86_64":
             self.ost[index] = Ost(source, status)
             info = {"slot": str(index), "slot-type": "CPU", "source": source, "status": status}
-            self._tell("ACPI_DEVICE_OST", {"info": info}, final=status != IN_PROGRESS)
+            self._tell("ACPI_DEVICE_OST", {"info": info}, final=final and status != IN_PROGRESS)
         elif source == EJECT and status not in {0, IN_PROGRESS}:
             self._tell("DEVICE_UNPLUG_GUEST_ERROR", {"path": self.cpus[index][0]})
 

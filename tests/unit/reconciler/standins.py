@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from unittest import mock
 
 from qemu.qmp import Message
@@ -24,7 +24,6 @@ from vcpuset.domain.errors import (
     AgentTimeout,
     AgentUnreachable,
     APIError,
-    CommandRefused,
     Conflict,
     MonitorBusy,
     MonitorTimeout,
@@ -41,11 +40,9 @@ from vcpuset.qmp import monitors as monitors_module
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.replies import CPUs
-from vcpuset.qmp.session import Session
+from vcpuset.qmp.session import Command, Session
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
-
-_T = TypeVar("_T")
 
 if TYPE_CHECKING:
     from unit.reconciler.world import World
@@ -189,9 +186,12 @@ class ModelSession(Session):
         return machine
 
     @override
-    async def _query(self, command: str, read: Callable[[object], _T]) -> _T:
-        # In place of a reply and what is read from it. No query waits here, so all show one moment.
-        return cast("_T", self._shown(command))
+    async def _execute(self, *commands: Command) -> list[Any]:
+        # In place of replies and what is read from them. No query waits here, so all show one moment.
+        return [
+            self._shown(each.name) if each.arguments is None else await self._change(each.name, each.arguments)
+            for each in commands
+        ]
 
     def _shown(self, command: str) -> object:
         machine = self._qemu.machine()
@@ -201,13 +201,13 @@ class ModelSession(Session):
             case "query-migrate":
                 return machine.migrating
             case "query-acpi-ospm-status":
-                if machine.ost is None:
-                    raise CommandRefused(command, "GenericError", "no ACPI")
                 return machine.ost
             case "query-cpus-fast":
                 return CPUs(machine.arch, machine.vcpus, {})
             case "query-hotpluggable-cpus":
-                return machine.slots if self._qemu.settled else None
+                if machine.slots is None:
+                    return None
+                return self._settled(machine.slots if self._qemu.settled else None)
             case "query-uuid":
                 return machine.uuid
             case "query-chardev":
@@ -215,9 +215,7 @@ class ModelSession(Session):
             case unknown:
                 raise AssertionError(unknown)
 
-    @override
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        assert arguments is not None
+    async def _change(self, command: str, arguments: Mapping[str, object]) -> object:
         await self._point()
         machine = self._qemu.machine()
         assert machine.slots is not None
@@ -225,18 +223,16 @@ class ModelSession(Session):
             case "device_add":
                 slot = machine.slots[cast("int", arguments["core-id"])]
                 self._world.on_plug(self._qemu, slot)
-                self._qemu.device_add(slot.index, str(arguments["id"]))
-                self._world.spend(self._qemu.seconds.get(command, 0.0))
-                await self._point()
+                self._qemu.device_add(slot.index, str(arguments["id"]), expected=slot.index in self._arriving)
             case "device_del":
                 found = next((slot for slot in machine.occupied if slot.path == arguments["id"]), None)
                 if found is not None:
                     self._world.on_unplug(self._qemu, found)
                 self._qemu.device_del(str(arguments["id"]))
-                self._world.spend(self._qemu.seconds.get(command, 0.0))
-                await self._point()
             case unknown:
                 raise AssertionError(unknown)
+        self._world.spend(self._qemu.seconds.get(command, 0.0))
+        await self._point()
         return {}
 
     def _lose(self) -> None:

@@ -494,7 +494,7 @@ def test_a_plug_under_way_ends_when_the_set_goes_or_declares_something_else(worl
     assert qemu.vcpus < 8
 
 
-@pytest.mark.parametrize("point", range(11))
+@pytest.mark.parametrize("point", range(10))
 def test_a_set_that_goes_anywhere_in_a_pass_stays_gone(world: LawfulWorld, qemu: Qemu, point: int) -> None:
     world.interrupt(point, lambda: world.delete("web"))
     world.apply("web", vcpus=4)

@@ -210,7 +210,7 @@ def test_slots_that_turn_out_to_be_taken_are_reported_and_tried_less_and_less_of
 ) -> None:
     world = empty_machine_world
 
-    def taken(slot: int, device_id: str) -> None:
+    def taken(slot: int, device_id: str, **_: bool) -> None:
         world.spend(1.5)
         raise SlotTaken("device_add", "GenericError", f"CPU {slot} exists")
 
