@@ -173,7 +173,8 @@ class Pass:
             await self._plug(findings)
         elif step.unplug:
             await self._unplug(step.unplug)
-        findings = self._findings()
+        if step.plug or step.unplug:
+            findings = self._findings()
         out_of_time = self.blocked is None and self.loop.time() >= self.until
         rest = plan(findings) if self.blocked is None and (out_of_time or step.unplug) else Plan()
         unfinished = out_of_time and bool((step.plug and rest.plug) or (step.unplug and rest.unplug))

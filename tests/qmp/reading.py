@@ -28,7 +28,7 @@ from vcpuset.domain.machine import Answer, Machine
 from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
 from vcpuset.qmp.session import COMMAND_SECONDS, OPEN_SECONDS
 
-__all__ = ["Failure", "Reading", "parsed"]
+__all__ = ["Failure", "Reading", "parsed", "strict_json"]
 
 Json = Any
 
@@ -96,10 +96,23 @@ def parsed(line: Line) -> dict[str, Json] | None:
     if line.text is None or len(line.text) > READ_LIMIT or not line.text.endswith(b"\n"):
         return None
     try:
-        value = json.loads(line.text)
+        value = strict_json(line.text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def strict_json(text: bytes) -> Json:
+    """A value in JSON as RFC 8259 has it; ValueError or RecursionError for anything else.
+
+    Python also reads NaN, numbers that become infinite, halves of surrogate pairs, and other encodings than UTF-8.
+    """
+
+    def members(pairs: list[tuple[str, Json]]) -> Json:
+        json.dumps(pairs, allow_nan=False, ensure_ascii=False).encode()  # also the first of two with one name
+        return dict(pairs)
+
+    return members([("", json.loads(text.decode(), object_pairs_hook=members))])[""]
 
 
 class Reading:

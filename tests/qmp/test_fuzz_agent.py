@@ -7,7 +7,6 @@ plain reading of the bytes.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from harness.mutate import JUNK, encoded, restructure, scar
 from qmp.fuzzing import Case, Distort, feed, settled
 from qmp.peer import CLOSE, Asked, Entry, Step, connected, lines
+from qmp.reading import strict_json
 from qmp.recordings import Message, load
 from vcpuset.domain.errors import AgentError, AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPUs
@@ -64,7 +64,7 @@ class Reading:
             return None
         text = text.rpartition(b"\xff")[2]
         try:
-            value = json.loads(text)
+            value = strict_json(text)
         except (ValueError, RecursionError):
             return text
         return value if isinstance(value, dict) else text

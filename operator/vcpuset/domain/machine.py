@@ -10,6 +10,7 @@ import enum
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 __all__ = ["Activity", "Answer", "Machine", "Ost", "Slot"]
 
@@ -125,7 +126,7 @@ class Slot:
         return self.path is not None and self.path.startswith("/machine/unattached/")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Machine:
     """What QEMU reported of one machine.
 
@@ -159,12 +160,12 @@ class Machine:
             return Activity.CHANGEABLE
         return Activity.BUSY
 
-    @property
+    @cached_property
     def occupied(self) -> tuple[Slot, ...]:
         """The slots that hold a CPU, ascending."""
         return tuple(slot for slot in self.slots or () if slot.path is not None)
 
-    @property
+    @cached_property
     def free(self) -> tuple[Slot, ...]:
         """The slots without a CPU, ascending."""
         return tuple(slot for slot in self.slots or () if slot.path is None)
@@ -174,7 +175,7 @@ class Machine:
         """Host thread of the CPU in slot 0, which stays for as long as QEMU runs; None: it has no slots."""
         return self.slots[0].thread_id if self.slots else None
 
-    @property
+    @cached_property
     def one_thread(self) -> bool:
         """Whether QEMU runs all CPUs in one host thread (TCG with `thread=single`, or with `-icount`).
 
@@ -182,19 +183,19 @@ class Machine:
         """
         return len(self.occupied) > 1 and len({slot.thread_id for slot in self.occupied}) == 1
 
-    @property
+    @cached_property
     def unpluggable(self) -> tuple[Slot, ...]:
         """The occupied slots whose unplug can be requested: never slot 0; none on s390x, nor with `one_thread`."""
         if self.arch == "s390x" or self.one_thread:
             return ()
         return tuple(slot for slot in self.occupied if slot.index != 0)
 
-    @property
+    @cached_property
     def floor(self) -> int:
         """The fewest vCPUs that this machine can have."""
         return self.vcpus - sum(slot.vcpus for slot in self.unpluggable)
 
-    @property
+    @cached_property
     def ceiling(self) -> int:
         """The most vCPUs that this machine can have."""
         return self.vcpus + sum(slot.vcpus for slot in self.free)

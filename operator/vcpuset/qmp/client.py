@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import json
 import logging
 import re
 import secrets
@@ -34,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import msgspec
 from aiohappyeyeballs import AddrInfoType
 from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate, StateError
 from qemu.qmp.models import ErrorResponse
@@ -209,11 +209,15 @@ class Client(QMPClient):
             # Here and not earlier: a process can be stopped for any length of time at any point, and hardly any code
             # runs between here and the kernel's buffer.
             self._permit()
-            self._write(b"".join(json.dumps(request, separators=(",", ":")).encode() for request in requests))
+            self._write(b"".join(map(msgspec.json.encode, requests)))
         except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
             self.cause = error
             self._schedule_disconnect()
         return idents
+
+    def has(self, ident: str) -> bool:
+        """Whether the reply to a command is there."""
+        return cast("bool", self._pending[ident].done())
 
     async def reply(self, ident: str) -> object:
         """The result of a command. Raises ExecuteError with the beginning of QEMU's text, or another QMPError."""
@@ -405,10 +409,10 @@ def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
         if values > VALUES_LIMIT:
             return None, f"a message of {values} values"
     try:
-        found = json.loads(line)
+        found = msgspec.json.decode(line)
     except RecursionError:
         return None, "a message with too many nested levels"
-    except ValueError:
+    except ValueError:  # a `msgspec.DecodeError` is one
         return None, next((why for pattern, why in _NOT_QMP if pattern.match(line)), "a message that is not JSON")
     return (found, "") if isinstance(found, dict) else (None, "a message that is not a JSON object")
 

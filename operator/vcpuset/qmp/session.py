@@ -365,7 +365,7 @@ class Session:
         began = loop.time()
         outcome: Outcome = "lost"
         try:
-            async with asyncio.timeout(self._command_seconds):
+            async with asyncio.timeout(None if self._client.has(ident) else self._command_seconds):
                 reply = await self._client.reply(ident)
         except TimeoutError as error:
             outcome = "timeout"
