@@ -1,8 +1,8 @@
 """The watch on VCPUSets: kopf as informer, and no other part of kopf.
 
-kopf logs in, discovers, lists, watches and reconnects. One `on.event` handler updates the cache and reports what
-changed. kopf's own handlers for creation, update and timers are not used: they write annotations and finalizers, and
-are edge-triggered.
+kopf logs in, discovers, lists, watches and reconnects. Each event of its watch updates the cache and reports what
+changed. kopf's handlers are not used: those for creation, update and timers write annotations and finalizers, and are
+edge-triggered; and each object would have a task and a queue of its own.
 
 kopf ends when watching fails in a way that it considers final: the resource is not served (any more), a list is
 refused, the watch reports an error. Here no answer of an API server is final: kopf is restarted, with a back-off
@@ -17,13 +17,14 @@ import itertools
 import logging
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import kopf
 
-# `kopf.spawn_tasks(insights=…, identity=…)` is public, but its types are not exported.
+# `kopf.spawn_tasks(insights=…, identity=…)` is public, but its types are not exported; neither is the watch itself.
+from kopf._cogs.clients.watching import Bookmark, infinite_watch
 from kopf._cogs.structs.references import Insights
 from kopf._core.engines.peering import Identity
 
@@ -56,26 +57,11 @@ _REPORTED_BY_US: Final = (
 """The loggers in which kopf reports failed requests without their context, and its end with tracebacks."""
 
 
-class _NoDiffs(kopf.DiffBaseStorage):
-    """Stores nothing of an object for later comparison. kopf prepares that for each event, whether needed or not."""
-
-    def build(self, **_: object) -> kopf.BodyEssence:
-        """An empty essence."""
-        return kopf.BodyEssence()
-
-    def fetch(self, **_: object) -> None:
-        """Nothing was stored."""
-
-    def store(self, **_: object) -> None:
-        """Store nothing."""
-
-
 def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     """kopf's settings for watching `scope` and doing nothing else."""
     settings = kopf.OperatorSettings()
     settings.peering.standalone = True
     settings.scanning.disabled = True  # no watch on CRDs and namespaces, and no rights needed for it
-    settings.persistence.diffbase_storage = _NoDiffs()
     settings.posting.enabled = False  # Events come from our own recorder
     settings.process.ultimate_exiting_timeout = None  # it would be a SIGKILL during our cleanup
     # As tuples: kopf reads the string "vcpuset.dev/vcpusets" as the name of a resource that does not exist (1.45.2).
@@ -89,7 +75,6 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     settings.networking.request_timeout = None
     settings.networking.error_backoffs = itertools.repeat(0.0)
     settings.networking.trust_env = True  # as the Kubernetes client does
-    settings.queueing.idle_timeout = 1.0  # one task per object, kept for this long after its last event
     return settings
 
 
@@ -167,39 +152,59 @@ class Source:
     async def _watch(self, halt: asyncio.Event, stop: asyncio.Event, ready: asyncio.Event) -> None:
         """Run kopf until `halt` is set, or until it ends by itself, which raises an APIError."""
         insights = Insights()
-        over = asyncio.Event()
-        forwarding = asyncio.create_task(_forward(halt, over), name="watch: halt")
+        settings = watch_settings(self._scope)
         try:
             tasks = await kopf.spawn_tasks(
                 registry=self._registry(),
-                settings=watch_settings(self._scope),
+                settings=settings,
                 insights=insights,
                 standalone=True,
                 # For peering, which is off. kopf would use the user's name, and in a pod there may be none.
                 identity=Identity("vcpuset"),
                 clusterwide=not self._scope.namespaces,
                 namespaces=self._scope.namespaces,
-                stop_flag=over,
+                stop_flag=halt,
+                _command=self._follow(insights, settings, ready),
             )
             if threading.current_thread() is threading.main_thread():
                 # Instead of kopf's handlers, which raise InvalidStateError at a second signal.
                 for number in (signal.SIGTERM, signal.SIGINT):
                     asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            check = asyncio.create_task(_check(insights, ready, over), name="watch: check")
-            try:
-                await kopf.run_tasks(tasks, ignored=_AllTasks())
-            finally:
-                over.set()
-                served = await check
+            await kopf.run_tasks(tasks, ignored=_AllTasks())
+        except APIError:
+            raise
         except Exception as error:
             raise APIError(f"watching VCPUSets failed: {error or repr(error)}") from error
         finally:
-            forwarding.cancel()
             await self._gate.close()
-        if not served:
+
+    async def _follow(self, insights: Insights, settings: kopf.OperatorSettings, ready: asyncio.Event) -> None:
+        """Process what kopf's list and watch of each namespace deliver, until this is cancelled."""
+        await insights.ready_resources.wait()
+        await insights.ready_namespaces.wait()
+        if not insights.watched_resources:
             raise APIError(
                 f"the API server does not serve {PLURAL}.{VERSION}.{GROUP}: apply the CRD in crds/ of this version"
             )
+        ready.set()
+        streams = [
+            asyncio.create_task(self._observe_all(infinite_watch(settings=settings, resource=kind, namespace=where)))
+            for kind in insights.watched_resources
+            for where in insights.namespaces
+        ]
+        try:
+            await asyncio.gather(*streams)
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.wait(streams)
+
+    async def _observe_all(self, events: AsyncIterator[Bookmark | kopf.RawEvent]) -> None:
+        async for event in events:
+            if not isinstance(event, Bookmark) and event["type"] != "BOOKMARK":
+                self._observe(event["type"], event["object"])
+                # The sets of a list need no waiting in between: others get their turn.
+                await asyncio.sleep(0)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -212,9 +217,10 @@ class Source:
                 raise kopf.LoginError(str(error)) from error
             return kopf.AiohttpSession(server=info.server, aiohttp_session=self._gate.session(info))
 
+        # kopf discovers and watches the resources of its handlers; `_follow` takes what the watch delivers.
         @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-        async def observe(event: kopf.RawEvent, body: kopf.Body, uid: str, **_: object) -> None:
-            self._observe(event["type"], body, UID(uid))
+        async def observe(**_: object) -> None:
+            """Not called."""
 
         return registry
 
@@ -223,13 +229,15 @@ class Source:
             self.listed_again.set()
         self._listed.add(path)
 
-    def _observe(self, event_type: str | None, body: kopf.Body, uid: UID) -> None:
+    def _observe(self, event_type: str | None, body: Mapping[str, Any]) -> None:
         """Process one watch event. A type of None is an entry of a list.
 
         DELETED is sent for a deletion and for a set that has left the selection.
         """
+        metadata = body["metadata"]
+        uid = UID(metadata["uid"])
         gone = event_type == "DELETED"
-        self._freshness.brought(uid, None if gone else body.metadata.get("resourceVersion"))
+        self._freshness.brought(uid, None if gone else metadata.get("resourceVersion"))
         if gone:
             news = self._cache.drop(uid) is not None
         else:
@@ -254,29 +262,3 @@ class _AllTasks(Collection["asyncio.Task[Any]"]):
 
     def __len__(self) -> int:
         return len(asyncio.all_tasks())
-
-
-async def _forward(flag: asyncio.Event, to: asyncio.Event) -> None:
-    await flag.wait()
-    to.set()
-
-
-async def _check(insights: Insights, ready: asyncio.Event, halt: asyncio.Event) -> bool:
-    """Set `ready` when kopf has found a resource to watch. If it finds none it would be idle permanently: halt it.
-
-    Returns whether it found one, or was halted before it knew.
-    """
-    known = asyncio.create_task(insights.ready_resources.wait())
-    halted = asyncio.create_task(halt.wait())
-    try:
-        await asyncio.wait({known, halted}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        known.cancel()
-        halted.cancel()
-    if not insights.ready_resources.is_set():
-        return True
-    if not insights.watched_resources:
-        halt.set()
-        return False
-    ready.set()
-    return True
