@@ -46,11 +46,19 @@ class Controller:
         guests: Guests,
         enqueue: Callable[[UID], None],
         resync_seconds: float,
+        others_wait: Callable[[], bool],
         clock: Callable[[], datetime],
         node_name: str | None = None,
     ) -> None:
         self._services = Services(
-            cache, reporter, monitors, guests, Ownership(cache, enqueue), enqueue=enqueue, clock=clock
+            cache,
+            reporter,
+            monitors,
+            guests,
+            Ownership(cache, enqueue),
+            enqueue=enqueue,
+            clock=clock,
+            others_wait=others_wait,
         )
         self._resync_seconds = resync_seconds
         self._node_name = node_name

@@ -77,7 +77,8 @@ ANNOUNCE_SECONDS = 0.5
 class Services:
     """What the passes of all sets share.
 
-    enqueue  schedules a pass for a set
+    enqueue      schedules a pass for a set
+    others_wait  whether other sets wait for a pass
     """
 
     cache: Cache
@@ -86,6 +87,7 @@ class Services:
     guests: Guests
     ownership: Ownership
     enqueue: Callable[[UID], None]
+    others_wait: Callable[[], bool]
     clock: Callable[[], datetime]
 
 
@@ -169,11 +171,8 @@ class Pass:
         step = self._unless_contested(findings, plan(findings))
         # Not from the start of the pass: a monitor that is slow to observe would leave no time for any change.
         self.until = self.loop.time() + SLOW_SECONDS
-        if step.plug:
-            await self._plug(findings)
-        elif step.unplug:
-            await self._unplug(step.unplug)
         if step.plug or step.unplug:
+            await (self._plug(findings) if step.plug else self._unplug(step.unplug))
             findings = self._findings()
         out_of_time = self.blocked is None and self.loop.time() >= self.until
         rest = plan(findings) if self.blocked is None and (out_of_time or step.unplug) else Plan()
@@ -184,8 +183,9 @@ class Pass:
             going_on = self._or_contested(plugging(findings), findings)
             return await self._report(replace(going_on, due=findings.now), findings)
         assessment = self._assess(findings)
-        if unfinished:
-            # Continue likewise; the report made before the requests were sent still holds.
+        if unfinished or (step.plug and self.blocked is None and self.services.others_wait()):
+            # Continue likewise. What was reported before the requests were sent still holds; and the report of a plug
+            # needs the API server, so other machines come first.
             return replace(assessment, policy=RequeuePolicy.HOLD, due=findings.now)
         if step.unplug and rest.unplug:
             # QEMU rejects them one by one, or the CPUs have changed. The next pass continues.
@@ -196,8 +196,7 @@ class Pass:
         """Record an observation. A request whose CPU is gone has been carried out."""
         self.machine = machine
         self.memory.observed(machine, self.loop.time())
-        vcpuset, now = self.vcpuset, self.services.clock()
-        if self.ledger.observe(vcpuset.status, address_of(vcpuset), machine, now):
+        if self.ledger.observe(self.vcpuset.status, address_of(self.vcpuset), machine, self.services.clock()):
             self.memory.carried_out = True
 
     def _hear(self) -> None:

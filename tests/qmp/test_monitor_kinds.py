@@ -83,7 +83,7 @@ class Followed(Fault):
 async def test_a_message_in_several_lines_is_as_limited_as_one_in_one(
     namespace_folder: Path, connect: Connect, fault: Fault, limit: int
 ) -> None:
-    faults = {GREETING: Indented(), "query-status": fault}
+    faults = {GREETING: Indented(), "query-hotpluggable-cpus": fault}
     async with FaultyMonitor(namespace_folder / "qmp", faults=faults) as monitor:
         session = await connect(monitor.path)
         with pytest.raises(MonitorUnreachable, match=f"a message of more than {limit} bytes"):  # noqa: PT012 - at the first or the second look

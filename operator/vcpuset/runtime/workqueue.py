@@ -7,7 +7,7 @@ and contains nothing else, so ten events about one object are one piece of work:
     queue.add_after(key, 60)      # process it again, in 60 s at the latest
     queue.add_rate_limited(key)   # it failed: process it again after the back-off
     queue.forget(key)             # it succeeded: the back-off starts again from its base
-    queue.renew(key)              # it means another task now: its history is void
+    queue.renew(key)              # it means another task now: its history is void, and it comes first
 
     key = await queue.get()       # a worker takes a key ...
     queue.touch(key)              # ... may report progress ...
@@ -16,7 +16,8 @@ and contains nothing else, so ten events about one object are one piece of work:
 Four things differ from client-go. A pass supersedes the timers set before it: its own result decides about the next
 pass, so a key has at most one timer, and none while it is due anyway. `done()` for a key that was not handed out is an
 error. Slow keys have a queue of their own. And `renew()` is for a caller that knows that a key means another task than
-before.
+before: its next turn comes before those of other keys, of which one in four is taken nevertheless. So when many keys
+get new tasks at once, what follows from the first ones does not delay the start of the last ones.
 
 A slow key is one whose last pass held its worker for `SLOW_SECONDS` or longer, whatever the result: a peer that hangs
 and one that answers slowly cost the same. So that a thousand of them do not delay the others,
@@ -48,7 +49,7 @@ SLOW_SECONDS: Final = 1.0
 """A key is slow if its last pass took so long. Most passes take milliseconds, or until a deadline."""
 
 _PASSED_OVER: Final = 3
-"""So many others are taken before a slow key that may be taken too."""
+"""So many others are taken before a slow key that may be taken too, and so many renewed keys before another one."""
 
 
 class QueueShutDown(Exception):  # the name that asyncio's own queue gives this from Python 3.13 on
@@ -118,10 +119,12 @@ class WorkQueue(Generic[K]):
         # Due, in order of work, with the loop time of the add. Not a plain dictionary: that becomes slow when its first
         # key is removed repeatedly.
         self._ready: OrderedDict[K, float] = OrderedDict()
-        # The same for slow keys.
+        # The same for renewed keys, and for slow ones.
+        self._renewed_ready: OrderedDict[K, float] = OrderedDict()
         self._slow_ready: OrderedDict[K, float] = OrderedDict()
-        # How many others were taken since a slow key could have been.
+        # How many others were taken since a slow key, or one that is not renewed, could have been.
         self._passed_over = 0
+        self._renewed_taken = 0
         self._taken_at = -math.inf
         # Handed out and not yet done, with the loop time of the hand-out. None is ready.
         self._processing: dict[K, float] = {}
@@ -139,7 +142,7 @@ class WorkQueue(Generic[K]):
         # The slow ones, and those of them that were taken as such.
         self._slow: set[K] = set()
         self._slow_processing: set[K] = set()
-        # Renewed while in _processing: the duration of that pass says nothing about the new task.
+        # Renewed since their last hand-out. If that pass goes on, its duration says nothing about the new task.
         self._renewed: set[K] = set()
 
         self._getters: deque[asyncio.Future[None]] = deque()
@@ -223,6 +226,7 @@ class WorkQueue(Generic[K]):
         now = self._loop.time()
         self._taken_at = now
         self._processing[key] = now
+        self._renewed.discard(key)
         if self._observer is not None:
             self._observer.waited(now - added_at)
         return key
@@ -240,7 +244,6 @@ class WorkQueue(Generic[K]):
             self._slow.add(key)
         else:
             self._slow.discard(key)
-        self._renewed.discard(key)
         if key in self._slow_processing:
             self._slow_processing.remove(key)
             if self._is_slow_takeable():
@@ -260,16 +263,16 @@ class WorkQueue(Generic[K]):
         self._failures.pop(key, None)
 
     def renew(self, key: K) -> None:
-        """The key means another task from now on: its back-off ends, and it is no longer slow.
+        """The key means another task from now on: its back-off ends, it is no longer slow, and it comes first.
 
         It replaces neither `done()` nor `add()`.
         """
         self.forget(key)
         self._slow.discard(key)
-        if key in self._processing:
-            self._renewed.add(key)
-        if key in self._slow_ready:
-            self._line_up(key, self._slow_ready.pop(key))
+        self._renewed.add(key)
+        for line in (self._ready, self._slow_ready):
+            if key in line:
+                self._line_up(key, line.pop(key))
 
     # Ending.
 
@@ -299,12 +302,12 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """The number of keys that are ready."""
-        return len(self._ready) + len(self._slow_ready)
+        return len(self._renewed_ready) + len(self._ready) + len(self._slow_ready)
 
     def statistics(self) -> QueueStatistics:
         """The state of the queue, and its totals so far."""
         now = self._loop.time()
-        takeable = [next(iter(self._ready.values()))] if self._ready else []
+        takeable = [next(iter(line.values())) for line in (self._renewed_ready, self._ready) if line]
         if self._is_slow_takeable():
             takeable.append(next(iter(self._slow_ready.values())))
         running = [now - started_at for started_at in self._processing.values()]
@@ -325,12 +328,12 @@ class WorkQueue(Generic[K]):
     # Internals.
 
     def _is_due(self, key: K) -> bool:
-        return key in self._ready or key in self._slow_ready or key in self._again
+        return any(key in line for line in (self._renewed_ready, self._ready, self._slow_ready, self._again))
 
     def _line_up(self, key: K, since: float) -> None:
         """Append a key that is due since then to its queue."""
         if key not in self._slow:
-            self._ready[key] = since
+            (self._renewed_ready if key in self._renewed else self._ready)[key] = since
             self._wake_getter()
         else:
             self._slow_ready[key] = since
@@ -338,7 +341,7 @@ class WorkQueue(Generic[K]):
                 self._wake_getter()
 
     def _is_takeable(self) -> bool:
-        return bool(self._ready) or self._is_slow_takeable()
+        return bool(self._renewed_ready or self._ready) or self._is_slow_takeable()
 
     def _is_slow_takeable(self) -> bool:
         return bool(self._slow_ready) and len(self._slow_processing) < self._slow_at_once
@@ -346,13 +349,17 @@ class WorkQueue(Generic[K]):
     def _take(self) -> tuple[K, float]:
         """Take the next key; one must be takeable."""
         slow = self._is_slow_takeable()
-        if slow and (not self._ready or self._passed_over >= _PASSED_OVER):
+        if slow and (not (self._renewed_ready or self._ready) or self._passed_over >= _PASSED_OVER):
             self._passed_over = 0
             key, since = self._slow_ready.popitem(last=False)
             self._slow_processing.add(key)
             return key, since
         self._passed_over = self._passed_over + 1 if slow else 0
-        return self._ready.popitem(last=False)
+        if self._ready and (not self._renewed_ready or self._renewed_taken >= _PASSED_OVER):
+            self._renewed_taken = 0
+            return self._ready.popitem(last=False)
+        self._renewed_taken = self._renewed_taken + 1 if self._ready else 0
+        return self._renewed_ready.popitem(last=False)
 
     def _cancel_timer(self, key: K) -> None:
         timer = self._timers.pop(key, None)

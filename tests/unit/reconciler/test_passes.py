@@ -111,6 +111,20 @@ def test_plugging_fills_the_lowest_slots_in_one_pass_and_one_write(world: Lawful
     assert qemu.cpus[5][0] == "/machine/peripheral/vcpu5"
 
 
+def test_a_plug_is_reported_in_the_next_pass_while_other_sets_wait(world: LawfulWorld, qemu: Qemu) -> None:
+    world.apply("web", vcpus=4)
+    world.run_due()
+    writes = len(world.api.writes)
+    world.others_wait = True
+    passes = world.passes
+
+    world.apply("web", vcpus=6)
+    world.advance(0)
+
+    assert (qemu.vcpus, world.passes - passes, len(world.api.writes) - writes) == (6, 2, 1)
+    assert world.true_conditions() == ["Ready"]
+
+
 @pytest.mark.parametrize(("connection", "held"), [("Persistent", 1), ("OnDemand", 0)])
 def test_unplugging_asks_the_highest_first_and_takes_three_writes_at_most(
     world: LawfulWorld, qemu: Qemu, connection: str, held: int

@@ -207,6 +207,7 @@ class World:
         self.loop.run(self._monitors.close())
 
     def _start_operator(self) -> None:
+        self.others_wait = False
         self._dead = False
         self.operator_number += 1
         self._due: dict[UID, float] = {}
@@ -220,6 +221,7 @@ class World:
             monitors=self._monitors,
             guests=self._guests,
             enqueue=self._enqueue,
+            others_wait=lambda: self.others_wait,
             resync_seconds=RESYNC_SECONDS,
             clock=lambda: self.wall,
         )

@@ -500,15 +500,46 @@ async def test_a_success_does_not_make_a_key_that_waits_fast() -> None:
     assert [await queue.get(), await queue.get()] == ["a", "A"]
 
 
-async def test_a_key_that_is_renewed_joins_the_others_at_the_end_of_their_line() -> None:
+async def test_a_slow_key_that_is_renewed_comes_before_all_others() -> None:
     queue = make_queue(slow_at_once=1)
     await slow_keys(queue, "ABC")
     for key in "ABCa":
         queue.add(key)
     queue.renew("C")
     queue.add("b")
-    assert [await queue.get() for _ in range(4)] == ["a", "C", "b", "A"]
+    assert [await queue.get() for _ in range(4)] == ["C", "a", "b", "A"]
     assert queue.failures("C") == 0
+
+
+async def test_renewed_keys_come_first_but_of_four_keys_one_is_another() -> None:
+    queue = make_queue()
+    for key in "abABCDEFG":
+        if key.isupper():
+            queue.renew(key)
+        queue.add(key)
+    assert "".join([await queue.get() for _ in range(9)]) == "ABCaDEFbG"
+
+
+async def test_a_key_comes_first_once_for_each_time_that_it_was_renewed() -> None:
+    queue = make_queue()
+    queue.renew("A")
+    for key in "aA":
+        queue.add(key)
+    assert await queue.get() == "A"
+    queue.done("A")
+    queue.add("A")
+    assert [await queue.get(), await queue.get()] == ["a", "A"]
+
+
+async def test_a_key_that_is_renewed_while_it_is_in_work_comes_first_after_that() -> None:
+    queue = make_queue()
+    queue.add("A")
+    await queue.get()
+    queue.add("a")
+    queue.renew("A")
+    queue.add("A")
+    queue.done("A")
+    assert [await queue.get(), await queue.get()] == ["A", "a"]
 
 
 async def test_a_slow_key_that_is_renewed_wakes_a_get_that_could_not_take_it() -> None:

@@ -215,45 +215,62 @@ async def test_no_one_waits_while_a_key_may_be_taken(steps: list[Step]) -> None:
 
 
 class Lines:
-    """The queue beside two plain lists that show what each line has to be."""
+    """The queue beside plain lists that show what each line has to be."""
 
     LIMIT = 3
 
     def __init__(self) -> None:
         self.queue: WorkQueue[int] = WorkQueue(ExponentialBackoff(1, 30, jitter=0), slow_at_once=self.LIMIT)
+        self.first: list[int] = []
         self.fast: list[int] = []
         self.slow: list[int] = []
+        self.renewed: set[int] = set()
+        """Since their last hand-out."""
         self.in_work: dict[int, bool] = {}
         """Whether each was taken as a slow one."""
         self.long_since: set[int] = set()
         """Those that have been in work for long."""
         self.since_slow: list[bool] = []
         """For each key taken since the last slow one, whether a slow one might have been."""
+        self.since_fast: list[bool] = []
+        """For each renewed key taken since the last other one that is not slow, whether that might have been."""
 
     def add(self, key: int) -> None:
         self.queue.add(key)
-        if key not in self.in_work and key not in self.fast and key not in self.slow:
-            self.fast.append(key)
+        if not any(key in line for line in (self.in_work, self.first, self.fast, self.slow)):
+            (self.first if key in self.renewed else self.fast).append(key)
 
     def renew(self, key: int) -> None:
         self.queue.renew(key)
-        if key in self.slow:
-            self.slow.remove(key)
-            self.fast.append(key)
+        self.renewed.add(key)
+        for line in (self.fast, self.slow):
+            if key in line:
+                line.remove(key)
+                self.first.append(key)
 
     async def take(self) -> None:
         slow_may = bool(self.slow) and sum(self.in_work.values()) < self.LIMIT
-        if not (self.fast or slow_may):
+        if not (self.first or self.fast or slow_may):
             return
         key = await self.queue.get()
+        self.renewed.discard(key)
         if key in self.slow:
             assert slow_may, "more slow keys are in work than may be"
             assert self.slow.pop(0) == key, "a slow key was overtaken by another slow one"
-            assert not self.fast or self.since_slow[-3:] == [True] * 3, "a slow key came before its turn"
+            others = self.first or self.fast
+            assert not others or self.since_slow[-3:] == [True] * 3, "a slow key came before its turn"
             self.since_slow.clear()
             self.in_work[key] = True
         else:
-            assert self.fast.pop(0) == key, "a key was overtaken by one of its own line"
+            if key in self.first:
+                self.since_fast.append(bool(self.fast))
+                assert self.since_fast[-4:] != [True] * 4, "a key was passed over a fourth time"
+                line = self.first
+            else:
+                assert not self.first or self.since_fast[-3:] == [True] * 3, "a key came before a renewed one"
+                self.since_fast.clear()
+                line = self.fast
+            assert line.pop(0) == key, "a key was overtaken by one of its own line"
             self.since_slow.append(slow_may)
             assert self.since_slow[-4:] != [True] * 4, "a slow key was passed over a fourth time"
             self.in_work[key] = False
@@ -307,4 +324,4 @@ async def test_each_line_keeps_its_order_and_neither_is_passed_over_for_long(
                 lines.renew(number)
         else:
             await lines.give_back(number, fails=move.startswith("fail"), long=move.endswith("slowly"))
-        assert len(lines.queue) == len(lines.fast) + len(lines.slow)
+        assert len(lines.queue) == len(lines.first) + len(lines.fast) + len(lines.slow)
