@@ -77,7 +77,8 @@ class Burst:
     """Changes made at once.
 
     accepting_seconds  from the first patch that the API server took to the last
-    seconds            of each change that was carried out, ascending
+    seconds            of each change that was carried out, from when the API server took its patch, ascending
+    since_first        the same, from when the API server took the first patch
     status_writes      of each changed set
     events             writes of Kubernetes Events
     until_last_write   seconds
@@ -87,6 +88,7 @@ class Burst:
     changes: int
     accepting_seconds: float
     seconds: list[float]
+    since_first: list[float]
     status_writes: list[int]
     events: int
     until_last_write: float
@@ -253,6 +255,7 @@ class Run:
             changes=len(aims),
             accepting_seconds=max(accepted.values(), default=math.nan) - min(accepted.values(), default=math.nan),
             seconds=sorted(at - accepted[name] for name, at in matched.items() if name in accepted),
+            since_first=sorted(at - min(accepted.values()) for at in matched.values()) if accepted else [],
             status_writes=[status_writes[name] for name in aims],
             events=events,
             until_last_write=last - begun,
