@@ -64,6 +64,7 @@ class Claims(Generic[C]):
         rivals = {
             other: seniority
             for each in (keys if key is None else keys & {key})
+            if len(self._claimants[each]) > 1
             for other, seniority in self._claimants[each].items()
             if seniority < self._claimants[each][claimant] and rival(other)
         }

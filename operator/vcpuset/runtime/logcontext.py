@@ -55,8 +55,9 @@ def log_context(**fields: Field) -> Iterator[None]:
     Raises:
         ValueError: a field has the name of an attribute of log records.
     """
-    if taken := sorted(fields.keys() & _RESERVED):
-        raise ValueError(f"log_context: {', '.join(taken)}: log records have an attribute of that name already")
+    if not _RESERVED.isdisjoint(fields):
+        taken = ", ".join(sorted(_RESERVED & fields.keys()))
+        raise ValueError(f"log_context: {taken}: log records have an attribute of that name already")
     scope = _Scope(_scope.get(), fields)
     token = _scope.set(scope)
     try:
