@@ -103,7 +103,8 @@ class Metrics:
 
         self._commands = self._histogram(
             "vcpuset_qmp_command_duration_seconds",
-            "Time until QEMU answered a QMP command, or until the command timed out.",
+            "Time until QEMU answered a QMP command, or until the command timed out. Queries are sent together, and each "
+            "counts from the answer before it.",
             ("command",),
         )
         self._failures = self._counter(
