@@ -103,8 +103,8 @@ class Metrics:
 
         self._commands = self._histogram(
             "vcpuset_qmp_command_duration_seconds",
-            "Time until QEMU answered a QMP command, or until the command timed out. Queries are sent together, and each "
-            "counts from the answer before it.",
+            "Time until QEMU answered a QMP command, or until the command timed out. Queries are sent together: each "
+            "counts from the answer before.",
             ("command",),
         )
         self._failures = self._counter(
