@@ -19,6 +19,8 @@ from vcpuset.domain.resource import UID, Spec, UnixMonitor, VCPUSet
 from vcpuset.qmp import monitors as monitors_module
 from vcpuset.qmp.monitors import Monitors, _pause_seconds
 from vcpuset.qmp.session import Session
+from vcpuset.qmp.sockets import UnixEndpoint, find_socket, stamp_of
+from vcpuset.qmp.watcher import SocketWatcher
 
 ONE, TWO = UID("one"), UID("two")
 
@@ -48,10 +50,13 @@ class Keeper:
         self.losses.append(losses)
         return 0.0
 
+    def vcpuset(self, uid: UID = ONE, path: str = "vm.sock") -> VCPUSet:
+        """A set with that monitor."""
+        return VCPUSet(uid, self.folder.name, str(uid), 1, "1", datetime.now(UTC), Spec(2, UnixMonitor(path)))
+
     async def session(self, uid: UID = ONE, path: str = "vm.sock") -> Session:
         """What a pass gets."""
-        vcpuset = VCPUSet(uid, self.folder.name, str(uid), 1, "1", datetime.now(UTC), Spec(2, UnixMonitor(path)))
-        with await self.monitors.resolve(vcpuset) as endpoint:
+        with await self.monitors.resolve(self.vcpuset(uid, path)) as endpoint:
             return await self.monitors.session(uid, endpoint)
 
     async def pass_(self) -> None:
@@ -95,6 +100,47 @@ async def test_a_set_that_names_another_socket_gets_another_session_and_the_firs
         await until(lambda: not here._links, 60, "the first monitor to be free")
         assert there.connections == 1
         assert keeper.woken == []
+
+
+async def test_a_monitor_is_searched_again_once_another_socket_may_be_there(
+    namespace_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    async def find(root: Path, namespace: str, path: str) -> UnixEndpoint:
+        searched.append(path)
+        return await find_socket(root, namespace, path)
+
+    monkeypatch.setattr(monitors_module, "find_socket", find)
+    changed: list[UID] = []
+    watcher = SocketWatcher(namespace_folder.parent, changed.append)
+    watching = asyncio.create_task(watcher.run())
+    path = namespace_folder / "vm.sock"
+    try:
+        async with FaultyMonitor(path) as monitor, keeping(namespace_folder) as keeper:
+            keeper.monitors = Monitors(namespace_folder.parent, keeper.woken.append, watcher=watcher)
+            watcher.follow(ONE, keeper.vcpuset())
+            session = await keeper.session()
+            await until(lambda: watcher.shows(keeper.vcpuset(), stamp_of(path.stat())), 60, "the socket to be observed")
+            assert await keeper.session() is session
+            assert searched == ["vm.sock"]
+
+            path.rename(namespace_folder / "elsewhere.sock")
+            await until(lambda: changed == [ONE], 60, "the change to be told")
+            with pytest.raises(MonitorUnreachable):
+                await keeper.session()
+            assert session.alive
+            assert searched == ["vm.sock"] * 2
+
+            (namespace_folder / "elsewhere.sock").rename(path)
+            assert await keeper.session() is session
+            monitor.cut()
+            await until(lambda: not session.alive, 60, "the loss to be noticed")
+            assert await keeper.session() is not session
+            assert searched == ["vm.sock"] * 4
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
 
 
 async def test_a_released_monitor_is_free_and_nobody_is_told(namespace_folder: Path) -> None:

@@ -634,6 +634,24 @@ async def test_a_kept_session_holds_no_more_than_an_event_of_what_nobody_asked_f
         await until(lambda: not session.alive, 60, "the session to be cut")
 
 
+async def test_what_the_guest_reports_of_a_cpu_that_was_plugged_silently_wakes_nobody(
+    namespace_folder: Path, connect: Connect, wakes: Wakes
+) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", cpus=2, slots=8) as monitor:
+        session = await connect(monitor.path, wakes)
+        machine = await session.observe()
+        await session.plug(machine.free[0], silently=True)
+        machine = await session.recount(machine)
+        assert session._waking is None
+
+        await session.plug(machine.free[0])
+        await until(lambda: wakes.count == 1, 60, "a report that is awaited")
+        monitor.cpus.eject(2)
+        await until(lambda: wakes.count == 2, 60, "the departure of a CPU")
+        monitor.cpus.plug(2)
+        await until(lambda: wakes.count == 3, 60, "the report of another client's CPU in the same slot")
+
+
 async def test_a_session_that_has_heard_thousands_of_events_has_kept_none_of_them(
     namespace_folder: Path, connect: Connect, wakes: Wakes
 ) -> None:
