@@ -69,10 +69,15 @@ class Raw(QMPClient):
         """How many CPUs the machine has (query-cpus-fast)."""
         return len(await self.call("query-cpus-fast"))
 
-    async def device_add(self, slot: int, ident: str | None = None) -> None:
-        """Plug a CPU into the slot with this index; its id is ``vcpu<slot>`` unless given."""
+    async def device_add(self, slot: int, ident: str | None = None) -> int:
+        """Plug a CPU into the slot with this index; its id is ``vcpu<slot>`` unless given.
+
+        Returns how many CPUs the machine has right after that: an operator may soon unplug it.
+        """
         chosen = (await self.slots())[slot]
-        await self.call("device_add", {"driver": chosen["type"], "id": ident or f"vcpu{slot}", **chosen["props"]})
+        arguments = {"driver": chosen["type"], "id": ident or f"vcpu{slot}", **chosen["props"]}
+        _, count = await asyncio.gather(self.call("device_add", arguments), self.count())
+        return count
 
     async def device_del(self, slot: int) -> None:
         """Ask the guest for the CPU in the slot with this index. LookupError: the slot is free."""
