@@ -23,6 +23,9 @@ from vcpuset.domain.target import target_for
 
 __all__ = ["TestAnythingMayHappen", "TestAsTheGuestPleases"]
 
+pytestmark = pytest.mark.timeout(1200)
+"""A quarter of a minute of computing, for which a busy machine may have a twentieth of a core."""
+
 EXAMPLES = int(os.environ.get("VCPUSET_TEST_EXAMPLES", "0"))
 """Set it to look for longer, at other examples each time."""
 
