@@ -173,7 +173,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         guests=guests,
         enqueue=queue.add,
         resync_seconds=settings.resync_seconds,
-        others_wait=lambda: len(queue) > 0,
+        others_wait=lambda: queue.waiting > 0,
         clock=clock,
         node_name=settings.node_name,
     )

@@ -300,9 +300,14 @@ class WorkQueue(Generic[K]):
         """How often in a row the key has failed."""
         return self._failures.get(key, 0)
 
+    @property
+    def waiting(self) -> int:
+        """The number of keys that are ready and not slow."""
+        return len(self._renewed_ready) + len(self._ready)
+
     def __len__(self) -> int:
         """The number of keys that are ready."""
-        return len(self._renewed_ready) + len(self._ready) + len(self._slow_ready)
+        return self.waiting + len(self._slow_ready)
 
     def statistics(self) -> QueueStatistics:
         """The state of the queue, and its totals so far."""
@@ -341,7 +346,7 @@ class WorkQueue(Generic[K]):
                 self._wake_getter()
 
     def _is_takeable(self) -> bool:
-        return bool(self._renewed_ready or self._ready) or self._is_slow_takeable()
+        return self.waiting > 0 or self._is_slow_takeable()
 
     def _is_slow_takeable(self) -> bool:
         return bool(self._slow_ready) and len(self._slow_processing) < self._slow_at_once
@@ -349,7 +354,7 @@ class WorkQueue(Generic[K]):
     def _take(self) -> tuple[K, float]:
         """Take the next key; one must be takeable."""
         slow = self._is_slow_takeable()
-        if slow and (not (self._renewed_ready or self._ready) or self._passed_over >= _PASSED_OVER):
+        if slow and (not self.waiting or self._passed_over >= _PASSED_OVER):
             self._passed_over = 0
             key, since = self._slow_ready.popitem(last=False)
             self._slow_processing.add(key)

@@ -520,6 +520,16 @@ async def test_renewed_keys_come_first_but_of_four_keys_one_is_another() -> None
     assert "".join([await queue.get() for _ in range(9)]) == "ABCaDEFbG"
 
 
+async def test_slow_keys_do_not_count_as_waiting() -> None:
+    queue = make_queue()
+    await slow_keys(queue, "AB")
+    for key in "ABabC":
+        if key == "C":
+            queue.renew(key)
+        queue.add(key)
+    assert (queue.waiting, len(queue)) == (3, 5)
+
+
 async def test_a_key_comes_first_once_for_each_time_that_it_was_renewed() -> None:
     queue = make_queue()
     queue.renew("A")
