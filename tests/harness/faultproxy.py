@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import aiohttp
 from aiohttp import web
@@ -26,6 +26,9 @@ __all__ = ["Asked", "Exchange", "FaultProxy", "Passes", "Stream"]
 
 LINE_BYTES = 1 << 22
 """The longest line of a watch that can be carried."""
+
+HANDSHAKE_SECONDS = 10.0
+"""How long a TLS handshake may take. A client that is stopped would never end its own."""
 
 DROPPED_HEADERS = frozenset(
     {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "accept-encoding", "date"}
@@ -197,19 +200,31 @@ class FaultProxy:
 
     async def shut(self) -> None:
         """Cut all connections and refuse new ones."""
-        assert self._listener is not None
         assert self._server is not None
-        self._listener.close()
-        for each in list(self._server.connections):
-            if each.transport is not None:
-                each.transport.abort()
+        listener: Any = self._listener
         self._listener = None
+        listener.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * HANDSHAKE_SECONDS):
+                while True:
+                    for each in list(self._server.connections):
+                        if each.transport is not None:
+                            each.transport.abort()
+                    # Those in the TLS handshake are not among them yet, and nobody else would close them.
+                    if not listener._active_count:
+                        break
+                    await asyncio.sleep(0.01)
 
     async def reopen(self) -> None:
         """Take connections again."""
         assert self._server is not None
         self._listener = await asyncio.get_running_loop().create_server(
-            self._server, "127.0.0.1", self._port.number, reuse_port=True, ssl=self._identity
+            self._server,
+            "127.0.0.1",
+            self._port.number,
+            reuse_port=True,
+            ssl=self._identity,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS,
         )
 
     def cut(self, where: Callable[[Asked], bool] = lambda _: True) -> None:
