@@ -57,8 +57,8 @@ class Controller:
             guests,
             Ownership(cache, enqueue),
             enqueue=enqueue,
-            clock=clock,
             others_wait=others_wait,
+            clock=clock,
         )
         self._resync_seconds = resync_seconds
         self._node_name = node_name
