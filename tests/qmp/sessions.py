@@ -1,12 +1,14 @@
-"""Types of the fixtures of these tests, importable by the tests: `from qmp.sessions import Connect, Wakes`."""
+"""Types of the fixtures of these tests, and a fault that several files need."""
 
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from harness.faults import Fault, Link
 from vcpuset.qmp.session import Session
 
-__all__ = ["Connect", "Wakes"]
+__all__ = ["Connect", "Preceded", "Wakes"]
 
 
 class Wakes:
@@ -30,3 +32,14 @@ class Connect(Protocol):
         open_seconds: float = ...,
         command_seconds: float = ...,
     ) -> Coroutine[None, None, Session]: ...
+
+
+@dataclass
+class Preceded(Fault):
+    """These bytes, then the answer."""
+
+    chunk: bytes
+
+    async def deliver(self, link: Link, answer: dict[str, Any]) -> None:
+        await link.send_bytes(self.chunk)
+        await link.send(answer)
