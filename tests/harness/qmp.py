@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, Message, QMPClient, QMPError, Runstate
 
 __all__ = [
     "SECOND_ON_TCP",
@@ -59,6 +59,12 @@ class Raw(QMPClient):
                 return await self.execute(command, arguments)
         except TimeoutError as error:
             raise TimeoutError(f"no answer to {command} within {timeout:g} s") from error
+
+    async def _recv(self) -> Message:
+        # QEMU 10.0 sends what happens while it accepts a client before its greeting.
+        while "event" in (message := await super()._recv()) and self.runstate is Runstate.CONNECTING:
+            pass
+        return message
 
     async def slots(self) -> list[Slot]:
         """All CPU slots in ascending order: the position in the list is QEMU's slot index."""

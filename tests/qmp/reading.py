@@ -137,7 +137,7 @@ class Reading:
 
     def opened(self) -> list[Failure | None]:
         """The outcomes that are right for opening the session; None: it is open."""
-        greeting = self._take(self._started + OPEN_SECONDS)
+        greeting = self._take_no_event()
         if isinstance(greeting, Failure) and self._lines and (self._lines[0][0].text or b"").rstrip() == b"{":
             return [LOST, BUSY]  # with pretty=on a greeting begins so; the rest of it may not come
         if isinstance(greeting, Failure):
@@ -148,7 +148,7 @@ class Reading:
             case _:
                 return [LOST]
         while True:
-            reply = self._take(self._started + OPEN_SECONDS)
+            reply = self._take_no_event()
             if isinstance(reply, Failure):
                 return [reply]
             if reply.get("id") == FIRST_ID or ("error" in reply and "id" not in reply):
@@ -156,6 +156,12 @@ class Reading:
         if "return" not in reply or "error" in reply:
             return [LOST]
         return [None, LOST] if self._trouble_by(1) else [None]
+
+    def _take_no_event(self) -> dict[str, Json] | Failure:
+        while True:
+            message = self._take(self._started + OPEN_SECONDS)
+            if isinstance(message, Failure) or "event" not in message:
+                return message
 
     def observed(self, asked: Sequence[Asked]) -> list[Failure | dict[str, Json]]:
         """The outcomes that are right after these commands of an observation: errors, or what the machine is.

@@ -10,7 +10,8 @@ of them in this module because they use internals of the library; this is why th
 - `disconnect()` first waits until the peer has read everything, which a hanging peer never does, and on TLS never
   returns at all. Every command that matters has been awaited then: nothing needs flushing.
 - A loss of the connection is only reported to pending commands.
-- It takes the first message after `qmp_capabilities` as the reply. QEMU, busy with a command of a client that has left,
+- It takes the first message as the greeting, and the first message after `qmp_capabilities` as the reply. QEMU sends
+  events that happen while it accepts a client before its greeting. QEMU, busy with a command of a client that has left,
   sends that reply to the next client; so here the negotiation has an id like every command.
 - It takes an incomplete message before the end of a connection as a message.
 - Each message goes through queues and tasks, and is encoded three times: a third of the CPU time of an observation.
@@ -271,10 +272,7 @@ class Client(QMPClient):
         request["id"] = ident = self._get_exec_id()
         await self._send(request)
         while True:
-            try:
-                reply = await self._recv()
-            finally:
-                self._end_turn()
+            reply = await self._recv()
             # QEMU reports without an id that it could not read the request.
             if reply.get("id") == ident or ("error" in reply and "id" not in reply):
                 break
@@ -282,6 +280,17 @@ class Client(QMPClient):
         del reply  # as in `_do_recv`
         if not accepted:
             raise NegotiationError("Negotiation failed", ValueError("not accepted"))
+
+    async def _recv(self) -> Message:
+        # Used for the greeting and the negotiation only. QEMU 10.0 sends what happens while it accepts a client to that
+        # client, even before its greeting.
+        while True:
+            try:
+                message = await self._do_recv()
+            finally:
+                self._end_turn()
+            if "event" not in message:
+                return message
 
     async def _establish_session(self) -> None:
         # As the library's, but without a queue and a task for sending.
