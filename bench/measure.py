@@ -76,9 +76,9 @@ class Textbook(OperatorProcess):
 class Burst:
     """Changes made at once.
 
-    accepting_seconds  from the first patch that the API server took to the last
-    seconds            of each change that was carried out, from when the API server took its patch, ascending
-    since_first        the same, from when the API server took the first patch
+    accepting_seconds  until the API server has answered all patches
+    seconds            of each change that was carried out, from when all patches were sent, ascending
+    since_accepted     the same, from when the API server has answered its patch
     status_writes      of each changed set
     events             writes of Kubernetes Events
     until_last_write   seconds
@@ -88,7 +88,7 @@ class Burst:
     changes: int
     accepting_seconds: float
     seconds: list[float]
-    since_first: list[float]
+    since_accepted: list[float]
     status_writes: list[int]
     events: int
     until_last_write: float
@@ -253,9 +253,9 @@ class Run:
             await changing
         burst = Burst(
             changes=len(aims),
-            accepting_seconds=max(accepted.values(), default=math.nan) - min(accepted.values(), default=math.nan),
-            seconds=sorted(at - accepted[name] for name, at in matched.items() if name in accepted),
-            since_first=sorted(at - min(accepted.values()) for at in matched.values()) if accepted else [],
+            accepting_seconds=max(accepted.values(), default=math.nan) - begun,
+            seconds=sorted(at - begun for at in matched.values()),
+            since_accepted=sorted(at - accepted[name] for name, at in matched.items() if name in accepted),
             status_writes=[status_writes[name] for name in aims],
             events=events,
             until_last_write=last - begun,

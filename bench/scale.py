@@ -14,12 +14,10 @@ ways to serve them take turns, twice, each time with an API server of its own:
               for any number of sets. What can grow is what an observation costs
     memory    resident, then; and its peak, at the end
     changes   so many sets are changed at once: every second one up, 2 to 6 vCPUs, the others down, 6 to 2, which takes
-              a guest 0.03 to 0.3 s a CPU. Each time counts from the moment in which the API server has answered the
-              patch, by its audit log, to the one in which the machine has the count, by the simulator. "Accepted" is
-              the time from the first of these answers to the last. An API server without enough CPU time also
-              delivers late to watches what it has accepted (3 s of 1,000 changes on 2 cores, seen by another client),
-              and an operator that takes CPU time from it has it accept more slowly. So "all after" is the time
-              from the first of these answers to the last machine
+              a guest 0.03 to 0.3 s a CPU. All patches are sent at one moment; each time counts from that one to the
+              moment in which the machine has the count, by the simulator. "From acceptance" it counts from when the
+              API server has answered the patch, by its audit log: this favours whoever keeps the API server busy, so
+              that it accepts the patches slowly
     restart   in the first turn, with Persistent: the operator is stopped and started again, until it is connected to
               every monitor
 
@@ -77,9 +75,9 @@ class Row:
         """How long each change of them took, ascending."""
         return sorted(second for each in self.bursts(changes) for second in each.seconds)
 
-    def all_after(self, changes: int) -> float:
-        """Seconds from the first of them to the last machine, at most."""
-        return max(percentile(each.since_first, 1) for each in self.bursts(changes))
+    def since_accepted(self, changes: int) -> list[float]:
+        """The same, from acceptance."""
+        return sorted(second for each in self.bursts(changes) for second in each.since_accepted)
 
     def cpu_ms(self, changes: int) -> float:
         """CPU time for a change."""
@@ -128,7 +126,7 @@ def changing(rows: Iterable[Row]) -> str:
     table = []
     for row in rows:
         for changes in row.sizes:
-            bursts, seconds = row.bursts(changes), row.seconds(changes)
+            bursts, seconds, accepted = row.bursts(changes), row.seconds(changes), row.since_accepted(changes)
             made = changes * len(bursts)
             counts = [count for each in bursts for count in each.status_writes]
             medians = ", ".join(f"{percentile(each.seconds, 0.5):.2f}" for each in bursts)
@@ -138,17 +136,17 @@ def changing(rows: Iterable[Row]) -> str:
                     row.first.way,
                     f"{changes} ({len(bursts)} times)",
                     f"{max(each.accepting_seconds for each in bursts):.1f} s",
-                    f"{row.all_after(changes):.1f} s",
                     f"{len(seconds)} of {made}",
                     f"{percentile(seconds, 0.5):.2f} s ({medians})",
                     *(f"{percentile(seconds, part):.2f} s" for part in (0.99, 1)),
+                    f"{percentile(accepted, 0.5):.2f} s, {percentile(accepted, 0.99):.2f} s",
                     f"{statistics.fmean(counts):.2f} ({max(counts)})",
                     f"{sum(each.events for each in bursts) / made:.2f}",
                     f"{row.cpu_ms(changes):.1f} ms",
                 ]
             )
-    head = ["sets", "operator", "changes at once", "accepted within", "all after", "carried out", "p50 (each time)"]
-    head += ["p99", "last", "status writes per change (max)", "Events per change", "CPU per change"]
+    head = ["sets", "operator", "changes at once", "accepted within", "carried out", "p50 (each time)", "p99", "last"]
+    head += ["from acceptance: p50, p99", "status writes per change (max)", "Events per change", "CPU per change"]
     return markdown(head, table)
 
 
@@ -184,13 +182,11 @@ def targets(rows: Sequence[Row]) -> str:
         if first.sets in textbook:
             other = textbook[first.sets]
             for changes in row.sizes:
-                for part in (0.5, 0.99):
-                    mine, its = (percentile(each.seconds(changes), part) for each in (row, other))
-                    facts.append(
-                        (mine <= its, f"{changes} changes: p{part * 100:.0f} {mine:.2f} s, textbook {its:.2f} s")
-                    )
-                mine, its = row.all_after(changes), other.all_after(changes)
-                facts.append((mine <= its, f"{changes} changes: all after {mine:.1f} s, textbook {its:.1f} s"))
+                for when, times in (("", Row.seconds), (" from acceptance", Row.since_accepted)):
+                    for part in (0.5, 0.99):
+                        mine, its = (percentile(times(each, changes), part) for each in (row, other))
+                        what = f"{changes} changes{when}: p{part * 100:.0f} {mine:.2f} s, textbook {its:.2f} s"
+                        facts.append((mine <= its, what))
                 mine, its = row.cpu_ms(changes), other.cpu_ms(changes)
                 facts.append((mine < its, f"{changes} changes: CPU {mine:.1f} ms each, textbook {its:.1f} ms"))
         lines += [f"- {'kept' if kept else 'MISSED'}, {first.way}, {first.sets} sets: {what}" for kept, what in facts]
