@@ -37,7 +37,8 @@ from harness.qmp import Raw, raw
 from harness.wait import until
 from qmp.sessions import Connect, Preceded, Wakes
 from vcpuset.domain.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
-from vcpuset.qmp.session import Command, Session
+from vcpuset.qmp.exchange import Command
+from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import open_socket
 from vcpuset.qmp.tcp import TCPEndpoint
 

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from qemu.qmp import ExecuteError, Message
@@ -89,7 +90,7 @@ class Agent:
         """
         command = "guest-get-vcpus"
         async with self._deadline(command):
-            return replies.guest_cpus(await self._client.execute(command))
+            return await self._client.execute(command, read=replies.guest_cpus)
 
     async def bring_online(self, ids: Sequence[int]) -> Mapping[int, str]:
         """Set these CPUs online, by logical id (`guest-set-vcpus`); one that is online already is left as it is.
@@ -128,7 +129,8 @@ class Agent:
         command = "guest-set-vcpus"
         entries = [{"logical-id": logical_id, "online": True} for logical_id in batch]
         async with self._deadline(command):
-            return replies.processed(await self._client.execute(command, {"vcpus": entries}), len(batch))
+            read = partial(replies.processed, requested=len(batch))
+            return await self._client.execute(command, {"vcpus": entries}, read=read)
 
     async def close(self) -> None:
         """Close the connection at once. Never raises, may be called again; it is closed also if this is cancelled."""
@@ -178,7 +180,8 @@ class _AgentClient(Client):
         """Skip all that earlier clients have left on the line, in either direction."""
         number = secrets.randbits(53)
         self._write(_DELIMITER)
-        if await self.execute(_SYNC, {"id": number}) != number:
+        answer: object = await self.execute(_SYNC, {"id": number})
+        if answer != number:
             raise _NotAnAgent("a different number than the one sent")
         self._synced = True
         self.strange = None

@@ -15,7 +15,7 @@ of them in this module because they use internals of the library; this is why th
   sends that reply to the next client; so here the negotiation has an id like every command.
 - It takes an incomplete message before the end of a connection as a message.
 - Each message goes through queues and tasks, and is encoded three times: a third of the CPU time of an observation.
-  Here a command is written at once, and its reply is a future.
+  Here commands are written at once, and their replies are read as they come.
 - Its limit for a reply is also that for unsolicited messages; and replies of many peers that arrive together are all
   parsed, to many times their size, before the first is used. Here only one long message at a time is parsed.
 """
@@ -30,16 +30,15 @@ import re
 import secrets
 import socket
 import ssl as tls
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import msgspec
 from aiohappyeyeballs import AddrInfoType
-from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate, StateError
-from qemu.qmp.models import ErrorResponse
+from qemu.qmp import Message, QMPClient, Runstate, StateError
 from qemu.qmp.qmp_client import NegotiationError
 
+from vcpuset.qmp.exchange import Command, Exchange
 from vcpuset.qmp.peer import UNKNOWN, peer_of
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -58,8 +57,7 @@ UNSOLICITED_LIMIT = 16 * 1024
 """The longest message while no reply is awaited: greetings and events have some hundred bytes. Thousands of sessions
 are kept, and each peer could make the process hold a reply's length."""
 
-_KEPT = 1000
-"""Characters of an error's text; it may be kept for each CPU of a machine."""
+_T = TypeVar("_T")
 
 _BURST = 64
 """How many messages are taken from the buffer before other tasks run."""
@@ -95,23 +93,6 @@ _NOT_QMP = (
 """What QEMU sends instead of a greeting if so configured, and the remedy."""
 
 
-class _Reply(asyncio.Future[Message | ExecInterruptedError]):
-    """Replaces a queue of the library: one reply, or the loss of the connection."""
-
-    def put_nowait(self, reply: Message | ExecInterruptedError) -> None:
-        """Only the first one counts."""
-        if not self.done():
-            self.set_result(reply)
-
-    async def put(self, reply: Message) -> None:
-        """The same."""
-        self.put_nowait(reply)
-
-
-_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
-"""Held from the parsing of a long message until the waiting command has taken it."""
-
-
 class Client(QMPClient):
     """One connection to a monitor, from `connect` to `end`; cannot be used again after that.
 
@@ -123,7 +104,7 @@ class Client(QMPClient):
     cause      why the connection was lost; None: it is not, or not known
     """
 
-    _pending: Any  # a _Reply for each command
+    _pending: Any  # the Exchange of each command, by its id
 
     def __init__(
         self,
@@ -145,7 +126,6 @@ class Client(QMPClient):
         self._received = 0
         self._pretty = False
         self._longest = longest
-        self._turn: asyncio.Lock | None = None
         self._execute_id = secrets.randbelow(1 << 40)
 
     async def open(self, endpoint: Endpoint, keys: Keys | None = None) -> None:
@@ -169,7 +149,6 @@ class Client(QMPClient):
             self.peer = peer_of(connection)
             await self._greet(connection)
         except BaseException:
-            self._end_turn()
             connection.close()
             raise
 
@@ -192,20 +171,19 @@ class Client(QMPClient):
         except Exception as error:  # noqa: BLE001 - disconnect() raises again what broke the connection; closing must not fail because of that, and `cause` keeps it
             self.cause = self.cause or error
 
-    def send(self, *commands: tuple[str, Mapping[str, object] | None]) -> list[str]:
-        """Send commands with their arguments in one write; QEMU executes them one after the other.
+    def send(self, *commands: Command) -> Exchange:
+        """Send commands in one write; QEMU executes them one after the other. `forget` the exchange in any case.
 
-        Returns their ids: await `reply` of each, in this order, and `forget` all of them in any case. Raises StateError
-        if there is no connection.
+        Raises StateError if there is no connection.
         """
         if self._runstate is not Runstate.RUNNING:
             raise StateError("not connected", self._runstate, Runstate.RUNNING)
-        idents = [self._get_exec_id() for _ in commands]
-        self._pending |= {ident: _Reply() for ident in idents}
+        exchange = Exchange(commands, [self._get_exec_id() for _ in commands])
+        self._pending |= dict.fromkeys(exchange.idents, exchange)
         requests = []
-        for ident, (command, arguments) in zip(idents, commands, strict=True):
-            request: dict[str, object] = {"execute": command, "id": ident}
-            requests.append(request if arguments is None else {**request, "arguments": arguments})
+        for ident, command in zip(exchange.idents, commands, strict=True):
+            request: dict[str, object] = {"execute": command.name, "id": ident}
+            requests.append(request if command.arguments is None else {**request, "arguments": command.arguments})
         try:
             # Here and not earlier: a process can be stopped for any length of time at any point, and hardly any code
             # runs between here and the kernel's buffer.
@@ -214,45 +192,36 @@ class Client(QMPClient):
         except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
             self.cause = error
             self._schedule_disconnect()
-        return idents
+        return exchange
 
-    def has(self, ident: str) -> bool:
-        """Whether the reply to a command is there."""
-        return cast("bool", self._pending[ident].done())
-
-    async def reply(self, ident: str) -> object:
-        """The result of a command. Raises ExecuteError with the beginning of QEMU's text, or another QMPError."""
-        try:
-            reply = await self._pending[ident]
-        finally:
-            del self._pending[ident]
-        if isinstance(reply, ExecInterruptedError):
-            raise reply
-        if "return" in reply and "error" not in reply:
-            return reply["return"]
-        failure = _failure(reply)
-        del reply  # as in `_do_recv`
-        raise failure
-
-    def forget(self, idents: Iterable[str]) -> None:
-        """Drop the replies of these commands that were not awaited, and what has arrived of a long one."""
-        for ident in idents:
+    def forget(self, exchange: Exchange) -> None:
+        """Drop the replies that have not come, and what has arrived of a long one."""
+        for ident in exchange.idents:
             self._pending.pop(ident, None)
         reader: Any = self._reader
         if reader is not None and reader._limit > UNSOLICITED_LIMIT and not self._awaits_reply():
             self._abort()  # in the middle of a long message that is no longer needed
 
-    async def execute(self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False) -> object:
-        """Send one command, and return its result or raise as `send` and `reply`; `oob` is not supported."""
-        idents = self.send((cmd, arguments))
+    async def execute(
+        self,
+        cmd: str,
+        arguments: Mapping[str, object] | None = None,
+        oob: bool = False,
+        read: Callable[[Any], _T] = lambda result: result,
+    ) -> _T:
+        """Send one command, and return what `read` makes of its result, or raise its failure; no deadline, no `oob`."""
+        exchange = self.send(Command(cmd, arguments, read))
         try:
-            return await self.reply(idents[0])
+            await exchange.wait()
         finally:
-            self.forget(idents)
+            self.forget(exchange)
+        if exchange.failure is not None:
+            raise exchange.failure
+        return cast("_T", exchange.results[0])
 
     def _awaits_reply(self) -> bool:
         negotiating = self.runstate is Runstate.CONNECTING and self._greeting is not None
-        return negotiating or not all(reply.done() for reply in self._pending.values())
+        return negotiating or not all(exchange.over for exchange in self._pending.values())
 
     # Overrides of the library's hooks.
 
@@ -284,13 +253,9 @@ class Client(QMPClient):
     async def _recv(self) -> Message:
         # Used for the greeting and the negotiation only. QEMU 10.0 sends what happens while it accepts a client to that
         # client, even before its greeting.
-        while True:
-            try:
-                message = await self._do_recv()
-            finally:
-                self._end_turn()
-            if "event" not in message:
-                return message
+        while "event" in (message := await self._do_recv()):
+            pass
+        return message
 
     async def _establish_session(self) -> None:
         # As the library's, but without a queue and a task for sending.
@@ -318,10 +283,11 @@ class Client(QMPClient):
         self._on_event(msg)
 
     async def _on_message(self, msg: Message) -> None:
-        waiting = self._pending.get(cast("str | None", msg.get("id")))
-        if waiting is not None and waiting.done() and "event" not in msg:
-            return  # A second reply with one id: the first is about to be taken.
-        await super()._on_message(msg)
+        ident = cast("str | None", msg.get("id"))
+        if "event" not in msg and (exchange := self._pending.get(ident)) is not None:
+            exchange.take(ident, msg)
+        else:
+            await super()._on_message(msg)
 
     def _do_send(self, msg: Message) -> None:
         self._permit()
@@ -334,19 +300,18 @@ class Client(QMPClient):
             self._writer.write(chunk)
 
     async def _do_recv(self) -> Message:
-        # Reading from a full buffer never yields to the event loop: a storm of events would stop everything else.
-        self._received += 1
-        if self._received % _BURST == 0:
-            await asyncio.sleep(0)
-        line = await self._readline()
-        if len(line) > UNSOLICITED_LIMIT + 1:  # the reader's limit does not count the end of the line
-            turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-            await turn.acquire()
-            self._turn = turn
+        while True:
+            # Reading from a full buffer never yields to the event loop: a storm of events would stop everything else.
+            self._received += 1
+            if self._received % _BURST == 0:
+                await asyncio.sleep(0)
+            line = await self._readline()
+            exchange = next(iter(self._pending.values()), None)
+            if exchange is None or not exchange.repeats(line):
+                break
         found, why = _parsed(line)
         del line  # An error keeps its frame's variables; it lives longer, and lines can be long.
         if found is None:
-            self._end_turn()
             raise ValueError(why)
         return Message(found, eager=False)
 
@@ -381,17 +346,7 @@ class Client(QMPClient):
             reader._limit = UNSOLICITED_LIMIT
 
     async def _bh_recv_message(self) -> None:
-        try:
-            await self._on_message(await self._do_recv())
-            if self._turn is not None:
-                await asyncio.sleep(0)  # the waiting command takes the reply now, and reduces it
-        finally:
-            self._end_turn()
-
-    def _end_turn(self) -> None:
-        if self._turn is not None:
-            self._turn.release()
-            self._turn = None
+        await self._on_message(await self._do_recv())
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
@@ -424,18 +379,6 @@ def _parsed(line: bytes) -> tuple[dict[str, object] | None, str]:
     except ValueError:  # a `msgspec.DecodeError` is one
         return None, next((why for pattern, why in _NOT_QMP if pattern.match(line)), "a message that is not JSON")
     return (found, "") if isinstance(found, dict) else (None, "a message that is not a JSON object")
-
-
-def _failure(reply: Message) -> QMPError:
-    """The error in a reply without a result, with only the beginning of its text."""
-    match reply:
-        case {"error": {"class": str(error_class), "desc": str(desc)}}:
-            said = {"class": error_class[:_KEPT], "desc": desc[:_KEPT]}
-            return ExecuteError(ErrorResponse({"error": said}), Message(), Message())
-        case {"error": _}:
-            return QMPError("QMP error reply is malformed")
-        case _:
-            return QMPError("QMP reply is missing a 'error' or 'return' member")
 
 
 def _nothing() -> None:

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from secrets import token_hex
 from typing import Any, Final, Literal
 
-from qemu.qmp import ExecuteError, Message, StateError
+from qemu.qmp import ExecuteError, Message, QMPError, StateError
 
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import (
-    CommandError,
     CredentialsUnavailable,
     MachineUnsettled,
     MonitorTimeout,
@@ -34,6 +33,7 @@ from vcpuset.domain.errors import (
 from vcpuset.domain.machine import Answer, Machine, Slot
 from vcpuset.qmp import replies, translate
 from vcpuset.qmp.client import Client, Stage
+from vcpuset.qmp.exchange import Command, Exchange
 from vcpuset.qmp.peer import Link, Peer
 from vcpuset.qmp.ratelimiter import RateLimiter
 from vcpuset.qmp.sockets import Endpoint
@@ -46,7 +46,6 @@ __all__ = [
     "MANY_SECONDS",
     "OPEN_SECONDS",
     "SETTLE_SECONDS",
-    "Command",
     "Outcome",
     "Session",
 ]
@@ -77,23 +76,6 @@ Outcome = Literal["done", "refused", "timeout", "lost"]
 """The result of a command: success, an error of QEMU, no answer in time, or the connection was lost or closed."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command, and how its reply is read.
-
-    optional  whether an error of QEMU means that there is no result: None
-    """
-
-    name: str
-    arguments: Mapping[str, object] | None = None
-    read: Callable[[object], Any] = lambda reply: reply
-    optional: Callable[[CommandError], bool] = lambda _: False
-
-
-def _always(_: CommandError) -> bool:
-    return True
 
 
 class Session:
@@ -133,6 +115,16 @@ class Session:
         """Whether a guest's answer without a session is lost: no query returns it."""
         self._since: datetime | None = None
         self._uuid: tuple[str | None] | None = None
+        self._status = Command("query-status", read=replies.run_state)
+        self._migrate = Command("query-migrate", read=replies.migrating)
+        # An error: no ACPI here, or no such command. Either way nothing is known.
+        self._ost = Command("query-acpi-ospm-status", read=replies.ost, optional=lambda _: True)
+        self._cpus = Command("query-cpus-fast", read=self._read_cpus)
+        # No slots: the machine type has no CPU hotplug.
+        self._slots = Command("query-hotpluggable-cpus", read=self._read_slots, optional=translate.says_no_hotplug)
+        self._threads: Mapping[str, Sequence[int]] = {}
+        """Of the CPUs, as last listed."""
+        self._machine: Machine | None = None
 
     @classmethod
     async def open(
@@ -232,58 +224,51 @@ class Session:
         Raises MonitorUnreachable (also for malformed replies), MonitorTimeout, MachineUnsettled if the two lists of
         CPUs disagree (while a CPU leaves, for some ms), CommandError if QEMU rejects a query that every QEMU has.
         """
-        commands = [
-            Command("query-status", read=replies.run_state),
-            Command("query-migrate", read=replies.migrating),
-            # An error: no ACPI here, or no such command. Either way nothing is known.
-            Command("query-acpi-ospm-status", read=replies.ost, optional=_always),
-        ]
+        first = [self._status, self._migrate, self._ost]
         if self._uuid is None:  # One connection leads to one process, which keeps it.
-            commands.append(Command("query-uuid", read=replies.uuid))
-        run_state, migrating, ost, *found, cpus, slots = await self._execute(*commands, *self._both_lists())
+            first.append(Command("query-uuid", read=replies.uuid))
+        run_state, migrating, ost, *found, cpus, slots = await self._execute(*first, self._cpus, self._slots)
         self.answers_by_event_only = ost is None
         if found:
             self._uuid = (found[0],)
         assert self._uuid is not None
         uuid = self._uuid[0]
-        connections: frozenset[Link] | None = None
+        connections: frozenset[Link] = frozenset()
         if uuid is None and self.peer.link is not None:
-            (connections,) = await self._execute(Command("query-chardev", read=replies.connections, optional=_always))
-        return Machine(
-            run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections or frozenset()
-        )
+            query = Command("query-chardev", read=replies.connections, optional=lambda _: True)
+            (listed,) = await self._execute(query)
+            connections = listed or connections
+        self._place(slots)
+        machine = Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
+        if machine != self._machine:
+            # What follows from a machine is computed once for each value.
+            self._machine = machine
+        return self._machine
 
     async def recount(self, machine: Machine) -> Machine:
         """The machine of an observation a moment ago with the CPUs that QEMU shows now, for two queries. Raises as
         `observe`."""
-        cpus, slots = await self._execute(*self._both_lists())
+        cpus, slots = await self._execute(self._cpus, self._slots)
+        self._place(slots)
         return replace(machine, vcpus=cpus.count, slots=slots)
 
-    def _both_lists(self) -> tuple[Command, Command]:
-        """The queries of the CPUs and of their slots. No slots: the machine type has no CPU hotplug."""
-        found: list[replies.CPUs] = []
+    def _read_cpus(self, result: object) -> replies.CPUs:
+        found = replies.cpus(result)
+        self._threads = found.threads
+        self._slots.forget()  # It names the threads of these CPUs.
+        return found
 
-        def cpus(reply: object) -> replies.CPUs:
-            found.append(replies.cpus(reply))
-            return found[0]
-
-        def slots(reply: object) -> tuple[Slot, ...]:
-            return self._settled(replies.slots(reply, found[0].threads))
-
-        return (
-            Command("query-cpus-fast", read=cpus),
-            Command("query-hotpluggable-cpus", read=slots, optional=translate.says_no_hotplug),
-        )
-
-    def _settled(self, slots: tuple[Slot, ...] | None) -> tuple[Slot, ...]:
-        """Keep the places of the CPUs; None: the two lists are not about the same CPUs."""
-        if slots is None:
+    def _read_slots(self, result: object) -> tuple[Slot, ...]:
+        if (slots := replies.slots(result, self._threads)) is None:
             raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
-        self._at = {slot.path: slot.index for slot in slots if slot.path is not None}
+        return slots
+
+    def _place(self, slots: Sequence[Slot] | None) -> None:
+        """Keep where the CPUs are."""
+        self._at = {slot.path: slot.index for slot in slots or () if slot.path is not None}
         occupied = set(self._at.values())
         self._leaving &= occupied
         self._arriving &= occupied
-        return slots
 
     async def plug(self, slot: Slot, *, silently: bool = False) -> None:
         """Plug a CPU into a free slot. It counts at once; the guest uses it later, if at all.
@@ -340,51 +325,44 @@ class Session:
         Raises MonitorUnreachable, MonitorTimeout, CommandError, and what a command's `read` raises.
         """
         try:
-            idents = self._client.send(*((command.name, command.arguments) for command in commands))
+            exchange = self._client.send(*commands)
         except StateError as error:
             await self._client.end(self._close_seconds)  # it is lost already: its end has the reason
             raise translate.loss(self._where, commands[0].name, error, self._client.cause) from error
         try:
-            return [await self._result(command, ident) for command, ident in zip(commands, idents, strict=True)]
+            await exchange.wait(self._command_seconds)
         finally:
-            self._client.forget(idents)
+            self._client.forget(exchange)
+        outcome, failure = self._failure(commands, exchange)
+        if self._commanded is not None:
+            for number, (command, seconds) in enumerate(zip(commands, exchange.seconds, strict=False)):
+                self._commanded(command.name, seconds, "done" if number < len(exchange.results) else outcome)
+        if failure is None:
+            return exchange.results
+        if failure is exchange.failure:
+            raise failure
+        raise failure from exchange.failure
 
-    async def _result(self, command: Command, ident: str) -> object:
-        try:
-            return command.read(await self._reply(command.name, ident))
-        except CommandError as error:
-            if command.optional(error):
-                return None
-            raise
-        except replies.Malformed as error:
-            translate.strip(error)
-            raise MonitorUnreachable(f"{self._where} answered {command.name} with {error}: this is not QEMU") from error
-
-    async def _reply(self, command: str, ident: str) -> object:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        outcome: Outcome = "lost"
-        try:
-            async with asyncio.timeout(None if self._client.has(ident) else self._command_seconds):
-                reply = await self._client.reply(ident)
-        except TimeoutError as error:
-            outcome = "timeout"
-            late = "" if command.startswith("query-") else "; it may still execute it"
-            raise MonitorTimeout(
-                f"{self._where} has not answered {translate.named(command)} within {self._command_seconds:g} s{late}: "
-                "check whether the QEMU process is stopped, waits for storage or has too little CPU time"
-            ) from error
-        except ExecuteError as error:
-            outcome = "refused"
-            raise translate.refusal(command, error) from error
-        except Exception as error:
-            raise translate.loss(self._where, command, error, self._client.cause) from error
-        else:
-            outcome = "done"
-            return reply
-        finally:
-            if self._commanded is not None:
-                self._commanded(command, loop.time() - began, outcome)
+    def _failure(self, commands: Sequence[Command], exchange: Exchange) -> tuple[Outcome, Exception | None]:
+        """What the command without a result is to be counted and raised as."""
+        if (error := exchange.failure) is None:
+            return "done", None
+        command = commands[len(exchange.results)].name
+        match error:
+            case TimeoutError():
+                late = "" if command.startswith("query-") else "; it may still execute it"
+                return "timeout", MonitorTimeout(
+                    f"{self._where} has not answered {translate.named(command)} within {self._command_seconds:g} s"
+                    f"{late}: check whether the QEMU process is stopped, waits for storage or has too little CPU time"
+                )
+            case ExecuteError():
+                return "refused", translate.refusal(command, error)
+            case QMPError():
+                return "lost", translate.loss(self._where, command, error, self._client.cause)
+            case replies.Malformed():
+                return "done", MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU")
+            case _:
+                return "done", error
 
     def _on_event(self, event: Message) -> None:
         name, data = event["event"], event.get("data")

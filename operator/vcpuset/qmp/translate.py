@@ -125,9 +125,9 @@ def _kind(command: str, error_class: str, words: str) -> type[CommandError]:
     return next((kind for pattern, kind in _BY_TEXT if pattern.search(words)), CommandRefused)
 
 
-def says_no_hotplug(error: CommandError) -> bool:
+def says_no_hotplug(error: ExecuteError) -> bool:
     """Whether this error of `query-hotpluggable-cpus` means that the machine type has no CPU hotplug."""
-    return error.error_class == "CommandNotFound" or _NO_HOTPLUG.search(error.description) is not None
+    return error.error_class == "CommandNotFound" or _NO_HOTPLUG.search(_brief(error)) is not None
 
 
 def busy(where: str, what: str = "does not greet") -> MonitorBusy:

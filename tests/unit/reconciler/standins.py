@@ -25,6 +25,7 @@ from vcpuset.domain.errors import (
     AgentUnreachable,
     APIError,
     Conflict,
+    MachineUnsettled,
     MonitorBusy,
     MonitorTimeout,
     MonitorUnreachable,
@@ -37,10 +38,11 @@ from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.codec import decode
 from vcpuset.kube.recorder import Recorder
 from vcpuset.qmp import monitors as monitors_module
+from vcpuset.qmp.exchange import Command
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.replies import CPUs
-from vcpuset.qmp.session import Command, Session
+from vcpuset.qmp.session import Session
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 
@@ -205,9 +207,9 @@ class ModelSession(Session):
             case "query-cpus-fast":
                 return CPUs(machine.arch, machine.vcpus, {})
             case "query-hotpluggable-cpus":
-                if machine.slots is None:
-                    return None
-                return self._settled(machine.slots if self._qemu.settled else None)
+                if machine.slots is not None and not self._qemu.settled:
+                    raise MachineUnsettled("CPUs were plugged or unplugged during the observation")
+                return machine.slots
             case "query-uuid":
                 return machine.uuid
             case "query-chardev":
