@@ -55,14 +55,6 @@ async def test_a_reply_to_another_command_is_no_repetition() -> None:
     assert (exchange.over, exchange.results) == (False, [])
 
 
-async def test_a_long_result_is_read_each_time() -> None:
-    read = Reader()
-    query = Command("query", read=read)
-    for number in range(2):
-        feed(Exchange([query], [f"id#{number}"]), line(f"id#{number}", **{"return": 1, "more": "x" * 20_000}))
-    assert read.times == 2
-
-
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)], ids=str)
 async def test_results_are_in_the_order_of_the_commands_whatever_that_of_the_replies(order: tuple[int, ...]) -> None:
     queries = [Command("query", read=Reader()) for _ in range(3)]
@@ -91,7 +83,8 @@ async def test_an_error_that_means_no_result_is_none_and_a_result_after_it_is_re
     query = Command("query", read=read, optional=lambda error: error.error_class == "CommandNotFound")
     error = {"class": "CommandNotFound", "desc": "no"}
     outcomes = []
-    for number, reply in enumerate([{"return": 1}, {"error": error}, {"return": 1}]):
+    replies: list[dict[str, object]] = [{"return": 1}, {"error": error}, {"return": 1}]
+    for number, reply in enumerate(replies):
         exchange = Exchange([query], [f"id#{number}"])
         feed(exchange, line(f"id#{number}", **reply))
         outcomes += exchange.results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPError
@@ -18,11 +19,8 @@ __all__ = ["Command", "Exchange"]
 _KEPT = 1000
 """Characters of an error's text; it may be kept for each CPU of a machine."""
 
-_REMEMBERED = 16 * 1024
-"""Bytes of a reply whose text is kept."""
 
-
-@dataclass
+@dataclass(slots=True)
 class Command:
     """A command, and how its reply is read. A query that is sent again and again remembers its last reply.
 
@@ -34,8 +32,8 @@ class Command:
     arguments: Mapping[str, object] | None = None
     read: Callable[[Any], Any] = lambda result: result
     optional: Callable[[ExecuteError], bool] = lambda _: False
-    _text: tuple[bytes, bytes] | None = field(default=None, init=False)
-    """The last reply, before and after its id; None: none is remembered."""
+    _text: bytes | None = field(default=None, init=False)
+    """A digest of the last reply without its id; None: none is remembered."""
     _value: Any = field(default=None, init=False)
 
     def forget(self) -> None:
@@ -59,7 +57,7 @@ class Exchange:
         self.failure: Exception | None = None
         self._commands = commands
         self._early: dict[str, Message] = {}
-        self._text: tuple[bytes, bytes] | None = None
+        self._text: bytes | None = None
         self._loop = asyncio.get_running_loop()
         self._since = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -90,14 +88,12 @@ class Exchange:
     def repeats(self, line: bytes) -> bool:
         """Whether this line is the next reply, with the text of the one before it to that command: then it is taken."""
         self._text = None
-        if self.over or len(line) > _REMEMBERED:
+        if self.over or (ident := self.idents[len(self.results)].encode()) not in line:
             return False
         command = self._next
-        before, ident, after = line.partition(self.idents[len(self.results)].encode())
-        if not ident:
-            return False
-        if command._text != (before, after):
-            self._text = before, after
+        text = blake2b(line.replace(ident, b"", 1), digest_size=16).digest()
+        if command._text != text:
+            self._text = text
             return False
         self._add(command._value)
         self._read_early()
@@ -125,7 +121,7 @@ class Exchange:
     def _next(self) -> Command:
         return self._commands[len(self.results)]
 
-    def _read(self, reply: Message, text: tuple[bytes, bytes] | None) -> None:
+    def _read(self, reply: Message, text: bytes | None) -> None:
         command = self._next
         command.forget()
         if "return" not in reply or "error" in reply:

@@ -7,6 +7,7 @@ of another type, or a missing one, raises `Malformed`: a number made of somethin
 from __future__ import annotations
 
 import contextlib
+import functools
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _T = TypeVar("_T")
 
 _TOPOLOGY = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
 """The ids that order slots, outermost first. On x86 a slot's rank in this order is QEMU's cpu-index."""
+
+_USUAL = frozenset({*_TOPOLOGY, "node-id"})
 
 _NOT_MIGRATING = frozenset({"none", "cancelled", "completed", "failed"})
 """The values of `MigrationStatus` (QEMU 10.0, qapi/migration.json) without a migration. QEMU's releases add others; an
@@ -236,7 +239,14 @@ def _props(entry: Mapping[str, object]) -> Mapping[str, int | str]:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise Malformed(f"{key!r} is {reprlib.repr(value)}")
         props[key] = value
-    return MappingProxyType(props)
+    usual = all(key in _USUAL and isinstance(value, int) for key, value in props.items())
+    return _shared(tuple(props.items())) if usual else MappingProxyType(props)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(props: tuple[tuple[str, int | str], ...]) -> Mapping[str, int | str]:
+    """One value for the properties that slots of many machines have."""
+    return MappingProxyType(dict(props))
 
 
 def _place(props: Mapping[str, int | str]) -> tuple[int, ...]:
