@@ -167,10 +167,6 @@ class Pair(UnixEndpoint):
         super().__init__(-1, os.fstat(connection.fileno()), "the peer", "", "")
         self._connection = connection
 
-    async def reach(self) -> socket.socket:
-        """Hand out the connection."""
-        return self._connection
-
 
 async def connected(answer: Callable[[Asked | None], list[Step]]) -> tuple[Peer, Pair]:
     """A peer, and the endpoint that leads to it. Have the peer `end` afterwards."""

@@ -237,9 +237,10 @@ class Client(QMPClient):
     async def _negotiate(self) -> None:
         assert self._greeting is not None
         offered = "oob" in self._greeting.QMP.capabilities
-        request = self.make_execute_msg("qmp_capabilities", {"enable": ["oob"]} if offered else {})
-        request["id"] = ident = self._get_exec_id()
-        await self._send(request)
+        ident = self._get_exec_id()
+        arguments: dict[str, object] = {"enable": ["oob"]} if offered else {}
+        self._permit()
+        self._write(msgspec.json.encode({"execute": "qmp_capabilities", "arguments": arguments, "id": ident}))
         while True:
             reply = await self._recv()
             # QEMU reports without an id that it could not read the request.
@@ -288,10 +289,6 @@ class Client(QMPClient):
             exchange.take(ident, msg)
         else:
             await super()._on_message(msg)
-
-    def _do_send(self, msg: Message) -> None:
-        self._permit()
-        self._write(bytes(msg))
 
     def _write(self, chunk: bytes) -> None:
         assert self._writer is not None

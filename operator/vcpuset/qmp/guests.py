@@ -177,7 +177,7 @@ class Guests:
                 "node"
             )
         try:
-            endpoint = await find_socket(self._socket_root, namespace, agent.path, field)
+            endpoint = await find_socket(self._socket_root, namespace, agent.path, field, connect=True)
         except (InvalidMonitor, MonitorUnreachable) as error:
             # The set names two sockets: say which one is meant.
             words = str(error)

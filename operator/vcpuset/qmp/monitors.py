@@ -20,6 +20,7 @@ from vcpuset.domain.credentials import CredentialStore, NoCredentials
 from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
+from vcpuset.qmp.queries import Queries
 from vcpuset.qmp.session import Outcome, Session
 from vcpuset.qmp.sockets import Endpoint, Stamp, UnixEndpoint, find_socket
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -87,6 +88,7 @@ class Monitors:
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
         self._opened_at: dict[UID, float] = {}
         """Loop time at which each kept session was opened."""
+        self._queries: dict[UID, Queries] = {}
         self._losses: dict[UID, int] = {}
         """How many sessions in a row were lost soon after their opening."""
 
@@ -112,7 +114,9 @@ class Monitors:
                     return nullcontext(known)
                 stamp: Stamp | None = None
                 try:
-                    socket = await find_socket(self._socket_root, vcpuset.namespace, path)
+                    kept = self._kept.get(vcpuset.uid)
+                    needed = kept is None or not kept[1].alive
+                    socket = await find_socket(self._socket_root, vcpuset.namespace, path, connect=needed)
                     stamp = socket.stamp
                     return socket
                 finally:
@@ -149,7 +153,13 @@ class Monitors:
                 return session
             await self._close(uid)
         commanded = None if self._commanded is None else partial(self._commanded, uid)
-        session = await Session.open(endpoint, partial(self._happened, uid), permit=self._permit, commanded=commanded)
+        session = await Session.open(
+            endpoint,
+            partial(self._happened, uid),
+            permit=self._permit,
+            commanded=commanded,
+            queries=self._queries.setdefault(uid, Queries()),
+        )
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
@@ -179,6 +189,7 @@ class Monitors:
         """This process no longer manages the set."""
         await self.release(uid)
         self._losses.pop(uid, None)
+        self._queries.pop(uid, None)
         self._credentials.forget(uid)
 
     async def _close(self, uid: UID) -> None:

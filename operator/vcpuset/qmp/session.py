@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from secrets import token_hex
@@ -35,6 +35,7 @@ from vcpuset.qmp import replies, translate
 from vcpuset.qmp.client import Client, Stage
 from vcpuset.qmp.exchange import Command, Exchange
 from vcpuset.qmp.peer import Link, Peer
+from vcpuset.qmp.queries import Queries
 from vcpuset.qmp.ratelimiter import RateLimiter
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
@@ -89,6 +90,7 @@ class Session:
         close_seconds: float,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[str, float, Outcome], None] | None = None,
+        queries: Queries | None = None,
     ) -> None:
         self._where = where
         self._wake = wake
@@ -115,16 +117,7 @@ class Session:
         """Whether a guest's answer without a session is lost: no query returns it."""
         self._since: datetime | None = None
         self._uuid: tuple[str | None] | None = None
-        self._status = Command("query-status", read=replies.run_state)
-        self._migrate = Command("query-migrate", read=replies.migrating)
-        # An error: no ACPI here, or no such command. Either way nothing is known.
-        self._ost = Command("query-acpi-ospm-status", read=replies.ost, optional=lambda _: True)
-        self._cpus = Command("query-cpus-fast", read=self._read_cpus)
-        # No slots: the machine type has no CPU hotplug.
-        self._slots = Command("query-hotpluggable-cpus", read=self._read_slots, optional=translate.says_no_hotplug)
-        self._threads: Mapping[str, Sequence[int]] = {}
-        """Of the CPUs, as last listed."""
-        self._machine: Machine | None = None
+        self._queries = Queries() if queries is None else queries
 
     @classmethod
     async def open(
@@ -134,6 +127,7 @@ class Session:
         *,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[str, float, Outcome], None] | None = None,
+        queries: Queries | None = None,
         open_seconds: float = OPEN_SECONDS,
         command_seconds: float = COMMAND_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
@@ -145,6 +139,7 @@ class Session:
 
         `permit` is called right before each command is sent; if it raises, the connection is closed instead.
         `commanded` is called at the end of each: its name, how many seconds it took, and its outcome.
+        `queries` are those of an earlier session with the same machine, most likely.
 
         Raises InvalidMonitor if connecting to the endpoint is not allowed, CredentialsUnavailable if its Secret, a
         certificate or QEMU's authorization is wrong, MonitorUnreachable if nothing listens or what listens does not
@@ -153,7 +148,7 @@ class Session:
         """
 
         async def opened(credentials: Credentials | None) -> Session:
-            session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded)
+            session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded, queries)
             session._since = endpoint.made_at
             await session._connect(endpoint, None if credentials is None else keys_of(credentials), open_seconds)
             return session
@@ -224,44 +219,32 @@ class Session:
         Raises MonitorUnreachable (also for malformed replies), MonitorTimeout, MachineUnsettled if the two lists of
         CPUs disagree (while a CPU leaves, for some ms), CommandError if QEMU rejects a query that every QEMU has.
         """
-        first = [self._status, self._migrate, self._ost]
+        queries = self._queries
+        first = [queries.status, queries.migrate, queries.ost]
         if self._uuid is None:  # One connection leads to one process, which keeps it.
-            first.append(Command("query-uuid", read=replies.uuid))
-        run_state, migrating, ost, *found, cpus, slots = await self._execute(*first, self._cpus, self._slots)
+            first.append(queries.uuid)
+        run_state, migrating, ost, *found, cpus, slots = await self._execute(*first, queries.cpus, queries.slots)
         self.answers_by_event_only = ost is None
         if found:
             self._uuid = (found[0],)
         assert self._uuid is not None
         uuid = self._uuid[0]
-        connections: frozenset[Link] = frozenset()
+        connections: frozenset[Link] | None = None
         if uuid is None and self.peer.link is not None:
-            query = Command("query-chardev", read=replies.connections, optional=lambda _: True)
-            (listed,) = await self._execute(query)
-            connections = listed or connections
+            (connections,) = await self._execute(queries.chardev)
         self._place(slots)
-        machine = Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections)
-        if machine != self._machine:
-            # What follows from a machine is computed once for each value.
-            self._machine = machine
-        return self._machine
+        return queries.known(
+            Machine(
+                run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections or frozenset()
+            )
+        )
 
     async def recount(self, machine: Machine) -> Machine:
         """The machine of an observation a moment ago with the CPUs that QEMU shows now, for two queries. Raises as
         `observe`."""
-        cpus, slots = await self._execute(self._cpus, self._slots)
+        cpus, slots = await self._execute(self._queries.cpus, self._queries.slots)
         self._place(slots)
         return replace(machine, vcpus=cpus.count, slots=slots)
-
-    def _read_cpus(self, result: object) -> replies.CPUs:
-        found = replies.cpus(result)
-        self._threads = found.threads
-        self._slots.forget()  # It names the threads of these CPUs.
-        return found
-
-    def _read_slots(self, result: object) -> tuple[Slot, ...]:
-        if (slots := replies.slots(result, self._threads)) is None:
-            raise MachineUnsettled(f"{self._where}: CPUs were plugged or unplugged during the observation")
-        return slots
 
     def _place(self, slots: Sequence[Slot] | None) -> None:
         """Keep where the CPUs are."""
@@ -361,6 +344,8 @@ class Session:
                 return "lost", translate.loss(self._where, command, error, self._client.cause)
             case replies.Malformed():
                 return "done", MonitorUnreachable(f"{self._where} answered {command} with {error}: this is not QEMU")
+            case MachineUnsettled():
+                return "done", MachineUnsettled(f"{self._where}: {error}")
             case _:
                 return "done", error
 

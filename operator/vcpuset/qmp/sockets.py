@@ -83,6 +83,7 @@ class UnixEndpoint:
         self._name = name
         self._lane = lane
         self._path = path
+        self._connection: socket.socket | OSError | None = None
 
     def __str__(self) -> str:
         return self._name
@@ -94,6 +95,11 @@ class UnixEndpoint:
 
     async def reach(self) -> socket.socket:
         """What `connect` returns or raises, or MonitorUnreachable: the file system does not answer."""
+        connection, self._connection = self._connection, None
+        if isinstance(connection, OSError):
+            raise connection
+        if connection is not None:
+            return connection
         return await files.call(self._lane, self._path, lambda _: self.connect(), socket.socket.close)
 
     def connect(self) -> socket.socket:
@@ -114,8 +120,18 @@ class UnixEndpoint:
             raise
         return connection
 
+    def connect_early(self) -> None:
+        """Let `reach` have what `connect` returns or raises now. A thread's turn costs more than a connection."""
+        try:
+            self._connection = self.connect()
+        except OSError as error:
+            self._connection = error
+
     def close(self) -> None:
-        """Close the descriptor; may be called again."""
+        """Close the descriptor, and a connection that nobody has taken; may be called again."""
+        if isinstance(self._connection, socket.socket):
+            self._connection.close()
+        self._connection = None
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -147,14 +163,21 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
-async def find_socket(root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path") -> UnixEndpoint:
-    """What `open_socket` returns or raises, or MonitorUnreachable: a file system on the way does not answer."""
-    return await files.call(
-        below(root, namespace),
-        below(root, f"{namespace}/{path}"),
-        lambda place: open_socket(root, namespace, path, field, place),
-        UnixEndpoint.close,
-    )
+async def find_socket(
+    root: Path, namespace: str, path: str, field: str = "spec.monitor.unix.path", *, connect: bool = False
+) -> UnixEndpoint:
+    """What `open_socket` returns or raises, or MonitorUnreachable: a file system on the way does not answer.
+
+    connect  it will be connected to, most likely
+    """
+
+    def found(place: Place) -> UnixEndpoint:
+        endpoint = open_socket(root, namespace, path, field, place)
+        if connect:
+            endpoint.connect_early()
+        return endpoint
+
+    return await files.call(below(root, namespace), below(root, f"{namespace}/{path}"), found, UnixEndpoint.close)
 
 
 async def find_local_socket(path: Path) -> UnixEndpoint:

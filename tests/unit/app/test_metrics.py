@@ -95,7 +95,8 @@ def test_a_command_that_nobody_sends_makes_no_series() -> None:
 
 
 def test_the_commands_that_have_series_are_those_that_the_operator_sends() -> None:
-    text = (REPOSITORY / "operator" / "vcpuset" / "qmp" / "session.py").read_text()
+    folder = REPOSITORY / "operator" / "vcpuset" / "qmp"
+    text = "".join((folder / name).read_text() for name in ("queries.py", "session.py"))
     assert set(re.findall(r'Command\(\s*"([a-z_-]+)"', text)) == set(QMP_COMMANDS)
 
 

@@ -1,0 +1,46 @@
+"""The queries of an observation, and what their replies are read as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vcpuset.domain.errors import MachineUnsettled
+from vcpuset.domain.machine import Machine, Slot
+from vcpuset.qmp import replies, translate
+from vcpuset.qmp.exchange import Command
+
+__all__ = ["Queries"]
+
+
+class Queries:
+    """Those of one set, for all its sessions: what has not changed since the last observation is not read again."""
+
+    def __init__(self) -> None:
+        self.status = Command("query-status", read=replies.run_state)
+        self.migrate = Command("query-migrate", read=replies.migrating)
+        # An error: no ACPI here, or no such command. Either way nothing is known.
+        self.ost = Command("query-acpi-ospm-status", read=replies.ost, optional=lambda _: True)
+        self.uuid = Command("query-uuid", read=replies.uuid)
+        self.cpus = Command("query-cpus-fast", read=self._read_cpus)
+        # No slots: the machine type has no CPU hotplug.
+        self.slots = Command("query-hotpluggable-cpus", read=self._read_slots, optional=translate.says_no_hotplug)
+        self.chardev = Command("query-chardev", read=replies.connections, optional=lambda _: True)
+        self._threads: Mapping[str, Sequence[int]] = {}
+        self._machine: Machine | None = None
+
+    def known(self, machine: Machine) -> Machine:
+        """The machine that was observed before if it is equal: what follows from it is computed once."""
+        if machine != self._machine:
+            self._machine = machine
+        return self._machine
+
+    def _read_cpus(self, result: object) -> replies.CPUs:
+        found = replies.cpus(result)
+        self._threads = found.threads
+        self.slots.forget()  # It names the threads of these CPUs.
+        return found
+
+    def _read_slots(self, result: object) -> tuple[Slot, ...]:
+        if (slots := replies.slots(result, self._threads)) is None:
+            raise MachineUnsettled("CPUs were plugged or unplugged during the observation")
+        return slots
