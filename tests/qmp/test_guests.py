@@ -338,7 +338,7 @@ async def test_the_agents_own_refusal_is_reported(guests: Guests, woken: Woken, 
 async def test_an_unexpected_exception_is_logged_and_reported_and_wakes(
     guests: Guests, woken: Woken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no such thing")
 
     monkeypatch.setattr(guests_module, "find_socket", broken)

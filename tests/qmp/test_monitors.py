@@ -107,9 +107,9 @@ async def test_a_monitor_is_searched_again_once_another_socket_may_be_there(
 ) -> None:
     searched: list[str] = []
 
-    async def find(root: Path, namespace: str, path: str) -> UnixEndpoint:
+    async def find(root: Path, namespace: str, path: str, *, connect: bool) -> UnixEndpoint:
         searched.append(path)
-        return await find_socket(root, namespace, path)
+        return await find_socket(root, namespace, path, connect=connect)
 
     monkeypatch.setattr(monitors_module, "find_socket", find)
     changed: list[UID] = []
@@ -272,3 +272,20 @@ def test_the_first_loss_of_a_row_is_told_at_once_and_the_pauses_after_it_grow_to
     for losses, longest in ((2, 0.25), (3, 0.5), (4, 1.0), (9, 30.0), (1_000_000, 30.0)):
         seen = {_pause_seconds(losses) for _ in range(200)}
         assert longest / 2 <= min(seen) < max(seen) <= longest, losses
+
+
+async def test_a_monitor_that_another_set_has_is_left_at_once(namespace_folder: Path) -> None:
+    """The thread that finds the socket connects before it is known whose it is."""
+    async with FaultyMonitor(namespace_folder / "vm.sock") as monitor, keeping(namespace_folder) as keeper:
+        with await keeper.monitors.resolve(keeper.vcpuset()):
+            await until(lambda: monitor.connections == 1, 60, "the connection")
+        await until(lambda: not monitor._links, 60, "the connection to be closed")
+
+
+async def test_a_kept_session_is_the_only_connection_though_its_socket_is_searched_again(
+    namespace_folder: Path,
+) -> None:
+    async with FaultyMonitor(namespace_folder / "vm.sock") as monitor, keeping(namespace_folder) as keeper:
+        for _ in range(3):
+            await (await keeper.session()).observe()
+        assert monitor.connections == 1
