@@ -15,6 +15,8 @@ import re
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import kopf
 import yaml
@@ -69,6 +71,9 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
     if configuration.tls_server_name:
         # kopf does not support it, and a watch on another server than the one that is written to would be worse.
         raise APIError(f"tls-server-name in {files} is not supported: use a server address that is in its certificate")
+    # As kubectl does. aiohttp by itself would look for both at each request, in a thread, and use ~/.netrc too.
+    configuration.proxy = configuration.proxy or _proxy_from_environment(configuration.host)
+    configuration.client_session_kwargs = {"trust_env": False}
     return configuration
 
 
@@ -89,8 +94,14 @@ async def connection_info(kubeconfig: Path | None) -> kopf.ConnectionInfo:
         certificate_path=configuration.cert_file,
         private_key_path=configuration.key_file,
         proxy_url=configuration.proxy,
-        trust_env=True,  # as the Kubernetes client does
+        trust_env=False,
     )
+
+
+def _proxy_from_environment(server: str) -> str | None:
+    """HTTPS_PROXY, unless NO_PROXY has the server's host."""
+    url = urlsplit(server)
+    return None if proxy_bypass(url.netloc) else getproxies().get(url.scheme)
 
 
 async def _load_files(files: str, configuration: Configuration) -> None:

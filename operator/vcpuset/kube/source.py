@@ -77,7 +77,6 @@ def watch_settings(scope: Scope) -> kopf.OperatorSettings:
     # The gate has deadlines, and pauses that a deadline must not count.
     settings.networking.request_timeout = None
     settings.networking.error_backoffs = itertools.repeat(0.0)
-    settings.networking.trust_env = True  # as the Kubernetes client does
     return settings
 
 
