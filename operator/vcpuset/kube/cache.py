@@ -50,6 +50,11 @@ class Cache:
         known = self._sets.get(uid)
         return known if known is not None and known.deleting else None
 
+    def has(self, uid: UID, version: str) -> bool:
+        """Whether this version of an object was stored last, managed or not."""
+        known = self._sets.get(uid)
+        return known is not None and known.resource_version == version
+
     def versions(self) -> dict[UID, str]:
         """The resourceVersion of every known object, managed or not."""
         return {uid: vcpuset.resource_version for uid, vcpuset in self._sets.items()}

@@ -240,8 +240,10 @@ class Source:
         """
         metadata = body["metadata"]
         uid = UID(metadata["uid"])
-        gone = event_type == "DELETED"
-        self._freshness.brought(uid, None if gone else metadata.get("resourceVersion"))
+        gone, version = event_type == "DELETED", metadata.get("resourceVersion")
+        self._freshness.brought(uid, None if gone else version)
+        if event_type in {"ADDED", "MODIFIED"} and self._cache.has(uid, version):
+            return  # most often what this process has written: the response was faster
         if gone:
             news = self._cache.drop(uid) is not None
         else:
