@@ -136,7 +136,7 @@ async def _keys(manifest: Manifest, sources: Sources) -> list[Hashable]:
         case Unsupported():
             pass  # it holds no monitor
     try:
-        with await sources.monitors.resolve(manifest.vcpuset) as endpoint:
+        with await sources.monitors.resolve(manifest.vcpuset, connect=False) as endpoint:
             keys.append((manifest.node, endpoint.identity))
     except (InvalidMonitor, MonitorError):
         pass  # reported by the observation

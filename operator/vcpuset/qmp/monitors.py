@@ -92,8 +92,10 @@ class Monitors:
         self._losses: dict[UID, int] = {}
         """How many sessions in a row were lost soon after their opening."""
 
-    async def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
+    async def resolve(self, vcpuset: VCPUSet, *, connect: bool = True) -> AbstractContextManager[Endpoint]:
         """Find the set's monitor; the endpoint is open as long as the context.
+
+        connect  a session will be opened, unless one is kept
 
         Raises InvalidMonitor (the set's author must act) and MonitorUnreachable (nothing is there, or its file system
         does not answer).
@@ -115,8 +117,8 @@ class Monitors:
                 stamp: Stamp | None = None
                 try:
                     kept = self._kept.get(vcpuset.uid)
-                    needed = kept is None or not kept[1].alive
-                    socket = await find_socket(self._socket_root, vcpuset.namespace, path, connect=needed)
+                    connect = connect and (kept is None or not kept[1].alive)
+                    socket = await find_socket(self._socket_root, vcpuset.namespace, path, connect=connect)
                     stamp = socket.stamp
                     return socket
                 finally:

@@ -261,7 +261,7 @@ class ModelMonitors(Monitors):
         self._world = world
 
     @override
-    async def resolve(self, vcpuset: VCPUSet) -> AbstractContextManager[Endpoint]:
+    async def resolve(self, vcpuset: VCPUSet, *, connect: bool = True) -> AbstractContextManager[Endpoint]:
         if not isinstance(vcpuset.spec.monitor, UnixMonitor):
             return await super().resolve(vcpuset)
         qemu = self._world.machines.get(vcpuset.spec.monitor.path)
