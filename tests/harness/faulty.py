@@ -117,6 +117,8 @@ class FaultyMonitor:
         self.status = status
         self.migration: Answer = {}
         """What query-migrate returns; {} means that there never was one."""
+        self.stats: list[Answer] = []
+        """What query-stats returns; as under TCG nothing, unless it is set."""
         self.faults: dict[str, Fault] = dict(faults or {})
         self.commands: list[Command] = []
         self.connections = 0
@@ -133,6 +135,7 @@ class FaultyMonitor:
             "query-cpus-fast": self.cpus.query_cpus_fast,
             "query-hotpluggable-cpus": self.cpus.query_hotpluggable_cpus,
             "query-acpi-ospm-status": self.cpus.query_acpi_ospm_status,
+            "query-stats": lambda _: self.stats,
             "device_add": self.cpus.device_add,
             "device_del": self.cpus.device_del,
         }

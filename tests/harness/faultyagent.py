@@ -65,6 +65,8 @@ class FaultyAgent:
     ) -> None:
         self.path = path
         self.online = {0}
+        self.stats: list[Answer] = []
+        """What guest-get-cpustats returns."""
         self._cpus = sorted({0, *offline})
         self._stale = stale
         self._faults = dict(faults or {})
@@ -76,6 +78,7 @@ class FaultyAgent:
             SYNC: lambda arguments: arguments["id"],
             "guest-get-vcpus": self._get,
             "guest-set-vcpus": self._set,
+            "guest-get-cpustats": lambda _: self.stats,
         }
 
     def received(self, name: str) -> list[Answer]:

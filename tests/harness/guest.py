@@ -61,6 +61,7 @@ class GuestOptions(TypedDict, total=False):
     smp: str
     machine: str
     cpu: str | None
+    accel: str
     memory: int
     agent: bool
     append: str
@@ -89,6 +90,7 @@ class Guest:
     images         folder of kernel and initramfs; None: no guest, QEMU stays stopped (-S)
     smp            the argument of -smp
     machine, cpu   the arguments of -machine and -cpu; cpu=None leaves the choice to QEMU
+    accel          the argument of -accel; "kvm" runs firmware, but may not run a guest
     memory         MiB; Linux with the agent needs 112
     agent          a guest agent, reached through `agent_path`: this one, or one in a temporary folder
     append         more kernel command line: ``online=none`` (plugged CPUs stay offline), ``acpi=off``, …
@@ -111,6 +113,7 @@ class Guest:
         smp: str = "1,maxcpus=64",
         machine: str = "q35",
         cpu: str | None = "qemu64",
+        accel: str = "tcg",
         memory: int = 192,
         agent: bool = False,
         append: str = "",
@@ -147,7 +150,7 @@ class Guest:
 
         self.hardware = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", machine]
         """The arguments that make the machine what it is: a saved state fits these only."""
-        self.hardware += ["-accel", "tcg", "-smp", smp, "-m", str(memory)]
+        self.hardware += ["-accel", accel, "-smp", smp, "-m", str(memory)]
         if cpu is not None:
             self.hardware += ["-cpu", cpu]
         self._sockets = [*self.monitors, self.control]

@@ -93,7 +93,7 @@ def set_metrics() -> str:
     spec = Spec(2, UnixMonitor("web.sock"))
     status = Status(1, vcpus=2, online_vcpus=2)
     web = VCPUSet(UID("1"), "default", "web", 1, "1", datetime(2026, 1, 1, tzinfo=UTC), spec, status)
-    return _metrics(Snapshot([web], {}, 1, web.created_at).collect())
+    return _metrics(Snapshot([web], {}, 1, web.created_at, {web.uid: (1.0, 1.0)}).collect())
 
 
 def alerts() -> str:

@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.qmp.meters import Meters
 
 __all__ = ["UNREPORTED", "SetCollector", "Snapshot"]
 
@@ -34,13 +35,22 @@ class Snapshot:
     waits  for those that are not Ready since a change of their spec: for how long, in seconds
     limit  up to so many sets, series of single sets are exported; 0: never, and `vcpuset_set_series` is absent
     now    wall-clock time
+    busy   vCPU-seconds so far, and busy vCPUs now (None: not known), of the sets that were ever sampled
     """
 
-    def __init__(self, sets: Iterable[VCPUSet], waits: Mapping[UID, float], limit: int, now: datetime) -> None:
+    def __init__(
+        self,
+        sets: Iterable[VCPUSet],
+        waits: Mapping[UID, float],
+        limit: int,
+        now: datetime,
+        busy: Mapping[UID, tuple[float, float | None]],
+    ) -> None:
         self._sets = tuple(sets)
         self._waits = waits
         self._limit = limit
         self._now = now
+        self._busy = busy
 
     def collect(self) -> Iterator[Metric]:
         """The families, those of single sets last."""
@@ -79,6 +89,15 @@ class Snapshot:
             state.add_metric([vcpuset.namespace, vcpuset.name, which.value, reason], 1)
         yield seconds
         yield state
+        total = CounterMetricFamily("vcpuset_busy_seconds", _BUSY_SECONDS, labels=of_set)
+        gauge = GaugeMetricFamily("vcpuset_busy_vcpus", _BUSY_VCPUS, labels=of_set)
+        for vcpuset in self._sets:
+            if (busy := self._busy.get(vcpuset.uid)) is not None:
+                total.add_metric([vcpuset.namespace, vcpuset.name], busy[0])
+                if busy[1] is not None:
+                    gauge.add_metric([vcpuset.namespace, vcpuset.name], busy[1])
+        yield total
+        yield gauge
 
     def _not_ready_seconds(self, vcpuset: VCPUSet) -> float:
         ready = vcpuset.status.ready
@@ -95,13 +114,18 @@ class SetCollector:
 
     sets   those that this process manages
     waits  as in `Snapshot`
+    meters of the same sets
     limit  as in `Snapshot`
     """
 
     def __init__(
-        self, sets: Callable[[], Iterable[VCPUSet]], waits: Callable[[], Mapping[UID, float]], limit: int
+        self,
+        sets: Callable[[], Iterable[VCPUSet]],
+        waits: Callable[[], Mapping[UID, float]],
+        meters: Meters,
+        limit: int,
     ) -> None:
-        self._sets, self._waits, self._limit = sets, waits, limit
+        self._sets, self._waits, self._meters, self._limit = sets, waits, meters, limit
         # One at a time: frequent scrapes must not start more and more threads.
         self._writing = asyncio.Lock()
 
@@ -109,12 +133,23 @@ class SetCollector:
         """All of them in Prometheus' text format. The event loop is not blocked meanwhile."""
         async with self._writing:
             registry = CollectorRegistry()
-            registry.register(Snapshot(self._sets(), self._waits(), self._limit, datetime.now(UTC)))
+            busy = self._meters.all()
+            registry.register(Snapshot(self._sets(), self._waits(), self._limit, datetime.now(UTC), busy))
             return await asyncio.to_thread(generate_latest, registry)
 
 
 _UNMATCHED: Final = (
     "Seconds since the set was last Ready, according to its status; 0: it is Ready; for a new set, its age."
+)
+
+
+_BUSY_SECONDS: Final = (
+    "vCPU-seconds that the machine's vCPUs were busy, since this process manages it: by KVM's counters, or else by the "
+    "guest agent's. Absent without either."
+)
+
+_BUSY_VCPUS: Final = (
+    "The vCPUs that were busy between the last two samples, on average. Absent if there are none of the last minute."
 )
 
 

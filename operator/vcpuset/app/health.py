@@ -1,4 +1,4 @@
-"""The HTTP side of the process: `/healthz`, `/readyz`, `/metrics`."""
+"""The HTTP side of the process: `/healthz`, `/readyz`, `/metrics`, and how busy a machine is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -22,12 +23,14 @@ async def serve_http(
     ready: asyncio.Event,
     unhealthy_reason: Callable[[], str | None],
     exposition: Callable[[], Awaitable[bytes]],
+    busy: Callable[[str, str], Awaitable[tuple[int, dict[str, Any]]]],
 ) -> AsyncIterator[None]:
     """Serve as long as the context is open. Raises VCPUSetError if the address cannot be served.
 
     ready             set once the first list is in, or while this process stands by
     unhealthy_reason  why the process should be restarted; None: it is healthy
     exposition        the metrics in Prometheus' text format
+    busy              HTTP status and JSON about the set with this namespace and name
     """
 
     async def healthz(_: web.Request) -> web.Response:
@@ -44,8 +47,19 @@ async def serve_http(
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=await exposition(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
+    async def busy_vcpus(request: web.Request) -> web.Response:
+        status, answer = await busy(request.match_info["namespace"], request.match_info["name"])
+        return web.json_response(answer, status=status)
+
     application = web.Application()
-    application.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
+    application.add_routes(
+        [
+            web.get("/healthz", healthz),
+            web.get("/readyz", readyz),
+            web.get("/metrics", metrics),
+            web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", busy_vcpus),
+        ]
+    )
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     try:

@@ -39,6 +39,7 @@ QMP_COMMANDS: Final = (
     "query-cpus-fast",
     "query-hotpluggable-cpus",
     "query-migrate",
+    "query-stats",
     "query-status",
     "query-uuid",
 )

@@ -16,7 +16,9 @@ import resource
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 
+from vcpuset.app.busy import busy
 from vcpuset.app.collectors import SetCollector
 from vcpuset.app.health import serve_http
 from vcpuset.app.history import History
@@ -37,6 +39,7 @@ from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
 from vcpuset.kube.transport import RetryBackoff, remedy
 from vcpuset.qmp.guests import Guests
+from vcpuset.qmp.meters import Meters
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.qmp.session import Outcome
 from vcpuset.qmp.watcher import SocketWatcher
@@ -130,7 +133,6 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
             queue.renew(before.uid)
 
     cache = Cache(moved)
-    collector = SetCollector(lambda: cache, history.waits, settings.metrics_set_limit)
     freshness = Freshness(lambda namespace: source.is_failing(namespace))
     metrics.watch_freshness(freshness)
     recorder = Recorder(cluster)
@@ -152,6 +154,12 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         queue.add(uid)
 
     watcher = None if settings.socket_root is None else SocketWatcher(settings.socket_root, another_socket)
+
+    def clock() -> datetime:
+        return datetime.now(UTC)
+
+    meters = Meters(queue.add, clock)
+    collector = SetCollector(lambda: cache, history.waits, meters, settings.metrics_set_limit)
     monitors = Monitors(
         settings.socket_root,
         queue.add,
@@ -159,12 +167,10 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         credentials=Secrets(cluster),
         permit=permit,
         commanded=commanded,
+        meters=meters,
         watcher=watcher,
     )
-    guests = Guests(settings.socket_root, queue.add, permit=permit)
-
-    def clock() -> datetime:
-        return datetime.now(UTC)
+    guests = Guests(settings.socket_root, queue.add, permit=permit, meters=meters)
 
     controller = Controller(
         cache=cache,
@@ -196,7 +202,13 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
     http: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
     if settings.http_address is not None:
-        http = serve_http(settings.http_address, ready=ready, unhealthy_reason=unhealthy, exposition=exposition)
+        http = serve_http(
+            settings.http_address,
+            ready=ready,
+            unhealthy_reason=unhealthy,
+            exposition=exposition,
+            busy=partial(busy, cache, meters),
+        )
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 

@@ -171,6 +171,11 @@ class Machine:
         return tuple(slot for slot in self.slots or () if slot.path is None)
 
     @property
+    def process(self) -> Hashable:
+        """Identifies the QEMU process among those that a set had."""
+        return (self.uuid, self.first_thread)
+
+    @property
     def first_thread(self) -> int | None:
         """Host thread of the CPU in slot 0, which stays for as long as QEMU runs; None: it has no slots."""
         return self.slots[0].thread_id if self.slots else None

@@ -25,6 +25,7 @@ from typing import Final
 
 from qemu.qmp import ExecuteError, Message
 
+from vcpuset.domain.busy import Used
 from vcpuset.domain.errors import AgentRefused, AgentUnreachable
 from vcpuset.domain.guest import GuestCPUs
 from vcpuset.qmp import replies, translate
@@ -91,6 +92,19 @@ class Agent:
         command = "guest-get-vcpus"
         async with self._deadline(command):
             return await self._client.execute(command, read=replies.guest_cpus)
+
+    async def used(self) -> Mapping[int, Used] | None:
+        """How long each of the guest's CPUs has been busy (`guest-get-cpustats`), by logical id.
+
+        None: the agent does not say (older than 7.1, not on Linux, or not allowed to). Raises AgentUnreachable,
+        AgentTimeout.
+        """
+        command = "guest-get-cpustats"
+        try:
+            async with self._deadline(command):
+                return await self._client.execute(command, read=replies.used)
+        except AgentRefused:
+            return None
 
     async def bring_online(self, ids: Sequence[int]) -> Mapping[int, str]:
         """Set these CPUs online, by logical id (`guest-set-vcpus`); one that is online already is left as it is.

@@ -19,6 +19,7 @@ from vcpuset.domain.machine import Machine
 from vcpuset.domain.requests import CPU, cpu_of
 from vcpuset.domain.resource import UID, GuestAgent, VCPUSet
 from vcpuset.qmp.agent import Agent
+from vcpuset.qmp.meters import Meters
 from vcpuset.qmp.ratelimiter import RateLimiter
 from vcpuset.qmp.sockets import find_socket
 
@@ -74,14 +75,21 @@ class Guests:
     socket_root  where the namespaces' folders with the agents' sockets are; None: no agent can be queried
     wake         called when the answer of a guest has changed
     permit       called right before each command is sent; raises if this process must not act (any more)
+    meters       have the counters of the guests whose machines have none
     """
 
     def __init__(
-        self, socket_root: Path | None, wake: Callable[[UID], None], *, permit: Callable[[], None] | None = None
+        self,
+        socket_root: Path | None,
+        wake: Callable[[UID], None],
+        *,
+        permit: Callable[[], None] | None = None,
+        meters: Meters | None = None,
     ) -> None:
         self._socket_root = socket_root
         self._wake = wake
         self._permit = permit
+        self._meters = meters
         self._guests: dict[UID, _Guest] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._retries = asyncio.Semaphore(RETRIES_AT_ONCE)
@@ -108,7 +116,7 @@ class Guests:
             guest.failures = 0
         guest.query = query
         if guest.task is None and asyncio.get_running_loop().time() >= guest.retry_at:
-            work = self._run(vcpuset, machine.vcpus, query, guest, about)
+            work = self._run(vcpuset, machine, query, guest, about)
             guest.task = asyncio.create_task(work, name=f"guest of {vcpuset}")
         failed = guest.report is not None and guest.report.cpus is None
         if guest.about == about or (failed and guest.about is not None and guest.about[0] == agent):
@@ -138,11 +146,11 @@ class Guests:
             guest.task.add_done_callback(self._ending.discard)
             guest.task = None
 
-    async def _run(self, vcpuset: VCPUSet, vcpus: int, query: _Query, guest: _Guest, about: _About) -> None:
+    async def _run(self, vcpuset: VCPUSet, machine: Machine, query: _Query, guest: _Guest, about: _About) -> None:
         agent, bring_online = query
         try:
             async with self._retries if guest.failures else self._turns:
-                report = await self._query_once(vcpuset.namespace, agent, vcpus if bring_online else 0)
+                report = await self._query_once(vcpuset, agent, machine, bring_online=bring_online)
         except AgentError as error:
             report = GuestReport(None, error)
         except Exception as error:  # noqa: BLE001 - the set waits for this answer, and would never get one after a defect; it is logged with its traceback and reported in the status
@@ -168,8 +176,10 @@ class Guests:
         else:
             self._wake(vcpuset.uid)
 
-    async def _query_once(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
-        """Brings CPUs online if the guest has at most `bring_online`: with more it is another machine's guest."""
+    async def _query_once(
+        self, vcpuset: VCPUSet, agent: GuestAgent, machine: Machine, *, bring_online: bool
+    ) -> GuestReport:
+        """Brings CPUs online, unless the guest has more than the machine: then it is another machine's guest."""
         field = "spec.guestAgent.unix.path"
         if self._socket_root is None:
             raise AgentUnreachable(
@@ -177,7 +187,7 @@ class Guests:
                 "node"
             )
         try:
-            endpoint = await find_socket(self._socket_root, namespace, agent.path, field, connect=True)
+            endpoint = await find_socket(self._socket_root, vcpuset.namespace, agent.path, field, connect=True)
         except (InvalidMonitor, MonitorUnreachable) as error:
             # The set names two sockets: say which one is meant.
             words = str(error)
@@ -186,7 +196,9 @@ class Guests:
             connection = await Agent.open(endpoint, permit=self._permit)
         try:
             cpus = await connection.cpus()
-            if not cpus.offline or len(cpus.cpus) > bring_online:
+            if self._meters is not None and self._meters.needs_agent(vcpuset.uid):
+                self._meters.from_agent(vcpuset.uid, machine, await connection.used())
+            if not (bring_online and cpus.offline) or len(cpus.cpus) > machine.vcpus:
                 return GuestReport(cpus)
             resisted = await connection.bring_online(cpus.offline)
             cpus = await connection.cpus()

@@ -20,6 +20,7 @@ from vcpuset.domain.credentials import CredentialStore, NoCredentials
 from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
+from vcpuset.qmp.meters import Meters
 from vcpuset.qmp.queries import Queries
 from vcpuset.qmp.session import Outcome, Session
 from vcpuset.qmp.sockets import Endpoint, Stamp, UnixEndpoint, find_socket
@@ -60,6 +61,7 @@ class Monitors:
     wake         called when something happened to a set's machine while its session is kept
     permit       called right before each command is sent; raises if this process must not act (any more)
     commanded    called at the end of each command: whose machine, its name, how many seconds it took, its outcome
+    meters       have the counters of each observation
     watcher      is told what each pass finds at its set's path; while it sees the same there, a kept session's monitor
                  is not searched again
     pause        the delay in seconds after the loss of so many sessions in a row soon after their opening
@@ -74,6 +76,7 @@ class Monitors:
         credentials: CredentialStore | None = None,
         permit: Callable[[], None] | None = None,
         commanded: Callable[[UID, str, float, Outcome], None] | None = None,
+        meters: Meters | None = None,
         watcher: SocketWatcher | None = None,
         pause: Callable[[int], float] = _pause_seconds,
     ) -> None:
@@ -83,6 +86,7 @@ class Monitors:
         self._wake = wake
         self._permit = permit
         self._commanded = commanded
+        self._meters = meters
         self._watcher = watcher
         self._pause = pause
         self._kept: dict[UID, tuple[Endpoint, Session]] = {}
@@ -161,6 +165,7 @@ class Monitors:
             permit=self._permit,
             commanded=commanded,
             queries=self._queries.setdefault(uid, Queries()),
+            sampled=None if self._meters is None else partial(self._meters.from_monitor, uid),
         )
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
@@ -192,6 +197,8 @@ class Monitors:
         await self.release(uid)
         self._losses.pop(uid, None)
         self._queries.pop(uid, None)
+        if self._meters is not None:
+            self._meters.forget(uid)
         self._credentials.forget(uid)
 
     async def _close(self, uid: UID) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Final
 
 from vcpuset.domain.errors import MachineUnsettled
 from vcpuset.domain.machine import Machine, Slot
@@ -10,6 +11,16 @@ from vcpuset.qmp import replies, translate
 from vcpuset.qmp.exchange import Command
 
 __all__ = ["Queries"]
+
+_STATS: Final = {
+    "target": "vcpu",
+    "providers": [
+        {
+            "provider": "kvm",
+            "names": ["exits", "halt_wait_ns", "halt_poll_success_ns", "halt_poll_fail_ns", "blocking"],
+        }
+    ],
+}
 
 
 class Queries:
@@ -24,9 +35,19 @@ class Queries:
         self.cpus = Command("query-cpus-fast", read=self._read_cpus)
         # No slots: the machine type has no CPU hotplug.
         self.slots = Command("query-hotpluggable-cpus", read=self._read_slots, optional=translate.says_no_hotplug)
+        self.stats = Command("query-stats", _STATS, read=replies.halts, optional=lambda _: True)
         self.chardev = Command("query-chardev", read=replies.connections, optional=lambda _: True)
         self._threads: Mapping[str, Sequence[int]] = {}
         self._machine: Machine | None = None
+        self._uncounted: Hashable | None = None
+
+    def counts(self) -> bool:
+        """Whether the QEMU that was observed last may have counters of busy vCPUs."""
+        return self._machine is None or self._uncounted != (self._machine.process,)
+
+    def uncounted(self, machine: Machine) -> None:
+        """This QEMU has none, and is not asked again."""
+        self._uncounted = (machine.process,)
 
     def known(self, machine: Machine) -> Machine:
         """The machine that was observed before if it is equal: what follows from it is computed once."""

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TypeVar
 from uuid import UUID
 
+from vcpuset.domain.busy import Halts, Used
 from vcpuset.domain.guest import GuestCPU, GuestCPUs
 from vcpuset.domain.machine import Ost, Slot
 from vcpuset.qmp.peer import Link, address
@@ -26,12 +27,14 @@ __all__ = [
     "connections",
     "cpus",
     "guest_cpus",
+    "halts",
     "migrating",
     "ost",
     "ost_of_event",
     "processed",
     "run_state",
     "slots",
+    "used",
     "uuid",
     "version",
 ]
@@ -59,6 +62,11 @@ _LARGEST = (1 << 63) - 1
 
 _LONGEST = 1024
 """Characters of a name."""
+
+
+_HALTED = ("halt_wait_ns", "halt_poll_success_ns", "halt_poll_fail_ns")
+
+_USED = ("user", "nice", "system", "irq", "softirq", "steal")
 
 
 class Malformed(ValueError):
@@ -204,6 +212,37 @@ def migrating(reply: object) -> bool:
     return "status" in entry and _name(entry, "status") not in _NOT_MIGRATING
 
 
+def halts(reply: object) -> Mapping[str, Halts] | None:
+    """`query-stats`: KVM's counters of each vCPU, by its QOM path.
+
+    None: there are none, such as under TCG. Their names may change with each QEMU (qapi/stats.json), so a reply in
+    another form is none either.
+    """
+    try:
+        found = {}
+        for entry in _few(reply):
+            stats = {_name(each, "name"): each.get("value") for each in _objects(entry.get("stats"))}
+            halted = sum(_number(stats, name, 0, _LARGEST) for name in _HALTED)
+            exits = _number(stats, "exits", 0, _LARGEST)
+            found[_name(entry, "qom-path")] = Halts(exits, halted / 1e9, _member(stats, "blocking", bool))
+    except Malformed:
+        return None
+    return found or None
+
+
+def used(reply: object) -> Mapping[int, Used] | None:
+    """`guest-get-cpustats` of a Linux guest: milliseconds of each of its CPUs. None: the reply has another form."""
+    try:
+        found = {}
+        for entry in _few(reply):
+            # "guest" and "guestnice" are part of "user" and "nice" (proc(5)).
+            spent = sum(_number(entry, name, 0, _LARGEST) for name in _USED if name in entry)
+            found[_number(entry, "cpu", 0, _LARGEST)] = Used(spent / 1e3)
+    except Malformed:
+        return None
+    return found or None
+
+
 def guest_cpus(reply: object) -> GuestCPUs:
     """`guest-get-vcpus`, by ascending logical id; the agent lists them in any order."""
     found: dict[int, GuestCPU] = {}
@@ -294,6 +333,13 @@ def _object(value: object) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise Malformed(reprlib.repr(value))
     return value
+
+
+def _few(value: object) -> Iterator[Mapping[str, object]]:
+    """The entries of a list with one for each CPU."""
+    if isinstance(value, list) and len(value) > _MOST_CPUS:
+        raise Malformed(f"more than {_MOST_CPUS} CPUs")
+    return _objects(value)
 
 
 def _objects(value: object) -> Iterator[Mapping[str, object]]:

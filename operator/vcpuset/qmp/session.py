@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from secrets import token_hex
@@ -21,6 +21,7 @@ from typing import Any, Final, Literal
 
 from qemu.qmp import ExecuteError, Message, QMPError, StateError
 
+from vcpuset.domain.busy import Halts
 from vcpuset.domain.credentials import Credentials
 from vcpuset.domain.errors import (
     CredentialsUnavailable,
@@ -91,6 +92,7 @@ class Session:
         permit: Callable[[], None] | None = None,
         commanded: Callable[[str, float, Outcome], None] | None = None,
         queries: Queries | None = None,
+        sampled: Callable[[Machine, Mapping[str, Halts] | None], None] | None = None,
     ) -> None:
         self._where = where
         self._wake = wake
@@ -98,6 +100,7 @@ class Session:
         self._close_seconds = close_seconds
         self._client = Client(self._on_event, self._on_loss, permit)
         self._commanded = commanded
+        self._sampled = sampled
         self._open = False
         self._closed = False
         self._warned = False
@@ -128,6 +131,7 @@ class Session:
         permit: Callable[[], None] | None = None,
         commanded: Callable[[str, float, Outcome], None] | None = None,
         queries: Queries | None = None,
+        sampled: Callable[[Machine, Mapping[str, Halts] | None], None] | None = None,
         open_seconds: float = OPEN_SECONDS,
         command_seconds: float = COMMAND_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
@@ -139,7 +143,8 @@ class Session:
 
         `permit` is called right before each command is sent; if it raises, the connection is closed instead.
         `commanded` is called at the end of each: its name, how many seconds it took, and its outcome.
-        `queries` are those of an earlier session with the same machine, most likely.
+        `queries` are those of an earlier session with the same machine, most likely. `sampled` is called at the end of
+        each observation with KVM's counters by QOM path; None: this QEMU has none.
 
         Raises InvalidMonitor if connecting to the endpoint is not allowed, CredentialsUnavailable if its Secret, a
         certificate or QEMU's authorization is wrong, MonitorUnreachable if nothing listens or what listens does not
@@ -148,7 +153,7 @@ class Session:
         """
 
         async def opened(credentials: Credentials | None) -> Session:
-            session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded, queries)
+            session = cls(str(endpoint), wake, command_seconds, close_seconds, permit, commanded, queries, sampled)
             session._since = endpoint.made_at
             await session._connect(endpoint, None if credentials is None else keys_of(credentials), open_seconds)
             return session
@@ -223,21 +228,27 @@ class Session:
         first = [queries.status, queries.migrate, queries.ost]
         if self._uuid is None:  # One connection leads to one process, which keeps it.
             first.append(queries.uuid)
-        run_state, migrating, ost, *found, cpus, slots = await self._execute(*first, queries.cpus, queries.slots)
+        if counts := self._sampled is not None and queries.counts():
+            first.append(queries.stats)
+        run_state, migrating, ost, *more, cpus, slots = await self._execute(*first, queries.cpus, queries.slots)
         self.answers_by_event_only = ost is None
-        if found:
-            self._uuid = (found[0],)
-        assert self._uuid is not None
+        if self._uuid is None:
+            self._uuid = (more[0],)
         uuid = self._uuid[0]
         connections: frozenset[Link] | None = None
         if uuid is None and self.peer.link is not None:
             (connections,) = await self._execute(queries.chardev)
         self._place(slots)
-        return queries.known(
-            Machine(
-                run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, connections or frozenset()
-            )
+        links = connections or frozenset()
+        machine = queries.known(
+            Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, links)
         )
+        if self._sampled is not None:
+            halts = more[-1] if counts else None
+            if counts and halts is None:
+                queries.uncounted(machine)
+            self._sampled(machine, halts)
+        return machine
 
     async def recount(self, machine: Machine) -> Machine:
         """The machine of an observation a moment ago with the CPUs that QEMU shows now, for two queries. Raises as

@@ -105,7 +105,7 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
 # 'query-hotpluggable-cpus' is not enabled".
 _NO_HOTPLUG = re.compile(r"does not support hot-?plugging|feature 'query-hotpluggable-cpus' is not enabled")
 
-_AGENT_QUERIES = frozenset({"guest-sync-delimited", "guest-get-vcpus"})
+_AGENT_QUERIES = frozenset({"guest-sync-delimited", "guest-get-vcpus", "guest-get-cpustats"})
 
 _LONGEST = 200
 """Characters of a foreign message that are shown; `qemu.qmp` includes whole replies."""

@@ -14,6 +14,7 @@ from vcpuset.app.collectors import UNREPORTED, SetCollector, Snapshot
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import UID, Condition, Status, VCPUSet
+from vcpuset.qmp.meters import Meters
 
 __all__: list[str] = []
 
@@ -28,10 +29,15 @@ def named(name: str, state: str, reason: str, *, since: float = 0.0, generation:
     return replace(a_set(a_spec(4), status=reported), name=name, uid=UID(name))
 
 
-def shown(*sets: VCPUSet, waits: Mapping[UID, float] | None = None, limit: int = 100) -> dict[tuple[str, ...], float]:
+def shown(
+    *sets: VCPUSet,
+    waits: Mapping[UID, float] | None = None,
+    limit: int = 100,
+    busy: Mapping[UID, tuple[float, float | None]] | None = None,
+) -> dict[tuple[str, ...], float]:
     """All samples, by name and label values."""
     registry = CollectorRegistry()
-    registry.register(Snapshot(sets, waits or {}, limit, NOW))
+    registry.register(Snapshot(sets, waits or {}, limit, NOW, busy or {}))
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in registry.collect()
@@ -123,15 +129,23 @@ def test_who_wants_no_series_of_single_sets_is_not_told_that_they_are_left_out()
     assert seen["vcpuset_sets", "Ready", "Converged"] == 1
 
 
-def test_no_set_has_more_than_six_series() -> None:
-    """Five thousand sets are thirty thousand series: what one more would cost is to be thought of before."""
-    seen = shown(named("web", "Ready", "Converged", online_vcpus=2))
-    assert sum("web" in key for key in seen) == 6
+def test_no_set_has_more_than_eight_series() -> None:
+    """Five thousand sets are forty thousand series: what one more would cost is to be thought of before."""
+    seen = shown(named("web", "Ready", "Converged", online_vcpus=2), busy={UID("web"): (7.5, 1.5)})
+    assert sum("web" in key for key in seen) == 8
+
+
+def test_busy_vcpus_that_are_not_known_are_absent_and_their_total_stays() -> None:
+    web, db, vm = (named(name, "Ready", "Converged") for name in ("web", "db", "vm"))
+    seen = shown(web, db, vm, busy={web.uid: (7.5, 1.5), db.uid: (3.0, None), UID("gone"): (1.0, 1.0)})
+    totals = {key[2]: value for key, value in seen.items() if key[0] == "vcpuset_busy_seconds_total"}
+    assert totals == {"web": 7.5, "db": 3.0}
+    assert {key[2]: value for key, value in seen.items() if key[0] == "vcpuset_busy_vcpus"} == {"web": 1.5}
 
 
 async def test_the_text_is_that_of_the_sets_at_hand() -> None:
     sets: list[VCPUSet] = []
-    collector = SetCollector(lambda: sets, dict, 10)
+    collector = SetCollector(lambda: sets, dict, Meters(lambda _: None, lambda: NOW), 10)
     before = (await collector.exposition()).decode()
     sets.append(named("web", "Ready", "Converged"))
     after = (await collector.exposition()).decode()

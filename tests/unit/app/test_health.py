@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -32,8 +34,15 @@ class Served:
         """While this is open, it is served."""
         address = ("127.0.0.1", self.port)
         return serve_http(
-            address, ready=self.ready, unhealthy_reason=lambda: self.unhealthy_reason, exposition=self._exposition
+            address,
+            ready=self.ready,
+            unhealthy_reason=lambda: self.unhealthy_reason,
+            exposition=self._exposition,
+            busy=self._busy,
         )
+
+    async def _busy(self, namespace: str, name: str) -> tuple[int, dict[str, Any]]:
+        return 404, {"reason": "NotServed", "message": f"{namespace}/{name}"}
 
     async def _exposition(self) -> bytes:
         return b"vcpuset_sets 4\n"
@@ -61,6 +70,11 @@ async def test_healthz_is_well_until_there_is_a_reason_for_a_restart(served: Ser
     served.unhealthy_reason = "a pass has been running for 181 s"
 
     assert await served.get("/healthz") == (500, "a pass has been running for 181 s\n")
+
+
+async def test_what_is_busy_is_asked_for_by_namespace_and_name(served: Served) -> None:
+    status, body = await served.get("/v1/namespaces/team-a/vcpusets/web/busy")
+    assert (status, json.loads(body)) == (404, {"reason": "NotServed", "message": "team-a/web"})
 
 
 async def test_readyz_waits_for_the_first_list(served: Served) -> None:
@@ -108,7 +122,13 @@ async def test_an_address_that_is_taken_is_an_error_with_the_remedy(served: Serv
     ],
 )
 async def test_an_address_that_is_not_of_this_host_is_an_error(host: str, words: str) -> None:
-    serving = serve_http((host, 0), ready=asyncio.Event(), unhealthy_reason=lambda: None, exposition=asyncio.Future)
+    serving = serve_http(
+        (host, 0),
+        ready=asyncio.Event(),
+        unhealthy_reason=lambda: None,
+        exposition=asyncio.Future,
+        busy=lambda *_: asyncio.Future(),
+    )
     with pytest.raises(VCPUSetError) as caught:
         await serving.__aenter__()
 

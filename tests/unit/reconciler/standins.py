@@ -212,6 +212,8 @@ class ModelSession(Session):
                 return machine.slots
             case "query-uuid":
                 return machine.uuid
+            case "query-stats":
+                return None
             case "query-chardev":
                 return frozenset(client.link for client in self._qemu.clients)
             case unknown:
@@ -301,10 +303,12 @@ class ModelGuests(Guests):
         """How many questions are under way."""
 
     @override
-    async def _query_once(self, namespace: str, agent: GuestAgent, bring_online: int) -> GuestReport:
+    async def _query_once(
+        self, vcpuset: VCPUSet, agent: GuestAgent, machine: Machine, *, bring_online: bool
+    ) -> GuestReport:
         self.querying_now += 1
         try:
-            return await self._put(agent, bring_online)
+            return await self._put(agent, machine.vcpus if bring_online else 0)
         finally:
             self.querying_now -= 1
 
