@@ -240,6 +240,14 @@ class TestAsking:
         assert total == pytest.approx(2)
         assert now is None
 
+    async def test_a_machine_without_a_source_is_not_observed_because_somebody_asks(self) -> None:
+        meters, observed = self.meters()
+        meters.from_monitor(VM, TWO, None)
+        assert await meters.ask(VM) is None
+        meters.from_agent(VM, TWO, None)
+        assert await meters.ask(VM) is None
+        assert observed == []
+
     async def test_a_set_that_is_gone_has_nothing(self) -> None:
         meters, _ = self.meters()
         self.sample(meters, 0)

@@ -100,6 +100,8 @@ class Meters:
         """The last value. Unless its sample is fresh, another one is taken before, if that is possible soon."""
         known = self._sets.setdefault(uid, _Metered())
         sampled = known.meter.sampled
+        if not self.has_source(uid):
+            return None
         if sampled is None or self._age(sampled) > FRESH_SECONDS:
             known.asked = known.asked or asyncio.Event()
             self._observe(uid)
