@@ -12,7 +12,7 @@ __all__ = ["busy"]
 
 
 async def busy(cache: Cache, meters: Meters, namespace: str, name: str) -> tuple[int, dict[str, Any]]:
-    """HTTP status and answer: 200, or 404 if there is no value. Never 0 for what nobody has measured."""
+    """HTTP status and answer: 200, or 404 if there is no value. What was not measured is never reported as 0."""
     uid = next((each.uid for each in cache if (each.name, each.namespace) == (name, namespace)), None)
     if uid is None:
         return _none("NotServed", f"this operator does not manage a VCPUSet {namespace}/{name}")

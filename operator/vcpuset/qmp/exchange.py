@@ -136,7 +136,7 @@ class Exchange:
         except Malformed as error:
             translate.strip(error)
             self._end(error)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the results raises it
+        except Exception as error:  # noqa: BLE001 - a defect in reading one reply must not end the connection; `failure` keeps it, and the session raises it
             self._end(error)
         else:
             if text is not None:

@@ -38,7 +38,7 @@ class _Metered:
 
     process  of QEMU, at the last sample
     counted  whether each source has counters of that one, by its last reply
-    asked    set at the next sample; None: nobody waits for it
+    asked    set at the next sample; None: no request waits for it
     """
 
     meter: Meter = field(default_factory=Meter)

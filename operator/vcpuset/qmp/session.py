@@ -243,11 +243,10 @@ class Session:
         machine = queries.known(
             Machine(run_state, cpus.arch, cpus.count, slots, migrating, ost, uuid, self._since, links)
         )
-        if self._sampled is not None:
-            halts = more[-1] if counts else None
-            if counts and halts is None:
+        if counts and self._sampled is not None:
+            if more[-1] is None:
                 queries.uncounted(machine)
-            self._sampled(machine, halts)
+            self._sampled(machine, more[-1])
         return machine
 
     async def recount(self, machine: Machine) -> Machine:

@@ -128,7 +128,7 @@ class UnixEndpoint:
             self._connection = error
 
     def close(self) -> None:
-        """Close the descriptor, and a connection that nobody has taken; may be called again."""
+        """Close the descriptor, and a connection that was not used; may be called again."""
         if isinstance(self._connection, socket.socket):
             self._connection.close()
         self._connection = None
