@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from aiohttp.client_proto import ResponseHandler
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 
@@ -20,10 +21,13 @@ __all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
 
 
 def pytest_configure() -> None:
-    """Have no event loop but the tests' own, and let no busy host fail a property.
+    """Have no event loop but the tests' own, no connection outlive it, and let no busy host fail a property.
 
     looptime would otherwise make a loop before a first test that needs none. It would never be closed: an error here.
+    aiohttp closes the connection of a cancelled request by a TLS shutdown, and does not wait for the server's part.
+    This may come after the end of a test's loop, and the connection would never be closed either.
     """
+    ResponseHandler.close = ResponseHandler.abort  # type: ignore[method-assign]
     asyncio.set_event_loop(None)
     settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy host")
