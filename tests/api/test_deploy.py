@@ -82,6 +82,7 @@ BASE: Final = {
     ("ClusterRole", "vcpuset-view"),
     ("ClusterRole", "vcpuset-edit"),
     ("ClusterRole", "vcpuset-monitor-credentials"),
+    ("ClusterRole", "vcpuset-pods"),
     ("PriorityClass", "vcpuset"),
     ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
@@ -97,6 +98,8 @@ AGENT_PART: Final = {
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-events"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-pods"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-pods"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-vm-pods"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-vm-pods"),
     ("DaemonSet", "vcpuset-agent"),
     ("NetworkPolicy", "vcpuset-agent"),
 }
