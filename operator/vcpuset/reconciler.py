@@ -63,12 +63,6 @@ __all__ = ["POLL_SECONDS", "Later", "Pass", "Services"]
 POLL_SECONDS = 1.0
 """How often a machine is observed while its guest works on requests, or CPUs come or go, if no event arrives."""
 
-UNSETTLED_SECONDS = 5.0
-"""How long CPUs may come or go at each observation before this is reported as a monitor that cannot be used.
-
-QEMU shows a slot as free some milliseconds before the CPU disappears from `query-cpus-fast`; then it sends the event.
-"""
-
 ROUNDS = 32
 """How many times one pass requests unplugs, if QEMU rejects requests and others are sent instead."""
 
@@ -378,14 +372,12 @@ class Pass:
         return await self._report(assessment, findings)
 
     async def _failed(self, error: VCPUSetError) -> Assessment:
-        memory, now = self.memory, self.loop.time()
         if isinstance(error, MachineUnsettled):
             # A CPU is leaving, and its event follows: the next pass observes the result.
-            memory.unsettled = now if memory.unsettled is None else memory.unsettled
-            if now < memory.unsettled + UNSETTLED_SECONDS:
+            if not self.memory.unsettled_too_long(self.loop.time()):
                 raise Later
         else:
-            memory.unsettled = None
+            self.memory.unsettled = None
         # The last command may or may not have run: close, and observe before anything is repeated.
         await self.services.monitors.release(self.uid)
         if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):
