@@ -101,6 +101,7 @@ AGENT_PART: Final = {
     ("ValidatingAdmissionPolicy", "vcpuset-agent-vm-pods"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-vm-pods"),
     ("DaemonSet", "vcpuset-agent"),
+    ("Service", "vcpuset-agent"),
     ("NetworkPolicy", "vcpuset-agent"),
 }
 CONTROLLER_PART: Final = {
@@ -111,6 +112,7 @@ CONTROLLER_PART: Final = {
     ("Role", "vcpuset-leader-election"),
     ("RoleBinding", "vcpuset-leader-election"),
     ("Deployment", "vcpuset-controller"),
+    ("Service", "vcpuset-controller"),
     ("PodDisruptionBudget", "vcpuset-controller"),
     ("NetworkPolicy", "vcpuset-controller"),
 }
