@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from vcpuset.domain.errors import APIError, Forbidden, Rejected
+from vcpuset.domain.errors import APIError, Forbidden, NotLeading, Rejected
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Activity
 from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, the_pod
@@ -101,7 +101,7 @@ class Pods:
     async def follow(self, vcpuset: VCPUSet, findings: Findings) -> PodFindings | None:
         """Bring the pod's CPU to what the machine needs, and say what it allows; None: the set names no pod.
 
-        Raises no APIError, because vCPUs can be unplugged without the pod.
+        Raises NotLeading, and no other APIError, because vCPUs can be unplugged without the pod.
         """
         spec, machine = vcpuset.spec.pod, findings.machine
         if spec is None:
@@ -136,6 +136,8 @@ class Pods:
                     words = _refusal(vcpuset.namespace, resize, error)
                     self._attempts[vcpuset.uid], meaning = refused(spec, attempt, words, findings.now)
                     return meaning
+        except NotLeading:
+            raise
         except Forbidden as error:
             return PodFindings(
                 0, (Reason.POD_NOT_FOUND, f"pods may not be listed{_remedy(vcpuset.namespace)} ({error})")

@@ -25,6 +25,7 @@ from vcpuset.domain.resource import (
     Unplug,
     UnplugPolicy,
     VCPUSet,
+    VMPod,
 )
 
 __all__ = [
@@ -123,6 +124,7 @@ def a_spec(
     suspend: bool = False,
     connection: Connection = Connection.ON_DEMAND,
     agent: GuestAgent | None = None,
+    pod: VMPod | None = None,
 ) -> Spec:
     """A spec with the API's defaults."""
     return Spec(
@@ -132,6 +134,7 @@ def a_spec(
         agent,
         Unplug(policy, boot_vcpus, timeout, retry),
         suspend,
+        pod,
     )
 
 

@@ -104,8 +104,8 @@ def test_the_pod_may_always_use_what_is_plugged_and_ends_at_the_size_of_the_targ
         step(world)
         assert (world.container.actual or 0) >= world.cpu.needed(world.present)
         assert (world.container.limit or 0) >= world.cpu.needed(world.present)
-    world.now += timedelta(seconds=2 * SPEC.timeout_seconds + 1)
     for _ in range(20):
+        world.now += timedelta(seconds=SPEC.timeout_seconds / 2)
         world.work()
         world.obey()
         world.give_back()
