@@ -158,7 +158,9 @@ def test_every_field_is_described_for_its_users() -> None:
 
 def test_every_string_and_every_list_has_a_limit() -> None:
     limits = {"string": "maxLength", "array": "maxItems"}
-    unlimited = [path for path, node in FIELDS.items() if (limit := limits.get(node.get("type"))) and limit not in node]
+    unlimited = [
+        path for path, node in FIELDS.items() if (limit := limits.get(node.get("type", ""))) and limit not in node
+    ]
     assert unlimited == []
 
 

@@ -17,14 +17,18 @@ from typing import Any, Final, Self
 from harness.wait import until
 from harness.world import User
 
-__all__ = ["CONTAINER", "VMPod"]
+__all__ = ["CONTAINER", "VMPod", "of_pod"]
 
 CONTAINER: Final = "qemu"
-WAIT: Final = 60.0
+NODE: Final = "node-of-vms"
+NODE_CPUS: Final = "8"
+WAIT: Final = 90.0
 
 
 class VMPod:
     """A running pod with one container, labelled `vm: NAME`.
+
+    in_force        the CPU limit that the kubelet has brought into force, or the request without one
 
     limit, request  of its CPU; None: it has none
     resize_policy   of its CPU
@@ -41,6 +45,7 @@ class VMPod:
         labels: Mapping[str, str] | None = None,
     ) -> None:
         self.name: Final = name
+        self.in_force = ""
         self._user = user
         self._path = f"/api/v1/namespaces/{user.namespace}/pods"
         resources = {
@@ -54,7 +59,7 @@ class VMPod:
         self._body = {
             "metadata": {"name": name, "labels": {"vm": name, **(labels or {})}},
             "spec": {
-                "nodeName": "node-of-vms",
+                "nodeName": NODE,
                 "automountServiceAccountToken": False,
                 "terminationGracePeriodSeconds": 0,
                 "containers": [container],
@@ -63,6 +68,10 @@ class VMPod:
 
     async def __aenter__(self) -> Self:
         await self._ask("POST", self._path.replace("/pods", "/serviceaccounts"), {"metadata": {"name": "default"}}, 409)
+        # The API server refuses a size beyond the node's allocatable CPUs.
+        capacity = {"cpu": NODE_CPUS, "memory": "64Gi", "pods": "110"}
+        node = {"metadata": {"name": NODE}, "status": {"capacity": capacity, "allocatable": capacity}}
+        await self._ask("POST", "/api/v1/nodes", node, 409)
         await self._ask("POST", self._path, self._body)
         await self.obey()
         return self
@@ -76,7 +85,7 @@ class VMPod:
         """The pod."""
         return await self._ask("GET", f"{self._path}/{self.name}", None)
 
-    async def resources(self) -> dict[str, dict[str, str]]:
+    async def resources(self) -> dict[str, str]:
         """The desired CPU, as `{"limits": …, "requests": …}`."""
         found = (await self.read())["spec"]["containers"][0]["resources"]
         return {kind: values["cpu"] for kind, values in found.items()}
@@ -94,6 +103,8 @@ class VMPod:
         """Bring the desired size into force."""
         pod = await self.read()
         container = pod["spec"]["containers"][0]
+        resources = container["resources"]
+        self.in_force = resources.get("limits", resources.get("requests", {})).get("cpu", "")
         await self._report(
             pod,
             [],
@@ -105,8 +116,8 @@ class VMPod:
                     "imageID": "",
                     "ready": True,
                     "restartCount": 0,
-                    "resources": container["resources"],
-                    "allocatedResources": container["resources"].get("requests", {}),
+                    "resources": resources,
+                    "allocatedResources": resources.get("requests", {}),
                 }
             ],
         )
@@ -147,3 +158,13 @@ class VMPod:
         assert 200 <= answer.status < 300 or answer.status == allowed, f"{method} {path}: {answer.status} {answer.body}"
         found: dict[str, Any] = answer.body
         return found
+
+
+def of_pod(name: str, *, timeout: int = 60, **cpu: Any) -> dict[str, Any]:
+    """`spec.pod` with the shipped defaults, and 1 CPU for each vCPU."""
+    return {
+        "selector": {"matchLabels": {"vm": name}},
+        "container": CONTAINER,
+        "cpu": {"perVCPU": 1, **cpu},
+        "timeoutSeconds": timeout,
+    }
