@@ -288,7 +288,7 @@ async def test_who_may_read_the_metrics_is_what_a_value_says_and_nobody_else() -
 @pytest.mark.parametrize(("enabled", "disabled"), [("agent", "controller"), ("controller", "agent")])
 async def test_the_right_to_resize_pods_is_for_the_components_that_are_there(enabled: str, disabled: str) -> None:
     made = await made_of({"pods.namespaces": ["shop"], f"{enabled}.enabled": True, f"{disabled}.enabled": False})
-    assert f"kind: RoleBinding\nmetadata:\n  name: vcpuset-{enabled}-pods\n  namespace: shop\n" in made
+    assert f"name: vcpuset-{enabled}-pods\n  namespace: shop\n" in made
     assert f"name: vcpuset-{disabled}-pods" not in made
 
 

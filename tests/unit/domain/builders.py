@@ -7,11 +7,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from vcpuset.domain.assessment import Assessment, assess
+from vcpuset.domain.assessment import Assessment, assess, with_pod
 from vcpuset.domain.errors import CommandError
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
+from vcpuset.domain.pod import PodFindings
 from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
     UID,
@@ -157,6 +158,7 @@ def findings_of(
     reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
+    pod: PodFindings | None = None,
 ) -> Findings:
     """What a pass knows at its end. `started` is by default when the earliest of the requests was made."""
     requests = tuple(requests)
@@ -172,6 +174,7 @@ def findings_of(
         reset=reset,
         guest=guest,
         plugged=plugged,
+        pod=pod,
     )
     if started is None and requests:
         started = min(request.requested_at for request in requests)
@@ -179,5 +182,6 @@ def findings_of(
 
 
 def assessment_on(spec: Spec, machine: Machine, requests: Iterable[Request] = (), **known: Any) -> Assessment:
-    """`assess` for `findings_of` these."""
-    return assess(findings_of(spec, machine, requests, **known))
+    """`assess` and `with_pod` for `findings_of` these."""
+    findings = findings_of(spec, machine, requests, **known)
+    return with_pod(assess(findings), findings)
