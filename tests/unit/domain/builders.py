@@ -114,7 +114,7 @@ def a_request(
 
 
 def a_spec(
-    vcpus: int,
+    vcpus: int | None,
     *,
     policy: UnplugPolicy = UnplugPolicy.ENABLED,
     boot_vcpus: BootVCPUs = BootVCPUs.UNPLUG,
@@ -123,8 +123,9 @@ def a_spec(
     suspend: bool = False,
     connection: Connection = Connection.ON_DEMAND,
     agent: GuestAgent | None = None,
+    bounds: tuple[int, int] = (1, 4096),
 ) -> Spec:
-    """A spec with the API's defaults."""
+    """A spec with the API's defaults; `bounds` are `minVCPUs` and `maxVCPUs`."""
     return Spec(
         vcpus,
         UnixMonitor("web.sock"),
@@ -132,6 +133,7 @@ def a_spec(
         agent,
         Unplug(policy, boot_vcpus, timeout, retry),
         suspend,
+        *bounds,
     )
 
 
