@@ -93,6 +93,8 @@ AGENT_PART: Final = {
     ("ClusterRoleBinding", "vcpuset-agent"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-node"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-node"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-adoption"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-adoption"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-events"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-events"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-pods"),

@@ -291,6 +291,26 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
         assert (await user.get("web")).body["spec"]["unplug"]["retrySeconds"] == 77
 
 
+async def test_a_set_without_a_count_is_adopted_and_then_follows_the_metric(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
+    manifest = PAGE.manifest("VCPUSet", "web")
+    del manifest["spec"]["vcpus"]
+    await web.apply(manifest)
+    await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
+    message = await web.says("web-by-load", "AbleToScale", "False", "FailedGetScale")
+    assert 'the spec replicas field ".spec.vcpus" does not exist' in message
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.settles(4)
+        manifest["spec"]["unplug"] = {"retrySeconds": 77}
+        await web.apply(manifest)
+        await web.settles(4)
+        assert web.changes() == 1
+
+
 async def test_a_count_that_a_client_side_apply_overwrites_is_put_back_by_the_autoscaler(
     metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
 ) -> None:

@@ -193,7 +193,7 @@ class Reason(enum.StrEnum):
     SUSPENDED = (
         "Suspended",
         (State.HELD,),
-        "spec.suspend is set and the count differs; nothing is changed.",
+        "spec.suspend is set, and the count differs or is not set; nothing is changed.",
         "Set spec.suspend to false.",
     )
     TERMINATING = (
