@@ -99,7 +99,7 @@ async def test_kubernetes_own_type_check_finds_no_fault_in_the_policies(cluster:
         await until(checked, 60, "the types of all policies to be checked")
     found = {name: policy["status"]["typeChecking"] for name, policy in (await policies()).items()}
     agents = ("vcpuset-agent-adoption", "vcpuset-agent-events", "vcpuset-agent-node", "vcpuset-agent-pods")
-    assert found == {name: {} for name in (*agents, "vcpuset-insecure-monitor")}
+    assert found == {name: {} for name in (*agents, "vcpuset-controller-adoption", "vcpuset-insecure-monitor")}
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda path: path.name)
