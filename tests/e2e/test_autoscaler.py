@@ -130,7 +130,7 @@ class Scaled:
     async def declared(self, vcpus: int) -> Seen:
         """Wait until the autoscaler has declared this count."""
         return await self.user.wait(
-            self.name, lambda seen: bool(seen.body["spec"]["vcpus"] == vcpus), f"spec.vcpus {vcpus}", WAIT_SECONDS
+            self.name, lambda seen: bool(seen.body["spec"].get("vcpus") == vcpus), f"spec.vcpus {vcpus}", WAIT_SECONDS
         )
 
     async def settles(self, vcpus: int) -> None:
