@@ -89,10 +89,11 @@ class Resize:
 class Attempt:
     """A larger size that was requested, and what became of it.
 
-    size     in millicores
-    since    when this process first waited for it
-    failure  why it was taken back; None: it is being waited for
-    again    when it is requested again after a failure
+    size      in millicores
+    since     when this process first waited for it
+    failure   why it was taken back; None: it is being waited for
+    again     when it is requested again after a failure
+    reported  why the node did not give it before; reported until the kubelet has answered
     """
 
     pod: str
@@ -100,6 +101,7 @@ class Attempt:
     since: datetime
     failure: tuple[Reason, str] | None = None
     again: datetime | None = None
+    reported: tuple[Reason, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,9 @@ def decide(
     if attempt is None or (attempt.pod, attempt.size) != (pod.uid, wanted):
         attempt = Attempt(pod.uid, wanted, now)
     if attempt.again is not None and now >= attempt.again:
-        attempt = replace(attempt, since=now, failure=None, again=None)
+        failed = attempt.failure
+        reported = None if failed is None or failed[0] is Reason.POD_RESIZE_REFUSED else failed
+        attempt = Attempt(pod.uid, wanted, now, reported=reported)
     if attempt.failure is None and wanted > enough and container.size == wanted:
         attempt = _judged(spec, pod, container, attempt, now)
     size = wanted if attempt.failure is None else enough
@@ -158,21 +162,21 @@ def decide(
         return _resize(pod, container, size), attempt, PodFindings(present)
     if attempt.failure is not None:
         return None, attempt, PodFindings(present, attempt.failure, attempt.again)
+    # Without anything that waits for the kubelet there is no attempt: the time of a later one starts then.
     if _confirmed(pod, container, size):
-        return None, attempt, PodFindings(spec.cpu.sufficient_for(container.actual or 0))
+        return None, None, PodFindings(spec.cpu.sufficient_for(container.actual or 0))
     if wanted == enough:
-        # Nothing is to be plugged, so nothing waits for the kubelet.
-        return None, attempt, PodFindings(present)
-    deadline = attempt.since + timedelta(seconds=spec.timeout_seconds)
+        return None, None, PodFindings(present)
     delayed = _delayed(pod, container, size)
-    if delayed is not None:
-        return (
-            None,
-            attempt,
-            PodFindings(present, (Reason.POD_RESIZE_DEFERRED, delayed), min(now + PENDING_INTERVAL, deadline)),
-        )
-    why = f"the CPU of the pod {pod.name} is being raised to {cores(size)}"
-    return None, attempt, PodFindings(present, (Reason.PLUGGING, why), min(now + WAIT_INTERVAL, deadline))
+    if delayed is None:
+        why = f"the CPU of the pod {pod.name} is being raised to {cores(size)}"
+        trouble, interval = attempt.reported or (Reason.PLUGGING, why), WAIT_INTERVAL
+    else:
+        trouble, interval = (Reason.POD_RESIZE_DEFERRED, delayed), PENDING_INTERVAL
+        if attempt.reported is not None and attempt.reported[0] is Reason.POD_RESIZE_DEFERRED:
+            trouble = attempt.reported
+    deadline = attempt.since + timedelta(seconds=spec.timeout_seconds)
+    return None, attempt, PodFindings(present, trouble, min(now + interval, deadline))
 
 
 def refused(spec: VMPod, attempt: Attempt, words: str, now: datetime) -> tuple[Attempt, PodFindings]:

@@ -172,6 +172,59 @@ def test_an_infeasible_size_is_taken_back_at_once_and_another_count_is_tried_at_
 
 
 @pytest.mark.parametrize(
+    ("answer", "reason"), [("Deferred", Reason.POD_RESIZE_DEFERRED), ("Infeasible", Reason.POD_RESIZE_INFEASIBLE)]
+)
+def test_a_node_that_never_has_room_is_reported_once_however_often_it_is_asked(answer: str, reason: Reason) -> None:
+    world = World(2)
+    world.target = 4
+    troubles = []
+    for _ in range(30):
+        world.work()
+        troubles.append(world.meaning.trouble)
+        world.refuse(answer)
+        world.work()
+        troubles.append(world.meaning.trouble)
+        world.refuse(answer)
+        world.now += timedelta(seconds=20)
+    last = troubles[-1]
+    assert last is not None
+    assert last[0] is reason
+    assert set(troubles[troubles.index(last) :]) == {last}
+    assert world.requests >= 10
+
+
+def test_a_node_that_has_room_after_all_is_not_reported_as_one_that_has_none() -> None:
+    world = World(2)
+    world.target = 4
+    world.work()
+    world.refuse("Infeasible")
+    world.work()
+    world.now += timedelta(seconds=60)
+    world.work()
+    world.refuse("Deferred")
+    world.work()
+    assert world.meaning.trouble == (Reason.POD_RESIZE_DEFERRED, "the pod web does not get 4200m CPUs yet: no room")
+    world.obey()
+    world.work()
+    assert (world.present, world.meaning.trouble) == (4, None)
+
+
+def test_the_timeout_starts_when_something_waits_for_the_pod() -> None:
+    world = World(4)
+    world.work()
+    world.now += timedelta(hours=1)
+    # QEMU's container starts again: the kubelet reports no size for a moment.
+    world.present = 1
+    world.pod = replace(world.pod, containers=(replace(world.container, actual=None),))
+    world.work()
+    assert world.meaning.trouble == (Reason.PLUGGING, "the CPU of the pod web is being raised to 4200m")
+    assert world.requests == 0, "taken back"
+    world.obey()
+    world.work()
+    assert world.present == 4
+
+
+@pytest.mark.parametrize(
     ("request_", "limit", "vcpus", "expected"),
     [
         (2200, 2200, 4, (4200, 4200)),
