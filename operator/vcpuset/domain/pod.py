@@ -23,6 +23,7 @@ __all__ = [
     "cores",
     "decide",
     "refused",
+    "shared",
     "the_pod",
 ]
 
@@ -133,6 +134,15 @@ def the_pod(spec: VMPod, pods: Sequence[Pod]) -> Pod | PodFindings:
     why = (
         f"{len(pods)} running pods have the labels {spec.selector} (spec.pod.selector): {names}{more}. Delete all but "
         "one, or give the pod of this machine a label of its own"
+    )
+    return PodFindings(0, (Reason.POD_AMBIGUOUS, why))
+
+
+def shared(pod: Pod, holder: str) -> PodFindings:
+    """An older set resizes the same container of this pod."""
+    why = (
+        f"the VCPUSet {holder} is older and names the pod {pod.name} too (spec.pod): delete one of the two, or correct "
+        "the selector"
     )
     return PodFindings(0, (Reason.POD_AMBIGUOUS, why))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from vcpuset.domain.errors import APIError, Conflict, Forbidden, NotLeading, Obj
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.pod import Container, Pod, PodFindings, Resize
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.resource import PodCPU, VMPod
+from vcpuset.domain.resource import UID, PodCPU, VCPUSet, VMPod
 from vcpuset.kube.pods import Pods, decode_pod, encode_resize
 
 POD = VMPod("vm=web", "qemu", PodCPU(1000))
@@ -149,3 +150,42 @@ async def test_a_size_that_is_right_is_not_requested() -> None:
     server = ApiServer()
     assert await follow(server, vcpus=2) == PodFindings(2)
     assert server.patches == []
+
+
+async def test_of_sets_that_name_one_container_the_oldest_has_it_and_each_takes_over_from_the_one_before() -> None:
+    spec = a_spec(2, pod=POD)
+    pods, findings = Pods(ApiServer()), Findings(spec=spec, machine=a_machine(), now=NOW)
+    oldest, middle, youngest = (replace(a_set(spec), uid=UID(uid), name=uid) for uid in "abc")
+
+    async def has_it(vcpuset: VCPUSet) -> bool:
+        found = await pods.follow(vcpuset, findings)
+        assert found is not None
+        assert found == PodFindings(2) or (found.trouble is not None and found.trouble[0] is Reason.POD_AMBIGUOUS)
+        return found.trouble is None
+
+    assert [await has_it(each) for each in (youngest, middle, oldest, middle, youngest)] == [
+        *(True, True, True),
+        *(False, False),
+    ]
+    pods.forget(middle.uid)
+    assert not await has_it(youngest)
+    pods.forget(oldest.uid)
+    assert [await has_it(each) for each in (youngest, middle, youngest)] == [True, True, False]
+    # Another container of the same pod is another one's.
+    other = replace(spec, pod=VMPod("vm=web", "other", PodCPU(1000)))
+    found = await pods.follow(replace(youngest, spec=other), findings)
+    assert found is not None
+    assert found.trouble is not None
+    assert "has no container other" in found.trouble[1]
+    assert await has_it(middle)
+    await pods.follow(replace(middle, spec=replace(spec, pod=None)), findings)
+    assert await has_it(youngest)
+
+
+@pytest.mark.parametrize("error", [APIError("no answer"), Forbidden("no")])
+async def test_without_cpu_the_pod_does_not_limit_the_machine(error: APIError) -> None:
+    spec = a_spec(4, pod=VMPod("vm=web"))
+    found = await Pods(ApiServer(read=error)).follow(a_set(spec), Findings(spec=spec, machine=a_machine(), now=NOW))
+    assert found is not None
+    assert found.sufficient_for is None
+    assert found.trouble is not None
