@@ -50,7 +50,7 @@ class Reason(enum.StrEnum):
         "Adopting",
         (State.RECONCILING,),
         "spec.vcpus is not set: the present count was observed, and is being written there, once.",
-        "Wait. If it stays, see the operator's log: its role must allow it to patch vcpusets/scale.",
+        "Wait. If the message has a refusal: the operator's role must allow it to patch vcpusets/scale.",
     )
     PLUGGING = (
         "Plugging",
