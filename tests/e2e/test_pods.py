@@ -59,6 +59,22 @@ async def test_a_pod_grows_before_its_machine_and_shrinks_after_it(
         await pod.wait_size("2200m")
 
 
+async def test_a_pod_shrinks_at_once_if_nothing_of_the_monitor_follows(
+    control_plane: ControlPlane, socket_root: Path, folder: Path, user: User
+) -> None:
+    flags = (f"--namespace={user.namespace}", "--resync-seconds=3600")
+    async with (
+        VMPod(user, "vm", limit="4") as pod,
+        FaultyMonitor(folder / "vm.sock", cpus=4),
+        OperatorProcess(control_plane, *flags, socket_root=socket_root),
+    ):
+        await user.create("vm", 4, "vm.sock", connection="OnDemand", pod=of_pod("vm"))
+        await user.wait_ready("vm")
+        await user.change("vm", vcpus=2)
+        await user.wait_ready("vm")
+        await pod.wait_size("2")
+
+
 async def test_request_and_limit_keep_their_relation_and_a_request_alone_follows(
     folder: Path, operator: OperatorProcess, user: User
 ) -> None:

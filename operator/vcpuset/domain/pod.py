@@ -112,11 +112,13 @@ class PodFindings:
     sufficient_for  the most vCPUs that may be plugged; None: any number
     trouble         reason and message, if there is something to report
     due             when the pod is to be read again; None: at the next pass
+    vcpus           the count of which this was derived; None: the pod's size does not depend on it
     """
 
     sufficient_for: int | None = None
     trouble: tuple[Reason, str] | None = None
     due: datetime | None = None
+    vcpus: int | None = None
 
 
 def the_pod(spec: VMPod, pods: Sequence[Pod]) -> Pod | PodFindings:

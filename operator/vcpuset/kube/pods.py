@@ -122,8 +122,10 @@ class Pods:
         except APIError as error:
             why = f"the pod could not be read or resized: {error}"
             meaning = PodFindings(machine.vcpus, (Reason.PLUGGING, why))
-        # Without `cpu`, the pod is for autoscalers only, and does not limit the machine.
-        return replace(meaning, sufficient_for=None) if spec.cpu is None else meaning
+        if spec.cpu is None:
+            # The pod is for autoscalers only, and does not limit the machine.
+            return replace(meaning, sufficient_for=None)
+        return replace(meaning, vcpus=machine.vcpus)
 
     async def _follow(self, vcpuset: VCPUSet, spec: VMPod, findings: Findings) -> PodFindings:
         machine = findings.machine

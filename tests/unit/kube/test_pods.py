@@ -125,7 +125,7 @@ async def test_while_the_pod_cannot_be_read_or_resized_nothing_is_plugged_and_th
     where: str, error: APIError
 ) -> None:
     assert await follow(ApiServer(**{where: error})) == PodFindings(
-        2, (Reason.PLUGGING, f"the pod could not be read or resized: {error}")
+        2, (Reason.PLUGGING, f"the pod could not be read or resized: {error}"), vcpus=2
     )
 
 
@@ -148,7 +148,7 @@ async def test_a_right_that_lacks_is_told_from_a_quota() -> None:
 
 async def test_a_size_that_is_right_is_not_requested() -> None:
     server = ApiServer()
-    assert await follow(server, vcpus=2) == PodFindings(2)
+    assert await follow(server, vcpus=2) == PodFindings(2, vcpus=2)
     assert server.patches == []
 
 
@@ -160,7 +160,9 @@ async def test_of_sets_that_name_one_container_the_oldest_has_it_and_each_takes_
     async def has_it(vcpuset: VCPUSet) -> bool:
         found = await pods.follow(vcpuset, findings)
         assert found is not None
-        assert found == PodFindings(2) or (found.trouble is not None and found.trouble[0] is Reason.POD_AMBIGUOUS)
+        assert found == PodFindings(2, vcpus=2) or (
+            found.trouble is not None and found.trouble[0] is Reason.POD_AMBIGUOUS
+        )
         return found.trouble is None
 
     assert [await has_it(each) for each in (youngest, middle, oldest, middle, youngest)] == [
