@@ -72,7 +72,9 @@ class Reporter:
         findings  None: the machine was not observed
         must      write progress too, instead of in a later pass
         """
-        if assessment.reason is Reason.ADOPTING and memory.not_adopted is not None:
+        if assessment.reason is not Reason.ADOPTING:
+            memory.not_adopted = None
+        elif memory.not_adopted is not None:
             assessment = replace(assessment, message=f"{assessment.message} It was refused: {memory.not_adopted}")
         status = status_of(vcpuset, assessment, findings, self._clock())
         if status == vcpuset.status:

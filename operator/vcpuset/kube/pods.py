@@ -131,6 +131,7 @@ class Pods:
         machine = findings.machine
         found = the_pod(spec, await self._read(vcpuset.namespace, spec.selector))
         if isinstance(found, PodFindings):
+            self._hold(vcpuset.uid, None)
             return found
         if spec.cpu is None:
             return PodFindings()

@@ -95,6 +95,7 @@ class ApiServer:
 
     def __init__(self, *, read: APIError | None = None, resize: APIError | None = None) -> None:
         self.read, self.resize = read, resize
+        self.pods: list[Mapping[str, Any]] = [body()]
         self.patches: list[Mapping[str, Any]] = []
 
     async def list_pods(self, namespace: str, selector: str) -> list[Mapping[str, Any]]:
@@ -102,7 +103,7 @@ class ApiServer:
         del namespace, selector
         if self.read is not None:
             raise self.read
-        return [body()]
+        return self.pods
 
     async def resize_pod(self, namespace: str, name: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `Cluster`."""
@@ -154,7 +155,8 @@ async def test_a_size_that_is_right_is_not_requested() -> None:
 
 async def test_of_sets_that_name_one_container_the_oldest_has_it_and_each_takes_over_from_the_one_before() -> None:
     spec = a_spec(2, pod=POD)
-    pods, findings = Pods(ApiServer()), Findings(spec=spec, machine=a_machine(), now=NOW)
+    server = ApiServer()
+    pods, findings = Pods(server), Findings(spec=spec, machine=a_machine(), now=NOW)
     oldest, middle, youngest = (replace(a_set(spec), uid=UID(uid), name=uid) for uid in "abc")
 
     async def has_it(vcpuset: VCPUSet) -> bool:
@@ -173,6 +175,11 @@ async def test_of_sets_that_name_one_container_the_oldest_has_it_and_each_takes_
     assert not await has_it(youngest)
     pods.forget(oldest.uid)
     assert [await has_it(each) for each in (youngest, middle, youngest)] == [True, True, False]
+    # One whose selector no longer matches the pod does not keep it from the others.
+    server.pods = []
+    await pods.follow(middle, findings)
+    server.pods = [body()]
+    assert await has_it(youngest)
     # Another container of the same pod is another one's.
     other = replace(spec, pod=VMPod("vm=web", "other", PodCPU(1000)))
     found = await pods.follow(replace(youngest, spec=other), findings)
