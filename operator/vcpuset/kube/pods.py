@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from vcpuset.domain.errors import APIError, Forbidden, NotLeading, Rejected
+from vcpuset.domain.errors import APIError, Forbidden, NoAnswer, NotLeading, Rejected
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Activity
 from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, shared, the_pod
@@ -97,6 +97,9 @@ class Pods:
         self._holders: dict[tuple[str, str | None], VCPUSet] = {}
         """By the pod's uid and the container's name: the oldest set that has named the container."""
         self._held: dict[UID, tuple[str, str | None]] = {}
+        self._silence: str | None = None
+        """Why the last read had no answer; None: it had one."""
+        self._reading = False
 
     def forget(self, uid: UID) -> None:
         """The set has no pod, or is gone."""
@@ -159,6 +162,11 @@ class Pods:
                 words = _refusal(vcpuset.namespace, resize, error)
                 self._attempts[vcpuset.uid], meaning = refused(spec, attempt, words, findings.now)
                 return meaning
+            except APIError:
+                if attempt.failure is None:
+                    # Its time starts when the API server has accepted it.
+                    del self._attempts[vcpuset.uid]
+                raise
 
     def _holder(self, vcpuset: VCPUSet, container: tuple[str, str | None]) -> VCPUSet:
         """The oldest of the sets that name a container."""
@@ -178,7 +186,18 @@ class Pods:
             self._held[uid] = container
 
     async def _read(self, namespace: str, selector: str) -> list[Pod]:
-        bodies = await self._cluster.list_pods(namespace, selector)
+        if self._silence is not None and self._reading:
+            # One pass waits for an API server that does not answer. The others would keep workers from other sets.
+            raise NoAnswer(self._silence)
+        self._reading = True
+        try:
+            bodies = await self._cluster.list_pods(namespace, selector)
+        except NoAnswer as error:
+            self._silence = str(error)
+            raise
+        finally:
+            self._reading = False
+        self._silence = None
         return [pod for body in bodies if (pod := decode_pod(body)) is not None]
 
     async def _resize(self, namespace: str, resize: Resize) -> Pod:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from unit.domain.builders import NOW, a_machine, a_set, a_spec
-from vcpuset.domain.errors import APIError, Conflict, Forbidden, NotLeading, ObjectGone, Unavailable
+from vcpuset.domain.errors import APIError, Conflict, Forbidden, NoAnswer, NotLeading, ObjectGone, Unavailable
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.pod import Container, Pod, PodFindings, Resize
 from vcpuset.domain.reasons import Reason
@@ -97,10 +99,16 @@ class ApiServer:
         self.read, self.resize = read, resize
         self.pods: list[Mapping[str, Any]] = [body()]
         self.patches: list[Mapping[str, Any]] = []
+        self.resized: dict[str, Any] = {}
+        self.reads = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def list_pods(self, namespace: str, selector: str) -> list[Mapping[str, Any]]:
         """See `Cluster`."""
         del namespace, selector
+        self.reads += 1
+        await self.answers.wait()
         if self.read is not None:
             raise self.read
         return self.pods
@@ -111,7 +119,7 @@ class ApiServer:
         self.patches.append(patch)
         if self.resize is not None:
             raise self.resize
-        raise AssertionError("every test here has it fail")
+        return self.resized
 
 
 async def follow(server: ApiServer, *, vcpus: int = 4) -> PodFindings | None:
@@ -198,3 +206,38 @@ async def test_without_cpu_the_pod_does_not_limit_the_machine(error: APIError) -
     assert found is not None
     assert found.sufficient_for is None
     assert found.trouble is not None
+
+
+async def test_one_pass_at_a_time_waits_for_an_api_server_that_does_not_answer() -> None:
+    spec, server, answers = a_spec(2, pod=POD), ApiServer(read=NoAnswer("silent")), asyncio.Event()
+    server.answers = answers
+    pods, findings = Pods(server), Findings(spec=spec, machine=a_machine(), now=NOW)
+    silent = PodFindings(2, (Reason.PLUGGING, "the pod could not be read or resized: silent"), vcpus=2)
+    first, second = (asyncio.create_task(pods.follow(a_set(spec), findings)) for _ in range(2))
+    await asyncio.sleep(0)
+    assert server.reads == 2, "it is not known yet"
+    answers.set()
+    assert (await first, await second) == (silent, silent)
+    answers.clear()
+    one = asyncio.create_task(pods.follow(a_set(spec), findings))
+    await asyncio.sleep(0)
+    assert await pods.follow(a_set(spec), findings) == silent
+    assert server.reads == 3
+    server.read = None
+    answers.set()
+    assert await one == PodFindings(2, vcpus=2)
+    assert await pods.follow(a_set(spec), findings) == PodFindings(2, vcpus=2)
+
+
+async def test_the_timeout_does_not_run_while_the_api_server_takes_no_request() -> None:
+    spec, server = a_spec(4, pod=POD), ApiServer(resize=APIError("HTTP 500"))
+    pods = Pods(server)
+    for hour in range(3):
+        now = NOW + timedelta(hours=hour)
+        await pods.follow(a_set(spec), Findings(spec=spec, machine=a_machine(), now=now))
+    server.resize, server.resized = None, body(observedGeneration=2)
+    server.resized["spec"]["containers"][0]["resources"] = {"limits": {"cpu": "4"}, "requests": {"cpu": "4"}}
+    found = await pods.follow(a_set(spec), Findings(spec=spec, machine=a_machine(), now=NOW + timedelta(hours=4)))
+    assert found is not None
+    assert found.trouble == (Reason.PLUGGING, "the CPU of the pod web is being raised to 4")
+    assert len(server.patches) == 4
