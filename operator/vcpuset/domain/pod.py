@@ -35,6 +35,9 @@ PENDING_INTERVAL = timedelta(seconds=5)
 
 _MOST_NAMES = 5
 
+_INFEASIBLE = "Infeasible"
+"""The reason of PodResizePending if the node can never give the size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Container:
@@ -177,9 +180,16 @@ def decide(
     # Without anything that waits for the kubelet there is no attempt: the time of a later one starts then.
     if _confirmed(pod, container, size):
         return None, None, PodFindings(spec.cpu.sufficient_for(container.actual or 0))
-    if wanted == enough:
-        return None, None, PodFindings(present)
     delayed = _delayed(pod, container, size)
+    if wanted == enough:
+        if delayed is None or (container.actual or 0) >= size:
+            return None, None, PodFindings(present)
+        never = pod.pending is not None and pod.pending[0] == _INFEASIBLE
+        return (
+            None,
+            None,
+            PodFindings(present, (Reason.POD_RESIZE_INFEASIBLE if never else Reason.POD_RESIZE_DEFERRED, delayed)),
+        )
     if delayed is None:
         why = f"the CPU of the pod {pod.name} is being raised to {cores(size)}"
         trouble, interval = attempt.reported or (Reason.PLUGGING, why), WAIT_INTERVAL
@@ -226,7 +236,7 @@ def _judged(spec: VMPod, pod: Pod, container: Container, attempt: Attempt, now: 
     if _confirmed(pod, container, attempt.size):
         return attempt
     timeout = timedelta(seconds=spec.timeout_seconds)
-    if pod.seen and pod.pending is not None and pod.pending[0] == "Infeasible":
+    if pod.seen and pod.pending is not None and pod.pending[0] == _INFEASIBLE:
         why = f"the node of the pod {pod.name} can never give it {cores(attempt.size)} CPUs: {pod.pending[1]}"
         failure = (
             Reason.POD_RESIZE_INFEASIBLE,

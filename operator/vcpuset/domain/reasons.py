@@ -205,13 +205,13 @@ class Reason(enum.StrEnum):
     POD_RESIZE_DEFERRED = (
         "PodResizeDeferred",
         (State.RECONCILING,),
-        "The pod needs more CPU before vCPUs are plugged, and its node has none to give at the moment.",
+        "The pod needs more CPU for its vCPUs, and its node has none to give at the moment.",
         "Wait, free CPU on the node, or declare fewer vCPUs. The request is repeated after pod.timeoutSeconds.",
     )
     POD_RESIZE_INFEASIBLE = (
         "PodResizeInfeasible",
         (State.STALLED,),
-        "The pod needs more CPU before vCPUs are plugged, and its node can never give it.",
+        "The pod needs more CPU for its vCPUs, and its node can never give it.",
         "Declare fewer vCPUs, or move the machine to a larger node.",
     )
     POD_RESIZE_REFUSED = (

@@ -209,6 +209,25 @@ def test_a_node_that_has_room_after_all_is_not_reported_as_one_that_has_none() -
     assert world.present == 4
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("Deferred", Reason.POD_RESIZE_DEFERRED), ("Infeasible", Reason.POD_RESIZE_INFEASIBLE)]
+)
+def test_a_pod_that_is_too_small_for_the_present_count_is_raised_and_what_delays_that_is_reported(
+    answer: str, reason: Reason
+) -> None:
+    world = World(4)
+    world.pod = a_pod(2000)
+    world.work()
+    assert (world.container.limit, world.meaning) == (4200, PodFindings(4))
+    world.refuse(answer)
+    world.work()
+    assert world.meaning == PodFindings(4, (reason, "the pod web does not get 4200m CPUs yet: no room"))
+    # Something else of the pod is pending.
+    world.pod = replace(world.pod, containers=(replace(world.container, actual=4200),))
+    world.work()
+    assert world.meaning == PodFindings(4)
+
+
 def test_the_timeout_starts_when_something_waits_for_the_pod() -> None:
     world = World(4)
     world.work()
