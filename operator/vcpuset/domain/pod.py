@@ -204,7 +204,7 @@ def decide(
 def refused(spec: VMPod, attempt: Attempt, words: str, now: datetime) -> tuple[Attempt, PodFindings]:
     """The API server refused a resize, with these words."""
     failure = (Reason.POD_RESIZE_REFUSED, words)
-    again = now + timedelta(seconds=spec.timeout_seconds)
+    again = attempt.again or now + timedelta(seconds=spec.timeout_seconds)
     return replace(attempt, failure=failure, again=again), PodFindings(0, failure, again)
 
 

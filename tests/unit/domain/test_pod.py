@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unit.domain.builders import NOW
-from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, the_pod
+from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, the_pod
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import PodCPU, VMPod
 
@@ -155,6 +155,19 @@ def test_a_deferred_size_is_taken_back_after_the_timeout_and_requested_again_aft
     world.now += timedelta(seconds=60)
     world.work()
     assert world.container.limit == 4200
+
+
+def test_a_size_that_may_not_be_lowered_does_not_put_off_the_next_request_for_a_larger_one() -> None:
+    pod, times = a_pod(3000), [NOW + timedelta(seconds=seconds) for seconds in (0, 20, 40, 60)]
+    attempt: Attempt | None = None
+    sizes = []
+    for now in times:
+        resize, attempt, _ = decide(SPEC, pod, present=2, target=4, attempt=attempt, now=now)
+        assert resize is not None
+        assert attempt is not None
+        sizes.append(resize.limit)
+        attempt, _ = refused(SPEC, attempt, "no", now)
+    assert sizes == [4200, 2200, 2200, 4200]
 
 
 def test_an_infeasible_size_is_taken_back_at_once_and_another_count_is_tried_at_once() -> None:
