@@ -399,6 +399,7 @@ async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones()
         "- vcpuset-agent\n",
         "serviceaccount:vcpuset-agent:",
         "namespace: vcpuset-metrics-api",
+        "serviceaccount:vcpuset-metrics-api:",
         "metadata.name: vcpuset-metrics-api",
     ):
         assert shipped not in text

@@ -548,6 +548,28 @@ async def test_the_registration_of_another_metrics_api_is_left_alone(world: Worl
         assert await bundle_of(world.control_plane, path) == []
 
 
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"spec": {"service": {"namespace": "default"}}},
+        {"spec": {"service": {"port": 8444}}},
+        {"spec": {"insecureSkipTLSVerify": True, "caBundle": None}},
+        {"spec": {"versionPriority": 1000}},
+        {"metadata": {"finalizers": ["example.com/for-ever"]}},
+        {"metadata": {"annotations": {"cert-manager.io/inject-ca-from": "default/mine"}}},
+    ],
+    ids=json.dumps,
+)
+async def test_the_account_may_change_nothing_of_its_registration_but_the_bundle(
+    world: World, patch: Mapping[str, Any]
+) -> None:
+    token = await world.control_plane.kubectl("create", "token", NAMESPACE, f"--namespace={NAMESPACE}")
+    mine = {"Authorization": f"Bearer {token.stdout.strip()}"}
+    answer = await world.control_plane.request("PATCH", REGISTRATION, patch, headers=mine)
+    assert answer.status == 403, answer.body
+    assert "may only change the CA bundle of its APIService" in answer.body["message"]
+
+
 async def test_a_certificate_from_files_is_served_anew_when_they_change_and_nothing_is_written(
     world: World, tmp_path: Path
 ) -> None:

@@ -105,7 +105,7 @@ class Listener:
         before, self._runner = self._runner, await self._start(context, front_proxy)
         self._served = (certificate, front_proxy)
         self.ready.set()
-        _log.info("serving with %s", "the new certificate or to the new front proxy" if before else "TLS")
+        _log.info("serving%s", ", with a new certificate or to a new front proxy" if before else "")
         if before is not None:
             await before.cleanup()
 
@@ -136,18 +136,32 @@ async def _bind(address: tuple[str, int]) -> socket.socket:
 
 
 async def _keep_current(cluster: AggregatedAPI, source: CertificateSource, listener: Listener) -> None:
-    """Read the certificate and the front proxy's identity again and again; each new failure is logged once."""
-    failure = ""
+    """Read the certificate and the front proxy's identity again and again; each new failure is logged once.
+
+    Without the one, a change of the other takes effect nevertheless.
+    """
+    certificate: Certificate | None = None
+    front_proxy: FrontProxy | None = None
+    logged: set[str] = set()
     while True:
+        failures: set[str] = set()
         try:
             front_proxy = await _read_front_proxy(cluster)
-            await listener.serve(await source.current(), front_proxy)
-            failure = ""
         except VCPUSetError as error:
-            if str(error) != failure:
-                failure = str(error)
-                what = "still serving what was current before" if listener.ready.is_set() else "not serving yet"
-                _log.error("%s; %s", failure, what)
+            failures.add(str(error))
+        try:
+            certificate = await source.current()
+        except VCPUSetError as error:
+            failures.add(str(error))
+        if certificate is not None and front_proxy is not None:
+            try:
+                await listener.serve(certificate, front_proxy)
+            except VCPUSetError as error:
+                failures.add(str(error))
+        for failure in sorted(failures - logged):
+            what = "still serving what was current before" if listener.ready.is_set() else "not serving yet"
+            _log.error("%s; %s", failure, what)
+        logged = failures
         await asyncio.sleep(jittered(REREAD_SECONDS if listener.ready.is_set() else 1.0, 0.1))
 
 

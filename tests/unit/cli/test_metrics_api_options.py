@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -61,7 +60,7 @@ def test_without_options_the_documented_defaults_hold(command: MetricsAPI) -> No
     ],
 )
 def test_an_option_can_be_given_as_a_flag_and_in_the_environment(
-    command: MetricsAPI, flag: str, value: str, field: str, expected: Any
+    command: MetricsAPI, flag: str, value: str, field: str, expected: object
 ) -> None:
     variable = f"VCPUSET_METRICS_API_{flag.removeprefix('--').replace('-', '_').upper()}"
     for result in (command.run(flag, value), command.run(**{variable: value})):
