@@ -182,7 +182,7 @@ async def test_load_in_a_guest_gets_it_more_cpus_and_the_end_of_the_load_takes_t
         await world.guest.wait_online(LEAST)
         await world.web.settles(LEAST)
         line.note("settled")
-    record_property(TIME_LINE, line)
+    record_property(TIME_LINE, str(line))
     asked = [
         each
         for each in world.control_plane.audit_events()
@@ -214,20 +214,22 @@ async def test_while_the_agent_is_dead_the_metric_fails_and_the_count_stays_alth
 async def test_one_replica_of_the_metrics_api_is_enough_and_without_any_the_metric_fails_and_the_count_stays(
     world: World,
 ) -> None:
+    async def replicas(number: int) -> None:
+        scale = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{NAMESPACE}/scale"
+        answer = await world.control_plane.request("PATCH", scale, {"spec": {"replicas": number}})
+        assert answer.status == 200, answer.body
+
     first, second = (each for each in world.nodes.pods if each.namespace == NAMESPACE)
-    os.kill(second.pid, signal.SIGSTOP)  # so that it cannot help
-    first.kill()
-    await until(lambda: first.restarts == 1, WAIT, "the end of the first replica")
-    os.kill(second.pid, signal.SIGCONT)
-    await until(is_number(world), WAIT, "a replica to answer")
+    await replicas(1)
+    await until(lambda: first.ended or second.ended, WAIT, "the end of a replica")
+    await until(is_number(world), WAIT, "the other one to answer")
     await world.works()
 
-    scale = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{NAMESPACE}/scale"
-    await world.control_plane.request("PATCH", scale, {"spec": {"replicas": 0}})
+    await replicas(0)
     await world.load(MOST)
     await world.fails()
     await world.web.keeps(LEAST)
-    await world.control_plane.request("PATCH", scale, {"spec": {"replicas": 2}})
+    await replicas(2)
     await world.works()
     await world.web.settles(MOST)
     await world.load(0)
