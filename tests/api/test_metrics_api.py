@@ -30,7 +30,6 @@ from harness.cache import REPOSITORY
 from harness.controlplane import FRONT_PROXY, Answer, ControlPlane
 from harness.metricsapi import API, NAMESPACE, REGISTRATION, MetricsAPIProcess, available, expose
 from harness.pki import Authority, Credentials
-from harness.processes import free_port
 from harness.wait import until
 from harness.world import User
 from vcpuset.kube.aggregation import AggregatedAPI
@@ -623,11 +622,9 @@ async def test_a_certificate_from_files_is_served_anew_when_they_change_and_noth
 async def test_a_process_whose_address_is_taken_says_so_and_ends(world: World) -> None:
     account = await world.control_plane.service_account_kubeconfig(NAMESPACE, NAMESPACE)
     taken = f"127.0.0.1:{world.process.port}"
-    second = MetricsAPIProcess(account, f"--address={taken}", f"--health-address=127.0.0.1:{free_port()}")
-    await second.start(ready=False)
-    await until(lambda: "set another address" in second.text(), WAIT, lambda: second.text())
-    assert await second.stop() == 1
-    assert f"cannot listen on --address {taken}: Address already in use" in second.text()
+    async with MetricsAPIProcess(account, f"--address={taken}", ready=False) as second:
+        assert await second.ends() == 1
+        assert f"cannot listen on --address {taken}: Address already in use" in second.text()
 
 
 # --- rights: keep this at the end -------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ GROUP: Final = 65532
 LEAST, MOST = 2, 4
 """The autoscaler's bounds."""
 
-TARGET: Final = "250m"
+TARGET: Final = "150m"
 """The busy vCPUs for each vCPU. A guest without KVM counts less than it uses while the host is busy, so it is low."""
 
 FAST: Final = {

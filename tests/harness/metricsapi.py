@@ -37,9 +37,13 @@ class MetricsAPIProcess:
     kubeconfig  as whom it speaks to the API server
     arguments   more flags
     times       constants of the program that are other ones in this process; see `harness.hurried`
+    ready       whether `async with` waits until it serves
     """
 
-    def __init__(self, kubeconfig: Path, *arguments: str, times: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, kubeconfig: Path, *arguments: str, times: Mapping[str, float] | None = None, ready: bool = True
+    ) -> None:
+        self._wait = ready
         self._directory = tempfile.TemporaryDirectory(prefix="vcpuset-metrics-api-")
         self.log = Path(self._directory.name) / "log"
         self.port = free_port()
@@ -71,12 +75,10 @@ class MetricsAPIProcess:
         except OSError:
             return False
 
-    async def start(self, *, ready: bool = True) -> Self:
-        """Start it; with `ready`, wait until it serves."""
-        self._child = Child.start(self._argv, name="vcpuset metrics-api", log=self.log, env=self._environment)
-        if ready:
-            await until(self.ready, WAIT_SECONDS, lambda: f"its /readyz; its log:\n{self.text()}")
-        return self
+    async def ends(self) -> int:
+        """Wait until it has ended by itself; returns the exit status."""
+        assert self._child is not None
+        return await self._child.wait(WAIT_SECONDS)
 
     async def stop(self) -> int:
         """Ask it to end (SIGTERM); returns the exit status."""
@@ -84,12 +86,14 @@ class MetricsAPIProcess:
         return await self._child.stop(timeout=30)
 
     async def __aenter__(self) -> Self:
+        self._child = Child.start(self._argv, name="vcpuset metrics-api", log=self.log, env=self._environment)
         try:
-            return await self.start()
+            if self._wait:
+                await until(self.ready, WAIT_SECONDS, lambda: f"its /readyz; its log:\n{self.text()}")
         except BaseException:
-            await self.stop()
-            self._directory.cleanup()
+            await self.__aexit__(None, None, None)
             raise
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
