@@ -12,7 +12,7 @@ import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Self
@@ -116,12 +116,12 @@ class OperatorPod:
         assert self._runner is not None
         await self._runner.cleanup()
 
-    async def report(self, *, ready: bool) -> None:
+    async def report(self, *, ready: bool, address: str = "127.0.0.1") -> None:
         """Report on it as the kubelet does."""
         status = {
             "phase": "Running",
-            "podIP": "127.0.0.1",
-            "podIPs": [{"ip": "127.0.0.1"}],
+            "podIP": address,
+            "podIPs": [{"ip": address}],
             "conditions": [{"type": "Ready", "status": str(ready)}],
         }
         patched = await self._control_plane.request("PATCH", f"{self._pods}/{self.name}/status", {"status": status})
@@ -323,6 +323,95 @@ async def test_what_nobody_serves_is_not_found(world: World) -> None:
         404,
         "there is no metric 'memory' of vcpusets.vcpuset.dev, only busy_vcpus",
     )
+
+
+async def test_a_pod_with_an_ipv6_address_is_asked_there(world: World) -> None:
+    await world.agent.report(ready=True, address="100::1")  # RFC 6666: nothing is ever there
+    try:
+        message = await world.unknown("web")
+        assert "pod vcpuset-agent/agent-a" in message
+        assert "Cannot connect to host 100::1:" in message or "does not answer" in message
+    finally:
+        await world.agent.report(ready=True)
+
+
+async def test_a_value_costs_the_api_server_two_reads_and_a_review_that_is_kept_for_a_while(world: World) -> None:
+    async def requests() -> list[tuple[str, str]]:
+        since = world.control_plane.audit_offset()
+        assert (await world.get("web")).status == 200
+        await world.control_plane.kubectl("get", "vcpusets", "--all-namespaces", "--output=name")
+
+        def recorded() -> list[AuditEvent]:
+            return world.control_plane.audit_events(since)
+
+        # A record follows its response by a moment, in their order.
+        await until(lambda: any(each.user == "admin" and each.verb == "list" for each in recorded()), WAIT, "the end")
+        polled = ("configmaps", "secrets", "apiservices")
+        return [
+            (each.verb, each.resource) for each in recorded() if each.user == ACCOUNT and each.resource not in polled
+        ]
+
+    await requests()
+    assert await requests() == [("get", "vcpusets"), ("list", "pods")]
+
+
+async def test_a_process_that_is_told_to_end_answers_the_requests_that_it_has(world: World) -> None:
+    released = asyncio.Event()
+
+    async def waiting(_: web.Request) -> web.StreamResponse:
+        await released.wait()
+        return web.json_response(SAMPLE)
+
+    account = await world.control_plane.service_account_kubeconfig(NAMESPACE, NAMESPACE)
+    async with MetricsAPIProcess(account) as process:
+        other = replace(world, process=process)
+        world.agent.responses["web"] = waiting
+        asked = len(world.agent.asked)
+        asking = asyncio.create_task(other.direct(world.control_plane.front_proxy.client(FRONT_PROXY), ROOT))
+        await until(lambda: len(world.agent.asked) > asked, WAIT, "the pod to be asked")
+        ending = asyncio.create_task(process.stop())
+        await until(lambda: not process.ready(), WAIT, "the process to end")
+        released.set()
+        world.agent.responses["web"] = answering(200, SAMPLE)
+        assert (await asking)[0] == 200
+        assert await ending == 0
+
+
+async def test_the_network_policies_let_the_metrics_api_reach_the_operator_and_nothing_else_in_its_namespaces(
+    world: World,
+) -> None:
+    async def got(kind: str, namespace: str) -> Mapping[str, Any]:
+        listed = await world.control_plane.kubectl("get", kind, "-n", namespace, "-o=json")
+        (found,) = json.loads(listed.stdout)["items"]
+        spec: Mapping[str, Any] = found["spec"]
+        return spec
+
+    async def template(kind: str, namespace: str) -> tuple[Mapping[str, str], Mapping[str, int]]:
+        """The labels of a workload's pods, and their ports by name."""
+        spec = (await got(kind, namespace))["template"]
+        ports = spec["spec"]["containers"][0]["ports"]
+        return spec["metadata"]["labels"], {each["name"]: each["containerPort"] for each in ports}
+
+    mine, my_ports = await template("deployment", NAMESPACE)
+    policy = await got("networkpolicy", NAMESPACE)
+    assert policy["podSelector"]["matchLabels"].items() <= mine.items()
+    assert [each["ports"] for each in policy["ingress"]] == [[{"protocol": "TCP", "port": "https"}]]
+    assert "https" in my_ports
+    (out,) = (rule for rule in policy["egress"] if "to" in rule)
+    (peer,) = out["to"]
+    for kind, namespace in (("daemonset", "vcpuset-agent"), ("deployment", "vcpuset-system")):
+        labels, ports = await template(kind, namespace)
+        assert namespace in peer["namespaceSelector"]["matchExpressions"][0]["values"]
+        assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+        assert [each["port"] for each in out["ports"]] == [ports["http"]]
+        inward = (await got("networkpolicy", namespace))["ingress"]
+        (rule,) = (each for each in inward if "podSelector" in each["from"][0])
+        (source,) = rule["from"]
+        assert source["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+        assert source["podSelector"]["matchLabels"].items() <= mine.items()
+        # Otherwise, other pods with the operator's name would be let in.
+        assert "app.kubernetes.io/component" in source["podSelector"]["matchLabels"]
+        assert rule["ports"] == [{"protocol": "TCP", "port": "http"}]
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

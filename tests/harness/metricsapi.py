@@ -66,14 +66,17 @@ class MetricsAPIProcess:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def ready(self) -> bool:
-        """Whether its /readyz says so. Raises ChildDied if it has ended."""
-        assert self._child is not None
-        self._child.require_running()
+        """Whether its /readyz says so."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._health}/readyz", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
+
+    def _up(self) -> bool:
+        assert self._child is not None
+        self._child.require_running()
+        return self.ready()
 
     async def ends(self) -> int:
         """Wait until it has ended by itself; returns the exit status."""
@@ -89,7 +92,7 @@ class MetricsAPIProcess:
         self._child = Child.start(self._argv, name="vcpuset metrics-api", log=self.log, env=self._environment)
         try:
             if self._wait:
-                await until(self.ready, WAIT_SECONDS, lambda: f"its /readyz; its log:\n{self.text()}")
+                await until(self._up, WAIT_SECONDS, lambda: f"its /readyz; its log:\n{self.text()}")
         except BaseException:
             await self.__aexit__(None, None, None)
             raise

@@ -110,10 +110,10 @@ class Listener:
             await before.cleanup()
 
     async def close(self) -> None:
-        """Finish the requests in progress, and stop."""
+        """Accept no more connections, and finish the requests in progress."""
+        self._socket.close()
         if self._runner is not None:
             await self._runner.cleanup()
-        self._socket.close()
 
     async def _start(self, context: ssl.SSLContext, front_proxy: FrontProxy) -> web.AppRunner:
         application = MetricsAPI(self._cluster, self._access, self._sources, front_proxy).application()
