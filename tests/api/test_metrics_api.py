@@ -272,6 +272,13 @@ async def redirecting(_: web.Request) -> web.StreamResponse:
     raise web.HTTPFound("/v1/namespaces/x/vcpusets/web/busy")
 
 
+async def compressed(_: web.Request) -> web.StreamResponse:
+    """A value, which would have to be decompressed."""
+    response = web.json_response(SAMPLE)
+    response.enable_compression(web.ContentCoding.gzip)
+    return response
+
+
 async def endless(request: web.Request) -> web.StreamResponse:
     """Never ends."""
     response = web.StreamResponse()
@@ -295,6 +302,7 @@ async def endless(request: web.Request) -> web.StreamResponse:
         pytest.param(answering(500, SAMPLE), "HTTP status 500", id="an error"),
         pytest.param(redirecting, "HTTP status 302", id="a redirect"),
         pytest.param(hanging, "does not answer within", id="no answer"),
+        pytest.param(compressed, "something else", id="a compressed answer"),
         pytest.param(endless, "something else", id="an endless answer"),
     ],
 )

@@ -55,7 +55,8 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with (
         await AggregatedAPI.connect(settings.kubeconfig) as cluster,
-        aiohttp.ClientSession(trust_env=False) as session,
+        # Pods can set no cookies, and their answers are not decompressed: a short one could become very long.
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False) as session,
         contextlib.AsyncExitStack() as stack,
     ):
         sources = Sources(cluster, session, (settings.agent_namespace, settings.controller_namespace))
