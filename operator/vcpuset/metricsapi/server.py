@@ -56,7 +56,9 @@ async def run(settings: Settings) -> None:
     async with (
         await AggregatedAPI.connect(settings.kubeconfig) as cluster,
         # Pods can set no cookies, and their answers are not decompressed: a short one could become very long.
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False) as session,
+        aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, headers={"Accept-Encoding": "identity"}
+        ) as session,
         contextlib.AsyncExitStack() as stack,
     ):
         sources = Sources(cluster, session, (settings.agent_namespace, settings.controller_namespace))
