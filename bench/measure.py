@@ -32,6 +32,7 @@ __all__ = [
     "LIMIT_SECONDS",
     "SLOTS",
     "WAYS",
+    "WITHOUT_COUNTERS",
     "Burst",
     "Idle",
     "Outcome",
@@ -44,6 +45,8 @@ __all__ = [
 LOW, HIGH, SLOTS = 2, 6, 8
 WAYS: Final = {"operator": "Persistent", "operator, OnDemand": "OnDemand", "textbook": None}
 """What serves the sets, and their `spec.monitor.connection`."""
+WITHOUT_COUNTERS: Final = "operator, no counters"
+"""The default connection, with machines that do not tell how busy they are."""
 QUIET_SECONDS: Final = 3.0
 """So long after the last write a step is over."""
 POLL_SECONDS: Final = 0.1
@@ -354,7 +357,14 @@ async def measure(
             (root / namespace).mkdir()
             (root / "log").mkdir()
             simulation = await stack.enter_async_context(
-                Simulation(root / namespace, sets, cpus=(LOW, HIGH), slots=SLOTS, logs=root / "log")
+                Simulation(
+                    root / namespace,
+                    sets,
+                    cpus=(LOW, HIGH),
+                    slots=SLOTS,
+                    logs=root / "log",
+                    kvm=way != WITHOUT_COUNTERS,
+                )
             )
             load = Load(control_plane, namespace)
             flags = (f"--resync-seconds={resync_seconds}", f"--namespace={namespace}")
@@ -364,7 +374,7 @@ async def measure(
                 else OperatorProcess(control_plane, *flags, socket_root=root)
             )
             run = Run(outcome, serving, load, Audit(control_plane), simulation, limit)
-            await load.create(run.declared, connection=WAYS[way])
+            await load.create(run.declared, connection=WAYS.get(way, "Persistent"))
             begun = time.time()
             await stack.enter_async_context(serving)
             await run.startup(begun)

@@ -18,6 +18,9 @@ ways to serve them take turns, twice, each time with an API server of its own:
               moment in which the machine has the count, by the simulator. "From acceptance" it counts from when the
               API server has answered the patch, by its audit log: this favours whoever keeps the API server busy, so
               that it accepts the patches slowly
+    no counters
+              the operator again, while idle, with machines that do not tell how busy their vCPUs are: the difference is
+              the cost of a sample
     restart   in the first turn, with Persistent: the operator is stopped and started again, until it is connected to
               every monitor
 
@@ -41,12 +44,24 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final
 
-from bench.measure import LIMIT_SECONDS, SLOTS, WAYS, Burst, Outcome, measure, percentile, raise_file_limit
+from bench.measure import (
+    LIMIT_SECONDS,
+    SLOTS,
+    WAYS,
+    WITHOUT_COUNTERS,
+    Burst,
+    Outcome,
+    measure,
+    percentile,
+    raise_file_limit,
+)
 
 __all__ = ["markdown"]
 
 TURNS: Final = 2
 OBSERVATIONS_PER_SECOND: Final = 5000 / 300
+SAMPLED_SECONDS: Final = 60
+"""The longest resync with which the cost of a sample is measured: with and without counters, one after the other."""
 BURSTS: Final = (100, 100, 100, 1000)
 """How many sets are changed at once, one time after the other; left out where there are not so many sets."""
 
@@ -157,10 +172,13 @@ def changing(rows: Iterable[Row]) -> str:
 def targets(rows: Sequence[Row]) -> str:
     """Which promises the operator has kept."""
     textbook = {row.first.sets: row for row in rows if row.first.way == "textbook"}
+    uncounted = {row.first.sets: row.first.idle for row in rows if row.first.way == WITHOUT_COUNTERS}
     lines = []
     for row in rows:
         first = row.first
         if first.way == "textbook":
+            continue
+        if first.way == WITHOUT_COUNTERS:
             continue
         persistent = WAYS[first.way] == "Persistent"
         bursts = [each for turn in row.turns for each in turn.bursts]
@@ -183,6 +201,9 @@ def targets(rows: Sequence[Row]) -> str:
                 (first.idle.observation_ms <= ms, f"{first.idle.observation_ms:.1f} of {ms} ms per observation"),
                 (unevenness <= 1.3, f"busiest 20 s {unevenness:.1f} of 1.3 times the mean"),
             ]
+            if persistent and (without := uncounted.get(first.sets)) is not None:
+                sample = first.idle.observation_ms - without.observation_ms
+                facts.append((sample <= 0.3, f"{sample:.2f} of 0.3 ms for a sample of how busy the vCPUs are"))
         if first.sets in textbook:
             other = textbook[first.sets]
             for changes in filter(other.measured, row.sizes):
@@ -226,6 +247,15 @@ async def measure_all(sizes: Sequence[int], turns: int, textbook_seconds: float,
                     limit=limit,
                 )
                 rows.setdefault((sets, way), Row([])).turns.append(outcome)
+        if sets >= OBSERVATIONS_PER_SECOND and resync_seconds <= SAMPLED_SECONDS:
+            outcome = await measure(
+                WITHOUT_COUNTERS,
+                sets,
+                resync_seconds=resync_seconds,
+                idle_seconds=idle_seconds or resync_seconds,
+                bursts=[],
+            )
+            rows[sets, WITHOUT_COUNTERS] = Row([outcome])
     print(f"\n{circumstances(turn for row in rows.values() for turn in row.turns)}\n")
     for part in (standing(rows.values()), changing(rows.values()), targets(list(rows.values()))):
         print(f"{part}\n")

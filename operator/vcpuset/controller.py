@@ -14,6 +14,7 @@ from vcpuset.domain.contest import Contest
 from vcpuset.domain.errors import APIError, Conflict, ObjectGone, VCPUSetError
 from vcpuset.domain.resource import UID, Connection
 from vcpuset.kube.cache import Cache
+from vcpuset.kube.pods import Pods
 from vcpuset.memory import Memory
 from vcpuset.ownership import Ownership
 from vcpuset.qmp.guests import Guests
@@ -44,6 +45,7 @@ class Controller:
         reporter: Reporter,
         monitors: Monitors,
         guests: Guests,
+        pods: Pods,
         enqueue: Callable[[UID], None],
         resync_seconds: float,
         others_wait: Callable[[], bool],
@@ -55,6 +57,7 @@ class Controller:
             reporter,
             monitors,
             guests,
+            pods,
             Ownership(cache, enqueue),
             enqueue=enqueue,
             others_wait=others_wait,
@@ -81,6 +84,7 @@ class Controller:
             self._services.ownership.release_machine(uid)
             await self._services.guests.forget(uid)
             await self._services.monitors.forget(uid)
+            self._services.pods.forget(uid)
             # It may have been deleted while a pass was waiting for its socket, and that pass claimed it afterwards.
             self._services.ownership.release(uid)
         if vcpuset is None:

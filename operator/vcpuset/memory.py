@@ -12,6 +12,12 @@ from vcpuset.domain.requests import Ledger
 
 __all__ = ["Memory"]
 
+UNSETTLED_SECONDS = 5.0
+"""How long CPUs may come or go at each observation before this is reported as a monitor that cannot be used.
+
+QEMU shows a slot as free some milliseconds before the CPU disappears from `query-cpus-fast`; then it sends the event.
+"""
+
 
 @dataclass
 class Memory:
@@ -52,6 +58,11 @@ class Memory:
         if machine.vcpus < self.vcpus:
             self.moved_at = now
         self.vcpus = machine.vcpus
+
+    def unsettled_too_long(self, now: float) -> bool:
+        """Record that an observation failed to count the CPUs; returns whether this has gone on for too long."""
+        self.unsettled = now if self.unsettled is None else self.unsettled
+        return now >= self.unsettled + UNSETTLED_SECONDS
 
     def guest_said(self, guest: GuestReport, now: float) -> bool:
         """Record an answer of the guest; returns whether its agent answers again."""

@@ -26,6 +26,7 @@ from vcpuset.domain.assessment import (
     failure,
     plugging,
     terminating,
+    with_pod,
 )
 from vcpuset.domain.errors import (
     CommandError,
@@ -43,10 +44,12 @@ from vcpuset.domain.errors import (
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.plan import Plan, first_fit, plan
+from vcpuset.domain.pod import PodFindings
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.requests import cpu_of, requested
 from vcpuset.domain.resource import UID, Request, VCPUSet
 from vcpuset.kube.cache import Cache
+from vcpuset.kube.pods import Pods
 from vcpuset.memory import Memory
 from vcpuset.ownership import Ownership, address_of
 from vcpuset.qmp.guests import Guests
@@ -59,12 +62,6 @@ __all__ = ["POLL_SECONDS", "Later", "Pass", "Services"]
 
 POLL_SECONDS = 1.0
 """How often a machine is observed while its guest works on requests, or CPUs come or go, if no event arrives."""
-
-UNSETTLED_SECONDS = 5.0
-"""How long CPUs may come or go at each observation before this is reported as a monitor that cannot be used.
-
-QEMU shows a slot as free some milliseconds before the CPU disappears from `query-cpus-fast`; then it sends the event.
-"""
 
 ROUNDS = 32
 """How many times one pass requests unplugs, if QEMU rejects requests and others are sent instead."""
@@ -85,6 +82,7 @@ class Services:
     reporter: Reporter
     monitors: Monitors
     guests: Guests
+    pods: Pods
     ownership: Ownership
     enqueue: Callable[[UID], None]
     others_wait: Callable[[], bool]
@@ -107,6 +105,7 @@ class Pass:
     session: Session
     machine: Machine
     until: float
+    pod: PodFindings | None = None
     blocked: CommandError | None = None
     """Why QEMU did not do what this pass wanted; None: it did, or nothing was wanted."""
 
@@ -167,6 +166,7 @@ class Pass:
             await self.services.monitors.release(self.uid)
             raise Later
         self._hear()
+        self.pod = await self.services.pods.follow(self.vcpuset, self._findings())
         findings = self._findings()
         step = self._unless_contested(findings, plan(findings))
         # Not from the start of the pass: a monitor that is slow to observe would leave no time for any change.
@@ -211,13 +211,13 @@ class Pass:
 
     async def _plug(self, findings: Findings) -> None:
         """Plug CPUs until the target or the deadline is reached; if that takes long, report it meanwhile."""
-        filling = asyncio.ensure_future(self._fill(findings.target.count))
+        filling = asyncio.ensure_future(self._fill(findings.plug_to))
         announcing = asyncio.ensure_future(self._announce_plug(findings, filling))
         await asyncio.gather(filling, announcing, return_exceptions=True)
         self.memory.plugged_at = self.loop.time()
         filling.result()
         announcing.result()
-        if self.machine.vcpus >= findings.target.count:
+        if self.machine.vcpus >= findings.plug_to:
             # Another client has plugged what was missing, or more: a taken slot no longer blocks anything.
             self.blocked = None
 
@@ -320,6 +320,7 @@ class Pass:
             moved=self._at(memory.moved_at),
             reset=memory.reset,
             plugged=self._at(memory.plugged_at),
+            pod=self.pod,
         )
         if found.surplus <= 0:
             ledger.forget_refusals()
@@ -328,7 +329,7 @@ class Pass:
         return replace(found, requests=requests, started=started)
 
     def _assess(self, findings: Findings) -> Assessment:
-        assessment = assess(findings)
+        assessment = with_pod(assess(findings), findings)
         return assessment if self.blocked is not None else self._or_contested(assessment, findings)
 
     def _or_contested(self, assessment: Assessment, findings: Findings) -> Assessment:
@@ -371,14 +372,12 @@ class Pass:
         return await self._report(assessment, findings)
 
     async def _failed(self, error: VCPUSetError) -> Assessment:
-        memory, now = self.memory, self.loop.time()
         if isinstance(error, MachineUnsettled):
             # A CPU is leaving, and its event follows: the next pass observes the result.
-            memory.unsettled = now if memory.unsettled is None else memory.unsettled
-            if now < memory.unsettled + UNSETTLED_SECONDS:
+            if not self.memory.unsettled_too_long(self.loop.time()):
                 raise Later
         else:
-            memory.unsettled = None
+            self.memory.unsettled = None
         # The last command may or may not have run: close, and observe before anything is repeated.
         await self.services.monitors.release(self.uid)
         if isinstance(error, InvalidMonitor | CredentialsUnavailable | MonitorUnreachable):

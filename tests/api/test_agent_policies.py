@@ -159,6 +159,57 @@ async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothi
         await cluster.kubectl("delete", "clusterrolebinding", binding)
 
 
+# --- pods of machines ---------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_resizes_pods_of_its_own_node_only_and_only_where_the_role_is_bound(
+    cluster: ControlPlane,
+) -> None:
+    agent = await agent_of(cluster, NODES[0])
+    account = {"metadata": {"name": "default"}}
+    await cluster.request("POST", "/api/v1/namespaces/default/serviceaccounts", account)
+    resources = {"limits": {"cpu": "1"}}
+    for node in NODES:
+        capacity = {"cpu": "8", "memory": "8Gi", "pods": "9"}
+        status = {"status": {"capacity": capacity, "allocatable": capacity}}
+        assert (await cluster.request("PATCH", f"/api/v1/nodes/{node}/status", status)).status == http.client.OK
+        container = {"name": "qemu", "image": "qemu", "resources": resources}
+        body = {"metadata": {"name": f"vm-of-{node}"}, "spec": {"nodeName": node, "containers": [container]}}
+        made = await cluster.request("POST", "/api/v1/namespaces/default/pods", body)
+        assert made.status == http.client.CREATED, made.body
+        running = {
+            "phase": "Running",
+            "containerStatuses": [{**container, "imageID": "", "ready": True, "restartCount": 0}],
+        }
+        path = f"/api/v1/namespaces/default/pods/vm-of-{node}/status"
+        assert (await cluster.request("PATCH", path, {"status": running})).status == http.client.OK
+
+    def resize(node: str, part: str = "/resize") -> tuple[int, str]:
+        larger = {"limits": {"cpu": "2"}, "requests": {"cpu": "2"}}
+        body = {"spec": {"containers": [{"name": "qemu", "image": "qemu", "resources": larger}]}}
+        return agent.ask("PATCH", f"/api/v1/namespaces/default/pods/vm-of-{node}{part}", body)
+
+    assert 'cannot patch resource "pods/resize"' in resize(NODES[0])[1]
+    words = ("--clusterrole=vcpuset-pods", f"--serviceaccount={AGENTS}:vcpuset-agent", "-n", "default")
+    await cluster.kubectl("create", "rolebinding", "vcpuset-agent-pods", *words)
+
+    async def bound() -> bool:
+        return resize(NODES[0])[0] == http.client.OK
+
+    await until(bound, 60, lambda: f"the right to take effect: {resize(NODES[0])}", interval=0.5)
+    code, message = resize(NODES[1])
+    assert code == http.client.FORBIDDEN
+    assert "an agent may only resize pods of its own node" in message
+    # Whatever else it was given by mistake, it changes pods in no other way.
+    await cluster.kubectl("create", "role", "pods", "--verb=patch", "--resource=pods", "-n", "default")
+    await cluster.kubectl("create", "rolebinding", "pods", "--role=pods", *words[1:])
+
+    async def refused() -> bool:
+        return "an agent may only resize a pod" in resize(NODES[0], part="")[1]
+
+    await until(refused, 60, lambda: f"the policy: {resize(NODES[0], part='')}", interval=0.5)
+
+
 # --- Events -------------------------------------------------------------------------------------------------------
 
 

@@ -211,6 +211,7 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("metricsAPI.podAnnotations", {"team": "hv"}, "team: hv\n"),
     ("metricsAPI.podLabels", {"team": "hv"}, "team: hv\n"),
     ("credentials.namespaces", ["shop"], "name: vcpuset-monitor-credentials\n  namespace: shop\n"),
+    ("pods.namespaces", ["shop"], "name: vcpuset-agent-pods\n  namespace: shop\n"),
     ("networkPolicy.apiServer.cidrs", ["198.51.100.1/32"], "cidr: 198.51.100.1/32\n"),
     ("networkPolicy.apiServer.ports", [8443], "port: 8443\n"),
     ("networkPolicy.metricsNamespaceLabels", {"team": "metrics"}, "team: metrics\n"),
@@ -325,6 +326,13 @@ async def test_who_may_read_the_metrics_is_what_a_value_says_and_nobody_else() -
             for source in rule["from"]
         ]
         assert selectors == [{"matchLabels": expected}] * 2
+
+
+@pytest.mark.parametrize(("enabled", "disabled"), [("agent", "controller"), ("controller", "agent")])
+async def test_the_right_to_resize_pods_is_for_the_components_that_are_there(enabled: str, disabled: str) -> None:
+    made = await made_of({"pods.namespaces": ["shop"], f"{enabled}.enabled": True, f"{disabled}.enabled": False})
+    assert f"name: vcpuset-{enabled}-pods\n  namespace: shop\n" in made
+    assert f"name: vcpuset-{disabled}-pods" not in made
 
 
 async def test_secrets_are_for_a_controller_that_is_there() -> None:
@@ -456,6 +464,7 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("controller.resources", {"cpu": "1"}, "at '/controller/resources': additional properties 'cpu' not allowed"),
         ("controller.tolerations", [{"keys": "x"}], "at '/controller/tolerations/0': additional properties 'keys'"),
         ("credentials.namespaces", ["*"], "at '/credentials/namespaces/0': '*' does not match pattern"),
+        ("pods.namespaces", ["*"], "at '/pods/namespaces/0': '*' does not match pattern"),
         ("networkPolicy.apiServer.ports", [], "at '/networkPolicy/apiServer/ports': minItems"),
         ("networkPolicy.metricsNamespaceLabels", "any", "at '/networkPolicy/metricsNamespaceLabels'"),
         (

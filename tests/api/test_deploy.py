@@ -82,6 +82,7 @@ BASE: Final = {
     ("ClusterRole", "vcpuset-view"),
     ("ClusterRole", "vcpuset-edit"),
     ("ClusterRole", "vcpuset-monitor-credentials"),
+    ("ClusterRole", "vcpuset-pods"),
     ("PriorityClass", "vcpuset"),
     ("ValidatingAdmissionPolicy", "vcpuset-insecure-monitor"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-insecure-monitor"),
@@ -97,7 +98,10 @@ AGENT_PART: Final = {
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-events"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-pods"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-pods"),
+    ("ValidatingAdmissionPolicy", "vcpuset-agent-vm-pods"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-vm-pods"),
     ("DaemonSet", "vcpuset-agent"),
+    ("Service", "vcpuset-agent"),
     ("NetworkPolicy", "vcpuset-agent"),
 }
 CONTROLLER_PART: Final = {
@@ -108,6 +112,7 @@ CONTROLLER_PART: Final = {
     ("Role", "vcpuset-leader-election"),
     ("RoleBinding", "vcpuset-leader-election"),
     ("Deployment", "vcpuset-controller"),
+    ("Service", "vcpuset-controller"),
     ("PodDisruptionBudget", "vcpuset-controller"),
     ("NetworkPolicy", "vcpuset-controller"),
 }

@@ -9,7 +9,7 @@ import aiohttp
 
 from e2e.test_metrics import Shown
 from harness.controlplane import ControlPlane
-from harness.faults import Answer
+from harness.cpus import kvm_counters
 from harness.faulty import FaultyMonitor
 from harness.operator import OperatorProcess
 from harness.saved import saved_guest
@@ -17,16 +17,6 @@ from harness.wait import until
 from harness.world import User
 
 WAIT = 90.0
-
-
-def kvm(path: str, exits: int, *, blocking: bool) -> Answer:
-    """An entry of query-stats, as QEMU 10.0 with KVM shows it."""
-    stats = {"exits": exits, "halt_wait_ns": 0, "halt_poll_success_ns": 0, "halt_poll_fail_ns": 0, "blocking": blocking}
-    return {
-        "provider": "kvm",
-        "qom-path": path,
-        "stats": [{"name": name, "value": value} for name, value in stats.items()],
-    }
 
 
 async def busy(client: aiohttp.ClientSession, user: User, name: str) -> tuple[int, dict[str, Any]]:
@@ -45,7 +35,7 @@ async def test_busy_vcpus_are_told_and_what_nobody_measured_is_not_found(
         OperatorProcess(control_plane, *flags, socket_root=socket_root) as operator,
         aiohttp.ClientSession(operator.url) as client,
     ):
-        counted.stats = [kvm("/a", 1, blocking=False), kvm("/b", 1, blocking=True)]
+        counted.stats = [kvm_counters("/a", exits=1), kvm_counters("/b", exits=1, blocking=True)]
 
         async def ask(name: str) -> tuple[int, dict[str, Any]]:
             return await busy(client, user, name)

@@ -40,9 +40,12 @@ class Simulation:
     cpus      their boot CPUs, in turn
     slots     CPU slots of each
     logs      existing folder for the journal and the process's own words
+    kvm       whether they have KVM's counters
     """
 
-    def __init__(self, folder: Path, machines: int, *, cpus: Sequence[int], slots: int, logs: Path) -> None:
+    def __init__(
+        self, folder: Path, machines: int, *, cpus: Sequence[int], slots: int, logs: Path, kvm: bool = True
+    ) -> None:
         self._journal = logs / "journal"
         self._log = logs / "log"
         self._argv = [
@@ -54,6 +57,7 @@ class Simulation:
             f"--machines={machines}",
             f"--cpus={','.join(map(str, cpus))}",
             f"--slots={slots}",
+            *([] if kvm else ["--tcg"]),
         ]
         self._child: Child | None = None
         self._read = 0

@@ -32,7 +32,7 @@ from uuid import UUID
 
 import msgspec
 
-from harness.cpus import CommandError, Cpus, Unplug
+from harness.cpus import CommandError, Cpus, Unplug, kvm_counters
 
 __all__ = ["DRIVER", "SimulatedMachine"]
 
@@ -71,6 +71,7 @@ class SimulatedMachine:
     uuid     the machine's; None: it was started without one
     status   the run state
     guest    whether a guest's ACPI is up; without one there are no _OST reports, and unplugs are refused
+    kvm      whether query-stats has KVM's counters; without KVM it has none
     seconds  from when to when, after a request, the guest gives a CPU up
     moved    called with the count at each change of it
     """
@@ -84,6 +85,7 @@ class SimulatedMachine:
         uuid: UUID | None = None,
         status: str = "running",
         guest: bool = True,
+        kvm: bool = True,
         seconds: tuple[float, float] = GUEST_SECONDS,
         moved: Callable[[int], None] = lambda _: None,
         chance: random.Random | None = None,
@@ -91,6 +93,7 @@ class SimulatedMachine:
         self.path = path
         self.status = status
         self.guest = guest
+        self.kvm = kvm
         self.cpus = _Guest(self, cpus, slots, seconds, moved, chance or random.Random())
         self.sessions = 0
         """How many clients have been greeted."""
@@ -169,7 +172,7 @@ class SimulatedMachine:
             case "query-hotpluggable-cpus":
                 return self.cpus.query_hotpluggable_cpus(arguments)
             case "query-stats":
-                return [_counters(cpu["qom-path"]) for cpu in self.cpus.query_cpus_fast({})]
+                return [_half_busy(cpu["qom-path"]) for cpu in self.cpus.query_cpus_fast({})] if self.kvm else []
             case "device_add":
                 return self.cpus.device_add(arguments)
             case "device_del" if not self.guest:
@@ -180,12 +183,10 @@ class SimulatedMachine:
                 raise CommandError(f"The command {command} has not been found", "CommandNotFound")
 
 
-def _counters(path: str) -> Message:
+def _half_busy(path: str) -> Message:
     """KVM's counters of a vCPU that is busy half of the time."""
     now = time.monotonic_ns()
-    stats = {"exits": now >> 20, "halt_wait_ns": now // 2, "halt_poll_success_ns": 0, "halt_poll_fail_ns": 0}
-    shown: list[Message] = [{"name": name, "value": value} for name, value in stats.items()]
-    return {"provider": "kvm", "qom-path": path, "stats": [*shown, {"name": "blocking", "value": False}]}
+    return kvm_counters(path, exits=now >> 20, halt_wait_ns=now // 2)
 
 
 class _Guest(Cpus):
@@ -377,24 +378,27 @@ class _Journal:
         self._stream.flush()
 
 
-def _machine(folder: Path, number: int, cpus: int, slots: int, journal: _Journal) -> SimulatedMachine:
+def _machine(folder: Path, number: int, cpus: int, slots: int, journal: _Journal, *, kvm: bool) -> SimulatedMachine:
     name = f"vm-{number}"
     return SimulatedMachine(
         folder / f"{name}.sock",
         cpus=cpus,
         slots=slots,
         uuid=UUID(int=number + 1),
+        kvm=kvm,
         moved=lambda count: journal.note(name, count),
         chance=random.Random(number),
     )
 
 
-async def _serve(folder: Path, machines: int, cpus: list[int], slots: int, journal: Path) -> None:
+async def _serve(folder: Path, machines: int, cpus: list[int], slots: int, journal: Path, *, kvm: bool) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     with journal.open("a", encoding="ascii") as stream:
         book = _Journal(stream)
-        all_of_them = [_machine(folder, number, cpus[number % len(cpus)], slots, book) for number in range(machines)]
+        all_of_them = [
+            _machine(folder, number, cpus[number % len(cpus)], slots, book, kvm=kvm) for number in range(machines)
+        ]
         for machine in all_of_them:
             machine.start()
         stream.write("listening\n")
@@ -412,9 +416,10 @@ def main() -> None:
     parser.add_argument("--machines", type=int, required=True)
     parser.add_argument("--cpus", required=True, help="boot CPUs of the machines in turn, such as 2,6")
     parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--tcg", action="store_true", help="without KVM, and so without its counters")
     given = parser.parse_args()
     cpus = [int(each) for each in given.cpus.split(",")]
-    asyncio.run(_serve(given.folder, given.machines, cpus, given.slots, given.journal))
+    asyncio.run(_serve(given.folder, given.machines, cpus, given.slots, given.journal, kvm=not given.tcg))
 
 
 if __name__ == "__main__":

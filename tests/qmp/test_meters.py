@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.cpus import kvm_counters
 from harness.faults import Answer, Error
 from harness.faulty import FaultyMonitor
 from harness.faultyagent import FaultyAgent, Returns
@@ -28,13 +29,8 @@ VM = UID("vm")
 
 
 def kvm(path: str, *, exits: int, halted: float, blocking: bool = False) -> Answer:
-    """An entry of query-stats, as QEMU 10.0 with KVM shows it."""
-    stats = {"exits": exits, "halt_wait_ns": round(halted * 1e9), "halt_poll_success_ns": 0, "halt_poll_fail_ns": 0}
-    return {
-        "provider": "kvm",
-        "qom-path": path,
-        "stats": [{"name": name, "value": value} for name, value in {**stats, "blocking": blocking}.items()],
-    }
+    """An entry of query-stats; `halted` in seconds."""
+    return kvm_counters(path, exits=exits, halt_wait_ns=round(halted * 1e9), blocking=blocking)
 
 
 def linux(cpu: int, *, user: int, idle: int) -> Answer:

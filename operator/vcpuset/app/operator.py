@@ -34,6 +34,7 @@ from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.credentials import Secrets
 from vcpuset.kube.freshness import CHECK_SECONDS, Freshness
 from vcpuset.kube.lease import Leadership, own_identity
+from vcpuset.kube.pods import Pods
 from vcpuset.kube.recorder import Recorder
 from vcpuset.kube.source import Source
 from vcpuset.kube.sweep import sweep
@@ -177,6 +178,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         reporter=Reporter(cache, cluster, recorder, clock, queue.add),
         monitors=monitors,
         guests=guests,
+        pods=Pods(cluster),
         enqueue=queue.add,
         resync_seconds=settings.resync_seconds,
         others_wait=lambda: queue.waiting > 0,

@@ -18,8 +18,9 @@ import yaml
 
 from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube.codec import API_VERSION, KIND, InvalidObject, decode
+from vcpuset.kube.quantity import millicores
 
-__all__ = ["FIELDS", "Choice", "InvalidManifest", "Manifest", "Number", "read"]
+__all__ = ["FIELDS", "CPUQuantity", "Choice", "InvalidManifest", "Labels", "Manifest", "Number", "read"]
 
 
 class InvalidManifest(Exception):
@@ -55,6 +56,16 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """A mapping of strings to strings, not empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class CPUQuantity:
+    """A number of CPUs, or a string such as 500m."""
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One of these strings."""
 
@@ -75,6 +86,12 @@ FIELDS: Final[Mapping[str, Any]] = {
         "unix": _UNIX,
         "tcp": {"host!": str, "port!": Number(1, 65535), "tls": _TLS, "insecure": bool},
         "connection": Choice(("OnDemand", "Persistent")),
+    },
+    "pod": {
+        "selector!": {"matchLabels!": Labels()},
+        "container": str,
+        "cpu": {"perVCPU!": CPUQuantity(), "overhead": CPUQuantity()},
+        "timeoutSeconds": _SECONDS,
     },
     "guestAgent": {"unix!": _UNIX, "bringOnline": bool},
     "unplug": {
@@ -221,6 +238,15 @@ def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
                 yield f"{where} must be a whole number from {least} to {most}, but is {_kind_of(value)}."
             elif not least <= value <= most:
                 yield f"{where} is {value}: declare from {least} to {most}."
+        case Labels():
+            if not isinstance(value, dict) or not value:
+                yield f"{where} must be a mapping of at least one label."
+            else:
+                wrong = {name: each for name, each in value.items() if not isinstance(each, str)}
+                yield from (_no_text(f"{where}.{name}", each) for name, each in wrong.items())
+        case CPUQuantity():
+            if isinstance(value, bool) or millicores(value) is None:
+                yield f"{where} is {value!r}: declare a CPU quantity, such as 1 or 500m."
         case Choice(words):
             if value not in words:
                 yield f"{where} is {value!r}: choose {' or '.join(words)}.{_guess(value, words)}"
@@ -252,6 +278,10 @@ def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
             f"spec.monitor.tcp has {found} of tls and insecure: set tls to the Secret of a TLS monitor, or "
             "insecure: true to accept a connection that is neither encrypted nor authenticated."
         )
+    pod = spec.get("pod") or {}
+    if (pod.get("cpu") is None) != (pod.get("container") is None):
+        missing, present = ("container", "cpu") if pod.get("container") is None else ("cpu", "container")
+        yield f"spec.pod.{missing} is missing: it is required with spec.pod.{present}."
     agent = spec.get("guestAgent")
     if agent is not None and unix is not None and agent["unix"]["path"] == unix["path"]:
         yield "spec.guestAgent.unix.path is the monitor's: name the socket of the guest agent's channel."

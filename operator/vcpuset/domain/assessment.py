@@ -47,6 +47,7 @@ __all__ = [
     "sentence",
     "slot_list",
     "terminating",
+    "with_pod",
 ]
 
 PENDING_AFTER = timedelta(seconds=3)
@@ -362,6 +363,19 @@ def contested(assessment: Assessment, findings: Findings, contest: Contest) -> A
     )
 
 
+def with_pod(assessment: Assessment, findings: Findings) -> Assessment:
+    """What is reported if the machine's pod allows no more vCPUs, or does not follow. Other problems come first."""
+    pod = findings.pod
+    if pod is None or pod.trouble is None or findings.blocked is not None:
+        return assessment
+    reason, message = pod.trouble
+    waits = assessment.reason is Reason.PLUGGING and findings.plug_to <= findings.machine.vcpus < findings.target.count
+    if not waits and (assessment.reason is not Reason.CONVERGED or reason is Reason.PLUGGING):
+        return assessment
+    policy = RequeuePolicy.RETRY if pod.due is None else RequeuePolicy.RESYNC
+    return _assessment(reason, f"{_counts(findings)}; {message}.{_may_leave(findings)}", policy, pod.due)
+
+
 def terminating() -> Assessment:
     """What is reported of a deleted set whose object is still there."""
     return _assessment(
@@ -380,6 +394,9 @@ _WORRYING = frozenset(
         Reason.MONITOR_BUSY,
         Reason.MONITOR_TIMEOUT,
         Reason.MACHINE_NOT_RUNNING,
+        Reason.POD_NOT_FOUND,
+        Reason.POD_AMBIGUOUS,
+        Reason.POD_RESIZE_DEFERRED,
     }
 )
 """Not failures (they may pass), but not normal operation either."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from vcpuset.domain.errors import CommandError
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Machine
+from vcpuset.domain.pod import PodFindings
 from vcpuset.domain.requests import CPU, cpu_of, due_at
 from vcpuset.domain.resource import Request, Spec
 from vcpuset.domain.target import Target, target_for
@@ -32,6 +33,7 @@ class Findings:
     reset     when the machine was last reset; None: not known
     plugged   when a CPU was last plugged, or the guest then set one online
     guest     what the guest says of these CPUs; None: it was not queried
+    pod       what the machine's pod allows; None: the set names none
     """
 
     spec: Spec
@@ -46,6 +48,7 @@ class Findings:
     reset: datetime | None = None
     plugged: datetime | None = None
     guest: GuestReport | None = None
+    pod: PodFindings | None = None
 
     @cached_property
     def target(self) -> Target:
@@ -56,6 +59,12 @@ class Findings:
     def surplus(self) -> int:
         """How many vCPUs are too many; negative: how many are missing."""
         return self.machine.vcpus - self.target.count
+
+    @property
+    def plug_to(self) -> int:
+        """The count up to which vCPUs may be plugged now."""
+        limit = None if self.pod is None else self.pod.sufficient_for
+        return self.target.count if limit is None else min(self.target.count, limit)
 
     @property
     def in_flight(self) -> tuple[Request, ...]:

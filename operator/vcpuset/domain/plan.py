@@ -9,6 +9,7 @@ Rules of every plan:
   open, one CPU too many can leave, and is plugged again.)
 * Plugged CPUs come before boot CPUs, the highest slot first; a refused one comes after all others.
 * The target is the count that this machine can reach: never above its ceiling or below its floor.
+* Nothing is plugged that the machine's pod may not use yet.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def plan(findings: Findings) -> Plan:
     if findings.spec.suspend or machine.activity is not Activity.CHANGEABLE:
         return Plan()
     if machine.vcpus < target:
-        return Plan(plug=machine.free)
+        return Plan(plug=machine.free) if machine.vcpus < findings.plug_to else Plan()
     if machine.vcpus > target and machine.guest_accepts_unplugs:
         return Plan(unplug=tuple(_to_unplug(findings)))
     return Plan()

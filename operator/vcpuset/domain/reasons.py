@@ -184,6 +184,36 @@ class Reason(enum.StrEnum):
         "The spec contains a value that this version of the operator does not support: it leaves the machine alone.",
         "Upgrade the operator, or correct the field in the message.",
     )
+    POD_NOT_FOUND = (
+        "PodNotFound",
+        (State.RECONCILING,),
+        "No running pod matches spec.pod.selector, or the operator may not look for it; see the message.",
+        "Start the pod, correct the selector, or bind the ClusterRole vcpuset-pods in the namespace.",
+    )
+    POD_AMBIGUOUS = (
+        "PodAmbiguous",
+        (State.RECONCILING,),
+        "More than one running pod matches spec.pod.selector.",
+        "Delete all but one, or give the pod of the machine a label of its own.",
+    )
+    POD_RESIZE_DEFERRED = (
+        "PodResizeDeferred",
+        (State.RECONCILING,),
+        "The pod needs more CPU before vCPUs are plugged, and its node has none to give at the moment.",
+        "Wait, free CPU on the node, or declare fewer vCPUs. The request is repeated after pod.timeoutSeconds.",
+    )
+    POD_RESIZE_INFEASIBLE = (
+        "PodResizeInfeasible",
+        (State.STALLED,),
+        "The pod needs more CPU before vCPUs are plugged, and its node can never give it.",
+        "Declare fewer vCPUs, or move the machine to a larger node.",
+    )
+    POD_RESIZE_REFUSED = (
+        "PodResizeRefused",
+        (State.STALLED,),
+        "The pod's CPU cannot follow the count, or the API server refused to resize it; see the message.",
+        "Raise the quota or LimitRange, bind the ClusterRole vcpuset-pods, or recreate the pod; see the message.",
+    )
     SUSPENDED = (
         "Suspended",
         (State.HELD,),

@@ -33,7 +33,7 @@ def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | Non
     status = replace(
         vcpuset.status,
         observed_generation=vcpuset.generation,
-        selector=f"vcpuset.dev/name={vcpuset.name}",
+        selector=f"vcpuset.dev/name={vcpuset.name}" if vcpuset.spec.pod is None else vcpuset.spec.pod.selector,
         conditions=_conditions(vcpuset, assessment, findings, now),
     )
     if vcpuset.spec.guest_agent is None:
@@ -107,6 +107,6 @@ def is_progress(old: Status, new: Status, policy: RequeuePolicy) -> bool:
         or policy is RequeuePolicy.RETRY
     ):
         return False
-    if before.reason == after.reason == Reason.CONTESTED:
+    if before.reason == after.reason and after.reason in {Reason.CONTESTED, Reason.POD_RESIZE_DEFERRED}:
         return True
     return before.reason == after.reason == Reason.PLUGGING or {before.reason, after.reason} <= _WITH_THE_GUEST

@@ -19,6 +19,7 @@ __all__ = [
     "Connection",
     "GuestAgent",
     "Monitor",
+    "PodCPU",
     "Request",
     "Spec",
     "Status",
@@ -28,6 +29,7 @@ __all__ = [
     "UnplugPolicy",
     "Unsupported",
     "VCPUSet",
+    "VMPod",
 ]
 
 UID = NewType("UID", str)
@@ -124,6 +126,38 @@ class Unplug:
 
 
 @dataclass(frozen=True, slots=True)
+class PodCPU:
+    """`spec.pod.cpu`, in millicores (thousandths of a CPU)."""
+
+    per_vcpu: int
+    overhead: int = 0
+
+    def needed(self, vcpus: int) -> int:
+        """The CPU limit for so many vCPUs."""
+        return self.per_vcpu * vcpus + self.overhead
+
+    def sufficient_for(self, millicores: int) -> int:
+        """The most vCPUs for this CPU limit."""
+        return max(0, millicores - self.overhead) // self.per_vcpu
+
+
+@dataclass(frozen=True, slots=True)
+class VMPod:
+    """`spec.pod`: the pod that QEMU runs in.
+
+    selector         its labels, as `name=value,…`
+    container        the container of QEMU; None: `cpu` is None too
+    cpu              how the container's CPU follows the count; None: it is left alone
+    timeout_seconds  how long a larger size may be pending
+    """
+
+    selector: str
+    container: str | None = None
+    cpu: PodCPU | None = None
+    timeout_seconds: int = 60
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """`spec`, as far as the operator uses it (the API server checks the limits of `vcpus`).
 
@@ -136,6 +170,7 @@ class Spec:
     guest_agent: GuestAgent | None = None
     unplug: Unplug = Unplug()
     suspend: bool = False
+    pod: VMPod | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class AggregatedAPI(Cluster):
         answer = await self._request("GET", path, query=query)
         return [_placed(each) for each in understood(path, answer, _Sets).items]
 
-    async def list_pods(self, namespace: str, label_selector: str, node_name: str | None) -> list[HTTPPod]:
+    async def ready_pods(self, namespace: str, label_selector: str, node_name: str | None) -> list[HTTPPod]:
         """The ready pods of a namespace, on a node or anywhere, that have a port named `http`."""
         path = f"/api/v1/namespaces/{namespace}/pods"
         query = [("labelSelector", label_selector)]

@@ -59,6 +59,7 @@ NO_ANSWER: Final = "<error>"
 """Instead of an HTTP status if there was no response; as in client-go."""
 
 _MERGE_PATCH: Final = "application/merge-patch+json"
+_STRATEGIC_MERGE_PATCH: Final = "application/strategic-merge-patch+json"
 _LEASES: Final = "coordination.k8s.io/v1"
 
 _NO_JSON: Final = (ValueError, RecursionError)
@@ -76,6 +77,10 @@ class _ListMetadata(msgspec.Struct):
 class _Page(msgspec.Struct):
     items: list[dict[str, Any]]
     metadata: _ListMetadata
+
+
+class _Items(msgspec.Struct):
+    items: list[dict[str, Any]]
 
 
 class _Secret(msgspec.Struct):
@@ -229,6 +234,30 @@ class Cluster:
         """
         path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
         return understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
+
+    async def list_pods(self, namespace: str, selector: str) -> builtins.list[Mapping[str, Any]]:
+        """The pods with these labels.
+
+        Raises:
+            Forbidden: this process may not list pods there.
+            APIError: anything else.
+        """
+        path = f"/api/v1/namespaces/{namespace}/pods"
+        query = [("labelSelector", selector)]
+        return builtins.list(understood(f"GET {path}", await self._request("GET", path, query=query), _Items).items)
+
+    async def resize_pod(self, namespace: str, name: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Apply a strategic merge patch to `pods/resize`; returns the pod.
+
+        Raises:
+            Rejected: the size is not valid, or (Forbidden) exceeds a quota, or this process may not do it.
+            Conflict: another pod has this name now.
+            ObjectGone: there is no such pod.
+            APIError: anything else; it may have been resized nevertheless.
+        """
+        path = f"/api/v1/namespaces/{namespace}/pods/{name}/resize"
+        self._require_permit()
+        return await self._request("PATCH", path, body=patch, content_type=_STRATEGIC_MERGE_PATCH)
 
     def _require_permit(self) -> None:
         if self._permit is not None:

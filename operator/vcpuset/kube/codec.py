@@ -30,6 +30,7 @@ from vcpuset.domain.resource import (
     Connection,
     GuestAgent,
     Monitor,
+    PodCPU,
     Request,
     Spec,
     Status,
@@ -39,7 +40,9 @@ from vcpuset.domain.resource import (
     UnplugPolicy,
     Unsupported,
     VCPUSet,
+    VMPod,
 )
+from vcpuset.kube.quantity import millicores
 
 __all__ = ["API_VERSION", "GROUP", "KIND", "PLURAL", "VERSION", "InvalidObject", "decode", "describe", "encode_status"]
 
@@ -111,12 +114,29 @@ class _Unplug(msgspec.Struct, rename="camel"):
     retry_seconds: _Seconds = _UNPLUG.retry_seconds
 
 
+class _Selector(msgspec.Struct, rename="camel"):
+    match_labels: dict[str, str]
+
+
+class _PodCPU(msgspec.Struct):
+    per_vcpu: str | int = msgspec.field(name="perVCPU")
+    overhead: str | int = 0
+
+
+class _Pod(msgspec.Struct, rename="camel"):
+    selector: _Selector
+    container: str | None = None
+    cpu: _PodCPU | None = None
+    timeout_seconds: _Seconds = 60
+
+
 class _Spec(msgspec.Struct):
     vcpus: _Count
     monitor: _Monitor
     guest_agent: _GuestAgent | None = msgspec.field(default=None, name="guestAgent")
     unplug: _Unplug = msgspec.field(default_factory=_Unplug)
     suspend: bool = False
+    pod: _Pod | None = None
 
 
 class _Request(msgspec.Struct, rename="camel"):
@@ -209,7 +229,7 @@ def _created_at(stamp: str) -> datetime:
 def _spec(raw: object) -> Spec:
     try:
         wire = msgspec.convert(raw, _Spec)
-        monitor = _monitor(wire.monitor)
+        monitor, pod = _monitor(wire.monitor), _pod(wire.pod)
     except ValueError as error:
         message = (
             f"{_words(error, 'spec')}. This version of the operator does not support it and leaves the machine alone: "
@@ -229,6 +249,7 @@ def _spec(raw: object) -> Spec:
             retry_seconds=wire.unplug.retry_seconds,
         ),
         suspend=wire.suspend,
+        pod=pod,
     )
 
 
@@ -245,6 +266,29 @@ def _monitor(wire: _Monitor) -> Monitor:
             raise ValueError("Expected exactly one of `tls` and `insecure: true` - at `$.monitor.tcp`")
         case _:
             raise ValueError("Expected exactly one of `unix` and `tcp` - at `$.monitor`")
+
+
+def _pod(wire: _Pod | None) -> VMPod | None:
+    if wire is None:
+        return None
+    selector = ",".join(f"{name}={value}" for name, value in sorted(wire.selector.match_labels.items()))
+    if not selector:
+        # It would be all pods.
+        raise ValueError("Expected at least one label - at `$.pod.selector.matchLabels`")
+    cpu = None
+    if wire.cpu is not None:
+        if wire.container is None:
+            raise ValueError("Expected the container of QEMU, because of `cpu` - at `$.pod.container`")
+        cpu = PodCPU(_quantity(wire.cpu.per_vcpu, "perVCPU"), _quantity(wire.cpu.overhead, "overhead"))
+        if cpu.per_vcpu < 1:
+            raise ValueError("Expected at least 1m - at `$.pod.cpu.perVCPU`")
+    return VMPod(selector, wire.container, cpu, wire.timeout_seconds)
+
+
+def _quantity(raw: str | int, field: str) -> int:
+    if (value := millicores(raw)) is None:
+        raise ValueError(f"{raw!r} is no CPU quantity, such as 500m or 2 - at `$.pod.cpu.{field}`")
+    return value
 
 
 def _status(raw: object) -> Status:

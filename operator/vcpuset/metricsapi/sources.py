@@ -110,7 +110,7 @@ class Sources:
         namespace = self._controllers if node_name is None else self._agents
         place = f"namespace {namespace}" if node_name is None else f"namespace {namespace} on node {node_name}"
         try:
-            pods = await self._cluster.list_pods(namespace, _PODS, node_name)
+            pods = await self._cluster.ready_pods(namespace, _PODS, node_name)
         except APIError as error:
             return UnknownValue(f"the pods in {place} cannot be listed: {error}")
         return pods or UnknownValue(f"no pod of the operator is ready in {place}")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness.cache import REPOSITORY
-from vcpuset.cli.manifests import FIELDS, Choice, InvalidManifest, Manifest, Number, read
+from vcpuset.cli.manifests import FIELDS, Choice, CPUQuantity, InvalidManifest, Labels, Manifest, Number, read
 from vcpuset.domain.resource import TLS, Request, TCPMonitor, UnixMonitor, UnplugPolicy
 
 __all__: list[str] = []
@@ -256,7 +256,12 @@ def _fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(entry: dict[str, Any]) -> object:
-    match entry["type"]:
+    match entry.get("type"):
+        case None:
+            assert entry["x-kubernetes-int-or-string"]
+            return CPUQuantity()
+        case "object" if "additionalProperties" in entry:
+            return Labels()
         case "object":
             return _fields(entry)
         case "integer":

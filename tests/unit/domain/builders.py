@@ -7,11 +7,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from vcpuset.domain.assessment import Assessment, assess
+from vcpuset.domain.assessment import Assessment, assess, with_pod
 from vcpuset.domain.errors import CommandError
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost, Slot
+from vcpuset.domain.pod import PodFindings
 from vcpuset.domain.requests import CPU
 from vcpuset.domain.resource import (
     UID,
@@ -25,6 +26,7 @@ from vcpuset.domain.resource import (
     Unplug,
     UnplugPolicy,
     VCPUSet,
+    VMPod,
 )
 
 __all__ = [
@@ -123,6 +125,7 @@ def a_spec(
     suspend: bool = False,
     connection: Connection = Connection.ON_DEMAND,
     agent: GuestAgent | None = None,
+    pod: VMPod | None = None,
 ) -> Spec:
     """A spec with the API's defaults."""
     return Spec(
@@ -132,6 +135,7 @@ def a_spec(
         agent,
         Unplug(policy, boot_vcpus, timeout, retry),
         suspend,
+        pod,
     )
 
 
@@ -154,6 +158,7 @@ def findings_of(
     reset: datetime | None = None,
     guest: GuestReport | None = None,
     plugged: datetime | None = None,
+    pod: PodFindings | None = None,
 ) -> Findings:
     """What a pass knows at its end. `started` is by default when the earliest of the requests was made."""
     requests = tuple(requests)
@@ -169,6 +174,7 @@ def findings_of(
         reset=reset,
         guest=guest,
         plugged=plugged,
+        pod=pod,
     )
     if started is None and requests:
         started = min(request.requested_at for request in requests)
@@ -176,5 +182,6 @@ def findings_of(
 
 
 def assessment_on(spec: Spec, machine: Machine, requests: Iterable[Request] = (), **known: Any) -> Assessment:
-    """`assess` for `findings_of` these."""
-    return assess(findings_of(spec, machine, requests, **known))
+    """`assess` and `with_pod` for `findings_of` these."""
+    findings = findings_of(spec, machine, requests, **known)
+    return with_pod(assess(findings), findings)

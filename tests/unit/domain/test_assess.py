@@ -40,6 +40,7 @@ from vcpuset.domain.errors import (
 )
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer
+from vcpuset.domain.pod import PodFindings
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.requests import cpu_of
 from vcpuset.domain.resource import BootVCPUs, GuestAgent, Spec, UnplugPolicy
@@ -83,6 +84,12 @@ class Said:
     says: str
     event: Literal["Normal", "Warning"] = "Normal"
     due: float | None = None
+
+
+def on_pod(declared: int, sufficient_for: int, reason: Reason, seconds: float | None = None) -> Assessment:
+    """What is reported of a machine of two vCPUs whose pod has this trouble."""
+    due = None if seconds is None else NOW + timedelta(seconds=seconds)
+    return assessment_on(a_spec(declared), a_machine(), pod=PodFindings(sufficient_for, (reason, "words"), due))
 
 
 CASES = {
@@ -573,6 +580,46 @@ CASES = {
     "a spec of a newer version, which no later look can obey": (
         failure(UnsupportedSpec("spec.unplug.policy: Invalid enum value 'Sometimes'")),
         Said(Reason.UNSUPPORTED_SPEC, State.STALLED, RequeuePolicy.RESYNC, "spec.unplug.policy: Invalid", "Warning"),
+    ),
+    "the pod's CPU is being raised": (
+        on_pod(4, 2, Reason.PLUGGING, 0.5),
+        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.RESYNC, "2 vCPUs present, 4 declared; words.", due=0.5),
+    ),
+    "the pod's CPU is being raised, and the machine has what was declared": (
+        on_pod(2, 2, Reason.PLUGGING, 0.5),
+        Said(Reason.CONVERGED, State.READY, RequeuePolicy.RESYNC, "QEMU has 2 vCPUs, as declared."),
+    ),
+    "the pod allows some of the missing vCPUs, which were not plugged": (
+        on_pod(4, 3, Reason.PLUGGING, 0.5),
+        Said(Reason.PLUGGING, State.RECONCILING, RequeuePolicy.RETRY, "2 vCPUs present, 4 declared; "),
+    ),
+    "no pod": (
+        on_pod(4, 0, Reason.POD_NOT_FOUND),
+        Said(Reason.POD_NOT_FOUND, State.RECONCILING, RequeuePolicy.RETRY, "4 declared; words.", "Warning"),
+    ),
+    "no pod, and the machine has what was declared": (
+        on_pod(2, 0, Reason.POD_NOT_FOUND),
+        Said(Reason.POD_NOT_FOUND, State.RECONCILING, RequeuePolicy.RETRY, "2 declared; words.", "Warning"),
+    ),
+    "no pod, and too many vCPUs": (
+        on_pod(1, 0, Reason.POD_NOT_FOUND),
+        Said(Reason.UNPLUGGING, State.RECONCILING, RequeuePolicy.RETRY, "unplug requests follow"),
+    ),
+    "two pods": (
+        on_pod(4, 0, Reason.POD_AMBIGUOUS),
+        Said(Reason.POD_AMBIGUOUS, State.RECONCILING, RequeuePolicy.RETRY, "words", "Warning"),
+    ),
+    "the pod's node has no room": (
+        on_pod(4, 2, Reason.POD_RESIZE_DEFERRED, 5),
+        Said(Reason.POD_RESIZE_DEFERRED, State.RECONCILING, RequeuePolicy.RESYNC, "words", "Warning", due=5),
+    ),
+    "the pod's node is too small": (
+        on_pod(4, 2, Reason.POD_RESIZE_INFEASIBLE, 60),
+        Said(Reason.POD_RESIZE_INFEASIBLE, State.STALLED, RequeuePolicy.RESYNC, "words", "Warning", due=60),
+    ),
+    "the pod's size is refused": (
+        on_pod(4, 2, Reason.POD_RESIZE_REFUSED, 60),
+        Said(Reason.POD_RESIZE_REFUSED, State.STALLED, RequeuePolicy.RESYNC, "words", "Warning", due=60),
     ),
     "no Secret, which nobody would tell of when it comes": (
         failure(CredentialsUnavailable("there is no Secret team-a/monitor")),

@@ -19,6 +19,7 @@ from vcpuset.domain.guest import GuestCPUs
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.cache import Cache
+from vcpuset.kube.pods import Pods
 from vcpuset.qmp.session import SETTLE_SECONDS
 from vcpuset.reporter import Reporter
 from vcpuset.runtime.workers import Done, Result, Retry
@@ -220,6 +221,7 @@ class World:
             reporter=Reporter(self.cache, self.api, self.recorder, lambda: self.wall, self._enqueue),
             monitors=self._monitors,
             guests=self._guests,
+            pods=Pods(self.api),
             enqueue=self._enqueue,
             others_wait=lambda: self.others_wait,
             resync_seconds=RESYNC_SECONDS,
