@@ -99,6 +99,7 @@ class Pass:
     vcpuset   the set at the start of this pass, or as last written
     session   with its monitor, once that is open
     machine   as last observed
+    pod       what its pod allows; None: the set names none
     until     loop time after which the rest of the changes is left to the next pass, so that other sets get their turn
     """
 
@@ -157,12 +158,12 @@ class Pass:
     async def _converge(self) -> Assessment:
         """Observe, plan, act, observe again, report."""
         self._note(await self.session.observe())
-        found = self.services.ownership.claim_machine(self.vcpuset, self.session.peer, self.machine)
-        if found is not None:
+        ownership = self.services.ownership
+        if (found := ownership.claim_machine(self.vcpuset, self.session.peer, self.machine)) is not None:
             owner, evidence = found
             await self.services.monitors.release(self.uid)
             return await self._report(conflict_over_machine(self._name(owner), evidence))
-        if self.services.ownership.older_comes_first(self.vcpuset):
+        if ownership.older_comes_first(self.vcpuset):
             await self.services.monitors.release(self.uid)
             raise Later
         self._hear()
@@ -262,8 +263,7 @@ class Pass:
             # Anything else to request is new, and can wait for the next pass.
             if self.blocked is not None or not rejected or self.loop.time() >= self.until:
                 return
-            slots = plan(self._findings()).unplug
-            if not slots:
+            if not (slots := plan(self._findings()).unplug):
                 return
 
     async def _request(self, slots: tuple[Slot, ...]) -> bool:
@@ -302,8 +302,7 @@ class Pass:
     def _stops(self, until: float) -> bool:
         """Whether the rest is left to the next pass: the set has gone or declares something else, or time is up."""
         newest = self.services.cache.get(self.uid)
-        superseded = newest is None or newest.generation != self.vcpuset.generation
-        return superseded or self.loop.time() >= until
+        return newest is None or newest.generation != self.vcpuset.generation or self.loop.time() >= until
 
     # --- what is known, what it means, what is reported -------------------------------------------------------------
 
@@ -387,8 +386,10 @@ class Pass:
     async def _report(
         self, assessment: Assessment, findings: Findings | None = None, *, must: bool = False
     ) -> Assessment:
-        """Report; without findings the counts of the last observation are kept."""
+        """Report, and adopt the count if none stands; without findings the counts of the last observation are kept."""
         self.vcpuset = await self.services.reporter.report(self.vcpuset, assessment, self.memory, findings, must=must)
+        if assessment.reason is Reason.ADOPTING:
+            await self.services.reporter.adopt(self.vcpuset)
         return assessment
 
     def _name(self, owner: UID) -> str:

@@ -1,4 +1,4 @@
-"""Writes the status of a set, and reports changes once, in an Event and in the log.
+"""Writes the status of a set, and its count if it has none, and reports changes once, in an Event and in the log.
 
 A status is written when it differs from the known one. Progress of a change is written at growing intervals, so that a
 change of less than three seconds costs a fixed number of writes, however many CPUs it plugs or unplugs.
@@ -31,6 +31,9 @@ PROGRESS_SECONDS = (3.0, 10.0, 30.0)
 
 _PROGRESS = frozenset({Reason.PLUGGING, Reason.UNPLUGGING, Reason.UNPLUG_PENDING})
 """No Event is needed: its end is reported, or what blocks it."""
+
+_UNTROUBLED = _PROGRESS | {Reason.ADOPTING}
+"""Nothing was wrong, so that its end is no news."""
 
 
 class Reporter:
@@ -87,6 +90,10 @@ class Reporter:
         self._announce(written, vcpuset.status, assessment, memory)
         return written
 
+    async def adopt(self, vcpuset: VCPUSet) -> None:
+        """Make the reported count the declared one, within the bounds. Raises APIError; Conflict: one may stand now."""
+        await self._cluster.write_count(vcpuset, vcpuset.spec.within_bounds(vcpuset.status.vcpus or 0))
+
     def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, memory: Memory) -> None:
         """Report a change once, in the log and as an Event, not at each attempt."""
         ready, old = vcpuset.status.ready, before.ready
@@ -98,7 +105,7 @@ class Reporter:
             level = logging.WARNING if assessment.event_type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", assessment.reason, assessment.message)
         # Converged is news after a change was carried out, or after something was wrong.
-        recovered = converged and old is not None and old.reason not in _PROGRESS
+        recovered = converged and old is not None and old.reason not in _UNTROUBLED
         if done or (changed and assessment.reason not in _PROGRESS and (not converged or recovered)):
             self._post(vcpuset, assessment.event_type, assessment.reason, "Reconcile", assessment.message)
         if converged:

@@ -1,4 +1,4 @@
-"""What an agent can write with its pod's token, as the policies vcpuset-agent-node and vcpuset-agent-events have it."""
+"""What an agent can write with its pod's token, as the policies vcpuset-agent-… have it."""
 
 import http.client
 import json
@@ -13,6 +13,7 @@ import pytest_asyncio
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
 from harness.wait import until
+from harness.world import manifest
 
 __all__: list[str] = []
 
@@ -48,6 +49,10 @@ class Agent:
         """Write the status of a set."""
         return self.ask("PATCH", f"{SETS}/{name}/status", {"status": {"vcpus": 2}})
 
+    def scale(self, name: str, vcpus: int = 2) -> tuple[int, str]:
+        """Write the count of a set."""
+        return self.ask("PATCH", f"{SETS}/{name}/scale", {"spec": {"replicas": vcpus}})
+
 
 async def agent_of(cluster: ControlPlane, node: str) -> Agent:
     """The agent of a node: with the token that the kubelet would give to its pod."""
@@ -56,12 +61,20 @@ async def agent_of(cluster: ControlPlane, node: str) -> Agent:
     return Agent(cluster, made.stdout.strip())
 
 
-async def set_of(cluster: ControlPlane, node: str | None) -> str:
+async def set_of(cluster: ControlPlane, node: str | None, vcpus: int | None = 2) -> str:
     """A new set of a node; its name."""
     name = f"vm-{token_hex(4)}"
-    spec: Json = {"vcpus": 2, "monitor": {"unix": {"path": "vm/qmp.sock"}}, **({"nodeName": node} if node else {})}
-    body = {"apiVersion": "vcpuset.dev/v1alpha1", "kind": "VCPUSet", "metadata": {"name": name}, "spec": spec}
+    body = manifest("default", name, vcpus, nodeName=node)
     assert (await cluster.request("POST", SETS, body)).status == http.client.CREATED
+    return name
+
+
+async def reported_set_of(cluster: ControlPlane, node: str | None, vcpus: int | None = None) -> str:
+    """One whose operator has written its status, and that has no count unless one is given."""
+    name = await set_of(cluster, node, vcpus)
+    status = {"vcpus": 2, "selector": f"vcpuset.dev/name={name}"}
+    answer = await cluster.request("PATCH", f"{SETS}/{name}/status", {"status": status})
+    assert answer.status == http.client.OK
     return name
 
 
@@ -78,11 +91,15 @@ async def cluster() -> AsyncIterator[ControlPlane]:
             body = {"metadata": {"name": f"agent-{node}"}, "spec": {**spec, "nodeName": node}}
             made = await running.request("POST", f"/api/v1/namespaces/{AGENTS}/pods", body)
             assert made.status == http.client.CREATED, made.body
-        foreign = await set_of(running, NODES[1])
+        foreign = await reported_set_of(running, NODES[1])
         agent = await agent_of(running, NODES[0])
 
         async def in_force() -> bool:
-            told = agent.report(foreign)[1], agent.ask("POST", EVENTS, event("x", kind="Pod"))[1]
+            told = (
+                agent.report(foreign)[1],
+                agent.ask("PATCH", f"{SETS}/{foreign}/scale?dryRun=All", {"spec": {"replicas": 2}})[1],
+                agent.ask("POST", EVENTS, event("x", kind="Pod"))[1],
+            )
             return all("ValidatingAdmissionPolicy" in message for message in told)
 
         # The API server takes new roles and policies into force some moments later.
@@ -129,9 +146,7 @@ async def test_an_agent_follows_a_set_that_moves(cluster: ControlPlane) -> None:
     assert there.report(name) == (200, "")
 
 
-async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothing_but_status(
-    cluster: ControlPlane,
-) -> None:
+async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothing_else(cluster: ControlPlane) -> None:
     binding = "too-much"
     account = f"--serviceaccount={AGENTS}:vcpuset-agent"
     await cluster.kubectl("create", "clusterrolebinding", binding, "--clusterrole=vcpuset-edit", account)
@@ -141,7 +156,7 @@ async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothi
     def assert_refused(method: str, path: str, body: Json | None = None) -> None:
         status, message = agent.ask(method, path, body)
         assert status == http.client.FORBIDDEN, message
-        assert "an agent may only write the status of a VCPUSet" in message
+        assert "an agent may only write the status of a VCPUSet, and its count while none is set" in message
 
     async def in_force() -> bool:
         return "cannot delete resource" not in agent.ask("DELETE", f"{SETS}/{name}")[1]
@@ -151,7 +166,7 @@ async def test_an_agent_that_was_given_more_rights_by_mistake_still_writes_nothi
         assert_refused("DELETE", f"{SETS}/{name}")
         assert_refused("DELETE", SETS)
         assert_refused("PATCH", f"{SETS}/{name}", {"spec": {"vcpus": 4}})
-        assert_refused("PATCH", f"{SETS}/{name}/scale", {"spec": {"replicas": 4}})
+        assert_refused("PATCH", f"{SETS}/{await reported_set_of(cluster, 'node-1')}", {"spec": {"vcpus": 4}})
         spec = {"vcpus": 2, "nodeName": "node-1", "monitor": {"unix": {"path": "vm/qmp.sock"}}}
         body = {"apiVersion": "vcpuset.dev/v1alpha1", "kind": "VCPUSet", "metadata": {"name": "new"}, "spec": spec}
         assert_refused("POST", SETS, body)
@@ -208,6 +223,71 @@ async def test_an_agent_resizes_pods_of_its_own_node_only_and_only_where_the_rol
         return "an agent may only resize a pod" in resize(NODES[0], part="")[1]
 
     await until(refused, 60, lambda: f"the policy: {resize(NODES[0], part='')}", interval=0.5)
+
+
+# --- counts -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_sets_the_count_of_its_own_nodes_sets_once(cluster: ControlPlane) -> None:
+    for node in NODES:
+        agent, name = await agent_of(cluster, node), await reported_set_of(cluster, node)
+        assert agent.scale(name, 2) == (200, "")
+        for vcpus in (2, 3):
+            status, message = agent.scale(name, vcpus)
+            assert status == http.client.FORBIDDEN
+            assert "an agent may not change the count of a VCPUSet" in message
+        assert (await cluster.request("GET", f"{SETS}/{name}")).body["spec"]["vcpus"] == 2
+
+
+async def test_an_agent_cannot_change_the_count_of_a_set_that_was_created_with_one(cluster: ControlPlane) -> None:
+    agent = await agent_of(cluster, "node-1")
+    status, message = agent.scale(await reported_set_of(cluster, "node-1", 2), 3)
+    assert status == http.client.FORBIDDEN
+    assert "an agent may not change the count of a VCPUSet; it may only set it while spec.vcpus is not set" in message
+
+
+@pytest.mark.parametrize(("node", "whose"), [("node-2", "node node-2"), (None, "no node")])
+async def test_an_agent_cannot_set_the_count_of_anothers_set(
+    cluster: ControlPlane, node: str | None, whose: str
+) -> None:
+    agent, name = await agent_of(cluster, "node-1"), await reported_set_of(cluster, node)
+    # Its own set in the same namespace makes no difference.
+    assert agent.scale(await reported_set_of(cluster, "node-1")) == (200, "")
+    status, message = agent.scale(name)
+    assert status == http.client.FORBIDDEN
+    assert f"the agent of node node-1 may not set the count of a VCPUSet of {whose}" in message
+    assert "vcpus" not in (await cluster.request("GET", f"{SETS}/{name}")).body["spec"]
+
+
+async def test_an_agent_cannot_set_a_count_before_a_status_has_been_written(cluster: ControlPlane) -> None:
+    # Of a set that was created this moment, the API server may not know the node yet when it asks its policies.
+    agent = await agent_of(cluster, "node-1")
+    status, message = agent.scale(await set_of(cluster, "node-1", None))
+    assert status == http.client.FORBIDDEN
+    assert "an agent may not set the count of a VCPUSet before its status has been written" in message
+    assert agent.scale(await set_of(cluster, "node-2", None))[0] == http.client.FORBIDDEN
+
+
+async def test_a_token_that_is_bound_to_no_pod_sets_no_count(cluster: ControlPlane) -> None:
+    made = await cluster.kubectl("create", "token", "vcpuset-agent", "-n", AGENTS)
+    for node in ("node-1", None):
+        status, message = Agent(cluster, made.stdout.strip()).scale(await reported_set_of(cluster, node))
+        assert status == http.client.FORBIDDEN
+        assert "the agent's token names no node" in message
+
+
+async def test_a_count_that_is_removed_may_be_set_once_more(cluster: ControlPlane) -> None:
+    agent, name = await agent_of(cluster, "node-1"), await reported_set_of(cluster, "node-1")
+    assert agent.scale(name) == (200, "")
+    await cluster.request("PATCH", f"{SETS}/{name}", {"spec": {"vcpus": None}})
+    assert agent.scale(name) == (200, "")
+
+
+async def test_the_policies_of_the_agents_hinder_nobody_else(cluster: ControlPlane) -> None:
+    for name in (await set_of(cluster, "node-1", None), await reported_set_of(cluster, None, 2)):
+        for vcpus in (3, 4):
+            body = {"spec": {"replicas": vcpus}}
+            assert (await cluster.request("PATCH", f"{SETS}/{name}/scale", body)).status == http.client.OK
 
 
 # --- Events -------------------------------------------------------------------------------------------------------

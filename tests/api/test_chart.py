@@ -184,7 +184,7 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("agent.affinity", {"nodeAffinity": {"x": "y"}}, "affinity:\n        nodeAffinity:\n          x: y\n"),
     ("agent.podAnnotations", {"team": "hv"}, "team: hv\n"),
     ("agent.podLabels", {"team": "hv"}, "team: hv\n"),
-    ("controller.namespace.name", "control", "name: vcpuset-controller\n  namespace: control\n"),
+    ("controller.namespace.name", "control", "username == 'system:serviceaccount:control:vcpuset-controller'"),
     ("controller.replicas", 3, "replicas: 3\n"),
     ("controller.shards", ["b"], "- --leader-elect-name=vcpuset-controller-b\n"),
     ("controller.allowTCP", ["2001:db8::/32"], "- --allow-tcp=2001:db8::/32\n"),

@@ -251,13 +251,6 @@ async def test_a_monitor_cannot_be_moved_onto_the_agents_socket(sets: Sets) -> N
     assert "must not be the socket of the monitor" in refusal
 
 
-async def test_a_count_that_disappears_from_an_applied_manifest_is_refused_and_the_old_one_stays(sets: Sets) -> None:
-    await sets.kubectl("apply", "-f", "-", input=vcpuset())
-    refusal = await sets.refused("apply", "-f", "-", input=vcpuset(vcpus=None))
-    assert "spec.vcpus: Required value" in refusal
-    assert (await sets.get())["spec"]["vcpus"] == 4
-
-
 async def test_a_guard_rail_cannot_be_moved_past_the_count(sets: Sets) -> None:
     await sets.create(vcpuset())
     refusal = await sets.refused("patch", "vcs", "vm", "--type=merge", "-p", '{"spec": {"maxVCPUs": 3}}')

@@ -98,8 +98,9 @@ async def test_kubernetes_own_type_check_finds_no_fault_in_the_policies(cluster:
     async with ControllerManager(cluster, ["validatingadmissionpolicy-status-controller"]):
         await until(checked, 60, "the types of all policies to be checked")
     found = {name: policy["status"]["typeChecking"] for name, policy in (await policies()).items()}
-    agents = ("vcpuset-agent-events", "vcpuset-agent-node", "vcpuset-agent-pods", "vcpuset-agent-vm-pods")
-    assert found == {name: {} for name in (*agents, "vcpuset-insecure-monitor")}
+    agents = ("adoption", "events", "node", "pods", "vm-pods")
+    ours = (*(f"vcpuset-agent-{each}" for each in agents), "vcpuset-controller-adoption", "vcpuset-insecure-monitor")
+    assert found == {name: {} for name in ours}
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda path: path.name)

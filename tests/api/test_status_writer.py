@@ -13,7 +13,7 @@ from harness import selectors
 from harness.controlplane import ControlPlane
 from harness.wait import until
 from harness.world import User
-from vcpuset.domain.errors import APIError, Conflict, ObjectGone
+from vcpuset.domain.errors import APIError, Conflict, NotLeading, ObjectGone
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.resource import UID, Condition, Request, Status, VCPUSet
 from vcpuset.kube import cluster as cluster_module
@@ -119,6 +119,34 @@ async def test_a_status_made_from_an_older_version_is_a_conflict(cluster: Cluste
     body = (await sets.get("web")).body
     assert body["spec"]["vcpus"] == 7
     assert body["status"] == {"observedGeneration": -1}
+
+
+async def test_a_count_is_written_through_the_scale_subresource(cluster: Cluster, sets: User) -> None:
+    await sets.create("web", vcpus=None)
+    await cluster.write_count(await only(cluster, sets.namespace), 3)
+    body = (await sets.get("web")).body
+    assert (body["spec"]["vcpus"], body["metadata"]["generation"]) == (3, 2)
+
+
+async def test_a_count_for_an_older_version_is_a_conflict(cluster: Cluster, sets: User) -> None:
+    await sets.create("web", vcpus=None)
+    old = await only(cluster, sets.namespace)
+    await sets.scale("web", 7)
+    with pytest.raises(Conflict, match=r"PATCH .*/web/scale: HTTP 409: .*the object has been modified"):
+        await cluster.write_count(old, 3)
+    assert (await sets.get("web")).body["spec"]["vcpus"] == 7
+
+
+async def test_a_count_is_not_written_without_the_lead(cluster: Cluster, sets: User) -> None:
+    def refuse() -> None:
+        raise NotLeading("the lease is lost")
+
+    await sets.create("web", vcpus=None)
+    vcpuset = await only(cluster, sets.namespace)
+    cluster.guard(refuse)
+    with pytest.raises(NotLeading):
+        await cluster.write_count(vcpuset, 3)
+    assert "vcpus" not in (await sets.get("web")).body["spec"]
 
 
 async def test_a_set_that_is_gone_cannot_be_written_nor_can_its_successor_by_mistake(

@@ -86,13 +86,13 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
                 for socket in machine.monitors:
                     shared(socket)
                 if name in NODES:
-                    await user.create(name, vcpus=2, monitor="qmp.sock", nodeName=name)
+                    await user.create(name, vcpus=None, monitor="qmp.sock", nodeName=name)
                 else:
                     host, port = machine.tcp_address
                     tcp = {"host": host, "port": port, "tls": {"secretName": "monitor"}}
-                    await user.create(name, vcpus=2, monitor=tcp)
+                    await user.create(name, vcpus=None, monitor=tcp)
             for name, machine in machines.items():
-                await user.wait_ready(name)
+                assert (await user.wait_ready(name)).body["spec"]["vcpus"] == 2
                 await user.change(name, vcpus=4)
                 await user.wait_ready(name)
                 # Converged twice for one generation, so that there is an Event with a count.

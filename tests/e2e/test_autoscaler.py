@@ -130,7 +130,7 @@ class Scaled:
     async def declared(self, vcpus: int) -> Seen:
         """Wait until the autoscaler has declared this count."""
         return await self.user.wait(
-            self.name, lambda seen: bool(seen.body["spec"]["vcpus"] == vcpus), f"spec.vcpus {vcpus}", WAIT_SECONDS
+            self.name, lambda seen: bool(seen.body["spec"].get("vcpus") == vcpus), f"spec.vcpus {vcpus}", WAIT_SECONDS
         )
 
     async def settles(self, vcpus: int) -> None:
@@ -289,6 +289,26 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
         await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
         await web.settles(4)
         assert (await user.get("web")).body["spec"]["unplug"]["retrySeconds"] == 77
+
+
+async def test_a_set_without_a_count_is_adopted_and_then_follows_the_metric(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
+    manifest = PAGE.manifest("VCPUSet", "web")
+    del manifest["spec"]["vcpus"]
+    await web.apply(manifest)
+    await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
+    message = await web.says("web-by-load", "AbleToScale", "False", "FailedGetScale")
+    assert 'the spec replicas field ".spec.vcpus" does not exist' in message
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
+        web.control = machine.control
+        await web.settles(4)
+        manifest["spec"]["unplug"] = {"retrySeconds": 77}
+        await web.apply(manifest)
+        await web.settles(4)
+        assert web.changes() == 1
 
 
 async def test_a_count_that_a_client_side_apply_overwrites_is_put_back_by_the_autoscaler(

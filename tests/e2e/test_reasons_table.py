@@ -70,13 +70,14 @@ REMEDIES = {
 """What the message of a set says that helps."""
 
 ELSEWHERE = {
+    Reason.ADOPTING,
     Reason.CONTESTED,
     Reason.GUEST_CPUS_OFFLINE,
     Reason.TERMINATING,
     Reason.UNSUPPORTED_SPEC,
     *(reason for reason in Reason if reason.startswith("Pod")),
 }
-"""Reasons whose cause takes a story, a booted guest with an agent, a finalizer, another definition, or a pod."""
+"""Reasons that pass at once, or whose cause takes a story, a guest with an agent, a finalizer, a pod, another CRD."""
 
 FOR_EVER = {"timeoutSeconds": 3600, "retrySeconds": 3600}
 SHORT = {"timeoutSeconds": 1, "retrySeconds": 3600}

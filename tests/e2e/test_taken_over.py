@@ -41,7 +41,11 @@ SERIES: Final[Json] = {"series": {"count": 9, "lastObservedTime": "2026-01-01T00
 
 @dataclass(frozen=True)
 class World:
-    """A cluster with both shapes installed; in `namespace` a set of each node and one without, named for that."""
+    """A cluster with both shapes installed.
+
+    In `namespace` are a set of each node and one without, named for that, and one of node-b without a count, as its
+    machine cannot be observed.
+    """
 
     control_plane: ControlPlane
     nodes: Nodes
@@ -72,6 +76,8 @@ async def world() -> AsyncIterator[World]:
         for name in ("node-a", "node-b", "nobody"):
             body = manifest(namespace, name, nodeName=None if name == "nobody" else name)
             assert (await control_plane.request("POST", SETS.format(ns=namespace), body)).status == 201
+        body = manifest(namespace, "without-count", None, nodeName="node-b")
+        assert (await control_plane.request("POST", SETS.format(ns=namespace), body)).status == 201
         for kind, data in (("secrets", "stringData"), ("configmaps", "data")):
             body = {"metadata": {"name": "private"}, data: {"key": "value"}}
             answer = await control_plane.request("POST", f"/api/v1/namespaces/{namespace}/{kind}", body)
@@ -85,12 +91,13 @@ async def world() -> AsyncIterator[World]:
 
 
 async def refused(world: World) -> bool:
-    """Whether each policy refuses what it should."""
+    """Whether each policy refuses what it should; that of counts, once the agent of node-b has written the status."""
     asked = [
         await world.ask(world.agent(), "PATCH", f"{SETS}/node-b/status", {"status": {"vcpus": 1}}),
+        await world.ask(world.agent(), "PATCH", f"{SETS}/without-count/scale?dryRun=All", {"spec": {"replicas": 9}}),
         await world.ask(world.agent(), "POST", EVENTS, event(world.namespace, reportingInstance="other")),
     ]
-    return all(answer.status == 403 for answer in asked)
+    return all(answer.status == 403 for answer in asked) and "may not set the count" in asked[1].body["message"]
 
 
 def event(namespace: str, **other: Any) -> Json:
@@ -142,7 +149,16 @@ AGENT: Final[dict[str, tuple[str, str, Json | None, str]]] = {
     "the count of its own set": ("PATCH", f"{SETS}/node-a", {"spec": {"vcpus": 9}}, "cannot patch"),
     "the node of its own set": ("PATCH", f"{SETS}/node-a", {"spec": {"nodeName": "node-b"}}, "cannot patch"),
     "pulling a set to its node": ("PATCH", f"{SETS}/node-b", {"spec": {"nodeName": "node-a"}}, "cannot patch"),
-    "the scale of its own set": ("PATCH", f"{SETS}/node-a/scale", {"spec": {"replicas": 9}}, "cannot patch"),
+    "the scale of its own set": (
+        "PATCH", f"{SETS}/node-a/scale", {"spec": {"replicas": 9}}, "an agent may not change the count of a VCPUSet",
+    ),
+    "the scale of another node's set": ("PATCH", f"{SETS}/node-b/scale", {"spec": {"replicas": 9}}, POLICY),
+    "the first count of another node's set": (
+        "PATCH", f"{SETS}/without-count/scale", {"spec": {"replicas": 9}},
+        "the agent of node node-a may not set the count of a VCPUSet of node node-b",
+    ),
+    "the same as a replacement": ("PUT", f"{SETS}/without-count/scale", {}, "cannot update"),
+    "reading a scale": ("GET", f"{SETS}/node-a/scale", None, "cannot get"),
     "labels of its own set": ("PATCH", f"{SETS}/node-a", {"metadata": {"labels": {"a": "b"}}}, "cannot patch"),
     "a finalizer": ("PATCH", f"{SETS}/node-a", {"metadata": {"finalizers": ["a.b/c"]}}, "cannot patch"),
     "deleting its own set": ("DELETE", f"{SETS}/node-a", None, "cannot delete"),
@@ -278,7 +294,6 @@ async def test_a_token_ends_with_its_pod(world: World) -> None:
 
 CONTROLLER: Final[dict[str, tuple[str, str, Json | None]]] = {
     "a count": ("PATCH", f"{SETS}/nobody", {"spec": {"vcpus": 9}}),
-    "a scale": ("PATCH", f"{SETS}/nobody/scale", {"spec": {"replicas": 9}}),
     "a finalizer": ("PATCH", f"{SETS}/nobody", {"metadata": {"finalizers": ["a.b/c"]}}),
     "deleting a set": ("DELETE", f"{SETS}/nobody", None),
     "a new set": ("POST", SETS, {}),
@@ -300,6 +315,13 @@ async def test_the_controller_is_refused(world: World, attempt: str) -> None:
     method, path, body = CONTROLLER[attempt]
     answer = await world.ask(world.controller(), method, path, body)
     assert (answer.status, "cannot" in answer.body["message"]) == (403, True)
+
+
+async def test_the_controller_changes_no_count_that_is_set(world: World) -> None:
+    for name in ("nobody", "node-a"):
+        answer = await world.ask(world.controller(), "PATCH", f"{SETS}/{name}/scale", {"spec": {"replicas": 9}})
+        assert answer.status == 403
+        assert "the controller may not change the count of a VCPUSet" in answer.body["message"]
 
 
 async def test_the_controller_gets_a_secret_by_name_where_the_role_is_bound_and_cannot_list_there(world: World) -> None:

@@ -36,6 +36,7 @@ SECONDS: Final = {
     "tests/api/test_health.py": 25,
     "tests/api/test_manifests.py": 25,
     "tests/api/test_pod_security.py": 25,
+    "tests/e2e/test_adoption.py": 20,
     "tests/unit/reconciler/test_laws.py": 20,
     "tests/qmp/test_fuzz.py": 20,
 }

@@ -24,7 +24,7 @@ WAIT_SECONDS = 90.0
 def manifest(
     namespace: str,
     name: str,
-    vcpus: int = 2,
+    vcpus: int | None = 2,
     monitor: str | Path | tuple[str, int] | Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     connection: Literal["OnDemand", "Persistent"] | None = None,
@@ -32,6 +32,7 @@ def manifest(
 ) -> dict[str, Any]:
     """A VCPUSet; `spec` holds further fields.
 
+    vcpus       None: left out
     monitor     a path below the namespace's folder, host and port, or `spec.monitor.tcp`; None: the path NAME.sock
     connection  `spec.monitor.connection`; None: not given
     """
@@ -51,7 +52,7 @@ def manifest(
         "apiVersion": "vcpuset.dev/v1alpha1",
         "kind": "VCPUSet",
         "metadata": metadata,
-        "spec": {"vcpus": vcpus, "monitor": address, **spec},
+        "spec": {**({} if vcpus is None else {"vcpus": vcpus}), "monitor": address, **spec},
     }
 
 
@@ -126,7 +127,7 @@ class User:
     async def create(
         self,
         name: str,
-        vcpus: int = 2,
+        vcpus: int | None = 2,
         monitor: str | Path | tuple[str, int] | Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
         **spec: Any,
@@ -146,6 +147,10 @@ class User:
     async def patch(self, name: str, patch: Mapping[str, Any]) -> Seen:
         """Change a set by a merge-patch."""
         return Seen(await self._ok("PATCH", f"{self._path}/{name}", patch))
+
+    async def scale(self, name: str, vcpus: int) -> None:
+        """Change the count by the scale subresource, as `kubectl scale` does."""
+        await self._ok("PATCH", f"{self._path}/{name}/scale", {"spec": {"replicas": vcpus}})
 
     async def label(self, name: str, **labels: str) -> Seen:
         """Set labels of a set."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from vcpuset.domain.assessment import assess
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Activity, Machine
-from vcpuset.domain.plan import first_fit, plan
+from vcpuset.domain.plan import Plan, first_fit, plan
 from vcpuset.domain.requests import cpu_of, requested, still_open
 from vcpuset.domain.resource import BootVCPUs, Spec, UnixMonitor, Unplug, UnplugPolicy
 
@@ -30,17 +30,19 @@ def check_decisions(machine: Machine) -> None:
         assert all((slot.path is None) == (slot.thread_id is None) for slot in machine.slots)
     counts = {1, machine.floor, machine.vcpus - 1, machine.vcpus, machine.vcpus + 1, machine.ceiling, 4096}
     for count in sorted(counts - {0}):
-        _check(Spec(count, UnixMonitor("vm.sock")), machine)
+        _check(count, Unplug(), machine)
     for unplug in KEPT:
-        _check(Spec(1, UnixMonitor("vm.sock"), unplug=unplug), machine)
+        _check(1, unplug, machine)
+    assert plan(Findings(spec=Spec(None, UnixMonitor("vm.sock")), machine=machine, now=NOW)) == Plan()
 
 
-def _check(spec: Spec, machine: Machine) -> None:
+def _check(count: int, unplug: Unplug, machine: Machine) -> None:
+    spec = Spec(count, UnixMonitor("vm.sock"), unplug=unplug)
     found = Findings(spec=spec, machine=machine, now=NOW)
     target, step = found.target, plan(found)
     assert machine.floor <= target.count <= machine.ceiling
-    assert target.count <= spec.vcpus or machine.vcpus >= target.count, "more than declared are plugged"
-    assert (target.count == spec.vcpus) == (target.reason is None)
+    assert target.count <= count or machine.vcpus >= target.count, "more than declared are plugged"
+    assert (target.count == count) == (target.reason is None)
     assert not (step.plug and step.unplug)
     if machine.activity is not Activity.CHANGEABLE:
         assert not step.plug

@@ -62,6 +62,19 @@ async def test_a_plug_is_reported_with_its_slots_and_is_not_done(q35: Guest, con
     assert await control.slots() == before
 
 
+async def test_the_count_that_is_adopted_is_told_and_not_written(q35: Guest, control: Raw) -> None:
+    root = q35.monitors[0].parent.parent
+    text = manifest(5).replace("vcpus: 5, ", "")
+    before = await control.count()
+    found = await planned(root, text)
+
+    assert (found["desiredVCPUs"], found["adopt"], found["plug"], found["blockers"]) == (None, before, [], [])
+    assert (found["status"]["reason"], found["expected"]["reason"]) == ("Adopting", "Converged")
+    page = (await vcpuset("plan", "-f", "-", "--socket-root", root, text=text)).stdout
+    assert "Desired:   not set\n" in page
+    assert f"Actions:   set spec.vcpus to {before}\n" in page
+
+
 def credentials(folder: Path) -> tuple[Path, MonitorTLS]:
     """A folder with the client's, and the monitor of a server `vm.example` that lets that client in."""
     authority = Authority()

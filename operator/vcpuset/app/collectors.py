@@ -158,7 +158,7 @@ def _pending(vcpuset: VCPUSet) -> float:
 
 
 _SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] = (
-    ("vcpuset_desired_vcpus", "spec.vcpus, if readable.", lambda vcpuset: vcpuset.spec.vcpus or None),
+    ("vcpuset_desired_vcpus", "spec.vcpus, if set and readable.", lambda vcpuset: vcpuset.spec.vcpus),
     ("vcpuset_current_vcpus", "status.vcpus, once known.", lambda vcpuset: vcpuset.status.vcpus),
     ("vcpuset_online_vcpus", "status.onlineVCPUs, while known.", lambda vcpuset: vcpuset.status.online_vcpus),
     ("vcpuset_pending_unplugs", "Unplug requests that the guest may still complete.", _pending),

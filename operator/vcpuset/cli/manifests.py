@@ -78,7 +78,7 @@ _TLS: Final[Mapping[str, Any]] = {"secretName!": str, "serverName": str}
 _UNIX: Final[Mapping[str, Any]] = {"path!": str}
 
 FIELDS: Final[Mapping[str, Any]] = {
-    "vcpus!": _COUNT,
+    "vcpus": _COUNT,
     "minVCPUs": _COUNT,
     "maxVCPUs": _COUNT,
     "nodeName": str,
@@ -205,7 +205,7 @@ def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
     elif namespace and metadata.get("namespace", namespace) != namespace:
         yield f"metadata.namespace is {metadata['namespace']!r} and --namespace is {namespace!r}: leave one out."
     if not isinstance(body.get("spec"), dict):
-        yield "spec is missing: set at least spec.vcpus and spec.monitor."
+        yield "spec is missing: set at least spec.monitor."
 
 
 def _spec_problems(spec: Mapping[str, Any]) -> Iterator[str]:
@@ -261,12 +261,12 @@ def _value_problems(value: object, kind: object, where: str) -> Iterator[str]:
 
 
 def _rule_problems(spec: Mapping[str, Any]) -> Iterator[str]:
-    vcpus, least, most = spec["vcpus"], spec.get("minVCPUs"), spec.get("maxVCPUs")
+    vcpus, least, most = spec.get("vcpus"), spec.get("minVCPUs"), spec.get("maxVCPUs")
     if least is not None and most is not None and least > most:
         yield f"spec.minVCPUs is {least} and spec.maxVCPUs {most}: the first must not be more than the second."
-    elif least is not None and vcpus < least:
+    elif vcpus is not None and least is not None and vcpus < least:
         yield f"spec.vcpus is {vcpus}, below spec.minVCPUs: declare at least {least}, or lower spec.minVCPUs."
-    elif most is not None and vcpus > most:
+    elif vcpus is not None and most is not None and vcpus > most:
         yield f"spec.vcpus is {vcpus}, above spec.maxVCPUs: declare at most {most}, or raise spec.maxVCPUs."
     unix, tcp = spec["monitor"].get("unix"), spec["monitor"].get("tcp")
     if (unix is None) == (tcp is None):

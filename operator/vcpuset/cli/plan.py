@@ -240,6 +240,7 @@ def _item(found: PlanResult) -> dict[str, Any]:
         "guest": None if machine is None else guest_document(found.guest, machine, None),
         "desiredVCPUs": vcpuset.spec.vcpus,
         "reachableVCPUs": None if work is None else work.findings.target.count,
+        "adopt": None if work is None else work.adopt,
         "plug": [] if work is None else [{"slot": slot.index} for slot in work.plug],
         "unplug": [] if work is None else [{"slot": slot.index, "path": slot.path} for slot in work.unplug],
         "standby": [] if work is None else [slot.index for slot in work.standby],
@@ -296,7 +297,7 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
     vcpuset, work = found.vcpuset, found.preview
     yield "Monitor", _monitor(vcpuset)
     if work is None or found.observation is None:
-        yield "Desired", _count(vcpuset.spec.vcpus)
+        yield "Desired", _desired(vcpuset)
         if vcpuset.deleting:
             yield "Actions", "none: the VCPUSet has been deleted"
         else:
@@ -308,10 +309,10 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
         yield from guest_facts(found.guest, machine, None)
         target = (
             ""
-            if work.findings.target.count == vcpuset.spec.vcpus
+            if vcpuset.spec.vcpus in {None, work.findings.target.count}
             else f"; currently possible: {work.findings.target.count}"
         )
-        yield "Desired", f"{_count(vcpuset.spec.vcpus)}{target}"
+        yield "Desired", f"{_desired(vcpuset)}{target}"
         yield "Actions", Styled("; ".join(_actions(work)) or "none", "bold")
         if work.standby:
             yield "Standby", _slots(work.standby, in_order=bool(work.unplug))
@@ -326,6 +327,8 @@ def _status(assessment: Assessment) -> Cell:
 
 
 def _actions(work: PlanPreview) -> Iterator[str]:
+    if work.adopt is not None:
+        yield f"set spec.vcpus to {work.adopt}"
     if work.plug:
         yield f"plug {_slots(work.plug)}"
     if work.unplug:
@@ -360,6 +363,10 @@ def _monitor(vcpuset: VCPUSet) -> str:
             return str(TCPEndpoint(host, port))
         case Unsupported(message):
             return message
+
+
+def _desired(vcpuset: VCPUSet) -> str:
+    return "not set" if vcpuset.spec.vcpus is None else _count(vcpuset.spec.vcpus)
 
 
 def _count(vcpus: int) -> str:

@@ -111,6 +111,8 @@ def assess(findings: Findings) -> Assessment:
             f"{_REMEDIES.get(machine.run_state, '')}",
             RequeuePolicy.RESYNC,
         )
+    if spec.vcpus is None:
+        return _without_count(findings)
     if machine.vcpus == spec.vcpus:
         return _count_matches(findings)
     if spec.suspend:
@@ -135,6 +137,17 @@ def assess(findings: Findings) -> Assessment:
     assert target.reason is not None, "the target is met and is not the declared count"
     text = f"{_counts(findings)}; {target.message}.{_may_leave(findings)}"
     return _assessment(target.reason, text, _while_requested(findings))
+
+
+def _without_count(findings: Findings) -> Assessment:
+    spec, present = findings.spec, findings.machine.vcpus
+    adopted, policy = spec.within_bounds(present), _while_requested(findings)
+    text = f"{_vcpus(present)} present, and spec.vcpus is not set"
+    what = f"{adopted}, the present count" + ("" if adopted == present else " brought within minVCPUs and maxVCPUs")
+    if spec.suspend:
+        text += f"; it is set to {what}, once spec.suspend is not set.{_may_leave(findings)}"
+        return _assessment(Reason.SUSPENDED, text, policy)
+    return _assessment(Reason.ADOPTING, f"{text}: it is being set to {what}.{_may_leave(findings)}", policy)
 
 
 def _count_matches(findings: Findings) -> Assessment:

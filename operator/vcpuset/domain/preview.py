@@ -12,6 +12,7 @@ from vcpuset.domain.findings import Findings
 from vcpuset.domain.guest import GuestCPUs, GuestReport
 from vcpuset.domain.machine import Machine, Slot
 from vcpuset.domain.plan import Plan, first_fit, plan
+from vcpuset.domain.reasons import Reason
 from vcpuset.domain.requests import Ledger, requested
 from vcpuset.domain.resource import VCPUSet
 
@@ -23,16 +24,18 @@ class PlanPreview:
     """The next pass. At most one of `plug` and `unplug` is not empty.
 
     findings      what it knows at its start; its target is the count to reach
+    adopt         the count that is written into the set; None: one stands, or the set must not be changed now
     plug          the free slots to plug, in this order
     unplug        the occupied slots whose unplug to request, in this order
     standby       those that replace one that fails or is refused, in this order
     bring_online  the guest's CPUs (its own numbers) that the guest's agent is to set online
     assessment    for the set's conditions meanwhile
-    expected      the assessment once QEMU and the guest have done that; None: nothing is done
+    expected      the assessment once that is done; None: nothing is done
     blockers      everything that blocks the declared count
     """
 
     findings: Findings
+    adopt: int | None
     plug: tuple[Slot, ...]
     unplug: tuple[Slot, ...]
     standby: tuple[Slot, ...]
@@ -50,8 +53,12 @@ def preview(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: 
     bring_online = _to_bring_online(found)
     # The text of the report that a pass writes before it plugs, or sends requests.
     assessment = plugging(found) if fill else assess(_findings(vcpuset, machine, guest, now, step.unplug))
+    adopt: int | None = None
     expected: Assessment | None = None
-    if fill or step.unplug:
+    if assessment.reason is Reason.ADOPTING:
+        adopt = found.spec.within_bounds(machine.vcpus)
+        expected = preview(replace(vcpuset, spec=replace(found.spec, vcpus=adopt)), machine, guest, now).assessment
+    elif fill or step.unplug:
         # The guest's reaction cannot be predicted.
         without_agent = replace(vcpuset, spec=replace(vcpuset.spec, guest_agent=None))
         expected = assess(_findings(without_agent, _changed(machine, fill, step.unplug), None, now))
@@ -60,6 +67,7 @@ def preview(vcpuset: VCPUSet, machine: Machine, guest: GuestReport | None, now: 
         expected = assess(replace(found, guest=GuestReport(GuestCPUs(online))))
     return PlanPreview(
         findings=found,
+        adopt=adopt,
         plug=fill,
         unplug=step.unplug,
         standby=_standby(found, fill, step),

@@ -46,6 +46,12 @@ class Reason(enum.StrEnum):
         return member
 
     CONVERGED = ("Converged", (State.READY,), "QEMU has the declared number of vCPUs.", "\N{EN DASH}")
+    ADOPTING = (
+        "Adopting",
+        (State.RECONCILING,),
+        "spec.vcpus is not set: the present count was observed, and is being written there, once.",
+        "Wait. If it stays, see the operator's log: its role must allow it to patch vcpusets/scale.",
+    )
     PLUGGING = (
         "Plugging",
         (State.RECONCILING,),
@@ -217,7 +223,7 @@ class Reason(enum.StrEnum):
     SUSPENDED = (
         "Suspended",
         (State.HELD,),
-        "spec.suspend is set and the count differs; nothing is changed.",
+        "spec.suspend is set, and the count differs or is not set; nothing is changed.",
         "Set spec.suspend to false.",
     )
     TERMINATING = (

@@ -161,16 +161,22 @@ class VMPod:
 class Spec:
     """`spec`, as far as the operator uses it (the API server checks the limits of `vcpus`).
 
-    vcpus  0: not known, in a spec that this version does not support
+    vcpus  None: no count stands; or it is not known, in a spec that this version does not support
     """
 
-    vcpus: int
+    vcpus: int | None
     monitor: Monitor
     connection: Connection = Connection.PERSISTENT
     guest_agent: GuestAgent | None = None
     unplug: Unplug = Unplug()
     suspend: bool = False
     pod: VMPod | None = None
+    min_vcpus: int = 1
+    max_vcpus: int = 4096
+
+    def within_bounds(self, count: int) -> int:
+        """The allowed count that is nearest to this one."""
+        return min(max(count, self.min_vcpus), self.max_vcpus)
 
 
 @dataclass(frozen=True, slots=True)

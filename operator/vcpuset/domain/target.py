@@ -26,11 +26,11 @@ class Target:
 
 
 def target_for(spec: Spec, machine: Machine) -> Target:
-    """The count that this machine can reach for the declared one."""
+    """The count that this machine can reach for the declared one; without one, it stays as it is."""
     declared, present = spec.vcpus, machine.vcpus
+    if declared is None or declared == present:
+        return Target(present)
     if machine.slots is None:
-        if declared == present:
-            return Target(present)
         return Target(
             present,
             Reason.HOTPLUG_UNSUPPORTED,

@@ -1,4 +1,4 @@
-"""Our own requests to the API server: list VCPUSets, write their status, post Events, hold a Lease, read a Secret.
+"""Our own requests to the API server: for VCPUSets, their status and count, for Events, a Lease, and Secrets.
 
 kopf does the watching and nothing else, because its patches know no resourceVersion. Each request has a deadline and
 fails with an `APIError`; nothing is retried here, except once with fresh credentials after a 401: the callers know
@@ -149,7 +149,7 @@ class Cluster:
         await self.close()
 
     def guard(self, permit: Callable[[], None]) -> None:
-        """From now on call `permit` before a status or an Event is written; what it raises is raised to the caller."""
+        """From now on call `permit` before a status, a count or an Event is written; what it raises is raised."""
         self._permit = permit
 
     def count(self, requested: Callable[[str, str], None]) -> None:
@@ -203,6 +203,21 @@ class Cluster:
             return decode(answer)
         except InvalidObject as error:
             raise APIError(f"PATCH {path}: {error}") from error
+
+    async def write_count(self, vcpuset: VCPUSet, count: int) -> None:
+        """Make `count` the declared count of `vcpuset`, by the scale subresource, if that is still the latest version.
+
+        The watch brings the new version.
+
+        Raises:
+            Conflict: the object has changed since.
+            ObjectGone: it does not exist (any more).
+            APIError: anything else; it may have been written nevertheless.
+        """
+        body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "spec": {"replicas": count}}
+        path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/scale"
+        self._require_permit()
+        await self._request("PATCH", path, body=body, content_type=_MERGE_PATCH)
 
     async def post_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an `events.k8s.io/v1` Event.

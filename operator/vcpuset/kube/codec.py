@@ -131,8 +131,10 @@ class _Pod(msgspec.Struct, rename="camel"):
 
 
 class _Spec(msgspec.Struct):
-    vcpus: _Count
     monitor: _Monitor
+    vcpus: _Count | None = None
+    min_vcpus: _Count = msgspec.field(default=1, name="minVCPUs")
+    max_vcpus: _Count = msgspec.field(default=4096, name="maxVCPUs")
     guest_agent: _GuestAgent | None = msgspec.field(default=None, name="guestAgent")
     unplug: _Unplug = msgspec.field(default_factory=_Unplug)
     suspend: bool = False
@@ -235,7 +237,7 @@ def _spec(raw: object) -> Spec:
             f"{_words(error, 'spec')}. This version of the operator does not support it and leaves the machine alone: "
             "upgrade the operator, or correct the field."
         )
-        return Spec(vcpus=_read(_fields(raw).get("vcpus"), int) or 0, monitor=Unsupported(message))
+        return Spec(vcpus=_read(_fields(raw).get("vcpus"), int), monitor=Unsupported(message))
     agent = wire.guest_agent
     return Spec(
         vcpus=wire.vcpus,
@@ -250,6 +252,8 @@ def _spec(raw: object) -> Spec:
         ),
         suspend=wire.suspend,
         pod=pod,
+        min_vcpus=wire.min_vcpus,
+        max_vcpus=wire.max_vcpus,
     )
 
 

@@ -177,7 +177,6 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
             id="a-number-as-namespace",
         ),
         pytest.param(BY_HAND.split("spec:", maxsplit=1)[0], "spec is missing", id="no-spec"),
-        pytest.param(changed(vcpus=None), "spec.vcpus is missing: it is required", id="no-vcpus"),
         pytest.param(changed(monitor=None), "spec.monitor is missing", id="no-monitor"),
         pytest.param(changed(vcpus=0), "spec.vcpus is 0: declare from 1 to 4096", id="too-few"),
         pytest.param(changed(vcpus=4097), "spec.vcpus is 4097: declare from 1 to 4096", id="too-many"),

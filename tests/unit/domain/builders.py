@@ -116,7 +116,7 @@ def a_request(
 
 
 def a_spec(
-    vcpus: int,
+    vcpus: int | None,
     *,
     policy: UnplugPolicy = UnplugPolicy.ENABLED,
     boot_vcpus: BootVCPUs = BootVCPUs.UNPLUG,
@@ -126,8 +126,9 @@ def a_spec(
     connection: Connection = Connection.ON_DEMAND,
     agent: GuestAgent | None = None,
     pod: VMPod | None = None,
+    bounds: tuple[int, int] = (1, 4096),
 ) -> Spec:
-    """A spec with the API's defaults."""
+    """A spec with the API's defaults; `bounds` are `minVCPUs` and `maxVCPUs`."""
     return Spec(
         vcpus,
         UnixMonitor("web.sock"),
@@ -136,6 +137,7 @@ def a_spec(
         Unplug(policy, boot_vcpus, timeout, retry),
         suspend,
         pod,
+        *bounds,
     )
 
 

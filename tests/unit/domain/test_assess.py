@@ -545,6 +545,51 @@ CASES = {
             "Warning",
         ),
     ),
+    "no count": (
+        assessment_on(a_spec(None), FOUR),
+        Said(
+            Reason.ADOPTING,
+            State.RECONCILING,
+            RequeuePolicy.RESYNC,
+            "4 vCPUs present, and spec.vcpus is not set: it is being set to 4, the present count.",
+        ),
+    ),
+    "no count, and more than may be": (
+        assessment_on(a_spec(None, bounds=(1, 3)), FOUR),
+        Said(
+            Reason.ADOPTING,
+            State.RECONCILING,
+            RequeuePolicy.RESYNC,
+            "being set to 3, the present count brought within minVCPUs and maxVCPUs.",
+        ),
+    ),
+    "no count, and CPUs that may still leave": (
+        assessment_on(a_spec(None), FOUR, [a_request(3)]),
+        Said(
+            Reason.ADOPTING,
+            State.RECONCILING,
+            RequeuePolicy.HOLD,
+            "An earlier request may still unplug slot 3",
+        ),
+    ),
+    "no count, and a migration, which is no obstacle": (
+        assessment_on(a_spec(None), a_machine(migrating=True)),
+        Said(Reason.ADOPTING, State.RECONCILING, RequeuePolicy.RESYNC, "being set to 2"),
+    ),
+    "no count, and no machine any more": (
+        assessment_on(a_spec(None), a_machine(run_state="postmigrate")),
+        Said(Reason.MACHINE_NOT_RUNNING, State.RECONCILING, RequeuePolicy.RESYNC, "'postmigrate'", "Warning"),
+    ),
+    "no count, and suspended": (
+        assessment_on(a_spec(None, suspend=True, bounds=(6, 8)), FOUR),
+        Said(
+            Reason.SUSPENDED,
+            State.HELD,
+            RequeuePolicy.RESYNC,
+            "4 vCPUs present, and spec.vcpus is not set; it is set to 6, the present count brought within minVCPUs and "
+            "maxVCPUs, once spec.suspend is not set.",
+        ),
+    ),
     "something else changes the machine, and it cannot be corrected": (
         contested(assess(FULL), FULL, Contest(60)),
         Said(Reason.INSUFFICIENT_SLOTS, State.STALLED, RequeuePolicy.RESYNC, "8 vCPUs present, 9 declared", "Warning"),

@@ -96,6 +96,9 @@ class Goals:
             id="no hotplug: fewer",
         ),
         pytest.param(Goals(a_spec(2), a_machine(slots=None, vcpus=2), 2), id="no hotplug and none needed"),
+        pytest.param(Goals(a_spec(None), a_machine(plugged=[2]), 3), id="no count: as it is"),
+        pytest.param(Goals(a_spec(None, bounds=(4, 4)), a_machine(), 2), id="no count: as it is, also out of bounds"),
+        pytest.param(Goals(a_spec(None), a_machine(slots=None, vcpus=2), 2), id="no count and no hotplug"),
     ],
 )
 def test_the_goal_is_the_reachable_count_nearest_to_the_declared_one(case: Goals) -> None:

@@ -67,6 +67,30 @@ def test_a_machine_as_declared_has_nothing_done_to_it() -> None:
     assert found.assessment.reason is Reason.CONVERGED
 
 
+def test_without_a_count_the_present_one_is_adopted_and_ends_converged() -> None:
+    found = ahead(a_spec(None))
+
+    assert (found.adopt, found.plug, found.unplug, found.standby, found.blockers) == (4, (), (), (), ())
+    assert found.assessment.reason is Reason.ADOPTING
+    assert found.expected is not None
+    assert found.expected.reason is Reason.CONVERGED
+
+
+def test_what_follows_a_count_that_is_brought_within_the_bounds_is_foreseen() -> None:
+    found = ahead(a_spec(None, bounds=(6, 8)))
+
+    assert (found.adopt, found.plug) == (6, ())
+    assert found.expected is not None
+    assert found.expected.reason is Reason.PLUGGING
+
+
+def test_a_suspended_set_adopts_nothing() -> None:
+    found = ahead(a_spec(None, suspend=True))
+
+    assert (found.adopt, found.expected) == (None, None)
+    assert [each.reason for each in found.blockers] == [Reason.SUSPENDED]
+
+
 def test_requests_in_the_status_are_not_made_twice_and_those_of_another_qemu_are_void() -> None:
     status = Status(pending_unplugs=(a_request(3, at=ago(4)), a_request(2, at=ago(4), thread_id=99)))
     found = ahead(a_spec(3), status)

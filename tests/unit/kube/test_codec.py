@@ -192,11 +192,19 @@ def test_every_field_of_the_spec_is_read() -> None:
             guestAgent={"unix": {"path": "web/ga.sock"}, "bringOnline": True},
             unplug={"policy": "Disabled", "bootVCPUs": "Keep", "timeoutSeconds": 7, "retrySeconds": 9},
             suspend=True,
+            minVCPUs=2,
+            maxVCPUs=8,
         )
     )
     unplug = Unplug(UnplugPolicy.DISABLED, BootVCPUs.KEEP, timeout_seconds=7, retry_seconds=9)
     monitor, agent = TCPMonitor("vm.example", 4444), GuestAgent("web/ga.sock", bring_online=True)
-    assert vcpuset.spec == Spec(4, monitor, Connection.ON_DEMAND, agent, unplug, suspend=True)
+    assert vcpuset.spec == Spec(4, monitor, Connection.ON_DEMAND, agent, unplug, suspend=True, min_vcpus=2, max_vcpus=8)
+
+
+def test_a_count_may_be_left_out() -> None:
+    left_out = copy.deepcopy(BODY)
+    del left_out["spec"]["vcpus"]
+    assert decode(left_out).spec == decode(body(vcpus=None)).spec == Spec(None, UnixMonitor("web.sock"))
 
 
 def test_a_monitor_on_tls_is_read_with_and_without_a_server_name() -> None:
@@ -217,8 +225,8 @@ def test_fields_that_this_version_does_not_know_are_skipped() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        pytest.param(body(vcpus="4"), "spec.vcpus: Expected `int`, got `str`", id="a string as a number"),
-        pytest.param(body(vcpus=None), "spec.vcpus: Expected `int`, got `null`", id="a null"),
+        pytest.param(body(vcpus="4"), "spec.vcpus: Expected `int | null`, got `str`", id="a string as a number"),
+        pytest.param(body(suspend=None), "spec.suspend: Expected `bool`, got `null`", id="a null"),
         pytest.param(body(vcpus=0), "spec.vcpus: Expected `int` >= 1", id="no vCPU"),
         pytest.param(body(monitor={}), "spec.monitor: Expected exactly one of `unix` and `tcp`", id="no monitor"),
         pytest.param(
@@ -271,7 +279,7 @@ def test_a_spec_that_cannot_be_obeyed_is_unsupported_with_the_field_and_what_hel
 def test_of_a_spec_that_cannot_be_obeyed_only_the_count_is_read() -> None:
     newer = decode(body(vcpus=7, monitor={"serial": {}}, guestAgent={"unix": {"path": "ga.sock"}}, suspend=True)).spec
     assert newer == Spec(7, newer.monitor)
-    assert decode(body(vcpus="many")).spec.vcpus == 0
+    assert decode(body(vcpus="many")).spec.vcpus is None
 
 
 REQUEST = WHOLE["status"]["unplug"]["requests"][0]

@@ -13,6 +13,7 @@ Checked at the moment of the deed, against the model, not against what the opera
   them used when it spoke; GuestCPUsOffline only if it spoke of fewer. `status.vcpus` is always a count that was seen,
   `status.onlineVCPUs` one that the guest gave, `status.machine.uuid` that of a machine that was seen.
 * The conditions stand in their order, and Reconciling and Stalled are never both True.
+* A count is written only where none stands, only the one just seen within the set's bounds, and its status has it.
 * A pass ends: it looks and writes a few times only, whatever the monitor shows.
 
 And whenever nothing is to be done at once (`LawfulWorld.judge_rest`):
@@ -96,7 +97,7 @@ class _Told:
 class LawfulWorld(World):
     """A world with one machine and one set, in which every deed of the operator is judged."""
 
-    def __init__(self, qemu: Qemu, *, vcpus: int) -> None:
+    def __init__(self, qemu: Qemu, *, vcpus: int | None) -> None:
         self.qemu = qemu
         self._asks: dict[CPU, _Ask] = {}
         self._seen: int | None = None
@@ -277,6 +278,15 @@ class LawfulWorld(World):
         for condition in status.conditions:
             if condition.type in old and old[condition.type].status == condition.status:
                 assert condition.last_transition_time == old[condition.type].last_transition_time
+
+    @override
+    def on_adopt(self, before: VCPUSet, count: int) -> None:
+        """Only what was seen, and only where nothing else is declared."""
+        assert before.spec.vcpus is None, "a count that stood was overwritten"
+        assert not before.spec.suspend, "a suspended set"
+        assert self._seen == before.status.vcpus
+        assert self._seen is not None
+        assert count == min(max(self._seen, before.spec.min_vcpus), before.spec.max_vcpus)
 
     def _judge_guest(self, before: VCPUSet, after: VCPUSet) -> None:
         """What the status says of the guest, the guest has said."""

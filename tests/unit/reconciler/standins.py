@@ -76,6 +76,10 @@ class ApiServer(Cluster):
         """How long each write takes."""
         self.brings_at_once = False
         """Whether the watch brings each status write before its answer comes."""
+        self.brings_counts = True
+        """Whether the watch brings each count that the operator writes."""
+        self.counts: list[int] = []
+        """The counts that the operator has written."""
 
     def store(self, body: Mapping[str, Any]) -> VCPUSet:
         """Keep a new version of an object."""
@@ -100,17 +104,21 @@ class ApiServer(Cluster):
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         assert method == "PATCH"
-        assert path.endswith("/status")
         assert body is not None
         await self._world.point(APIError("no answer"))
         self._world.spend(self.seconds)
-        name = path.split("/")[-2]
+        name, subresource = path.split("/")[-2:]
         found = self.objects.get(name)
         if found is None:
             raise ObjectGone(path)
         if found["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict(path)
         before = self.sets[name]
+        if subresource == "scale":
+            self._scale(before, body["spec"]["replicas"])
+            await self._world.point(APIError("no answer"))
+            return {"kind": "Scale"}
+        assert subresource == "status"
         after = self.store({**found, "status": merged(found.get("status", {}), body["status"])})
         assert before.status != after.status, "a write that changes nothing"
         self._world.on_write(before, after)
@@ -120,6 +128,15 @@ class ApiServer(Cluster):
         answer = self.objects[name]
         await self._world.point(APIError("no answer"))
         return answer
+
+    def _scale(self, before: VCPUSet, count: int) -> None:
+        self._world.on_adopt(before, count)
+        self.counts.append(count)
+        found = self.objects[before.name]
+        metadata = {**found["metadata"], "generation": before.generation + 1}
+        self.store({**found, "metadata": metadata, "spec": {**found["spec"], "vcpus": count}})
+        if self.brings_counts:
+            self._world.deliver()
 
 
 class FakeRecorder(Recorder):

@@ -132,6 +132,14 @@ class _AsTheGuestPleases(RuleBasedStateMachine):
         self.world.apply("web", vcpus=max(vcpus, 1))
         self.world.advance(seconds)
 
+    @step(least=st.integers(1, 4), most=st.integers(4, SLOTS), deliver=st.booleans())
+    def the_user_leaves_the_count_out(self, least: int, most: int, deliver: bool) -> None:
+        self.world.apply("web", vcpus=None, minVCPUs=least, maxVCPUs=most, deliver=deliver)
+        self.world.run_due()
+        # Nobody else's counts are outside of them.
+        self.world.apply("web", minVCPUs=1, maxVCPUs=4096, deliver=deliver)
+        self.world.run_due()
+
     @step(guest=st.sampled_from(Guest))
     def the_guest_changes(self, guest: Guest) -> None:
         self.qemu.guest = guest

@@ -91,6 +91,9 @@ class World:
     def on_write(self, before: VCPUSet, after: VCPUSet) -> None:
         """The operator writes a status."""
 
+    def on_adopt(self, before: VCPUSet, count: int) -> None:
+        """The operator writes a count."""
+
     def on_pass(self, uid: UID) -> None:
         """A pass begins."""
 

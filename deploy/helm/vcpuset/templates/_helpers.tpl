@@ -44,9 +44,14 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- $text = $text | replace "serviceaccount:vcpuset-agent:" (printf "serviceaccount:%s:" .namespace.name) -}}
 {{- $text = $text | replace "/run/vcpuset" .socketRoot -}}
 {{- end -}}
-{{- $text = $text | replace "namespace: vcpuset-system\n" (printf "namespace: %q\n" $root.Values.controller.namespace.name) -}}
-{{- $text = $text | replace "namespace: vcpuset-metrics-api\n" (printf "namespace: %q\n" $root.Values.metricsAPI.namespace.name) -}}
-{{- $text = $text | replace "serviceaccount:vcpuset-metrics-api:" (printf "serviceaccount:%s:" $root.Values.metricsAPI.namespace.name) -}}
+{{- with $root.Values.controller.namespace.name -}}
+{{- $text = $text | replace "namespace: vcpuset-system\n" (printf "namespace: %q\n" .) -}}
+{{- $text = $text | replace "serviceaccount:vcpuset-system:" (printf "serviceaccount:%s:" .) -}}
+{{- end -}}
+{{- with $root.Values.metricsAPI.namespace.name -}}
+{{- $text = $text | replace "namespace: vcpuset-metrics-api\n" (printf "namespace: %q\n" .) -}}
+{{- $text = $text | replace "serviceaccount:vcpuset-metrics-api:" (printf "serviceaccount:%s:" .) -}}
+{{- end -}}
 {{- $leases := list -}}
 {{- range prepend $root.Values.controller.shards "" -}}
 {{- $leases = append $leases (printf "%s%s" $root.Values.controller.leaderElection.leaseName (include "vcpuset.suffix" .) | quote) -}}
