@@ -1,5 +1,6 @@
 """The Helm chart on a real API server: a release's life, and what it says to whoever installs it."""
 
+import base64
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
 from harness.helm import CHART, run_helm, settings
+from harness.pki import Authority
 
 __all__: list[str] = []
 
@@ -116,3 +118,29 @@ async def test_a_release_makes_its_namespaces_with_the_labels_of_pod_security(cl
     got = await cluster.kubectl("get", "namespaces", f"--label-columns={label}", "--no-headers")
     enforced = {line.split()[0]: line.split()[-1] for line in got.stdout.splitlines()}
     assert (enforced["vcpuset-agent"], enforced["vcpuset-system"]) == ("privileged", "restricted")
+
+
+async def test_an_upgrade_keeps_the_certificate_that_the_metrics_api_has_made(cluster: ControlPlane) -> None:
+    """The Secret is shipped without contents, and the APIService without a bundle."""
+    stored = "/api/v1/namespaces/vcpuset-metrics-api/secrets/vcpuset-metrics-api"
+    service = "/apis/apiregistration.k8s.io/v1/apiservices/v1beta2.custom.metrics.k8s.io"
+    certificate = base64.b64encode(Authority().certificate.encode()).decode()
+    release: tuple[str | Path, ...] = (
+        "vcpuset",
+        CHART,
+        *settings({"metricsAPI.enabled": True, "agent.enabled": False}),
+    )
+    await run_helm("install", *release, kubeconfig=cluster.kubeconfig)
+    whole = (await cluster.request("GET", stored)).body
+    written = await cluster.request("PUT", stored, {**whole, "data": {"tls.crt": certificate}})
+    patched = await cluster.request("PATCH", service, {"spec": {"caBundle": certificate}})
+    assert (written.status, patched.status) == (200, 200)
+
+    await run_helm("upgrade", *release, *settings({"metricsAPI.replicas": 3}), kubeconfig=cluster.kubeconfig)
+    got = await cluster.kubectl("get", "deployment", "-n=vcpuset-metrics-api", "-o=jsonpath={.items[*].spec.replicas}")
+    assert got.stdout == "3"
+    assert (await cluster.request("GET", stored)).body["data"] == {"tls.crt": certificate}
+    assert (await cluster.request("GET", service)).body["spec"]["caBundle"] == certificate
+    # Also while the API is registered, and nobody serves it.
+    await run_helm("uninstall", "vcpuset", kubeconfig=cluster.kubeconfig)
+    assert (await cluster.request("GET", service)).status == 404
