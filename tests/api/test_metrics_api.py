@@ -219,7 +219,23 @@ async def test_a_single_set_has_exactly_one_value_with_the_time_and_window_of_it
 
 async def test_the_metric_is_discovered(world: World) -> None:
     found = await world.control_plane.kubectl("get", "--raw", API)
-    assert [each["name"] for each in json.loads(found.stdout)["resources"]] == ["vcpusets.vcpuset.dev/busy_vcpus"]
+    names = [each["name"] for each in json.loads(found.stdout)["resources"]]
+    assert names == ["vcpusets.vcpuset.dev/busy_vcpus", "vcpusets.vcpuset.dev/demand_vcpus"]
+
+
+async def test_demand_is_known_where_a_guest_agent_tells_its_load(world: World) -> None:
+    path = f"{API}/namespaces/{world.user.namespace}/vcpusets.vcpuset.dev/web/demand_vcpus"
+    unknown = await world.control_plane.request("GET", path)
+    assert unknown.status == 404
+    assert "no guest agent (spec.guestAgent, version 10.0) says what the guest's load is" in unknown.body["message"]
+    world.agent.responses["web"] = answering(200, {**SAMPLE, "demandVCPUs": 5.25})
+    try:
+        (item,) = (await world.control_plane.request("GET", path)).body["items"]
+        assert (item["metric"], item["windowSeconds"], item["value"]) == ({"name": "demand_vcpus"}, 60, "5250m")
+        (one,) = (await world.control_plane.request("GET", path.replace("/web/", "/*/"))).body["items"]
+        assert one == item
+    finally:
+        world.agent.responses["web"] = answering(200, SAMPLE)
 
 
 async def test_all_sets_that_match_a_selector_are_listed_without_those_of_which_nothing_is_known(world: World) -> None:
@@ -329,7 +345,7 @@ async def test_what_nobody_serves_is_not_found(world: World) -> None:
     other = await world.control_plane.request("GET", path)
     assert (other.status, other.body["message"]) == (
         404,
-        "there is no metric 'memory' of vcpusets.vcpuset.dev, only busy_vcpus",
+        "there is no metric 'memory' of vcpusets.vcpuset.dev, only busy_vcpus and demand_vcpus",
     )
 
 

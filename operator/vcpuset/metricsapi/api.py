@@ -1,7 +1,7 @@
 """The HTTP API `custom.metrics.k8s.io/v1beta2`: what it serves, and to whom.
 
-It has one metric of VCPUSets, `busy_vcpus`. There is no version v1beta1: kube-controller-manager does not need it, and
-each version needs an APIService of its own.
+It has two metrics of VCPUSets, `busy_vcpus` and `demand_vcpus`. There is no version v1beta1: kube-controller-manager
+does not need it, and each version needs an APIService of its own.
 
 Responses never contain a value that is not current: what is not known is 404.
 """
@@ -30,7 +30,12 @@ VERSION: Final = "v1beta2"
 REGISTRATION: Final = f"{VERSION}.{GROUP}"
 """The name of the APIService."""
 
-METRIC: Final = "busy_vcpus"
+BUSY: Final = "busy_vcpus"
+DEMAND: Final = "demand_vcpus"
+METRICS: Final = (BUSY, DEMAND)
+LOAD_SECONDS: Final = 60
+"""What a load average of a minute is about."""
+
 RESOURCE: Final = "vcpusets.vcpuset.dev"
 
 _ROOT: Final = f"/apis/{GROUP}/{VERSION}"
@@ -107,42 +112,49 @@ class MetricsAPI:
 
     async def _resources(self, _: web.Request) -> web.Response:
         """Discovery, which is also the API server's health check. It is the same for everyone."""
-        resource = {
-            "name": f"{RESOURCE}/{METRIC}",
-            "singularName": "",
-            "namespaced": True,
-            "kind": "MetricValueList",
-            "verbs": ["get"],
-        }
+        resources = [
+            {
+                "name": f"{RESOURCE}/{metric}",
+                "singularName": "",
+                "namespaced": True,
+                "kind": "MetricValueList",
+                "verbs": ["get"],
+            }
+            for metric in METRICS
+        ]
         return web.json_response(
             {
                 "kind": "APIResourceList",
                 "apiVersion": "v1",
                 "groupVersion": f"{GROUP}/{VERSION}",
-                "resources": [resource],
+                "resources": resources,
             }
         )
 
     async def _values(self, request: web.Request) -> web.Response:
         namespace, name, metric = (request.match_info[each] for each in ("namespace", "name", "metric"))
-        if metric != METRIC:
-            raise _Refused(404, f"there is no metric {metric[:100]!r} of {RESOURCE}, only {METRIC}")
+        if metric not in METRICS:
+            raise _Refused(404, f"there is no metric {metric[:100]!r} of {RESOURCE}, only {' and '.join(METRICS)}")
         if _NAMESPACE.fullmatch(namespace) is None or (name != _ALL and _NAME.fullmatch(name) is None):
             raise _Refused(404, f"{RESOURCE} cannot have this namespace or name")
         try:
-            await self._authorize(request[_USER], namespace, name)
+            await self._authorize(request[_USER], namespace, name, metric)
             if request.query.get("metricLabelSelector"):
-                raise _Refused(404, f"{METRIC} has no labels: leave out metric.selector")
+                raise _Refused(404, f"{metric} has no labels: leave out metric.selector")
             if name == _ALL:
                 sets = await self._cluster.list_sets(namespace, request.query.get("labelSelector", ""))
                 readings = await self._sources.read_all(sets)
-                if not readings:
-                    raise _Refused(404, f"{METRIC} is not known of any of these {len(sets)} VCPUSets in {namespace}")
+                items = [item for placed, reading in readings.items() if (item := _item(placed, metric, reading))]
+                if not items:
+                    raise _Refused(404, f"{metric} is not known of any of these {len(sets)} VCPUSets in {namespace}")
             else:
                 placed = await self._cluster.read_set(namespace, name)
-                readings = {placed: await self._sources.read(placed)}
+                if (item := _item(placed, metric, await self._sources.read(placed))) is None:
+                    why = "no guest agent (spec.guestAgent, version 10.0) says what the guest's load is"
+                    raise _Refused(404, f"{metric} of VCPUSet {namespace}/{name} is not known: {why}")
+                items = [item]
         except UnknownValue as error:
-            raise _Refused(404, f"{METRIC} of VCPUSet {namespace}/{name} is not known: {error}") from error
+            raise _Refused(404, f"{metric} of VCPUSet {namespace}/{name} is not known: {error}") from error
         except ObjectGone as error:
             raise _Refused(404, f"there is no VCPUSet {namespace}/{name}") from error
         except Rejected as error:
@@ -157,21 +169,24 @@ class MetricsAPI:
                 "kind": "MetricValueList",
                 "apiVersion": f"{GROUP}/{VERSION}",
                 "metadata": {},
-                "items": [_item(placed, reading) for placed, reading in readings.items()],
+                "items": items,
             }
         )
 
-    async def _authorize(self, user: User, namespace: str, name: str) -> None:
+    async def _authorize(self, user: User, namespace: str, name: str, metric: str) -> None:
         allowed = await self._access.allowed(
-            user, verb="get", group=GROUP, version=VERSION, resource=RESOURCE, subresource=METRIC,
+            user, verb="get", group=GROUP, version=VERSION, resource=RESOURCE, subresource=metric,
             namespace=namespace, name=name,
         )  # fmt: skip
         if not allowed:
-            raise _Refused(403, f"{user.name} may not get {RESOURCE}/{METRIC} of {GROUP} in namespace {namespace}")
+            raise _Refused(403, f"{user.name} may not get {RESOURCE}/{metric} of {GROUP} in namespace {namespace}")
 
 
-def _item(placed: PlacedSet, reading: Reading) -> Mapping[str, Any]:
-    """A MetricValue; time and window are those of the sample."""
+def _item(placed: PlacedSet, metric: str, reading: Reading) -> Mapping[str, Any] | None:
+    """A MetricValue, with the time of the sample; None: this metric is not known."""
+    value, seconds = (reading.busy, reading.seconds) if metric == BUSY else (reading.demand, LOAD_SECONDS)
+    if value is None:
+        return None
     return {
         "describedObject": {
             "apiVersion": API_VERSION,
@@ -179,10 +194,10 @@ def _item(placed: PlacedSet, reading: Reading) -> Mapping[str, Any]:
             "namespace": placed.namespace,
             "name": placed.name,
         },
-        "metric": {"name": METRIC},
+        "metric": {"name": metric},
         "timestamp": reading.time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "windowSeconds": round(reading.seconds),
-        "value": f"{round(reading.busy * 1000)}m",
+        "windowSeconds": round(seconds),
+        "value": f"{round(value * 1000)}m",
     }
 
 

@@ -42,17 +42,22 @@ class UnknownValue(VCPUSetError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How many vCPUs were busy, on average, in the seconds before a time."""
+    """How many vCPUs were busy, on average, in the seconds before a time.
+
+    demand  how many the guest's tasks could use, by its load average of a minute; None: its agent does not say
+    """
 
     busy: float
     seconds: float
     time: datetime
+    demand: float | None = None
 
 
 class _Busy(msgspec.Struct, rename="camel"):
     busy_vcpus: Annotated[float, msgspec.Meta(ge=0)] = msgspec.field(name="busyVCPUs")
     window_seconds: Annotated[float, msgspec.Meta(ge=0)]
     time: Annotated[datetime, msgspec.Meta(tz=True)]
+    demand_vcpus: Annotated[float, msgspec.Meta(ge=0)] | None = msgspec.field(default=None, name="demandVCPUs")
 
 
 class _Why(msgspec.Struct):
@@ -143,7 +148,7 @@ class Sources:
                         break
             if got.status == 200:
                 busy = msgspec.json.decode(raw, type=_Busy)
-                return Reading(busy.busy_vcpus, busy.window_seconds, busy.time)
+                return Reading(busy.busy_vcpus, busy.window_seconds, busy.time, busy.demand_vcpus)
             if got.status == 404:
                 return msgspec.json.decode(raw, type=_Why)
         except TimeoutError:
