@@ -15,6 +15,7 @@ from xdist.remote import Producer
 from harness.controlplane import ControlPlane
 from harness.effort import SEED
 from harness.schedule import SlowestFirst
+from harness.timeline import TIME_LINE
 from harness.world import User
 
 __all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
@@ -39,7 +40,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it again where a long run ends."""
+    """Show the time lines that tests have recorded, and say it again where a long run ends."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == TIME_LINE:
+                terminalreporter.section(report.nodeid, "-")
+                terminalreporter.write_line(str(text))
     terminalreporter.write_line(f"VCPUSET_TEST_SEED={SEED}")
 
 

@@ -20,6 +20,9 @@ from vcpuset.domain import networks
 __all__: list[str] = []
 
 DEPLOY: Final = REPOSITORY / "deploy"
+METRICS_API: Final = ("metrics-api", "metrics-api/agent", "metrics-api/controller")
+USERS_OWN: Final = ("Issuer", "Certificate")
+"""Kinds that kustomize makes for an example, and users of the chart make themselves."""
 HELMS_OWN_LABELS: Final = {"helm.sh/chart", "app.kubernetes.io/managed-by"}
 Json = dict[str, Any]
 Key = tuple[str, str, str]
@@ -61,15 +64,27 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
         pytest.param("both", [], {}, id="both"),
         pytest.param(
             "both",
-            ["shards", "allow-tcp", "socket-group", "ipv6", "monitoring"],
+            ["shards", "allow-tcp", "socket-group", *METRICS_API, "ipv6", "monitoring"],
             {
                 "controller.shards": ["b", "c"],
                 "controller.allowTCP": ["192.0.2.0/24"],
                 "agent.supplementalGroups": [107],
                 "listenAddress": "[::]",
+                "metricsAPI.enabled": True,
                 "monitoring.enabled": True,
             },
             id="both with components",
+        ),
+        pytest.param(
+            "agent",
+            [*METRICS_API[:2], "metrics-api/cert-manager"],
+            {
+                "controller.enabled": False,
+                "metricsAPI.enabled": True,
+                "metricsAPI.certificate.secretName": "vcpuset-metrics-api-tls",
+                "metricsAPI.certificate.injectCAFrom": "vcpuset-metrics-api/vcpuset-metrics-api",
+            },
+            id="metrics API with cert-manager",
         ),
     ],
 )
@@ -83,6 +98,7 @@ async def test_the_chart_makes_the_same_objects_as_kustomize(
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     expected = by_name(await kustomize(tmp_path if components else DEPLOY / "overlays" / overlay))
+    expected = {key: each for key, each in expected.items() if key[0] not in USERS_OWN}
     made = by_name(without_helms_own(await render(*settings(values))))
     assert made.keys() == expected.keys()
     for key, each in expected.items():
@@ -181,6 +197,19 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ("controller.affinity", {"podAffinity": {"x": "y"}}, "affinity:\n        podAffinity:\n          x: y\n"),
     ("controller.podAnnotations", {"team": "hv"}, "team: hv\n"),
     ("controller.podLabels", {"team": "hv"}, "team: hv\n"),
+    ("metricsAPI.enabled", True, "kind: APIService\n"),
+    ("metricsAPI.namespace.name", "numbers", "    name: vcpuset-metrics-api\n    namespace: numbers\n    port: 443\n"),
+    ("metricsAPI.replicas", 3, "replicas: 3\n"),
+    ("metricsAPI.certificate.secretName", "tls", "secretName: tls\n"),
+    ("metricsAPI.certificate.injectCAFrom", "shop/tls", "cert-manager.io/inject-ca-from: shop/tls\n"),
+    ("metricsAPI.podDisruptionBudget.maxUnavailable", "50%", "maxUnavailable: 50%\n"),
+    ("metricsAPI.priorityClassName", "system-cluster-critical", "priorityClassName: system-cluster-critical\n"),
+    ("metricsAPI.resources", {"limits": {"memory": "1Gi"}}, "memory: 1Gi\n"),
+    ("metricsAPI.nodeSelector", {"machines": "no"}, "machines: 'no'\n"),
+    ("metricsAPI.tolerations", [{"key": "masters"}], "- key: masters\n"),
+    ("metricsAPI.affinity", {"podAffinity": {"x": "y"}}, "affinity:\n        podAffinity:\n          x: y\n"),
+    ("metricsAPI.podAnnotations", {"team": "hv"}, "team: hv\n"),
+    ("metricsAPI.podLabels", {"team": "hv"}, "team: hv\n"),
     ("credentials.namespaces", ["shop"], "name: vcpuset-monitor-credentials\n  namespace: shop\n"),
     ("pods.namespaces", ["shop"], "name: vcpuset-agent-pods\n  namespace: shop\n"),
     ("networkPolicy.apiServer.cidrs", ["198.51.100.1/32"], "cidr: 198.51.100.1/32\n"),
@@ -216,6 +245,14 @@ DISAPPEARS: Final[list[tuple[str, str]]] = [
         "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/component: controller\n",
     ),
     ("controller.podDisruptionBudget.enabled", "kind: PodDisruptionBudget\n"),
+    (
+        "metricsAPI.namespace.create",
+        "kind: Namespace\nmetadata:\n  labels:\n    app.kubernetes.io/component: metrics-api\n",
+    ),
+    (
+        "metricsAPI.podDisruptionBudget.enabled",
+        "kind: PodDisruptionBudget\nmetadata:\n  labels:\n    app.kubernetes.io/component: metrics-api\n",
+    ),
     ("networkPolicy.enabled", "kind: NetworkPolicy\n"),
 ]
 """The path of a switch, and what is no longer in the objects when it is off."""
@@ -238,15 +275,21 @@ async def made_of(values: Mapping[str, object]) -> str:
     return _made[options]
 
 
+def beside(path: str) -> dict[str, object]:
+    """What has to be set so that a value has a meaning."""
+    found: dict[str, object] = {}
+    if path == "networkPolicy.monitorPorts":
+        found["controller.allowTCP"] = ["192.0.2.0/24"]  # without a network there is no port in it
+    for part in ("monitoring", "metricsAPI"):
+        if path.startswith(f"{part}.") and path != f"{part}.enabled":
+            found[f"{part}.enabled"] = True
+    return found
+
+
 @pytest.mark.parametrize(("path", "value", "sign"), APPEARS, ids=[path for path, _, _ in APPEARS])
 async def test_a_value_is_obeyed(path: str, value: object, sign: str) -> None:
-    beside: dict[str, object] = {}
-    if path == "networkPolicy.monitorPorts":
-        beside["controller.allowTCP"] = ["192.0.2.0/24"]  # without a network there is no port in it
-    if path.startswith("monitoring.") and path != "monitoring.enabled":
-        beside["monitoring.enabled"] = True
-    assert sign not in await made_of(beside)
-    assert sign in await made_of({**beside, path: value})
+    assert sign not in await made_of(beside(path))
+    assert sign in await made_of({**beside(path), path: value})
 
 
 @pytest.mark.parametrize(
@@ -300,8 +343,8 @@ async def test_secrets_are_for_a_controller_that_is_there() -> None:
 
 @pytest.mark.parametrize(("path", "sign"), DISAPPEARS, ids=[path for path, _ in DISAPPEARS])
 async def test_a_switch_is_obeyed(path: str, sign: str) -> None:
-    assert sign in await made_of({})
-    assert sign not in await made_of({path: False})
+    assert sign in await made_of(beside(path))
+    assert sign not in await made_of({**beside(path), path: False})
 
 
 @pytest.mark.parametrize("kind", ["DaemonSet", "Deployment"])
@@ -311,7 +354,7 @@ async def test_the_program_takes_the_options_that_values_make(kind: str) -> None
     programs = [each["spec"]["template"]["spec"]["containers"][0]["args"] for each in objects if each["kind"] == kind]
     assert programs
     for arguments in programs:
-        assert len(arguments) >= 11
+        assert len(arguments) >= 9
         # The options are looked at in turn, and the last one is refused.
         expanded = [each.replace("$(NODE_NAME)", "node-1") for each in arguments]  # as the kubelet does
         told = CliRunner().invoke(main, [*expanded, "--kubeconfig=/does/not/exist"])
@@ -352,6 +395,8 @@ async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones()
         "agent.socketRoot": "/srv/sockets",
         "credentials.namespaces": ["shop"],
         "controller.leaderElection.leaseName": "other",
+        "metricsAPI.enabled": True,
+        "metricsAPI.namespace.name": "numbers",
         "monitoring.enabled": True,
     }
     text = yaml.safe_dump_all(await render(*settings(values)))
@@ -361,6 +406,9 @@ async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones()
         "namespace: vcpuset-agent",
         "- vcpuset-agent\n",
         "serviceaccount:vcpuset-agent:",
+        "namespace: vcpuset-metrics-api",
+        "serviceaccount:vcpuset-metrics-api:",
+        "metadata.name: vcpuset-metrics-api",
     ):
         assert shipped not in text
     assert "kubernetes.io/metadata.name: node-agents\n" in text
@@ -419,6 +467,11 @@ async def test_the_namespace_that_helm_makes_is_not_made_by_the_chart_too() -> N
         ("pods.namespaces", ["*"], "at '/pods/namespaces/0': '*' does not match pattern"),
         ("networkPolicy.apiServer.ports", [], "at '/networkPolicy/apiServer/ports': minItems"),
         ("networkPolicy.metricsNamespaceLabels", "any", "at '/networkPolicy/metricsNamespaceLabels'"),
+        (
+            "metricsAPI.certificate.injectCAFrom",
+            "tls",
+            "at '/metricsAPI/certificate/injectCAFrom': 'tls' does not match",
+        ),
         # Left out, they would let pods of every namespace in.
         ("networkPolicy.metricsNamespaceLabels", None, "missing property 'metricsNamespaceLabels'"),
         ("agent.namespace.name", "vcpuset-system", "agent.namespace.name and controller.namespace.name must differ"),
@@ -428,6 +481,14 @@ async def test_a_bad_value_is_refused_by_its_name(path: str, value: object, name
     refused = await run_helm("template", "vcpuset", CHART, *settings({path: value}), check=False)
     assert refused.returncode != 0
     assert named in refused.stderr
+
+
+@pytest.mark.parametrize("other", ["vcpuset-agent", "vcpuset-system"])
+async def test_the_metrics_api_has_a_namespace_of_its_own(other: str) -> None:
+    values = settings({"metricsAPI.enabled": True, "metricsAPI.namespace.name": other})
+    refused = await run_helm("template", "vcpuset", CHART, *values, check=False)
+    assert refused.returncode != 0
+    assert "metricsAPI.namespace.name and " in refused.stderr
 
 
 @pytest.mark.parametrize(

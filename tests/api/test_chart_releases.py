@@ -1,16 +1,21 @@
 """The Helm chart on a real API server: a release's life, and what it says to whoever installs it."""
 
+import base64
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import pytest
 import pytest_asyncio
 import yaml
 
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.helm import CHART, run_helm, settings
+from harness.pki import Authority
+from harness.processes import CommandFailed
 
 __all__: list[str] = []
 
@@ -86,6 +91,22 @@ async def test_a_release_is_installed_upgraded_and_uninstalled_and_the_sets_stay
     assert await ours() == installed, "what was kept does not stand in the way of another installation"
 
 
+async def test_a_release_takes_over_what_kustomize_has_left(cluster: ControlPlane) -> None:
+    """As docs/install.md says: the base and the sets are there, the components are not."""
+    await cluster.kubectl("apply", "--server-side", "-k", DEPLOY / "base")
+    await cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
+    await cluster.kubectl("create", "-f", "-", input=VCPUSET)
+    install = ("upgrade", "--install", "vcpuset", CHART)
+    with pytest.raises(CommandFailed, match="cannot be imported"):
+        await run_helm(*install, kubeconfig=cluster.kubeconfig)
+    flags = ("--take-ownership", "--force-conflicts")
+    block = Page(REPOSITORY / "docs" / "install.md").block("sh", "kustomize-to-helm")
+    assert set(flags) <= set(block.text.split())
+    await run_helm(*install, *flags, kubeconfig=cluster.kubeconfig)
+    await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system")
+    await cluster.kubectl("get", "vcpuset", "web")
+
+
 async def test_a_release_is_installed_into_a_namespace_that_helm_makes(cluster: ControlPlane) -> None:
     into = ("--namespace=vcpuset-system", "--create-namespace")
     said = await run_helm("install", "vcpuset", CHART, *into, kubeconfig=cluster.kubeconfig)
@@ -116,3 +137,29 @@ async def test_a_release_makes_its_namespaces_with_the_labels_of_pod_security(cl
     got = await cluster.kubectl("get", "namespaces", f"--label-columns={label}", "--no-headers")
     enforced = {line.split()[0]: line.split()[-1] for line in got.stdout.splitlines()}
     assert (enforced["vcpuset-agent"], enforced["vcpuset-system"]) == ("privileged", "restricted")
+
+
+async def test_an_upgrade_keeps_the_certificate_that_the_metrics_api_has_made(cluster: ControlPlane) -> None:
+    """The Secret is shipped without contents, and the APIService without a bundle."""
+    stored = "/api/v1/namespaces/vcpuset-metrics-api/secrets/vcpuset-metrics-api"
+    service = "/apis/apiregistration.k8s.io/v1/apiservices/v1beta2.custom.metrics.k8s.io"
+    certificate = base64.b64encode(Authority().certificate.encode()).decode()
+    release: tuple[str | Path, ...] = (
+        "vcpuset",
+        CHART,
+        *settings({"metricsAPI.enabled": True, "agent.enabled": False}),
+    )
+    await run_helm("install", *release, kubeconfig=cluster.kubeconfig)
+    whole = (await cluster.request("GET", stored)).body
+    written = await cluster.request("PUT", stored, {**whole, "data": {"tls.crt": certificate}})
+    patched = await cluster.request("PATCH", service, {"spec": {"caBundle": certificate}})
+    assert (written.status, patched.status) == (200, 200)
+
+    await run_helm("upgrade", *release, *settings({"metricsAPI.replicas": 3}), kubeconfig=cluster.kubeconfig)
+    got = await cluster.kubectl("get", "deployment", "-n=vcpuset-metrics-api", "-o=jsonpath={.items[*].spec.replicas}")
+    assert got.stdout == "3"
+    assert (await cluster.request("GET", stored)).body["data"] == {"tls.crt": certificate}
+    assert (await cluster.request("GET", service)).body["spec"]["caBundle"] == certificate
+    # Also while the API is registered, and nobody serves it.
+    await run_helm("uninstall", "vcpuset", kubeconfig=cluster.kubeconfig)
+    assert (await cluster.request("GET", service)).status == 404

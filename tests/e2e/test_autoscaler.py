@@ -19,12 +19,14 @@ from harness.cache import REPOSITORY
 from harness.controllermanager import HPA_USER, ControllerManager
 from harness.controlplane import ControlPlane
 from harness.docpage import Page
+from harness.faulty import FaultyMonitor
 from harness.guest import Guest
 from harness.metricsserver import MetricsServer, Series
 from harness.operator import OperatorProcess
 from harness.processes import CommandFailed
 from harness.qmp import count
 from harness.saved import saved_guest
+from harness.vmpod import VMPod
 from harness.wait import until
 from harness.world import Seen, User
 
@@ -32,6 +34,7 @@ from harness.world import Seen, User
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
+PODS: Final = Page(REPOSITORY / "docs" / "pods.md")
 
 WAIT_SECONDS: Final = 90.0
 
@@ -171,17 +174,17 @@ async def test_an_object_metric_drives_a_guest_up_and_down_with_one_write_for_ea
     async with saved_guest(smp="2,maxcpus=64", monitor_paths=[web.monitor]) as guest:
         web.control = guest.control
         await web.create()
-        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
-        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
-        await web.says("web-by-load", "ScalingActive", "True", "ValidMetricFound")
+        metrics.set_object(user.namespace, "web", "busy_vcpus", "1.2")
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web"))
+        await web.says("web", "ScalingActive", "True", "ValidMetricFound")
         await web.settles(2)
         assert web.changes() == 0
-        for value, vcpus in (("2.7", 4), ("4.1", 6), ("2", 3), ("700m", 1)):
-            metrics.set_object(user.namespace, "web", "guest_busy_cpus", value)
+        for value, vcpus in (("2.3", 4), ("4.1", 7), ("1.7", 3), ("600m", 1)):
+            metrics.set_object(user.namespace, "web", "busy_vcpus", value)
             await web.settles(vcpus)
             await guest.wait_online(vcpus)
         assert web.changes() == 4
-        assert (await web.hpa("web-by-load"))["status"]["currentReplicas"] == 1
+        assert (await web.hpa("web"))["status"]["currentReplicas"] == 1
 
 
 async def test_external_metrics_are_added_up_and_drive_a_guest_up_and_down(
@@ -213,20 +216,20 @@ async def test_the_status_stays_truthful_and_the_tolerance_is_about_it_while_a_g
         web.control = guest.control
         await web.create(vcpus=4)
         await guest.hold_cpus(1, 2, 3)
-        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "1.4")
-        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
+        metrics.set_object(user.namespace, "web", "busy_vcpus", "1.2")
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web"))
         await web.declared(2)
         refused = await user.wait_reason("web", "UnplugRefused")
         assert refused.vcpus == 4
         await web.keeps(2)
-        (current,) = (await web.hpa("web-by-load"))["status"]["currentMetrics"]
-        assert current["object"]["current"]["averageValue"] == "350m", "the 1.4 are divided by what the machine has"
+        (current,) = (await web.hpa("web"))["status"]["currentMetrics"]
+        assert current["object"]["current"]["averageValue"] == "300m", "the 1.2 are divided by what the machine has"
 
-        # The trap: 3 / 0.7 = 4.29 are 5 vCPUs, but the 4 that the guest kept serve them within 10 %.
-        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "3")
+        # The trap: 2.5 / 0.6 = 4.17 are 5 vCPUs, but the 4 that the guest kept serve them within 10 %.
+        metrics.set_object(user.namespace, "web", "busy_vcpus", "2.5")
         await web.settles(4)
         # The way out.
-        await web.kubectl("patch", "hpa", "web-by-load", f"--patch={json.dumps(fragment('tolerance'))}")
+        await web.kubectl("patch", "hpa", "web", f"--patch={json.dumps(fragment('tolerance'))}")
         await web.settles(5)
         await guest.wait_online(5)
         assert web.changes() == 3
@@ -238,17 +241,17 @@ async def test_an_autoscaler_whose_bounds_exceed_the_sets_is_refused_with_the_ru
     web = Scaled(user, folder)
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
-        await web.create(maxVCPUs=3)
-        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "5.6")
-        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
-        message = await web.says("web-by-load", "AbleToScale", "False", "FailedUpdateScale")
+        before = (await web.create(maxVCPUs=3)).body["metadata"]["generation"]
+        metrics.set_object(user.namespace, "web", "busy_vcpus", "5.6")
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web"))
+        message = await web.says("web", "AbleToScale", "False", "FailedUpdateScale")
         assert "vcpus must be at most maxVCPUs" in message
         await web.settles(2)
-        assert (await user.get("web")).body["metadata"]["generation"] == 1
+        assert (await user.get("web")).body["metadata"]["generation"] == before
 
-        await web.kubectl("patch", "hpa", "web-by-load", '--patch={"spec": {"maxReplicas": 3}}')
+        await web.kubectl("patch", "hpa", "web", '--patch={"spec": {"maxReplicas": 3}}')
         await web.settles(3)
-        await web.says("web-by-load", "AbleToScale", "True", "ReadyForNewScale")
+        await web.says("web", "AbleToScale", "True", "ReadyForNewScale")
 
 
 async def test_without_a_metric_the_count_stays_but_for_the_autoscalers_own_bounds(
@@ -258,11 +261,11 @@ async def test_without_a_metric_the_count_stays_but_for_the_autoscalers_own_boun
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
         await web.create()
-        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
-        await web.says("web-by-load", "ScalingActive", "False", "FailedGetObjectMetric")
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web"))
+        await web.says("web", "ScalingActive", "False", "FailedGetObjectMetric")
         await web.settles(2)
         assert web.changes() == 0
-        await web.kubectl("patch", "hpa", "web-by-load", '--patch={"spec": {"minReplicas": 3}}')
+        await web.kubectl("patch", "hpa", "web", '--patch={"spec": {"minReplicas": 3}}')
         await web.settles(3)
         assert web.changes() == 1
 
@@ -274,10 +277,11 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
         manifest = PAGE.manifest("VCPUSet", "web")
+        manifest["spec"]["vcpus"] = 2
         await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
         await user.wait_ready("web")
-        metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
-        autoscaler = PAGE.manifest("HorizontalPodAutoscaler", "web-by-load")
+        metrics.set_object(user.namespace, "web", "busy_vcpus", "2.3")
+        autoscaler = PAGE.manifest("HorizontalPodAutoscaler", "web")
         autoscaler["spec"] |= fragment("stabilizationWindowSeconds")["spec"]
         await web.apply(autoscaler)
         await web.settles(4)
@@ -295,12 +299,11 @@ async def test_a_set_without_a_count_is_adopted_and_then_follows_the_metric(
     metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
 ) -> None:
     web = Scaled(user, folder)
-    metrics.set_object(user.namespace, "web", "guest_busy_cpus", "2.8")
+    metrics.set_object(user.namespace, "web", "busy_vcpus", "2.3")
     manifest = PAGE.manifest("VCPUSet", "web")
-    del manifest["spec"]["vcpus"]
     await web.apply(manifest)
-    await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-load"))
-    message = await web.says("web-by-load", "AbleToScale", "False", "FailedGetScale")
+    await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web"))
+    message = await web.says("web", "AbleToScale", "False", "FailedGetScale")
     assert 'the spec replicas field ".spec.vcpus" does not exist' in message
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
@@ -317,12 +320,12 @@ async def test_a_count_that_a_client_side_apply_overwrites_is_put_back_by_the_au
     web = Scaled(user, folder)
     async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
         web.control = machine.control
-        await web.create()
+        await web.create(vcpus=2)
         metrics.set_external(user.namespace, "queue_messages_ready", Series("31", {"queue": "web"}))
         await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-queue"))
         await web.settles(4)
         assert web.changes() == 1
-        await web.apply(PAGE.manifest("VCPUSet", "web"))
+        await web.create(vcpus=2)
         await web.settles(4)
         assert web.changes() == 2
 
@@ -334,7 +337,7 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
     web, db = Scaled(user, folder), Scaled(user, folder, "db")
 
     def autoscaler(scaled: Scaled, name: str) -> Manifest:
-        manifest = PAGE.manifest("HorizontalPodAutoscaler", "web-by-load")
+        manifest = PAGE.manifest("HorizontalPodAutoscaler", "web")
         manifest["metadata"]["name"] = name
         spec = manifest["spec"]
         for reference in (spec["scaleTargetRef"], spec["metrics"][0]["object"]["describedObject"]):
@@ -345,7 +348,7 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
         Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as web_machine,
         Guest(None, smp="2,maxcpus=64", monitor_paths=[db.monitor]) as db_machine,
     ):
-        for scaled, machine, load in ((web, web_machine, "2.8"), (db, db_machine, "2.1")):
+        for scaled, machine, load in ((web, web_machine, "2.3"), (db, db_machine, "1.7")):
             scaled.control = machine.control
             seen = await scaled.create()
             key, _, value = seen.status["selector"].partition("=")
@@ -356,7 +359,7 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
                 "spec": {"containers": [{"name": "qemu", "image": "qemu"}]},
             }
             await scaled.apply(pod)
-            metrics.set_object(user.namespace, scaled.name, "guest_busy_cpus", load)
+            metrics.set_object(user.namespace, scaled.name, "busy_vcpus", load)
             await scaled.apply(autoscaler(scaled, scaled.name))
         for scaled, vcpus in ((web, 4), (db, 3)):
             await scaled.settles(vcpus)
@@ -377,7 +380,37 @@ async def test_the_autoscaler_that_keda_makes_follows_the_metric_that_keda_serve
         web.control = machine.control
         await web.create()
         label = "scaledobject.keda.sh/name"
-        metrics.set_external(user.namespace, "s0-prometheus", Series("50", {label: "web"}), Series("9k", {label: "db"}))
+        metrics.set_external(
+            user.namespace, "s0-prometheus", Series("2.8", {label: "web"}), Series("9k", {label: "db"})
+        )
         await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "keda-hpa-web"))
         await web.settles(5)
         await web.says("keda-hpa-web", "ScalingActive", "True", "ValidMetricFound")
+
+
+async def test_the_metrics_of_a_pod_drive_its_machine_and_its_cpu(
+    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    web = Scaled(user, folder)
+    spec = PODS.manifest("VCPUSet", "web")["spec"]["pod"]
+    async with (
+        FaultyMonitor(web.monitor, cpus=2) as machine,
+        VMPod(user, "web", limit="2200m") as pod,
+        pod.obeying(),
+    ):
+
+        async def settles(vcpus: int) -> None:
+            await web.declared(vcpus)
+            await user.wait_ready("web")
+            assert len(machine.cpus.occupied()) == vcpus
+            await pod.wait_size(f"{vcpus}200m")
+            await web.keeps(vcpus)
+
+        assert (await web.create(pod=spec)).status["selector"] == "vm=web"
+        metrics.set_pod(user.namespace, "web", "qemu", "1.2")
+        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-pod"))
+        await web.says("web-by-pod", "ScalingActive", "True", "ValidMetricFound")
+        await settles(2)
+        for usage, vcpus in (("2.3", 4), ("3500m", 6), ("550m", 1)):
+            metrics.set_pod(user.namespace, "web", "qemu", usage)
+            await settles(vcpus)

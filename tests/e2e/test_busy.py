@@ -94,3 +94,24 @@ async def test_the_load_of_a_linux_guest_is_seen_through_its_agent(
         await until(lambda: shows(0.75, 2), WAIT, lambda: f"two busy loops: {answer}")
         await guest.shell("kill $(cat /run/load)")
         await until(lambda: shows(0, 0.5), WAIT, lambda: f"an idle guest again: {answer}")
+
+
+async def test_a_standby_says_that_it_does_not_manage_the_set(
+    control_plane: ControlPlane, folder: Path, socket_root: Path, user: User
+) -> None:
+    """The metrics API asks all replicas, and relies on it."""
+    flags = (f"--namespace={user.namespace}", "--leader-elect", f"--leader-elect-namespace={user.namespace}")
+    async with (
+        FaultyMonitor(folder / "vm.sock"),
+        OperatorProcess(control_plane, *flags, socket_root=socket_root) as leader,
+    ):
+        await user.create("vm", 2, "vm.sock")
+        await user.wait_ready("vm")
+        async with (
+            OperatorProcess(control_plane, *flags, socket_root=socket_root) as standby,
+            aiohttp.ClientSession(leader.url) as leaders,
+            aiohttp.ClientSession(standby.url) as standbys,
+        ):
+            assert (await busy(standbys, user, "vm"))[1]["reason"] == "NotServed"
+            # Which of the two depends on whether it has asked QEMU already.
+            assert (await busy(leaders, user, "vm"))[1]["reason"] in {"NoSource", "NoSample"}

@@ -22,10 +22,14 @@ from typing import Any, Final, Self
 from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
+from harness.pki import Authority
 from harness.processes import Child, Completed, ReservedPort, run
 from harness.wait import until
 
-__all__ = ["Answer", "ControlPlane"]
+__all__ = ["FRONT_PROXY", "Answer", "ControlPlane"]
+
+FRONT_PROXY: Final = "front-proxy-client"
+"""The common name of the front proxy's certificate; kubeadm's."""
 
 START_SECONDS: Final = 240.0
 """How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
@@ -73,6 +77,8 @@ class ControlPlane:
         self.audit_log = Path()
         self.service_account_key = Path()
         """The private key that signs service accounts' tokens."""
+        self.front_proxy = Authority()
+        """The CA of the client certificate that aggregated APIs are asked with."""
         self.kubectl_path = Path()
         self._binaries: Binaries | None = None
         self._ports: list[ReservedPort] = []
@@ -298,6 +304,9 @@ class ControlPlane:
         tokens = self.directory / "tokens.csv"
         tokens.touch(mode=0o600)
         tokens.write_text(f'{self.token},admin,admin,"system:masters"\n')
+        proxy = self.front_proxy.client(FRONT_PROXY)
+        for kind, text in (("ca", proxy.ca), ("crt", proxy.certificate), ("key", proxy.key)):
+            (self.directory / f"front-proxy.{kind}").write_text(text)
         policy = self.directory / "audit-policy.json"
         first = [STATUS_IN_AUDIT] if self._status_in_audit else []
         policy.write_text(json.dumps({**AUDIT_POLICY, "rules": [*first, *AUDIT_POLICY["rules"]]}))
@@ -316,6 +325,13 @@ class ControlPlane:
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
             "--service-cluster-ip-range=10.96.0.0/24",
+            f"--requestheader-client-ca-file={self.directory / 'front-proxy.ca'}",
+            f"--requestheader-allowed-names={FRONT_PROXY}",
+            "--requestheader-username-headers=X-Remote-User",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            f"--proxy-client-cert-file={self.directory / 'front-proxy.crt'}",
+            f"--proxy-client-key-file={self.directory / 'front-proxy.key'}",
             # Else nobody makes default service accounts.
             *([] if self._service_accounts else ["--disable-admission-plugins=ServiceAccount"]),
             *([f"--etcd-compaction-interval={self._compaction_seconds}s"] if self._compaction_seconds else []),

@@ -67,6 +67,8 @@ class FaultyAgent:
         self.online = {0}
         self.stats: list[Answer] = []
         """What guest-get-cpustats returns."""
+        self.load: Answer = {"load15m": 3.69140625, "load5m": 1.73486328125, "load1m": 0.76123046875}
+        """What guest-get-load returns; these are of qemu-ga 10.0.2."""
         self._cpus = sorted({0, *offline})
         self._stale = stale
         self._faults = dict(faults or {})
@@ -79,6 +81,7 @@ class FaultyAgent:
             "guest-get-vcpus": self._get,
             "guest-set-vcpus": self._set,
             "guest-get-cpustats": lambda _: self.stats,
+            "guest-get-load": lambda _: self.load,
         }
 
     def received(self, name: str) -> list[Answer]:

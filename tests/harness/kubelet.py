@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import shutil
 import tempfile
@@ -227,22 +228,34 @@ async def cluster(*nodes: str, status_in_audit: bool = False) -> AsyncIterator[t
         yield control_plane, running
 
 
-async def install(control_plane: ControlPlane, nodes: Nodes, *patches: Manifest) -> None:
-    """Install both shapes as shipped, but for a user's own patches, and wait until all pods are ready.
+async def install(
+    control_plane: ControlPlane,
+    nodes: Nodes,
+    *patches: Manifest,
+    overlay: str = "both",
+    components: Sequence[str] = (),
+) -> None:
+    """Install an overlay as shipped, but for components and a user's own patches, and wait until all pods are ready.
 
     Raises:
         CommandFailed: not within two minutes; the message has what the pods said.
     """
     with tempfile.TemporaryDirectory(prefix="vcpuset-install-") as folder:
-        _write_kustomization(Path(folder), patches)
+        _write_kustomization(Path(folder), overlay, components, patches)
         await control_plane.kubectl("apply", "--server-side", "-k", folder)
-    await nodes.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
-    await nodes.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
+    ours = "--selector=app.kubernetes.io/part-of=vcpuset"
+    workloads = await control_plane.kubectl("get", "daemonset,deployment", "--all-namespaces", ours, "--output=json")
+    for each in json.loads(workloads.stdout)["items"]:
+        await nodes.rolled_out(each["metadata"]["namespace"], f"{each['kind'].lower()}/{each['metadata']['name']}")
 
 
-def _write_kustomization(folder: Path, patches: Sequence[Manifest]) -> None:
+def _write_kustomization(folder: Path, overlay: str, components: Sequence[str], patches: Sequence[Manifest]) -> None:
     """Lay out a user's kustomization with a copy of the shipped ones beside it."""
     for shipped in ("deploy", "crds"):
         shutil.copytree(REPOSITORY / shipped, folder / shipped)
-    own = {"resources": ["deploy/overlays/both"], "patches": [dict(each) for each in patches]}
+    own = {
+        "resources": [f"deploy/overlays/{overlay}"],
+        "components": [f"deploy/components/{each}" for each in components],
+        "patches": [dict(each) for each in patches],
+    }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(own))

@@ -1,12 +1,13 @@
 """A metrics API server whose numbers a test sets: what prometheus-adapter or KEDA's adapter is in a cluster.
 
     async with MetricsServer(control_plane) as metrics:
-        metrics.set_object(namespace, "web", "guest_busy_cpus", "4.1")
+        metrics.set_object(namespace, "web", "busy_vcpus", "4.1")
         metrics.set_external(namespace, "queue_messages_ready", Series("30", {"queue": "web"}))
 
-It serves `custom.metrics.k8s.io/v1beta2`, of VCPUSets only, and `external.metrics.k8s.io/v1beta1` over TLS, and is
-registered with the API server as an aggregated API. The API server verifies its certificate, but it does not ask who
-calls, as one in production must: it listens on loopback, and its numbers are no secret.
+It serves `custom.metrics.k8s.io/v1beta2`, of VCPUSets only, `external.metrics.k8s.io/v1beta1`, and
+`metrics.k8s.io/v1beta1`, of pods only, over TLS, and is registered with the API server as an aggregated API. The API
+server verifies its certificate, but it does not ask who calls, as one in production must: it listens on loopback, and
+its numbers are no secret.
 
 The way there is a Service of type ExternalName: a cluster without pods has no other that ends on a loopback address.
 """
@@ -34,6 +35,7 @@ AVAILABLE_SECONDS: Final = 120.0
 
 CUSTOM: Final = "custom.metrics.k8s.io/v1beta2"
 EXTERNAL: Final = "external.metrics.k8s.io/v1beta1"
+PODS: Final = "metrics.k8s.io/v1beta1"
 
 RESOURCE: Final = "vcpusets.vcpuset.dev"
 
@@ -56,6 +58,7 @@ class MetricsServer:
         self._control_plane = control_plane
         self._objects: dict[tuple[str, str, str], str] = {}
         self._external: dict[tuple[str, str], tuple[Series, ...]] = {}
+        self._pods: dict[tuple[str, str], tuple[str, str]] = {}
         self._runner: web.AppRunner | None = None
 
     def set_object(self, namespace: str, vcpuset: str, metric: str, value: str) -> None:
@@ -65,6 +68,10 @@ class MetricsServer:
     def set_external(self, namespace: str, metric: str, *series: Series) -> None:
         """Set all series of an external metric."""
         self._external[namespace, metric] = series
+
+    def set_pod(self, namespace: str, pod: str, container: str, cpu: str) -> None:
+        """Set the CPU usage of a pod's one container. It is of any pods that a client selects."""
+        self._pods[namespace, pod] = container, cpu
 
     async def start(self) -> None:
         """Serve, register, and wait until the API server has taken both APIs up.
@@ -85,7 +92,7 @@ class MetricsServer:
         """Take the APIs away and stop serving. Safe to call again."""
         if self._runner is None:
             return
-        for api in (CUSTOM, EXTERNAL):  # first: an API that is registered and not served is in everyone's way
+        for api in (CUSTOM, EXTERNAL, PODS):  # first: an API that is registered and not served is in everyone's way
             await self._control_plane.request("DELETE", _registration(api))
         await self._runner.cleanup()
         self._runner = None
@@ -116,6 +123,8 @@ class MetricsServer:
             [
                 web.get(f"/apis/{CUSTOM}", self._custom_resources),
                 web.get(f"/apis/{CUSTOM}/namespaces/{{namespace}}/{RESOURCE}/{{name}}/{{metric}}", self._custom),
+                web.get(f"/apis/{PODS}", self._pod_resources),
+                web.get(f"/apis/{PODS}/namespaces/{{namespace}}/pods", self._pod_metrics),
                 web.get(f"/apis/{EXTERNAL}", self._external_resources),
                 web.get(f"/apis/{EXTERNAL}/namespaces/{{namespace}}/{{metric}}", self._external_values),
             ]
@@ -132,7 +141,7 @@ class MetricsServer:
             "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
         }
         await self._create(f"/api/v1/namespaces/{namespace}/services", service)
-        for api in (CUSTOM, EXTERNAL):
+        for api in (CUSTOM, EXTERNAL, PODS):
             group, _, version = api.partition("/")
             body = {
                 "metadata": {"name": f"{version}.{group}"},
@@ -146,7 +155,7 @@ class MetricsServer:
                 },
             }
             await self._create(_REGISTRATIONS, body)
-        for api in (CUSTOM, EXTERNAL):
+        for api in (CUSTOM, EXTERNAL, PODS):
             await self._wait_available(api)
 
     async def _create(self, path: str, body: Mapping[str, Any]) -> None:
@@ -192,6 +201,23 @@ class MetricsServer:
             "value": value,
         }  # fmt: skip
         return web.json_response({"kind": "MetricValueList", "apiVersion": CUSTOM, "metadata": {}, "items": [item]})
+
+    async def _pod_resources(self, _: web.Request) -> web.Response:
+        return _resources(PODS, {"pods": "PodMetrics"})
+
+    async def _pod_metrics(self, request: web.Request) -> web.Response:
+        namespace = request.match_info["namespace"]
+        items = [
+            {
+                "metadata": {"name": pod, "namespace": namespace},
+                "timestamp": _now(),
+                "window": "15s",
+                "containers": [{"name": container, "usage": {"cpu": cpu, "memory": "1Mi"}}],
+            }
+            for (place, pod), (container, cpu) in self._pods.items()
+            if place == namespace
+        ]
+        return web.json_response({"kind": "PodMetricsList", "apiVersion": PODS, "metadata": {}, "items": items})
 
     async def _external_values(self, request: web.Request) -> web.Response:
         metric = request.match_info["metric"]

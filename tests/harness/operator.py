@@ -15,9 +15,26 @@ from typing import Final, Protocol, Self
 from harness.processes import Child, free_port
 from harness.wait import until
 
-__all__ = ["OperatorProcess"]
+__all__ = ["OperatorProcess", "program"]
 
 _TESTS: Final = Path(__file__).parents[1]
+
+
+def program(
+    times: Mapping[str, float] | None, environment: Mapping[str, str] | None = None
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """What follows the interpreter's name to run `vcpuset`, and the environment; None: that of the test.
+
+    times  constants of the program that are other ones in this process; see `harness.hurried`
+    """
+    if not times:
+        return ["-m", "vcpuset.cli.main"], environment
+    ways = [str(_TESTS), *filter(None, [(environment or os.environ).get("PYTHONPATH")])]
+    constants = [f"vcpuset.{name}={value}" for name, value in times.items()]
+    return ["-m", "harness.hurried", *constants, "--"], {
+        **(environment or os.environ),
+        "PYTHONPATH": os.pathsep.join(ways),
+    }
 
 
 class HasKubeconfig(Protocol):
@@ -46,19 +63,15 @@ class OperatorProcess:
         environment: Mapping[str, str] | None = None,
         times: Mapping[str, float] | None = None,
     ) -> None:
-        self._environment = environment
-        program = ["vcpuset.cli.main"]
-        if times:
-            ways = [str(_TESTS), *filter(None, [(environment or os.environ).get("PYTHONPATH")])]
-            self._environment = {**(environment or os.environ), "PYTHONPATH": os.pathsep.join(ways)}
-            program = ["harness.hurried", *(f"vcpuset.{name}={value}" for name, value in times.items()), "--"]
+        words, self._environment = program(times, environment)
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
         self.log = self.directory / "log"
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._argv = [
             python or sys.executable,
-            *("-m", *program, "run"),
+            *words,
+            "run",
             f"--kubeconfig={kubeconfig or cluster.kubeconfig}",
             f"--http-address=127.0.0.1:{self._port}",
             *([f"--socket-root={socket_root}"] if socket_root else []),

@@ -149,8 +149,12 @@ class VMPod:
 
     async def _report(self, pod: Mapping[str, Any], conditions: list[dict[str, Any]], **status: Any) -> None:
         generation = pod["metadata"]["generation"]
-        seen = [{**each, "observedGeneration": generation} for each in conditions]
-        body = {"status": {"observedGeneration": generation, "conditions": seen, **status}}
+        since = pod["metadata"]["creationTimestamp"]
+        ready = {"type": "Ready", "status": "True", "lastTransitionTime": since}
+        seen = [{**each, "observedGeneration": generation} for each in (ready, *conditions)]
+        body = {
+            "status": {"observedGeneration": generation, "startTime": since, "conditions": seen, **status},
+        }
         await self._ask("PATCH", f"{self._path}/{self.name}/status", body)
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, allowed: int = 200) -> dict[str, Any]:

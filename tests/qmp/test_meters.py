@@ -160,6 +160,38 @@ async def test_an_agent_that_does_not_count_is_asked_once_and_its_cpus_are_known
         assert not world.meters.has_source(VM)
 
 
+async def test_an_agent_that_knows_the_load_says_so_at_each_query_wherever_the_counters_come_from(
+    world: World, monitor: FaultyMonitor, namespace_folder: Path
+) -> None:
+    monitor.stats = [kvm("/a", exits=1, halted=0)]
+    async with FaultyAgent(namespace_folder / "agent.sock") as agent:
+        for load in (0.76123046875, 5):
+            agent.load = {**agent.load, "load1m": load}
+            world.guests.query(world.vcpuset, await world.observe())
+            await until(lambda: world.guests._guests[VM].task is None, 60, "the end of the query")
+            assert world.meters.demand(VM) == load
+        monitor.restart(2)  # another QEMU: this was not its guest's
+        await world.observe()
+        assert world.meters.demand(VM) is None
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Error("CommandNotFound", "disabled"), Returns({}), Returns([]), Returns({"load1m": "1"}), Returns({"load1m": -1})],
+)
+@pytest.mark.usefixtures("monitor")
+async def test_an_agent_that_does_not_know_the_load_is_asked_once(
+    world: World, namespace_folder: Path, fault: Error | Returns
+) -> None:
+    async with FaultyAgent(namespace_folder / "agent.sock", faults={"guest-get-load": fault}) as agent:
+        for _ in range(3):
+            world.guests.query(world.vcpuset, await world.observe())
+            await until(lambda: world.guests._guests[VM].task is None, 60, "the end of the query")
+        assert len(agent.received("guest-get-vcpus")) == 3
+        assert len(agent.received("guest-get-load")) == 1
+        assert world.meters.demand(VM) is None
+
+
 def kvm_opens() -> bool:
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR))

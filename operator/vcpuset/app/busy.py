@@ -18,8 +18,10 @@ async def busy(cache: Cache, meters: Meters, namespace: str, name: str) -> tuple
         return _none("NotServed", f"this operator does not manage a VCPUSet {namespace}/{name}")
     found = await meters.ask(uid)
     if found is not None:
+        demand = meters.demand(uid)
         return 200, {
             "busyVCPUs": round(found.busy, 3),
+            **({} if demand is None else {"demandVCPUs": round(demand, 3)}),
             "vcpus": found.vcpus,
             "windowSeconds": round(found.seconds, 3),
             "source": found.source.value,

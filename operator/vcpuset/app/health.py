@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from vcpuset.domain.errors import VCPUSetError
+from vcpuset.runtime.listening import cannot_listen
 
 __all__ = ["serve_http"]
 
@@ -66,15 +65,8 @@ async def serve_http(
         try:
             await web.TCPSite(runner, *address).start()
         except (OSError, UnicodeError) as error:
-            host, port = address
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            # asyncio adds many words to a socket's error; a resolver's has a negative number and words of its own.
-            number = error.errno if isinstance(error, OSError) else None
-            words = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
-            raise VCPUSetError(
-                f"cannot listen on --http-address {where}: {words}; set another address with --http-address, or an "
-                "empty one to disable HTTP"
-            ) from error
+            remedy = "set another address with --http-address, or an empty one to disable HTTP"
+            raise cannot_listen(address, "--http-address", remedy, error) from error
         yield
     finally:
         await runner.cleanup()

@@ -8,21 +8,27 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli.commands import inspect, plan
-from vcpuset.cli.logs import configure
+from vcpuset.cli.metricsapi import metrics_api
+from vcpuset.cli.options import (
+    Address,
+    EmptyCounts,
+    configure_logs,
+    kubeconfig_option,
+    log_options,
+    not_empty,
+    own_namespace,
+)
 from vcpuset.cli.values import LEASE, NAMESPACE, NODE, repeat
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.networks import Network, Networks, network
 
 __all__ = ["main"]
-
-
-_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})")
 
 
 _SECONDS = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?)s?")
@@ -33,36 +39,6 @@ _VALUES = rf"\s*\(\s*({_NAME})?(\s*,\s*({_NAME})?)*\s*\)"
 _REQUIREMENT = rf"\s*(!\s*{_KEY}|{_KEY}(\s*(==?|!=)\s*({_NAME})?|\s*[<>]\s*[0-9]{{1,18}}|\s+(not)?in{_VALUES})?)\s*"
 _LABEL_SELECTOR = re.compile(rf"{_REQUIREMENT}(,{_REQUIREMENT})*", re.ASCII)
 """Label selectors that the API server accepts."""
-
-_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-"""The file with the namespace of a pod."""
-
-
-class _Address(click.ParamType[tuple[str, int] | None]):
-    """HOST:PORT; empty: off."""
-
-    name = "HOST:PORT"
-
-    def convert(
-        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int] | None:
-        """Split HOST:PORT; an IPv6 host is in brackets."""
-        if isinstance(value, tuple):
-            return value
-        if not value:
-            return None
-        found = _ADDRESS.fullmatch(value)
-        if found is None or int(found["port"]) > 65535:
-            self.fail(f"{value!r} is not HOST:PORT (or empty, for off)", param, ctx)
-        return found["ipv6"] or found["host"], int(found["port"])
-
-
-class _EmptyCounts(click.Option):
-    """An option whose environment variable may be set and empty; click treats that as unset."""
-
-    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The variable's value, also an empty one."""
-        return os.environ.get(self.envvar) if isinstance(self.envvar, str) else super().resolve_envvar_value(ctx)
 
 
 class _Seconds(click.ParamType[float]):
@@ -94,15 +70,6 @@ class _Network(click.ParamType[Network]):
 
 
 _CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-
-_T = TypeVar("_T")
-
-
-def _not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:
-    """Reject an empty value: it would mean the current folder, or every namespace."""
-    if any(str(each) in {"", "."} for each in (value if isinstance(value, tuple) else (value,)) if each is not None):
-        raise click.BadParameter("must not be empty or the current directory", ctx, param)
-    return value
 
 
 def _label_selector(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -137,6 +104,7 @@ def main() -> None:
 
 
 main.add_command(inspect)
+main.add_command(metrics_api)
 main.add_command(plan)
 
 
@@ -155,7 +123,7 @@ main.add_command(plan)
     multiple=True,
     envvar="VCPUSET_NAMESPACE",
     show_envvar=True,
-    callback=_not_empty,
+    callback=not_empty,
     help="Manage only this namespace. Repeatable (in the environment: separated by spaces).",
 )
 @click.option(
@@ -170,7 +138,7 @@ main.add_command(plan)
     type=click.Path(path_type=Path, file_okay=False),
     envvar="VCPUSET_SOCKET_ROOT",
     show_envvar=True,
-    callback=_not_empty,
+    callback=not_empty,
     help="Directory that contains a directory of unix monitors for each namespace. Without it, unix monitors are "
     "rejected.",
 )
@@ -216,8 +184,8 @@ main.add_command(plan)
 )
 @click.option(
     "--http-address",
-    cls=_EmptyCounts,
-    type=_Address(),
+    cls=EmptyCounts,
+    type=Address(),
     default="127.0.0.1:8080",
     show_default=True,
     envvar="VCPUSET_HTTP_ADDRESS",
@@ -255,7 +223,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_LEADER_ELECT_NAME",
     show_envvar=True,
-    callback=_not_empty,
+    callback=not_empty,
     help="Name of the Lease. Operators that manage different VCPUSets need different names.",
 )
 @click.option(
@@ -285,32 +253,8 @@ main.add_command(plan)
     show_envvar=True,
     help="Time between two attempts to acquire or renew the Lease.",
 )
-@click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    envvar="VCPUSET_LOG_FORMAT",
-    show_envvar=True,
-    help="Format of the log lines on standard error.",
-)
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    envvar="VCPUSET_LOG_LEVEL",
-    show_envvar=True,
-    help="Minimum level of the log lines.",
-)
-@click.option(
-    "--kubeconfig",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    envvar="VCPUSET_KUBECONFIG",
-    show_envvar=True,
-    help="Path of a kubeconfig. Default: KUBECONFIG or ~/.kube/config if it exists, otherwise the pod's service "
-    "account.",
-)
+@log_options
+@kubeconfig_option
 def run(
     node_name: str | None,
     namespaces: tuple[str, ...],
@@ -347,7 +291,7 @@ def run(
             leader_elect_renew_deadline,
             leader_elect_retry_period,
         )
-    _log(log_format, log_level)
+    configure_logs(log_format, log_level)
     settings = Settings(
         node_name=node_name or None,
         namespaces=namespaces,
@@ -383,21 +327,10 @@ def _election(namespace: str | None, name: str, lease: float, renew: float, retr
             f"--leader-elect-lease-duration ({lease:g} s) must be longer than --leader-elect-renew-deadline "
             f"({renew:g} s), and that longer than 1.2 times --leader-elect-retry-period ({retry:g} s)"
         )
-    if not namespace:
-        try:
-            namespace = _OWN_NAMESPACE.read_text().strip()
-        except OSError as error:
-            raise click.UsageError(
-                f"--leader-elect outside of a pod (there is no {_OWN_NAMESPACE}): "
-                "set the namespace of the Lease with --leader-elect-namespace"
-            ) from error
+    namespace = namespace or own_namespace("--leader-elect", "the Lease", "--leader-elect-namespace")
     return LeaderElection(
         namespace=namespace, name=name, lease_seconds=int(lease), renew_seconds=renew, retry_seconds=retry
     )
-
-
-def _log(log_format: str, level: str) -> None:
-    configure("json" if log_format == "json" else "text", level, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-__all__ = ["LEASE", "NAMESPACE", "NODE", "Name", "repeat"]
+__all__ = ["LEASE", "NAMESPACE", "NODE", "SERVICE", "Name", "repeat"]
 
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
@@ -41,6 +41,7 @@ NAMESPACE: Final = Name("a namespace", _LABEL, "use up to 63 lower-case letters,
 _SUBDOMAIN: Final = rf"{_LABEL}(\.{_LABEL})*"
 _SUBDOMAIN_WORDS: Final = "use up to 253 lower-case letters, digits, '-' and '.'"
 NODE: Final = Name("a node", _SUBDOMAIN, _SUBDOMAIN_WORDS)
+SERVICE: Final = Name("a Service", _LABEL, "use up to 63 lower-case letters, digits and '-'")
 LEASE: Final = Name("a Lease", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 
 

@@ -8,6 +8,7 @@ source       the watch, by kopf
 sweep        the list that finds what the watch missed
 lease        leader election
 recorder     Kubernetes Events
+aggregation  the requests of the metrics API
 """
 
 from __future__ import annotations

@@ -28,7 +28,17 @@ from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
 from vcpuset.kube.login import load_configuration
 
-__all__ = ["LONGEST_RETRY_AFTER", "NO_ANSWER", "USER_AGENT", "Cluster", "Scope", "ignore", "refusal", "unanswered"]
+__all__ = [
+    "LONGEST_RETRY_AFTER",
+    "NO_ANSWER",
+    "USER_AGENT",
+    "Cluster",
+    "Scope",
+    "ignore",
+    "refusal",
+    "unanswered",
+    "understood",
+]
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the response."""
@@ -238,7 +248,7 @@ class Cluster:
             APIError: anything else.
         """
         path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
-        return _understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
+        return understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
 
     async def list_pods(self, namespace: str, selector: str) -> builtins.list[Mapping[str, Any]]:
         """The pods with these labels.
@@ -249,7 +259,7 @@ class Cluster:
         """
         path = f"/api/v1/namespaces/{namespace}/pods"
         query = [("labelSelector", selector)]
-        return builtins.list(_understood(f"GET {path}", await self._request("GET", path, query=query), _Items).items)
+        return builtins.list(understood(f"GET {path}", await self._request("GET", path, query=query), _Items).items)
 
     async def resize_pod(self, namespace: str, name: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Apply a strategic merge patch to `pods/resize`; returns the pod.
@@ -328,7 +338,7 @@ class Cluster:
         while True:
             page_query = [*query, ("continue", token)] if token else query
             async with self.lists:
-                page = _understood(f"GET {path}", await self._request("GET", path, query=page_query), _Page)
+                page = understood(f"GET {path}", await self._request("GET", path, query=page_query), _Page)
             bodies += page.items
             token = page.metadata.token
             if not token:
@@ -453,7 +463,7 @@ async def _send(
     return response.status, response.headers, await response.read()
 
 
-def _understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wire:
+def understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wire:
     """The needed part of a response. APIError: it is missing; a proxy may respond for the API server, with anything."""
     try:
         return msgspec.convert(answer, kind)

@@ -21,7 +21,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from qemu.qmp import ExecuteError, Message
 
@@ -46,6 +46,8 @@ BRING_ONLINE_SECONDS: Final = 10.0
 
 LONGEST: Final = 512 * 1024
 """The longest reply that is read, in bytes. A reply about 4096 CPUs has half of it."""
+
+_T = TypeVar("_T")
 
 _SYNC: Final = "guest-sync-delimited"
 _DELIMITER: Final = b"\xff"
@@ -99,10 +101,19 @@ class Agent:
         None: the agent does not say (older than 7.1, not on Linux, or not allowed to). Raises AgentUnreachable,
         AgentTimeout.
         """
-        command = "guest-get-cpustats"
+        return await self._query_if_known("guest-get-cpustats", replies.used)
+
+    async def load(self) -> float | None:
+        """The guest's load average of the last minute (`guest-get-load`).
+
+        None: the agent does not say (older than 10.0, or not allowed to). Raises AgentUnreachable, AgentTimeout.
+        """
+        return await self._query_if_known("guest-get-load", replies.load)
+
+    async def _query_if_known(self, command: str, read: Callable[[object], _T]) -> _T | None:
         try:
             async with self._deadline(command):
-                return await self._client.execute(command, read=replies.used)
+                return await self._client.execute(command, read=read)
         except AgentRefused:
             return None
 

@@ -198,6 +198,8 @@ class Guests:
             cpus = await connection.cpus()
             if self._meters is not None and self._meters.needs_agent(vcpuset.uid):
                 self._meters.from_agent(vcpuset.uid, machine, await connection.used())
+            if self._meters is not None and self._meters.needs_load(vcpuset.uid):
+                self._meters.load_from_agent(vcpuset.uid, machine, await connection.load())
             if not (bring_online and cpus.offline) or len(cpus.cpus) > machine.vcpus:
                 return GuestReport(cpus)
             resisted = await connection.bring_online(cpus.offline)

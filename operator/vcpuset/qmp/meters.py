@@ -38,12 +38,16 @@ class _Metered:
 
     process  of QEMU, at the last sample
     counted  whether each source has counters of that one, by its last reply
+    load     the guest's load and its loop time; None: not known
+    loaded   whether its agent says so, by its last reply
     asked    set at the next sample; None: no request waits for it
     """
 
     meter: Meter = field(default_factory=Meter)
     process: Hashable = None
     counted: dict[Source, bool] = field(default_factory=dict)
+    load: tuple[float, float] | None = None
+    loaded: bool = True
     asked: asyncio.Event | None = None
 
 
@@ -71,6 +75,24 @@ class Meters:
         """Whether QEMU has no counters of this machine, and its guest's agent may have some."""
         known = self._sets.get(uid)
         return known is not None and known.counted.get(Source.KVM) is False and known.counted.get(_AGENT) is not False
+
+    def needs_load(self, uid: UID) -> bool:
+        """Whether the guest's agent may know the load of this machine."""
+        known = self._sets.get(uid)
+        return known is not None and known.loaded
+
+    def load_from_agent(self, uid: UID, machine: Machine, load: float | None) -> None:
+        """The load average of the last minute; None: this agent does not say."""
+        known = self._of(uid, machine)
+        known.loaded = load is not None
+        known.load = None if load is None else (load, asyncio.get_running_loop().time())
+
+    def demand(self, uid: UID) -> float | None:
+        """How many vCPUs the guest's tasks could use, by its load; None: it is not known, or no longer."""
+        known = self._sets.get(uid)
+        if known is None or known.load is None or self._age(known.load[1]) > OLDEST_SECONDS:
+            return None
+        return known.load[0]
 
     def forget(self, uid: UID) -> None:
         """This process no longer manages the set."""
@@ -112,15 +134,21 @@ class Meters:
         return self.last(uid)
 
     def _add(self, uid: UID, source: Source, machine: Machine, activities: Mapping[Any, Activity] | None) -> None:
-        known = self._sets.setdefault(uid, _Metered())
-        if known.process != machine.process:
-            known.process = machine.process
-            known.counted.clear()
+        known = self._of(uid, machine)
         known.counted[source] = activities is not None
         if activities is not None:
             at = asyncio.get_running_loop().time()
             known.meter.add(Sample(at, self._clock(), source, machine.process, machine.vcpus, activities))
             _wake(known)
+
+    def _of(self, uid: UID, machine: Machine) -> _Metered:
+        """What is known of a set, as far as it is about this QEMU."""
+        known = self._sets.setdefault(uid, _Metered())
+        if known.process != machine.process:
+            known.process = machine.process
+            known.counted.clear()
+            known.load, known.loaded = None, True
+        return known
 
     def _age(self, at: float) -> float:
         return asyncio.get_running_loop().time() - at

@@ -243,6 +243,12 @@ def used(reply: object) -> Mapping[int, Used] | None:
     return found or None
 
 
+def load(reply: object) -> float | None:
+    """`guest-get-load`: the load average of the last minute. None: the reply has another form."""
+    value = reply.get("load1m") if isinstance(reply, dict) else None
+    return float(value) if isinstance(value, int | float) and 0 <= value <= _LARGEST else None
+
+
 def guest_cpus(reply: object) -> GuestCPUs:
     """`guest-get-vcpus`, by ascending logical id; the agent lists them in any order."""
     found: dict[int, GuestCPU] = {}

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from harness import selectors
 from vcpuset.app.settings import LeaderElection, Settings
 from vcpuset.cli import main as command_line
+from vcpuset.cli import options
 from vcpuset.domain.networks import Networks, network
 
 __all__: list[str] = []
@@ -50,7 +51,7 @@ def vcpuset(monkeypatch: pytest.MonkeyPatch) -> Vcpuset:
     found = Vcpuset()
     monkeypatch.setattr("vcpuset.app.operator.run", found.operator)
     # The hooks of the interpreter, which belong to pytest here.
-    monkeypatch.setattr(command_line, "configure", lambda *_: None)
+    monkeypatch.setattr(options, "configure", lambda *_: None)
     return found
 
 
@@ -338,7 +339,7 @@ def test_what_leader_election_cannot_work_with_is_refused(vcpuset: Vcpuset, argu
 def test_the_lease_is_in_the_pods_own_namespace_if_nothing_else_is_said(
     vcpuset: Vcpuset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command_line, "_OWN_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr(options, "_OWN_NAMESPACE", tmp_path / "namespace")
     refused = vcpuset.run("--leader-elect")
     assert refused.exit_code == 2
     assert "set the namespace of the Lease with --leader-elect-namespace" in refused.output

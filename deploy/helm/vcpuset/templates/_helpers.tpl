@@ -48,6 +48,10 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- $text = $text | replace "namespace: vcpuset-system\n" (printf "namespace: %q\n" .) -}}
 {{- $text = $text | replace "serviceaccount:vcpuset-system:" (printf "serviceaccount:%s:" .) -}}
 {{- end -}}
+{{- with $root.Values.metricsAPI.namespace.name -}}
+{{- $text = $text | replace "namespace: vcpuset-metrics-api\n" (printf "namespace: %q\n" .) -}}
+{{- $text = $text | replace "serviceaccount:vcpuset-metrics-api:" (printf "serviceaccount:%s:" .) -}}
+{{- end -}}
 {{- $leases := list -}}
 {{- range prepend $root.Values.controller.shards "" -}}
 {{- $leases = append $leases (printf "%s%s" $root.Values.controller.leaderElection.leaseName (include "vcpuset.suffix" .) | quote) -}}
@@ -61,7 +65,7 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 {{- $root := index . 0 -}}{{- $kind := index . 1 -}}{{- $namespace := index . 2 -}}
 {{- if and $namespace.create (ne $namespace.name $root.Release.Namespace) }}
 {{- $shipped := include "vcpuset.shipped" (list $root (printf "files/%s/namespace.yaml" $kind)) }}
-{{- regexReplaceAll "\n  name: vcpuset-[a-z]+\n" $shipped (printf "\n  name: %q\n" $namespace.name) }}
+{{- regexReplaceAll "\n  name: vcpuset-[a-z-]+\n" $shipped (printf "\n  name: %q\n" $namespace.name) }}
 {{- end }}
 {{- end }}
 
@@ -98,6 +102,12 @@ roles have a single source, so that the chart and the manifests cannot diverge. 
 ports:
 - name: http
   containerPort: 8080
+# Until the first success, the others wait: a start takes one second of CPU, on a saturated node 20 s.
+startupProbe:
+  httpGet: {path: /healthz, port: http}
+  periodSeconds: 2
+  timeoutSeconds: 5
+  failureThreshold: 60
 livenessProbe:
   httpGet: {path: /healthz, port: http}
   periodSeconds: 10
@@ -133,7 +143,7 @@ priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end }}
 
-{{/* The inbound rules of every NetworkPolicy, and access to the API server. */}}
+{{/* The inbound rules of the operator's NetworkPolicies, and access to the API server. */}}
 {{- define "vcpuset.networkRules" -}}
 ingress:
 - from:
@@ -142,6 +152,22 @@ ingress:
         {{- toYaml (.Values.networkPolicy.metricsNamespaceLabels | default (dict "vcpuset.dev/metrics" "allowed")) | nindent 8 }}
   ports:
   - {protocol: TCP, port: http}
+{{- if .Values.metricsAPI.enabled }}
+- from:
+  - namespaceSelector:
+      matchLabels:
+        kubernetes.io/metadata.name: {{ .Values.metricsAPI.namespace.name | quote }}
+    podSelector:
+      matchLabels:
+        {{- include "vcpuset.selector" "metrics-api" | nindent 8 }}
+  ports:
+  - {protocol: TCP, port: http}
+{{- end }}
+{{ include "vcpuset.apiServerRule" . }}
+{{- end }}
+
+{{/* The outbound rules of every NetworkPolicy, to which others may be added: access to the API server. */}}
+{{- define "vcpuset.apiServerRule" -}}
 egress:
 - ports:
   {{- range .Values.networkPolicy.apiServer.ports }}
