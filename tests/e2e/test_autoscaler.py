@@ -411,6 +411,6 @@ async def test_the_metrics_of_a_pod_drive_its_machine_and_its_cpu(
         await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "web-by-pod"))
         await web.says("web-by-pod", "ScalingActive", "True", "ValidMetricFound")
         await settles(2)
-        for usage, vcpus in (("2.3", 4), ("3500m", 6), ("550m", 1)):
+        for usage, vcpus in (("2.3", 4), ("3500m", 6), ("620m", 2), ("550m", 1)):
             metrics.set_pod(user.namespace, "web", "qemu", usage)
             await settles(vcpus)

@@ -113,7 +113,7 @@ def metrics_api(
 ) -> None:
     """Serve custom.metrics.k8s.io for VCPUSets until SIGTERM or SIGINT.
 
-    HorizontalPodAutoscalers read the metric busy_vcpus there. Each request is passed on to the process that manages
+    HorizontalPodAutoscalers read the metrics busy_vcpus and demand_vcpus there. Each request is passed on to the process that manages
     the VCPUSet. See docs/metrics-api.md.
     """
     if address is None:

@@ -199,7 +199,7 @@ class Reason(enum.StrEnum):
     POD_AMBIGUOUS = (
         "PodAmbiguous",
         (State.RECONCILING,),
-        "More than one running pod matches spec.pod.selector, or an older VCPUSet names the same pod.",
+        "More than one running pod matches spec.pod.selector, or an older VCPUSet names the same container.",
         "Delete all but one, or give the pod of the machine a label of its own.",
     )
     POD_RESIZE_DEFERRED = (
