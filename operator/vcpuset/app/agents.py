@@ -20,13 +20,14 @@ from typing import Final
 
 from vcpuset.domain.absence import Absences
 from vcpuset.domain.backoff import jittered
-from vcpuset.domain.errors import APIError, Conflict, Forbidden, ObjectGone
+from vcpuset.domain.errors import APIError, Conflict, ObjectGone
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import unserved_status
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.cluster import Cluster, Scope
 from vcpuset.kube.readypods import ready_pods
 from vcpuset.kube.recorder import Recorder
+from vcpuset.kube.transport import remedy
 
 __all__ = ["Agents"]
 
@@ -82,17 +83,10 @@ class Agents:
                 self._failure = ""
             except APIError as error:
                 self._list_at = 0.0
-                self._log(error)
+                if str(error) != self._failure:
+                    logger.warning("reporting the VCPUSets of nodes without an agent: %s%s", error, remedy(error))
+                    self._failure = str(error)
             await asyncio.sleep(jittered(self._grace / 4, 0.1))
-
-    def _log(self, error: APIError) -> None:
-        if str(error) == self._failure:
-            return
-        self._failure = str(error)
-        remedy = (
-            " (the Role vcpuset-agent-pods in deploy/parts/agent allows it)" if isinstance(error, Forbidden) else ""
-        )
-        logger.warning("the VCPUSets of nodes without an agent cannot be reported: %s%s", error, remedy)
 
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time()
