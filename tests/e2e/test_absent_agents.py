@@ -29,7 +29,7 @@ from harness.world import Seen, User
 
 __all__: list[str] = []
 
-WAIT: Final = 25.0
+WAIT: Final = 120.0
 CONTROLLER: Final = "system:serviceaccount:vcpuset-system:vcpuset-controller"
 AGENTS: Final = "/api/v1/namespaces/vcpuset-agent/pods"
 UNKNOWN: Final = ("Unknown", "False", "False")
@@ -128,7 +128,7 @@ class World:
         """How many statuses the controllers have written."""
         return sum(each.is_write and each.code == http.client.OK for each in self.asked())
 
-    async def looked_again(self, controller: OperatorProcess, times: int = 3) -> None:
+    async def looked_again(self, controller: OperatorProcess, times: int = 2) -> None:
         """Wait until the controller has listed the sets of nodes some more times."""
 
         def lists() -> int:
