@@ -330,6 +330,18 @@ async def test_a_controller_with_a_label_selector_leaves_other_sets_to_others(wo
     assert world.writes() == 1
 
 
+async def test_a_controller_that_may_not_list_the_agents_pods_reports_nothing_and_says_so_once(
+    world: World, user: User
+) -> None:
+    controller = await world.controller("--agent-namespace=default")
+    await user.create("vm", 2, nodeName="node-without-agent")
+
+    await until(lambda: "in deploy/ grant" in controller.text(), WAIT, controller.tail)
+    await world.looked_again(controller, times=4)
+    assert controller.text().count("reporting the VCPUSets of nodes without an agent: GET") == 1
+    assert (await user.get("vm")).status == {"observedGeneration": -1}
+
+
 async def test_the_controller_may_write_nothing_else_into_the_status_of_a_nodes_set(world: World, user: User) -> None:
     await user.create("vm", 2, nodeName="node-without-agent")
     time = "2026-01-01T00:00:00Z"
