@@ -224,6 +224,7 @@ async def test_every_right_is_used_none_is_granted_twice_and_no_request_is_refus
         "ClusterRole vcpuset-controller",
         "ClusterRole vcpuset-monitor-credentials",
         "ClusterRole vcpuset-pods",
+        "Role vcpuset-agent-readiness",
         "Role vcpuset-leader-election",
     }
     del shipped["ClusterRole vcpuset-pods"]  # see test_pod_rights
