@@ -36,6 +36,7 @@ class Memory:
     written_at   when the status was last written
     progress     how many writes of the current change were for progress alone
     resynced     the first resync is due, or was
+    not_adopted  the API server's words, if it refused the count that was to be adopted
     """
 
     contest: Contest
@@ -51,6 +52,7 @@ class Memory:
     written_at: float = 0.0
     progress: int = 0
     resynced: bool = False
+    not_adopted: str | None = None
 
     def observed(self, machine: Machine, now: float) -> None:
         """Record an observation."""

@@ -389,7 +389,7 @@ class Pass:
         """Report, and adopt the count if none stands; without findings the counts of the last observation are kept."""
         self.vcpuset = await self.services.reporter.report(self.vcpuset, assessment, self.memory, findings, must=must)
         if assessment.reason is Reason.ADOPTING:
-            await self.services.reporter.adopt(self.vcpuset)
+            await self.services.reporter.adopt(self.vcpuset, self.memory)
         return assessment
 
     def _name(self, owner: UID) -> str:

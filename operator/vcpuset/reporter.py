@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
 from vcpuset.domain.assessment import Assessment
+from vcpuset.domain.errors import Rejected
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, is_progress, status_of
@@ -70,6 +72,10 @@ class Reporter:
         findings  None: the machine was not observed
         must      write progress too, instead of in a later pass
         """
+        if assessment.reason is not Reason.ADOPTING:
+            memory.not_adopted = None
+        elif memory.not_adopted is not None:
+            assessment = replace(assessment, message=f"{assessment.message} It was refused: {memory.not_adopted}")
         status = status_of(vcpuset, assessment, findings, self._clock())
         if status == vcpuset.status:
             return vcpuset
@@ -90,9 +96,17 @@ class Reporter:
         self._announce(written, vcpuset.status, assessment, memory)
         return written
 
-    async def adopt(self, vcpuset: VCPUSet) -> None:
-        """Make the reported count the declared one, within the bounds. Raises APIError; Conflict: one may stand now."""
-        await self._cluster.write_count(vcpuset, vcpuset.spec.within_bounds(vcpuset.status.vcpus or 0))
+    async def adopt(self, vcpuset: VCPUSet, memory: Memory) -> None:
+        """Make the reported count the declared one, within the bounds. Raises APIError; Conflict: one may stand now.
+
+        A refusal is in the next report: a policy can refuse the first attempt because it does not know the set yet.
+        """
+        try:
+            await self._cluster.write_count(vcpuset, vcpuset.spec.within_bounds(vcpuset.status.vcpus or 0))
+        except Rejected as error:
+            memory.not_adopted = str(error)
+            raise
+        memory.not_adopted = None
 
     def _announce(self, vcpuset: VCPUSet, before: Status, assessment: Assessment, memory: Memory) -> None:
         """Report a change once, in the log and as an Event, not at each attempt."""

@@ -6,13 +6,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import pytest
 import pytest_asyncio
 import yaml
 
 from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.helm import CHART, run_helm, settings
 from harness.pki import Authority
+from harness.processes import CommandFailed
 
 __all__: list[str] = []
 
@@ -86,6 +89,22 @@ async def test_a_release_is_installed_upgraded_and_uninstalled_and_the_sets_stay
 
     await release("install", "vcpuset", CHART, *there)
     assert await ours() == installed, "what was kept does not stand in the way of another installation"
+
+
+async def test_a_release_takes_over_what_kustomize_has_left(cluster: ControlPlane) -> None:
+    """As docs/install.md says: the base and the sets are there, the components are not."""
+    await cluster.kubectl("apply", "--server-side", "-k", DEPLOY / "base")
+    await cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/vcpusets.vcpuset.dev")
+    await cluster.kubectl("create", "-f", "-", input=VCPUSET)
+    install = ("upgrade", "--install", "vcpuset", CHART)
+    with pytest.raises(CommandFailed, match="cannot be imported"):
+        await run_helm(*install, kubeconfig=cluster.kubeconfig)
+    flags = ("--take-ownership", "--force-conflicts")
+    block = Page(REPOSITORY / "docs" / "install.md").block("sh", "kustomize-to-helm")
+    assert set(flags) <= set(block.text.split())
+    await run_helm(*install, *flags, kubeconfig=cluster.kubeconfig)
+    await cluster.kubectl("get", "deploy/vcpuset-controller", "-n", "vcpuset-system")
+    await cluster.kubectl("get", "vcpuset", "web")
 
 
 async def test_a_release_is_installed_into_a_namespace_that_helm_makes(cluster: ControlPlane) -> None:

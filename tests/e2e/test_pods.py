@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ async def test_a_pod_grows_before_its_machine_and_shrinks_after_it(
         machine.cpus.eject(2)
         await user.wait_ready("vm")
         await pod.wait_size("2200m")
+
+
+async def test_a_pod_shrinks_at_once_if_nothing_of_the_monitor_follows(
+    control_plane: ControlPlane, socket_root: Path, folder: Path, user: User
+) -> None:
+    flags = (f"--namespace={user.namespace}", "--resync-seconds=3600")
+    async with (
+        VMPod(user, "vm", limit="4") as pod,
+        FaultyMonitor(folder / "vm.sock", cpus=4),
+        OperatorProcess(control_plane, *flags, socket_root=socket_root),
+    ):
+        await user.create("vm", 4, "vm.sock", connection="OnDemand", pod=of_pod("vm"))
+        await user.wait_ready("vm")
+        await user.change("vm", vcpus=2)
+        await user.wait_ready("vm")
+        await pod.wait_size("2")
 
 
 async def test_request_and_limit_keep_their_relation_and_a_request_alone_follows(
@@ -189,6 +206,39 @@ async def test_exactly_one_running_pod_must_match(folder: Path, operator: Operat
             await user.wait_ready("vm")
             assert await one.resources() == {"limits": "2", "requests": "2"}, "without cpu, a pod is left alone"
         assert len(machine.received("device_add")) == 1
+
+
+async def test_of_two_sets_that_name_one_pod_the_older_one_has_it(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    del operator
+    async with (
+        VMPod(user, "vm", labels={"also": "it"}) as pod,
+        a_vm(user, folder, pod),
+        FaultyMonitor(folder / "other.sock", cpus=3) as machine,
+    ):
+        created = (await user.get("vm")).body["metadata"]["creationTimestamp"]
+        await until(lambda: f"{datetime.now(UTC):%FT%TZ}" > created, WAIT, "another second")
+        await user.create("other", 4, "other.sock", pod={**of_pod("vm"), "selector": {"matchLabels": {"also": "it"}}})
+        seen = await user.wait_reason("other", "PodAmbiguous")
+        assert f"the VCPUSet {user.namespace}/vm is older and names the pod vm too" in seen.message
+        assert await pod.resources() == {"limits": "2", "requests": "2"}
+        assert not machine.received("device_add")
+        await user.delete("vm")
+        async with pod.obeying():
+            assert (await user.wait_ready("other")).vcpus == 4
+
+
+async def test_without_cpu_a_set_is_scaled_whatever_becomes_of_its_pod(
+    folder: Path, operator: OperatorProcess, user: User
+) -> None:
+    del operator
+    async with FaultyMonitor(folder / "vm.sock", cpus=2):
+        await user.create("vm", 3, "vm.sock", pod={"selector": {"matchLabels": {"vm": "vm"}}})
+        await user.wait("vm", lambda seen: seen.vcpus == 3, "the vCPU to be plugged")
+        assert (await user.wait_reason("vm", "PodNotFound")).vcpus == 3
+        async with VMPod(user, "vm"):
+            await user.wait_ready("vm")
 
 
 async def test_a_set_cannot_name_a_pod_of_another_namespace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -379,6 +379,9 @@ def contested(assessment: Assessment, findings: Findings, contest: Contest) -> A
 def with_pod(assessment: Assessment, findings: Findings) -> Assessment:
     """What is reported if the machine's pod allows no more vCPUs, or does not follow. Other problems come first."""
     pod = findings.pod
+    if pod is not None and pod.vcpus is not None and findings.machine.vcpus < pod.vcpus:
+        # They have left since the pod was read: the next pass lowers its size.
+        assessment = replace(assessment, due=findings.now)
     if pod is None or pod.trouble is None or findings.blocked is not None:
         return assessment
     reason, message = pod.trouble

@@ -56,6 +56,7 @@ __all__ = [
     "MonitorError",
     "MonitorTimeout",
     "MonitorUnreachable",
+    "NoAnswer",
     "NotLeading",
     "ObjectGone",
     "PermanentError",
@@ -203,6 +204,10 @@ class Unavailable(APIError):
     """Nothing listens at its address, the connection was closed, or it is starting."""
 
     longest_pause: ClassVar[float] = 10.0
+
+
+class NoAnswer(APIError):
+    """It has not answered in time."""
 
 
 class Conflict(APIError):

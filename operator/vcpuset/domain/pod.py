@@ -23,6 +23,7 @@ __all__ = [
     "cores",
     "decide",
     "refused",
+    "shared",
     "the_pod",
 ]
 
@@ -33,6 +34,9 @@ PENDING_INTERVAL = timedelta(seconds=5)
 """The same while the node has no room."""
 
 _MOST_NAMES = 5
+
+_INFEASIBLE = "Infeasible"
+"""The reason of PodResizePending if the node can never give the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +93,11 @@ class Resize:
 class Attempt:
     """A larger size that was requested, and what became of it.
 
-    size     in millicores
-    since    when this process first waited for it
-    failure  why it was taken back; None: it is being waited for
-    again    when it is requested again after a failure
+    size      in millicores
+    since     when this process first waited for it
+    failure   why it was taken back; None: it is being waited for
+    again     when it is requested again after a failure
+    reported  why the node did not give it before; reported until the kubelet has answered
     """
 
     pod: str
@@ -100,6 +105,7 @@ class Attempt:
     since: datetime
     failure: tuple[Reason, str] | None = None
     again: datetime | None = None
+    reported: tuple[Reason, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +115,13 @@ class PodFindings:
     sufficient_for  the most vCPUs that may be plugged; None: any number
     trouble         reason and message, if there is something to report
     due             when the pod is to be read again; None: at the next pass
+    vcpus           the count of which this was derived; None: the pod's size does not depend on it
     """
 
     sufficient_for: int | None = None
     trouble: tuple[Reason, str] | None = None
     due: datetime | None = None
+    vcpus: int | None = None
 
 
 def the_pod(spec: VMPod, pods: Sequence[Pod]) -> Pod | PodFindings:
@@ -135,6 +143,15 @@ def the_pod(spec: VMPod, pods: Sequence[Pod]) -> Pod | PodFindings:
     return PodFindings(0, (Reason.POD_AMBIGUOUS, why))
 
 
+def shared(pod: Pod, holder: str) -> PodFindings:
+    """An older set resizes the same container of this pod."""
+    why = (
+        f"the VCPUSet {holder} is older and names the pod {pod.name} too (spec.pod): delete one of the two, or correct "
+        "the selector"
+    )
+    return PodFindings(0, (Reason.POD_AMBIGUOUS, why))
+
+
 def decide(
     spec: VMPod, pod: Pod, *, present: int, target: int, attempt: Attempt | None, now: datetime
 ) -> tuple[Resize | None, Attempt | None, PodFindings]:
@@ -150,7 +167,9 @@ def decide(
     if attempt is None or (attempt.pod, attempt.size) != (pod.uid, wanted):
         attempt = Attempt(pod.uid, wanted, now)
     if attempt.again is not None and now >= attempt.again:
-        attempt = replace(attempt, since=now, failure=None, again=None)
+        failed = attempt.failure
+        reported = None if failed is None or failed[0] is Reason.POD_RESIZE_REFUSED else failed
+        attempt = Attempt(pod.uid, wanted, now, reported=reported)
     if attempt.failure is None and wanted > enough and container.size == wanted:
         attempt = _judged(spec, pod, container, attempt, now)
     size = wanted if attempt.failure is None else enough
@@ -158,27 +177,34 @@ def decide(
         return _resize(pod, container, size), attempt, PodFindings(present)
     if attempt.failure is not None:
         return None, attempt, PodFindings(present, attempt.failure, attempt.again)
+    # Without anything that waits for the kubelet there is no attempt: the time of a later one starts then.
     if _confirmed(pod, container, size):
-        return None, attempt, PodFindings(spec.cpu.sufficient_for(container.actual or 0))
-    if wanted == enough:
-        # Nothing is to be plugged, so nothing waits for the kubelet.
-        return None, attempt, PodFindings(present)
-    deadline = attempt.since + timedelta(seconds=spec.timeout_seconds)
+        return None, None, PodFindings(spec.cpu.sufficient_for(container.actual or 0))
     delayed = _delayed(pod, container, size)
-    if delayed is not None:
+    if wanted == enough:
+        if delayed is None or (container.actual or 0) >= size:
+            return None, None, PodFindings(present)
+        never = pod.pending is not None and pod.pending[0] == _INFEASIBLE
         return (
             None,
-            attempt,
-            PodFindings(present, (Reason.POD_RESIZE_DEFERRED, delayed), min(now + PENDING_INTERVAL, deadline)),
+            None,
+            PodFindings(present, (Reason.POD_RESIZE_INFEASIBLE if never else Reason.POD_RESIZE_DEFERRED, delayed)),
         )
-    why = f"the CPU of the pod {pod.name} is being raised to {cores(size)}"
-    return None, attempt, PodFindings(present, (Reason.PLUGGING, why), min(now + WAIT_INTERVAL, deadline))
+    if delayed is None:
+        why = f"the CPU of the pod {pod.name} is being raised to {cores(size)}"
+        trouble, interval = attempt.reported or (Reason.PLUGGING, why), WAIT_INTERVAL
+    else:
+        trouble, interval = (Reason.POD_RESIZE_DEFERRED, delayed), PENDING_INTERVAL
+        if attempt.reported is not None and attempt.reported[0] is Reason.POD_RESIZE_DEFERRED:
+            trouble = attempt.reported
+    deadline = attempt.since + timedelta(seconds=spec.timeout_seconds)
+    return None, attempt, PodFindings(present, trouble, min(now + interval, deadline))
 
 
 def refused(spec: VMPod, attempt: Attempt, words: str, now: datetime) -> tuple[Attempt, PodFindings]:
     """The API server refused a resize, with these words."""
     failure = (Reason.POD_RESIZE_REFUSED, words)
-    again = now + timedelta(seconds=spec.timeout_seconds)
+    again = attempt.again or now + timedelta(seconds=spec.timeout_seconds)
     return replace(attempt, failure=failure, again=again), PodFindings(0, failure, again)
 
 
@@ -210,7 +236,7 @@ def _judged(spec: VMPod, pod: Pod, container: Container, attempt: Attempt, now: 
     if _confirmed(pod, container, attempt.size):
         return attempt
     timeout = timedelta(seconds=spec.timeout_seconds)
-    if pod.seen and pod.pending is not None and pod.pending[0] == "Infeasible":
+    if pod.seen and pod.pending is not None and pod.pending[0] == _INFEASIBLE:
         why = f"the node of the pod {pod.name} can never give it {cores(attempt.size)} CPUs: {pod.pending[1]}"
         failure = (
             Reason.POD_RESIZE_INFEASIBLE,

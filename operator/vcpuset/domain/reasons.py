@@ -52,7 +52,7 @@ class Reason(enum.StrEnum):
         "Adopting",
         (State.RECONCILING,),
         "spec.vcpus is not set: the present count was observed, and is being written there, once.",
-        "Wait. If it stays, see the operator's log: its role must allow it to patch vcpusets/scale.",
+        "Wait. If the message has a refusal: the operator's role must allow it to patch vcpusets/scale.",
     )
     PLUGGING = (
         "Plugging",
@@ -201,19 +201,19 @@ class Reason(enum.StrEnum):
     POD_AMBIGUOUS = (
         "PodAmbiguous",
         (State.RECONCILING,),
-        "More than one running pod matches spec.pod.selector.",
+        "More than one running pod matches spec.pod.selector, or an older VCPUSet names the same pod.",
         "Delete all but one, or give the pod of the machine a label of its own.",
     )
     POD_RESIZE_DEFERRED = (
         "PodResizeDeferred",
         (State.RECONCILING,),
-        "The pod needs more CPU before vCPUs are plugged, and its node has none to give at the moment.",
+        "The pod needs more CPU for its vCPUs, and its node has none to give at the moment.",
         "Wait, free CPU on the node, or declare fewer vCPUs. The request is repeated after pod.timeoutSeconds.",
     )
     POD_RESIZE_INFEASIBLE = (
         "PodResizeInfeasible",
         (State.STALLED,),
-        "The pod needs more CPU before vCPUs are plugged, and its node can never give it.",
+        "The pod needs more CPU for its vCPUs, and its node can never give it.",
         "Declare fewer vCPUs, or move the machine to a larger node.",
     )
     POD_RESIZE_REFUSED = (

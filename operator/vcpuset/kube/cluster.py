@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio.client.api_client import ApiClient
 
-from vcpuset.domain.errors import APIError, Conflict, Forbidden, ObjectGone, Rejected, Unavailable
+from vcpuset.domain.errors import APIError, Conflict, Forbidden, NoAnswer, ObjectGone, Rejected, Unavailable
 from vcpuset.domain.resource import Status, VCPUSet
 from vcpuset.kube.codec import (
     API_VERSION,
@@ -394,7 +394,7 @@ class Cluster:
                     return await self._try(client, method, path, query or [], body, content_type)
         except TimeoutError as error:
             host = self._client.configuration.host
-            raise APIError(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
+            raise NoAnswer(f"{what}: no answer from {host} within {REQUEST_SECONDS:g} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             raise unanswered(what, error) from error
 

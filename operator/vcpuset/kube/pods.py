@@ -7,16 +7,17 @@ than a watch would.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import msgspec
 
-from vcpuset.domain.errors import APIError, Forbidden, NotLeading, Rejected
+from vcpuset.domain.errors import APIError, Forbidden, NoAnswer, NotLeading, Rejected
 from vcpuset.domain.findings import Findings
 from vcpuset.domain.machine import Activity
-from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, the_pod
+from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, shared, the_pod
 from vcpuset.domain.reasons import Reason
-from vcpuset.domain.resource import UID, VCPUSet
+from vcpuset.domain.resource import UID, VCPUSet, VMPod
 from vcpuset.kube.quantity import millicores
 
 __all__ = ["ROLE", "Pods", "decode_pod", "encode_resize"]
@@ -93,10 +94,17 @@ class Pods:
     def __init__(self, cluster: _Cluster) -> None:
         self._cluster = cluster
         self._attempts: dict[UID, Attempt] = {}
+        self._holders: dict[tuple[str, str | None], VCPUSet] = {}
+        """By the pod's uid and the container's name: the oldest set that has named the container."""
+        self._held: dict[UID, tuple[str, str | None]] = {}
+        self._silence: str | None = None
+        """Why the last read had no answer; None: it had one."""
+        self._reading = False
 
     def forget(self, uid: UID) -> None:
         """The set has no pod, or is gone."""
         self._attempts.pop(uid, None)
+        self._hold(uid, None)
 
     async def follow(self, vcpuset: VCPUSet, findings: Findings) -> PodFindings | None:
         """Bring the pod's CPU to what the machine needs, and say what it allows; None: the set names no pod.
@@ -108,45 +116,88 @@ class Pods:
             self.forget(vcpuset.uid)
             return None
         try:
-            found = the_pod(spec, await self._read(vcpuset.namespace, spec.selector))
-            if isinstance(found, PodFindings):
-                return found
-            if spec.cpu is None:
-                return PodFindings()
-            if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE:
-                return PodFindings(machine.vcpus)
-            while True:
-                resize, attempt, meaning = decide(
-                    spec,
-                    found,
-                    present=machine.vcpus,
-                    target=findings.target.count,
-                    attempt=self._attempts.get(vcpuset.uid),
-                    now=findings.now,
-                )
-                if attempt is None:
-                    self.forget(vcpuset.uid)
-                    return meaning
-                self._attempts[vcpuset.uid] = attempt
-                if resize is None:
-                    return meaning
-                try:
-                    found = await self._resize(vcpuset.namespace, resize)
-                except Rejected as error:
-                    words = _refusal(vcpuset.namespace, resize, error)
-                    self._attempts[vcpuset.uid], meaning = refused(spec, attempt, words, findings.now)
-                    return meaning
+            meaning = await self._follow(vcpuset, spec, findings)
         except NotLeading:
             raise
         except Forbidden as error:
-            return PodFindings(
-                0, (Reason.POD_NOT_FOUND, f"pods may not be listed{_remedy(vcpuset.namespace)} ({error})")
-            )
+            why = f"pods may not be listed{_remedy(vcpuset.namespace)} ({error})"
+            meaning = PodFindings(0, (Reason.POD_NOT_FOUND, why))
         except APIError as error:
-            return PodFindings(machine.vcpus, (Reason.PLUGGING, f"the pod could not be read or resized: {error}"))
+            why = f"the pod could not be read or resized: {error}"
+            meaning = PodFindings(machine.vcpus, (Reason.PLUGGING, why))
+        if spec.cpu is None:
+            # The pod is for autoscalers only, and does not limit the machine.
+            return replace(meaning, sufficient_for=None)
+        return replace(meaning, vcpus=machine.vcpus)
+
+    async def _follow(self, vcpuset: VCPUSet, spec: VMPod, findings: Findings) -> PodFindings:
+        machine = findings.machine
+        found = the_pod(spec, await self._read(vcpuset.namespace, spec.selector))
+        if isinstance(found, PodFindings):
+            self._hold(vcpuset.uid, None)
+            return found
+        if spec.cpu is None:
+            return PodFindings()
+        if (holder := self._holder(vcpuset, (found.uid, spec.container))) is not vcpuset:
+            return shared(found, str(holder))
+        if vcpuset.spec.suspend or machine.activity is not Activity.CHANGEABLE:
+            return PodFindings(machine.vcpus)
+        while True:
+            resize, attempt, meaning = decide(
+                spec,
+                found,
+                present=machine.vcpus,
+                target=findings.target.count,
+                attempt=self._attempts.pop(vcpuset.uid, None),
+                now=findings.now,
+            )
+            if attempt is None:
+                return meaning
+            self._attempts[vcpuset.uid] = attempt
+            if resize is None:
+                return meaning
+            try:
+                found = await self._resize(vcpuset.namespace, resize)
+            except Rejected as error:
+                words = _refusal(vcpuset.namespace, resize, error)
+                self._attempts[vcpuset.uid], meaning = refused(spec, attempt, words, findings.now)
+                return meaning
+            except APIError:
+                if attempt.failure is None:
+                    # Its time starts when the API server has accepted it.
+                    del self._attempts[vcpuset.uid]
+                raise
+
+    def _holder(self, vcpuset: VCPUSet, container: tuple[str, str | None]) -> VCPUSet:
+        """The oldest of the sets that name a container."""
+        holder = self._holders.get(container, vcpuset)
+        if holder.seniority < vcpuset.seniority:
+            self._hold(vcpuset.uid, None)
+            return holder
+        self._hold(vcpuset.uid, container)
+        self._holders[container] = vcpuset
+        return vcpuset
+
+    def _hold(self, uid: UID, container: tuple[str, str | None] | None) -> None:
+        held = self._held.pop(uid, None)
+        if held is not None and held in self._holders and self._holders[held].uid == uid:
+            del self._holders[held]
+        if container is not None:
+            self._held[uid] = container
 
     async def _read(self, namespace: str, selector: str) -> list[Pod]:
-        bodies = await self._cluster.list_pods(namespace, selector)
+        if self._silence is not None and self._reading:
+            # One pass waits for an API server that does not answer. The others would keep workers from other sets.
+            raise NoAnswer(self._silence)
+        self._reading = True
+        try:
+            bodies = await self._cluster.list_pods(namespace, selector)
+        except NoAnswer as error:
+            self._silence = str(error)
+            raise
+        finally:
+            self._reading = False
+        self._silence = None
         return [pod for body in bodies if (pod := decode_pod(body)) is not None]
 
     async def _resize(self, namespace: str, resize: Resize) -> Pod:

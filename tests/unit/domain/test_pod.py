@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unit.domain.builders import NOW
-from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, the_pod
+from vcpuset.domain.pod import Attempt, Container, Pod, PodFindings, Resize, cores, decide, refused, the_pod
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.resource import PodCPU, VMPod
 
@@ -157,6 +157,19 @@ def test_a_deferred_size_is_taken_back_after_the_timeout_and_requested_again_aft
     assert world.container.limit == 4200
 
 
+def test_a_size_that_may_not_be_lowered_does_not_put_off_the_next_request_for_a_larger_one() -> None:
+    pod, times = a_pod(3000), [NOW + timedelta(seconds=seconds) for seconds in (0, 20, 40, 60)]
+    attempt: Attempt | None = None
+    sizes = []
+    for now in times:
+        resize, attempt, _ = decide(SPEC, pod, present=2, target=4, attempt=attempt, now=now)
+        assert resize is not None
+        assert attempt is not None
+        sizes.append(resize.limit)
+        attempt, _ = refused(SPEC, attempt, "no", now)
+    assert sizes == [4200, 2200, 2200, 4200]
+
+
 def test_an_infeasible_size_is_taken_back_at_once_and_another_count_is_tried_at_once() -> None:
     world = World(2)
     world.target = 4
@@ -169,6 +182,78 @@ def test_an_infeasible_size_is_taken_back_at_once_and_another_count_is_tried_at_
     world.target = 3
     world.work()
     assert world.container.limit == 3200
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("Deferred", Reason.POD_RESIZE_DEFERRED), ("Infeasible", Reason.POD_RESIZE_INFEASIBLE)]
+)
+def test_a_node_that_never_has_room_is_reported_once_however_often_it_is_asked(answer: str, reason: Reason) -> None:
+    world = World(2)
+    world.target = 4
+    troubles = []
+    for _ in range(30):
+        world.work()
+        troubles.append(world.meaning.trouble)
+        world.refuse(answer)
+        world.work()
+        troubles.append(world.meaning.trouble)
+        world.refuse(answer)
+        world.now += timedelta(seconds=20)
+    last = troubles[-1]
+    assert last is not None
+    assert last[0] is reason
+    assert set(troubles[troubles.index(last) :]) == {last}
+    assert world.requests >= 10
+
+
+def test_a_node_that_has_room_after_all_is_not_reported_as_one_that_has_none() -> None:
+    world = World(2)
+    world.target = 4
+    world.work()
+    world.refuse("Infeasible")
+    world.work()
+    world.now += timedelta(seconds=60)
+    world.work()
+    world.refuse("Deferred")
+    world.work()
+    assert world.meaning.trouble == (Reason.POD_RESIZE_DEFERRED, "the pod web does not get 4200m CPUs yet: no room")
+    world.obey()
+    world.work()
+    assert world.present == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("Deferred", Reason.POD_RESIZE_DEFERRED), ("Infeasible", Reason.POD_RESIZE_INFEASIBLE)]
+)
+def test_a_pod_that_is_too_small_for_the_present_count_is_raised_and_what_delays_that_is_reported(
+    answer: str, reason: Reason
+) -> None:
+    world = World(4)
+    world.pod = a_pod(2000)
+    world.work()
+    assert (world.container.limit, world.meaning) == (4200, PodFindings(4))
+    world.refuse(answer)
+    world.work()
+    assert world.meaning == PodFindings(4, (reason, "the pod web does not get 4200m CPUs yet: no room"))
+    # Something else of the pod is pending.
+    world.pod = replace(world.pod, containers=(replace(world.container, actual=4200),))
+    world.work()
+    assert world.meaning == PodFindings(4)
+
+
+def test_the_timeout_starts_when_something_waits_for_the_pod() -> None:
+    world = World(4)
+    world.work()
+    world.now += timedelta(hours=1)
+    # QEMU's container starts again: the kubelet reports no size for a moment.
+    world.present = 1
+    world.pod = replace(world.pod, containers=(replace(world.container, actual=None),))
+    world.work()
+    assert world.meaning.trouble == (Reason.PLUGGING, "the CPU of the pod web is being raised to 4200m")
+    assert world.requests == 0, "taken back"
+    world.obey()
+    world.work()
+    assert world.present == 4
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from vcpuset.domain.errors import (
     AgentUnreachable,
     APIError,
     Conflict,
+    Forbidden,
     MachineUnsettled,
     MonitorBusy,
     MonitorTimeout,
@@ -80,6 +81,8 @@ class ApiServer(Cluster):
         """Whether the watch brings each count that the operator writes."""
         self.counts: list[int] = []
         """The counts that the operator has written."""
+        self.refuses_counts = ""
+        """Why the operator may not write a count; empty: it may."""
 
     def store(self, body: Mapping[str, Any]) -> VCPUSet:
         """Keep a new version of an object."""
@@ -115,6 +118,8 @@ class ApiServer(Cluster):
             raise Conflict(path)
         before = self.sets[name]
         if subresource == "scale":
+            if self.refuses_counts:
+                raise Forbidden(self.refuses_counts)
             self._scale(before, body["spec"]["replicas"])
             await self._world.point(APIError("no answer"))
             return {"kind": "Scale"}

@@ -89,6 +89,26 @@ def test_a_write_that_fails_is_repeated(world: LawfulWorld) -> None:
         assert (world.vcpuset().spec.vcpus, world.reason()) == (2, "Converged")
 
 
+def test_a_count_that_may_not_be_written_is_reported_once_with_the_api_servers_words(world: LawfulWorld) -> None:
+    world.api.refuses_counts = "HTTP 403: no role"
+    world.advance(600)
+    ready = world.status().ready
+    assert ready is not None
+    assert ready.message == (
+        "2 vCPUs present, and spec.vcpus is not set: it is being set to 2, the present count. It was refused: "
+        "HTTP 403: no role"
+    )
+    assert world.reasons_written == ["Adopting", "Adopting"]
+    assert world.recorder.events == [("Normal", "Adopting")]
+
+    world.api.refuses_counts = ""
+    world.advance(60)
+    assert (world.api.counts, world.reason()) == ([2], "Converged")
+    world.apply("web", vcpus=None)
+    world.advance(5)
+    assert (world.api.counts, world.reason()) == ([2, 2], "Converged")
+
+
 def test_an_operator_that_dies_between_report_and_adoption_is_succeeded(world: LawfulWorld) -> None:
     for after in range(8):
         world.apply("web", vcpus=None)
