@@ -106,7 +106,7 @@ class Agents:
     async def _list(self, now: float) -> list[VCPUSet]:
         sets = [each for each in await self._cluster.list(self._scope) if each.node_name and not each.deleting]
         self._nodes = frozenset(each.node_name for each in sets if each.node_name)
-        self._list_at = now + self._grace
+        self._list_at = now + self._grace if sets else now  # an empty list costs little
         return sets
 
     async def _report(self, sets: list[VCPUSet], now: float) -> None:
