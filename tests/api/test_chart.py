@@ -386,7 +386,9 @@ async def test_each_controller_has_a_lease_and_a_selector_of_its_own() -> None:
             "--label-selector=!legacy,vcpuset.dev/shard=c",
         ],
     }
-    (role,) = (each for each in objects.values() if each["kind"] == "Role")
+    (role,) = (
+        each for each in objects.values() if each["metadata"]["name"] == "vcpuset-leader-election" and "rules" in each
+    )
     assert role["rules"][1]["resourceNames"] == list(found)
 
 

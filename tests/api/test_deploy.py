@@ -92,6 +92,8 @@ AGENT_PART: Final = {
     ("ServiceAccount", "vcpuset-agent"),
     ("ClusterRole", "vcpuset-agent"),
     ("ClusterRoleBinding", "vcpuset-agent"),
+    ("Role", "vcpuset-agent-readiness"),
+    ("RoleBinding", "vcpuset-agent-readiness"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-node"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-agent-node"),
     ("ValidatingAdmissionPolicy", "vcpuset-agent-adoption"),
@@ -115,6 +117,8 @@ CONTROLLER_PART: Final = {
     ("RoleBinding", "vcpuset-leader-election"),
     ("ValidatingAdmissionPolicy", "vcpuset-controller-adoption"),
     ("ValidatingAdmissionPolicyBinding", "vcpuset-controller-adoption"),
+    ("ValidatingAdmissionPolicy", "vcpuset-controller-node"),
+    ("ValidatingAdmissionPolicyBinding", "vcpuset-controller-node"),
     ("Deployment", "vcpuset-controller"),
     ("Service", "vcpuset-controller"),
     ("PodDisruptionBudget", "vcpuset-controller"),
@@ -248,6 +252,14 @@ async def test_the_operator_may(cluster: ControlPlane, account: str, verb: str, 
 @pytest.mark.parametrize("account", ACCOUNTS)
 async def test_the_operator_may_not(cluster: ControlPlane, account: str, verb: str, resource: str) -> None:
     assert not await may(cluster, account, verb, resource, "--all-namespaces")
+
+
+async def test_the_controller_may_list_the_pods_of_the_agents_and_no_others(cluster: ControlPlane) -> None:
+    for verb in ("get", "list", "watch", "patch", "delete"):
+        assert await may(cluster, CONTROLLER, verb, "pods", "-n", "vcpuset-agent") == (verb == "list")
+    for namespace in ("vcpuset-system", "default"):
+        assert not await may(cluster, CONTROLLER, "list", "pods", "-n", namespace)
+    assert not await may(cluster, AGENT, "list", "pods", "-n", "vcpuset-agent")
 
 
 @pytest.mark.parametrize(

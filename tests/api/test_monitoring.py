@@ -103,7 +103,11 @@ async def test_each_series_that_an_alert_goes_by_is_in_the_metrics_of_an_operato
     )
     await cluster.kubectl("apply", "-f", manifest)
     async with OperatorProcess(
-        cluster, "--leader-elect", "--leader-elect-namespace=vcpuset-system", socket_root=tmp_path
+        cluster,
+        "--leader-elect",
+        "--leader-elect-namespace=vcpuset-system",
+        "--agent-namespace=vcpuset-agent",
+        socket_root=tmp_path,
     ) as operator:
 
         def reported() -> bool:

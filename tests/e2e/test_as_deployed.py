@@ -223,6 +223,7 @@ async def test_every_right_is_used_none_is_granted_twice_and_no_request_is_refus
         "ClusterRole vcpuset-agent",
         "ClusterRole vcpuset-controller",
         "ClusterRole vcpuset-monitor-credentials",
+        "Role vcpuset-agent-readiness",
         "Role vcpuset-leader-election",
     }
     rights = [(role, *right) for role, rules in shipped.items() for right in granted(rules)]

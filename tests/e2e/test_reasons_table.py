@@ -71,6 +71,7 @@ REMEDIES = {
 
 ELSEWHERE = {
     Reason.ADOPTING,
+    Reason.AGENT_UNAVAILABLE,
     Reason.CONTESTED,
     Reason.GUEST_CPUS_OFFLINE,
     Reason.TERMINATING,

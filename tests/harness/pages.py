@@ -83,6 +83,7 @@ def process_metrics() -> str:
     metrics.watch_freshness(Freshness())
     metrics.watch_events(int, int)
     metrics.watch_leadership("vcpuset-controller", bool)
+    metrics.watch_agents(int)
     # Labels are seen in samples only, and these families have none before something has failed.
     metrics.commanded(QMP_COMMANDS[0], 0.0, "timeout")
     return _metrics(metrics.registry.collect())
@@ -133,7 +134,8 @@ def _no_statistics() -> QueueStatistics:
 
 
 def _true_condition(reason: Reason) -> str:
-    return ", then ".join("none" if state is State.HELD else state.value for state in reason.states)
+    words = {State.HELD: "none", State.UNKNOWN: "none (Ready is Unknown)"}
+    return ", then ".join(words.get(state, state.value) for state in reason.states)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

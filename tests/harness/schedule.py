@@ -19,6 +19,7 @@ SECONDS: Final = {
     "tests/chaos/test_clock_steps.py": 70,
     "tests/e2e/test_as_deployed.py": 70,
     "tests/e2e/test_metrics_api.py": 80,
+    "tests/e2e/test_absent_agents.py": 75,
     "tests/e2e/test_autoscaler.py": 75,
     "tests/e2e/test_tls.py": 60,
     "tests/e2e/test_leader_election.py": 50,

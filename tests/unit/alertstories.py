@@ -85,6 +85,16 @@ TROUBLE: Final = [
         16,
         'severity="critical"',
     ),
+    Story(
+        "VCPUSetAgentUnavailable",
+        {f"vcpuset_sets_without_agent{{{OTHER}}}": "0+0x5 3+0x55"},
+        9,
+        12,
+        'severity="warning"',
+    ),
+    Story("VCPUSetStatusOutdated", {f"up{{{POD}}}": "1+0x5 0+0x55"}, 15, 17, 'node="node-1"'),
+    # The pod went with its node.
+    Story("VCPUSetStatusOutdated", {f"up{{{POD}}}": "1+0x5 _x55"}, 15, 22, 'node="node-1"'),
     Story("VCPUSetSeriesLeftOut", {f"vcpuset_set_series{{{POD}}}": stays(0)}, 14, 16, 'severity="info"'),
     Story(
         "VCPUSetOperatorAbsent",
@@ -172,6 +182,13 @@ TROUBLE: Final = [
 ]
 
 NO_TROUBLE: Final = [
+    Story(
+        "VCPUSetStatusOutdated",
+        {f"up{{{POD}}}": "1+0x5 0+0x55", f"vcpuset_sets_without_agent{{{OTHER}}}": "0+0x9 3+0x50"},
+        60,
+        None,
+        "with a controller",
+    ),
     Story(
         "VCPUSetNotReady",
         {

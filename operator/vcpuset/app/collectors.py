@@ -172,6 +172,8 @@ def _state(vcpuset: VCPUSet) -> tuple[State, str]:
         return State.RECONCILING, UNREPORTED
     if ready.status == "True":
         return State.READY, ready.reason
+    if ready.status == "Unknown":
+        return State.UNKNOWN, ready.reason
     for state in (State.RECONCILING, State.STALLED):
         if (condition := vcpuset.status.condition(state.value)) is not None and condition.status == "True":
             return state, ready.reason

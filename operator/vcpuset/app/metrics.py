@@ -144,6 +144,14 @@ class Metrics:
             "leader_election_master_status", "1: this process is the leader; 0: it is a standby.", ("name",)
         ).labels(name).set_function(lambda: float(leading()))
 
+    def watch_agents(self, unserved: Callable[[], int]) -> None:
+        """Export how many sets of nodes have no agent."""
+        self._gauge(
+            "vcpuset_sets_without_agent",
+            "VCPUSets of nodes that the central controller reports as AgentUnavailable.",
+            (),
+        ).set_function(unserved)
+
     def watch_events(self, lost: Callable[[], int], throttled: Callable[[], int]) -> None:
         """Export how many Kubernetes Events were not written."""
         self._read(

@@ -15,9 +15,11 @@ import logging
 import resource
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
+from vcpuset.app.agents import Agents
 from vcpuset.app.busy import busy
 from vcpuset.app.collectors import SetCollector
 from vcpuset.app.health import serve_http
@@ -214,6 +216,12 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")
 
+    agents: Agents | None = None
+    if settings.agent_namespace is not None:
+        of_nodes = replace(scope, of_nodes=True)
+        agents = Agents(cluster, recorder, of_nodes, settings.agent_namespace, settings.agent_grace_seconds, clock)
+        metrics.watch_agents(lambda: agents.unserved)
+
     def list_sets() -> Coroutine[None, None, None]:
         return sweep(cluster, scope, cache, changed, freshness)
 
@@ -232,6 +240,8 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
             ),
             "workers",
         )
+        if agents is not None:
+            owner.spawn(agents.run(), "agents")
         try:
             await source.run(stop)
         finally:

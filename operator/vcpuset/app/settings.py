@@ -71,6 +71,14 @@ class Settings:
     """Up to so many sets, each has its own series; with more, only aggregates are exported. So a user who may create
     sets cannot fill the metrics' storage. 0: never."""
 
+    agent_namespace: str | None = None
+    """The namespace of the agents' pods. The sets of nodes without a ready one are reported as AgentUnavailable. None:
+    this process does not look after the sets of nodes."""
+
+    agent_grace_seconds: int = 60
+    """How long a node may be without a ready agent before its sets are reported, in seconds. An update of the agent or
+    a restart takes less. Kubernetes itself takes about 50 s to find that a node has died."""
+
     leader_election: LeaderElection | None = None
     """None: this process works from its start, and no other may manage the same sets."""
 

@@ -203,6 +203,23 @@ main.add_command(plan)
     "never.",
 )
 @click.option(
+    "--agent-namespace",
+    type=NAMESPACE,
+    envvar="VCPUSET_AGENT_NAMESPACE",
+    show_envvar=True,
+    help="Namespace of the agents' pods. VCPUSets with spec.nodeName whose node has no ready agent are reported as "
+    "AgentUnavailable. Default: they are left alone.",
+)
+@click.option(
+    "--agent-grace-seconds",
+    type=click.IntRange(1, 86400),
+    default=Settings.agent_grace_seconds,
+    show_default=True,
+    envvar="VCPUSET_AGENT_GRACE_SECONDS",
+    show_envvar=True,
+    help="How long a node may be without a ready agent before its VCPUSets are reported as AgentUnavailable.",
+)
+@click.option(
     "--leader-elect/--no-leader-elect",
     default=False,
     envvar="VCPUSET_LEADER_ELECT",
@@ -266,6 +283,8 @@ def run(
     sweep_seconds: int,
     http_address: tuple[str, int] | None,
     metrics_set_limit: int,
+    agent_namespace: str | None,
+    agent_grace_seconds: int,
     leader_elect: bool,
     leader_elect_namespace: str | None,
     leader_elect_name: str,
@@ -277,6 +296,11 @@ def run(
     kubeconfig: Path | None,
 ) -> None:
     """Run the operator until SIGTERM or SIGINT."""
+    if node_name and agent_namespace:
+        raise click.UsageError(
+            "--agent-namespace cannot be combined with --node-name: the central controller looks after the VCPUSets of "
+            "all nodes. Leave out --agent-namespace"
+        )
     election: LeaderElection | None = None
     if leader_elect:
         if node_name:
@@ -303,6 +327,8 @@ def run(
         sweep_seconds=sweep_seconds,
         http_address=http_address,
         metrics_set_limit=metrics_set_limit,
+        agent_namespace=agent_namespace or None,
+        agent_grace_seconds=agent_grace_seconds,
         leader_election=election,
         kubeconfig=kubeconfig,
     )

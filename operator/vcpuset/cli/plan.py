@@ -293,6 +293,7 @@ _COLOURS: Final[Mapping[State, str]] = {
     State.RECONCILING: "yellow",
     State.STALLED: "red",
     State.HELD: "yellow",
+    State.UNKNOWN: "yellow",
 }
 
 

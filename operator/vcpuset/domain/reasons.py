@@ -12,7 +12,7 @@ __all__ = ["Reason", "State"]
 
 
 class State(enum.Enum):
-    """The three conditions of a reason; a condition that is not True is False, never absent."""
+    """The three conditions of a reason; a condition that is not True is False, never absent (Ready can be Unknown)."""
 
     READY = "Ready"
     """Ready=True: the machine is as declared."""
@@ -22,6 +22,8 @@ class State(enum.Enum):
     """Stalled=True: it needs somebody to act (or another answer of the guest)."""
     HELD = "Held"
     """All three False: nothing is done, because the user wants that (also by deleting the set)."""
+    UNKNOWN = "Unknown"
+    """Ready=Unknown: no process observes the machine."""
 
 
 class Reason(enum.StrEnum):
@@ -231,4 +233,10 @@ class Reason(enum.StrEnum):
         (State.HELD,),
         "The VCPUSet has been deleted and a finalizer keeps the object; the machine is left as it is.",
         "None needed, or check why the owner of the finalizer does not remove it.",
+    )
+    AGENT_UNAVAILABLE = (
+        "AgentUnavailable",
+        (State.UNKNOWN,),
+        "spec.nodeName is set, and no agent is ready on that node; written by the central controller.",
+        "Check spec.nodeName, the node, and the pod of its agent. The agent replaces the report when it is back.",
     )

@@ -16,7 +16,7 @@ from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import Condition, Status, VCPUSet
 
-__all__ = ["AGENT", "is_progress", "status_of"]
+__all__ = ["AGENT", "is_progress", "status_of", "unserved_status"]
 
 MESSAGE_LIMIT = 32768
 """The limit of the schema: with a longer message the API server rejects the whole status."""
@@ -62,33 +62,61 @@ def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | Non
     )
 
 
+def unserved_status(vcpuset: VCPUSet, now: datetime) -> Status:
+    """The status of a set that no agent manages: as it was, except for Ready, Reconciling and Stalled.
+
+    The counts remain the last observation, and the requests are for the agent when it is back. `observedGeneration`
+    stays too: it says which spec was last acted on, and the writer of this acts on none. The conditions are about the
+    present generation: it is this one that no agent manages.
+    """
+    message = (
+        f"No agent is ready on node {vcpuset.node_name}: the machine is not observed and its vCPUs are not changed. "
+        "The counts are those of the last observation, if there was one."
+    )
+    made = _main_conditions(vcpuset, State.UNKNOWN, Reason.AGENT_UNAVAILABLE, message, now)
+    replaced = {condition.type for condition in made}
+    others = tuple(condition for condition in vcpuset.status.conditions if condition.type not in replaced)
+    return replace(vcpuset.status, conditions=(*made, *others))
+
+
 def _conditions(
     vcpuset: VCPUSet, assessment: Assessment, findings: Findings | None, now: datetime
 ) -> tuple[Condition, ...]:
-    """The conditions of an assessment; `lastTransitionTime` moves only when a condition's status does."""
-    since = {condition.type: condition for condition in vcpuset.status.conditions}
-
-    def condition(kind: str, status: str, reason: str, message: str) -> Condition:
-        old = since.get(kind)
-        moved = now.replace(microsecond=0) if old is None or old.status != status else old.last_transition_time
-        return Condition(kind, status, reason, message[:MESSAGE_LIMIT], moved, vcpuset.generation)
-
-    def of(state: State) -> Condition:
-        status = "True" if assessment.state is state else "False"
-        return condition(state.value, status, assessment.reason.value, assessment.message)
-
-    found = (of(State.READY), of(State.RECONCILING), of(State.STALLED))
+    """The conditions of an assessment."""
+    found = _main_conditions(vcpuset, assessment.state, assessment.reason, assessment.message, now)
     if vcpuset.spec.guest_agent is None:
         return found
     if findings is None or findings.guest is None:
-        if findings is not None and findings.machine.run_state == "running" and (old := since.get(AGENT)):
+        old = vcpuset.status.condition(AGENT)
+        if findings is not None and findings.machine.run_state == "running" and old is not None:
             # The guest is not queried while it unplugs CPUs; its last answer is kept, for the generation of that time.
             return (*found, old)
         reason, message = AgentReason.NOT_QUERIED, AgentReason.NOT_QUERIED.meaning
     else:
         reason = findings.guest.reason(findings.machine.vcpus)
         message = reason.meaning if findings.guest.error is None else sentence(str(findings.guest.error))
-    return (*found, condition(AGENT, reason.status, reason.value, message))
+    return (*found, _condition(vcpuset, AGENT, reason.status, reason.value, message, now))
+
+
+def _main_conditions(
+    vcpuset: VCPUSet, state: State, reason: Reason, message: str, now: datetime
+) -> tuple[Condition, Condition, Condition]:
+    """Ready, Reconciling and Stalled."""
+
+    def of(kind: State) -> Condition:
+        status = "True" if state is kind else "False"
+        if (kind, state) == (State.READY, State.UNKNOWN):
+            status = "Unknown"
+        return _condition(vcpuset, kind.value, status, reason.value, message, now)
+
+    return of(State.READY), of(State.RECONCILING), of(State.STALLED)
+
+
+def _condition(vcpuset: VCPUSet, kind: str, status: str, reason: str, message: str, now: datetime) -> Condition:
+    """A condition for the present generation; `lastTransitionTime` moves only when its status does."""
+    old = vcpuset.status.condition(kind)
+    moved = now.replace(microsecond=0) if old is None or old.status != status else old.last_transition_time
+    return Condition(kind, status, reason, message[:MESSAGE_LIMIT], moved, vcpuset.generation)
 
 
 _WITH_THE_GUEST = frozenset({Reason.UNPLUGGING.value, Reason.UNPLUG_PENDING.value})

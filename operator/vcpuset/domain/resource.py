@@ -207,7 +207,7 @@ CONDITION_TYPES: Final = ("Ready", "Reconciling", "Stalled", "GuestAgentConnecte
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A `metav1.Condition`; `status` is "True" or "False"."""
+    """A `metav1.Condition`; `status` is "True", "False" or "Unknown"."""
 
     type: str
     status: str
@@ -260,7 +260,8 @@ class Status:
 class VCPUSet:
     """One VCPUSet object.
 
-    deleting  it was deleted, and a finalizer keeps the object
+    deleting   it was deleted, and a finalizer keeps the object
+    node_name  the node whose agent manages it; None: the central controller does
     """
 
     uid: UID
@@ -272,6 +273,7 @@ class VCPUSet:
     spec: Spec
     status: Status = Status()
     deleting: bool = False
+    node_name: str | None = None
 
     @property
     def seniority(self) -> tuple[datetime, str]:

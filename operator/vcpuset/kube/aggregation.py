@@ -11,6 +11,7 @@ import msgspec
 
 from vcpuset.kube.cluster import Cluster, understood
 from vcpuset.kube.codec import API_VERSION, KIND, PLURAL
+from vcpuset.kube.readypods import ready_pods
 
 __all__ = ["API_VERSION", "KIND", "AggregatedAPI", "HTTPPod", "PlacedSet", "StoredSecret"]
 
@@ -71,43 +72,6 @@ class _Sets(msgspec.Struct):
     items: list[_Set]
 
 
-class _Port(msgspec.Struct, rename="camel"):
-    container_port: int
-    name: str = ""
-
-
-class _Container(msgspec.Struct):
-    ports: list[_Port] = []
-
-
-class _PodSpec(msgspec.Struct):
-    containers: list[_Container]
-
-
-class _Condition(msgspec.Struct):
-    type: str
-    status: str
-
-
-class _PodStatus(msgspec.Struct, rename="camel"):
-    pod_ip: str = msgspec.field(default="", name="podIP")
-    conditions: list[_Condition] = []
-
-    @property
-    def is_ready(self) -> bool:
-        return bool(self.pod_ip) and any((each.type, each.status) == ("Ready", "True") for each in self.conditions)
-
-
-class _Pod(msgspec.Struct):
-    metadata: _Metadata
-    spec: _PodSpec
-    status: _PodStatus
-
-
-class _Pods(msgspec.Struct):
-    items: list[_Pod]
-
-
 class _ConfigMap(msgspec.Struct):
     data: dict[str, str] = {}
 
@@ -155,18 +119,10 @@ class AggregatedAPI(Cluster):
 
     async def ready_pods(self, namespace: str, label_selector: str, node_name: str | None) -> list[HTTPPod]:
         """The ready pods of a namespace, on a node or anywhere, that have a port named `http`."""
-        path = f"/api/v1/namespaces/{namespace}/pods"
-        query = [("labelSelector", label_selector)]
-        if node_name is not None:
-            query.append(("fieldSelector", f"spec.nodeName={node_name}"))
-        answer = await self._request("GET", path, query=query)
         return [
-            HTTPPod(f"{namespace}/{pod.metadata.name}", f"http://{_host(pod.status.pod_ip)}:{port.container_port}")
-            for pod in understood(path, answer, _Pods).items
-            if pod.status.is_ready
-            for container in pod.spec.containers
-            for port in container.ports
-            if port.name == HTTP_PORT
+            HTTPPod(f"{namespace}/{pod.name}", f"http://{_host(pod.address)}:{pod.ports[HTTP_PORT]}")
+            for pod in await ready_pods(self, namespace, label_selector, node_name)
+            if pod.address and HTTP_PORT in pod.ports
         ]
 
     async def read_config_map(self, namespace: str, name: str) -> Mapping[str, str]:

@@ -25,7 +25,15 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from vcpuset.domain.errors import APIError, Conflict, Forbidden, NoAnswer, ObjectGone, Rejected, Unavailable
 from vcpuset.domain.resource import Status, VCPUSet
-from vcpuset.kube.codec import API_VERSION, GROUP, PLURAL, InvalidObject, decode, encode_status
+from vcpuset.kube.codec import (
+    API_VERSION,
+    GROUP,
+    PLURAL,
+    InvalidObject,
+    decode,
+    encode_conditions,
+    encode_status,
+)
 from vcpuset.kube.login import load_configuration
 
 __all__ = [
@@ -42,6 +50,9 @@ __all__ = [
 
 REQUEST_SECONDS: Final = 10.0
 """Deadline of one request, from connecting to the last byte of the response."""
+
+AT_ONCE: Final = 64
+"""How many objects of a list are decoded before other tasks run: each takes some 0.05 ms."""
 
 PAGE: Final = 500
 """Objects per page of a list; client-go's choice."""
@@ -103,16 +114,18 @@ class Scope:
     node_name       those of this node; None: those without a node
     namespaces      only in these; empty: in all
     label_selector  only those that match, in kubectl's syntax; None: all
+    of_nodes        those of all nodes instead, which the agents manage
     """
 
     node_name: str | None = None
     namespaces: tuple[str, ...] = ()
     label_selector: str | None = None
+    of_nodes: bool = False
 
     @property
     def field_selector(self) -> str:
         """`spec.nodeName=` without a name selects the sets without a node."""
-        return f"spec.nodeName={self.node_name or ''}"
+        return "spec.nodeName!=" if self.of_nodes else f"spec.nodeName={self.node_name or ''}"
 
 
 class Cluster:
@@ -128,8 +141,8 @@ class Cluster:
         """Held during each list: any other list of the same objects takes it too."""
         self._permit: Callable[[], None] | None = None
         self._requested: Callable[[str, str], None] = ignore
-        self._reported: set[str] = set()
-        """The errors of objects in the last list: each is logged once, not at each list."""
+        self._reported: dict[Scope, set[str]] = {}
+        """The errors of objects in the last list of a scope: each is logged once, not at each list."""
 
     @classmethod
     async def connect(cls, kubeconfig: Path | None) -> Self:
@@ -171,14 +184,16 @@ class Cluster:
             bodies += await self._list(namespace, scope)
         understood: builtins.list[VCPUSet] = []
         wrong: set[str] = set()
-        for body in bodies:
+        for number, body in enumerate(bodies):
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)  # thousands of objects would block the event loop
             try:
                 understood.append(decode(body))
             except InvalidObject as error:
                 wrong.add(str(error))
-        for words in sorted(wrong - self._reported):
+        for words in sorted(wrong - self._reported.get(scope, set())):
             _log.error("%s", words)
-        self._reported = wrong
+        self._reported[scope] = wrong
         return understood
 
     async def write_status(self, vcpuset: VCPUSet, status: Status) -> VCPUSet:
@@ -193,8 +208,16 @@ class Cluster:
             APIError: anything else.
         """
         patch = encode_status(status)
-        if patch == encode_status(vcpuset.status):
+        return vcpuset if patch == encode_status(vcpuset.status) else await self._patch_status(vcpuset, patch)
+
+    async def write_conditions(self, vcpuset: VCPUSet, status: Status) -> VCPUSet:
+        """As `write_status`, for the conditions alone: the other fields stay as they are stored."""
+        patch = encode_conditions(status)
+        if patch == encode_conditions(vcpuset.status):
             return vcpuset
+        return await self._patch_status(vcpuset, {"conditions": patch})
+
+    async def _patch_status(self, vcpuset: VCPUSet, patch: Mapping[str, Any]) -> VCPUSet:
         body = {"metadata": {"resourceVersion": vcpuset.resource_version}, "status": patch}
         path = f"{_path(API_VERSION, PLURAL, vcpuset.namespace)}/{vcpuset.name}/status"
         self._require_permit()
@@ -250,8 +273,10 @@ class Cluster:
         path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
         return understood(f"GET {path}", await self._request("GET", path), _Secret).data or {}
 
-    async def list_pods(self, namespace: str, selector: str) -> builtins.list[Mapping[str, Any]]:
-        """The pods with these labels.
+    async def list_pods(
+        self, namespace: str, selector: str, node_name: str | None = None
+    ) -> builtins.list[Mapping[str, Any]]:
+        """The pods with these labels, on a node or anywhere.
 
         Raises:
             Forbidden: this process may not list pods there.
@@ -259,6 +284,8 @@ class Cluster:
         """
         path = f"/api/v1/namespaces/{namespace}/pods"
         query = [("labelSelector", selector)]
+        if node_name is not None:
+            query.append(("fieldSelector", f"spec.nodeName={node_name}"))
         return builtins.list(understood(f"GET {path}", await self._request("GET", path, query=query), _Items).items)
 
     async def resize_pod(self, namespace: str, name: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:

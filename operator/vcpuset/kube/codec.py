@@ -44,7 +44,18 @@ from vcpuset.domain.resource import (
 )
 from vcpuset.kube.quantity import millicores
 
-__all__ = ["API_VERSION", "GROUP", "KIND", "PLURAL", "VERSION", "InvalidObject", "decode", "describe", "encode_status"]
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "KIND",
+    "PLURAL",
+    "VERSION",
+    "InvalidObject",
+    "decode",
+    "describe",
+    "encode_conditions",
+    "encode_status",
+]
 
 GROUP: Final = "vcpuset.dev"
 VERSION: Final = "v1alpha1"
@@ -180,6 +191,7 @@ def decode(body: Mapping[str, Any]) -> VCPUSet:
         spec=_spec(body.get("spec")),
         status=_status(body.get("status")),
         deleting=metadata.deletion_timestamp is not None,
+        node_name=_read(_fields(body.get("spec")).get("nodeName"), str),
     )
 
 
@@ -212,7 +224,7 @@ def encode_status(status: Status) -> dict[str, Any]:
                 "requests": [_encode_request(request) for request in status.pending_unplugs] or None,
             }
         ),
-        "conditions": _encode_conditions(status) or None,
+        "conditions": encode_conditions(status) or None,
     }
 
 
@@ -395,7 +407,8 @@ def _encode_request(request: Request) -> dict[str, Any]:
     return encoded
 
 
-def _encode_conditions(status: Status) -> list[dict[str, Any]]:
+def encode_conditions(status: Status) -> list[dict[str, Any]]:
+    """All conditions of a status, those of other owners in their places. A merge patch replaces whole lists."""
     encoded = [_encode_condition(condition) for condition in status.conditions]
     for place, condition in status.foreign_conditions:
         encoded.insert(place, dict(condition))

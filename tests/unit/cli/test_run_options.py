@@ -66,6 +66,8 @@ FLAGS = (
     "--sweep-seconds",
     "--http-address",
     "--metrics-set-limit",
+    "--agent-namespace",
+    "--agent-grace-seconds",
     "--leader-elect",
     "--leader-elect-namespace",
     "--leader-elect-name",
@@ -96,6 +98,15 @@ def test_without_options_the_documented_defaults_hold(vcpuset: Vcpuset) -> None:
     assert settings.namespaces == ()
     assert settings.networks == Networks()
     assert settings.leader_election is None
+    assert settings.agent_namespace is None
+    assert settings.agent_grace_seconds == 60
+
+
+def test_an_agent_does_not_look_after_the_sets_of_other_nodes(vcpuset: Vcpuset) -> None:
+    result = vcpuset.run("--node-name=node-1", "--agent-namespace=vcpuset-agent")
+    assert result.exit_code == 2
+    assert "--agent-namespace cannot be combined with --node-name" in result.output
+    assert "Leave out --agent-namespace" in result.output
 
 
 CHOICES: list[tuple[str, str, str, Any]] = [
@@ -108,6 +119,8 @@ CHOICES: list[tuple[str, str, str, Any]] = [
     ("--sweep-seconds", "8", "sweep_seconds", 8),
     ("--http-address", "0.0.0.0:9090", "http_address", ("0.0.0.0", 9090)),  # noqa: S104 - nothing listens here
     ("--metrics-set-limit", "0", "metrics_set_limit", 0),
+    ("--agent-namespace", "agents", "agent_namespace", "agents"),
+    ("--agent-grace-seconds", "90", "agent_grace_seconds", 90),
     ("--kubeconfig", __file__, "kubeconfig", Path(__file__)),
 ]
 

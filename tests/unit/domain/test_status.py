@@ -14,7 +14,7 @@ from vcpuset.domain.errors import AgentRefused, AgentTimeout, AgentUnreachable
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import is_progress, status_of
+from vcpuset.domain.report import is_progress, status_of, unserved_status
 from vcpuset.domain.resource import Condition, GuestAgent, Request, Status, VCPUSet
 from vcpuset.domain.target import target_for
 
@@ -261,3 +261,47 @@ def test_a_change_for_the_worse_is_a_warning_also_when_it_is_no_stall() -> None:
 
 def test_the_declared_count_is_the_goal_when_nothing_stands_in_its_way() -> None:
     assert target_for(a_spec(4), a_machine()).message == ""
+
+
+def test_without_an_agent_ready_is_unknown_and_all_that_it_has_reported_stays() -> None:
+    connected = Condition("GuestAgentConnected", "True", "Connected", "fine.", ago(90), 2)
+    foreign = ((0, {"type": "Backup", "status": "True"}),)
+    served = made_from((), WORKING, 2, ago(90))
+    before = Status(
+        2, 4, 4, 1, 8, "vcpuset.dev/name=web", "uuid", ago(60), (a_request(3),), (*served, connected), foreign
+    )
+    vcpuset = replace(a_set(generation=3, status=before), node_name="node-1")
+
+    after = unserved_status(vcpuset, NOW)
+
+    assert replace(after, conditions=()) == replace(before, conditions=())
+    assert after.foreign_conditions == foreign
+    assert [(each.type, each.status) for each in after.conditions] == [
+        ("Ready", "Unknown"),
+        ("Reconciling", "False"),
+        ("Stalled", "False"),
+        ("GuestAgentConnected", "True"),
+    ]
+    *told, kept = after.conditions
+    assert kept == connected
+    assert {(each.reason, each.observed_generation) for each in told} == {("AgentUnavailable", 3)}
+    assert all("node node-1" in each.message for each in told)
+    # Stalled was False before.
+    assert _since(after.conditions)["Stalled"] == _since(served)["Stalled"]
+    assert _since(after.conditions)["Ready"] == NOW
+    assert unserved_status(replace(vcpuset, status=after), NOW + timedelta(hours=1)) == after
+
+
+def test_a_set_that_was_never_observed_stays_unobserved_without_an_agent() -> None:
+    after = unserved_status(replace(a_set(generation=1), node_name="node-1"), NOW)
+    assert (after.observed_generation, after.vcpus) == (-1, None)
+
+
+def test_an_agent_replaces_the_report_of_its_absence() -> None:
+    told = unserved_status(replace(a_set(generation=3), node_name="node-1"), ago(60)).conditions
+
+    after = made_from(told, READY, 3, NOW)
+
+    assert [each.status for each in after] == ["True", "False", "False"]
+    assert {each.reason for each in after} == {"Converged"}
+    assert _since(after) == {"Ready": NOW, "Reconciling": ago(60), "Stalled": ago(60)}
