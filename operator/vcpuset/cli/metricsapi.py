@@ -113,8 +113,8 @@ def metrics_api(
 ) -> None:
     """Serve custom.metrics.k8s.io for VCPUSets until SIGTERM or SIGINT.
 
-    HorizontalPodAutoscalers read the metrics busy_vcpus and demand_vcpus there. Each request is passed on to the process that manages
-    the VCPUSet. See docs/metrics-api.md.
+    HorizontalPodAutoscalers read the metrics busy_vcpus and demand_vcpus there. Each request is passed on to the
+    process that manages the VCPUSet. See docs/metrics-api.md.
     """
     if address is None:
         raise click.UsageError("--address must not be empty: it is where the API is served")
