@@ -93,7 +93,7 @@ def another(**fields: object) -> Change:
 
 def initially(**fields: object) -> Change:
     """An init container, like the first but for these fields and for what only a container has that stays."""
-    left_out = {"livenessProbe", "readinessProbe", "ports"}
+    left_out = {"livenessProbe", "readinessProbe", "startupProbe", "ports"}
 
     def change(spec: Json) -> None:
         like = {key: value for key, value in spec["containers"][0].items() if key not in left_out}
@@ -109,6 +109,7 @@ def to_another_host(*place: str) -> Change:
         fields = spec["containers"][0]
         for name in place[:-1]:
             fields = fields.setdefault(name, {})
+        fields.pop("httpGet", None)  # a probe has one handler
         fields[place[-1]] = {"host": "169.254.169.254", "port": 80}
 
     return change

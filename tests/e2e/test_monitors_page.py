@@ -6,12 +6,13 @@ machine and the operator are started by the page's own command lines.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -79,10 +80,17 @@ def test_the_tests_set_each_variable_that_the_page_introduces(reader: Reader) ->
 
 
 @asynccontextmanager
-async def followed(reader: Reader, control: Path, kind: str | Sequence[Block], operator: str) -> AsyncIterator[Child]:
+async def followed(
+    reader: Reader,
+    control: Path,
+    kind: str | Sequence[Block],
+    operator: str,
+    booted: Callable[[], Awaitable[bool] | bool] = lambda: True,
+) -> AsyncIterator[Child]:
     """Run the blocks of one kind, or these, with the page's operator beside them; yields the machine.
 
-    The page's last command has then waited until the set was Ready.
+    The page's last command has then waited until the set was Ready. What follows the start of the machine waits until
+    its guest has `booted`.
     """
     running = reader.start(PAGE.block("sh", operator), name=operator)
     try:
@@ -92,6 +100,7 @@ async def followed(reader: Reader, control: Path, kind: str | Sequence[Block], o
             elif "machine" in block.marks:
                 machine = reader.start(block, name="the machine")
                 await _up(machine, control)
+                await until(booted, START_SECONDS, "the guest to boot")
             else:
                 await reader.run(block)
         running.require_running()
@@ -156,14 +165,30 @@ async def test_the_open_tcp_monitor_of_the_page_leads_to_a_set_that_is_ready(
         assert (await user.get("build")).vcpus == await count(control) == 4
 
 
-async def test_the_guest_of_the_page_uses_the_declared_count(reader: Reader, control: Path, user: User) -> None:
+async def test_the_guest_of_the_page_uses_the_declared_count(
+    reader: Reader, control: Path, socket_root: Path, user: User
+) -> None:
     built = images()
+
+    async def booted() -> bool:
+        incoming, outgoing = await asyncio.open_unix_connection(socket_root / user.namespace / "shop" / "agent.sock")
+        try:
+            outgoing.write(b'{"execute": "guest-ping"}\n')
+            async with asyncio.timeout(1):
+                return b"return" in await incoming.readline()
+        except TimeoutError:
+            return False
+        finally:
+            outgoing.close()
+            await outgoing.wait_closed()
+
     reader.variables["VM"] = (
         f"-machine q35 -accel tcg -cpu qemu64 -m 192 -nodefaults -no-user-config -display none"
         f" -kernel {built / KERNEL} -initrd {built / INITRAMFS} -serial file:{reader.folder}/console -append ga=1"
         f" -qmp unix:{control},server=on,wait=off"
     )
-    async with followed(reader, control, "agent-channel", "agent"):
+    # A guest that boots for a minute on a busy host has an agent that is queried again a minute later.
+    async with followed(reader, control, "agent-channel", "agent", booted):
         seen = await user.get("shop")
         assert seen.status["onlineVCPUs"] == seen.vcpus == await count(control) == 4
 

@@ -194,9 +194,10 @@ class Pod:
         assert self._child is not None
         readiness = _Probe(self._container.get("readinessProbe"), ports, eager=True)
         liveness = _Probe(self._container.get("livenessProbe"), ports)
-        startup = _Probe(self._container.get("startupProbe"), ports)
+        startup = _Probe(self._container.get("startupProbe"), ports, eager=True)
         while self._child.returncode is None and self._grace is None:
-            await startup.look(self.address, session)
+            if not startup.passed:  # once it has, it is not made again
+                await startup.look(self.address, session)
             if startup.passed:
                 await readiness.look(self.address, session)
                 await liveness.look(self.address, session)
