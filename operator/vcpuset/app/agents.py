@@ -5,7 +5,7 @@ one process does it for each set. It lists the agents' pods four times in the gr
 node has been without a ready agent for that long. It watches neither: it would receive each status that an agent
 writes, to use very few of them.
 
-A write is conditional on the resourceVersion. If the agent writes first, the set is looked at again. If this process
+A write is conditional on the resourceVersion. If the agent writes first, the set is listed again. If this process
 does, the agent's watch delivers the report, and its next reconciliation replaces it.
 """
 

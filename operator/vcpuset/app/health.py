@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from vcpuset.runtime.listening import cannot_listen
+from vcpuset.runtime.listening import serving
 
 __all__ = ["serve_http"]
 
@@ -50,23 +50,12 @@ async def serve_http(
         status, answer = await busy(request.match_info["namespace"], request.match_info["name"])
         return web.json_response(answer, status=status)
 
-    application = web.Application()
-    application.add_routes(
-        [
-            web.get("/healthz", healthz),
-            web.get("/readyz", readyz),
-            web.get("/metrics", metrics),
-            web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", busy_vcpus),
-        ]
-    )
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, *address).start()
-        except (OSError, UnicodeError) as error:
-            remedy = "set another address with --http-address, or an empty one to disable HTTP"
-            raise cannot_listen(address, "--http-address", remedy, error) from error
+    routes = [
+        web.get("/healthz", healthz),
+        web.get("/readyz", readyz),
+        web.get("/metrics", metrics),
+        web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", busy_vcpus),
+    ]
+    remedy = "set another address with --http-address, or an empty one to disable HTTP"
+    async with serving(routes, address, "--http-address", remedy):
         yield
-    finally:
-        await runner.cleanup()

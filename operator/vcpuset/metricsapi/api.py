@@ -63,7 +63,7 @@ class _Refused(Exception):
 
 
 class MetricsAPI:
-    """The application of one front proxy; for another one, it is made anew."""
+    """The application for one front proxy; another front proxy needs another application."""
 
     def __init__(self, cluster: AggregatedAPI, access: Access, sources: Sources, front_proxy: FrontProxy) -> None:
         self._cluster = cluster

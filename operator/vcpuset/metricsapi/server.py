@@ -28,7 +28,7 @@ from vcpuset.metricsapi.certificates import Certificate, CertificateSource, File
 from vcpuset.metricsapi.frontproxy import CONFIG_MAP, FrontProxy, InvalidFrontProxy
 from vcpuset.metricsapi.settings import Settings
 from vcpuset.metricsapi.sources import Sources
-from vcpuset.runtime.listening import cannot_listen
+from vcpuset.runtime.listening import cannot_listen, serving
 from vcpuset.runtime.tasks import TaskOwner
 
 __all__ = ["REREAD_SECONDS", "run"]
@@ -191,16 +191,7 @@ async def _serve_health(address: tuple[str, int], ready: asyncio.Event) -> Async
             return web.Response(text="ok\n")
         return web.Response(status=503, text="there is no certificate or no front proxy yet; the log has the cause\n")
 
-    application = web.Application()
-    application.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz)])
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, *address).start()
-        except (OSError, UnicodeError) as error:
-            remedy = "set another address with --health-address, or an empty one to disable it"
-            raise cannot_listen(address, "--health-address", remedy, error) from error
+    routes = [web.get("/healthz", healthz), web.get("/readyz", readyz)]
+    remedy = "set another address with --health-address, or an empty one to disable it"
+    async with serving(routes, address, "--health-address", remedy):
         yield
-    finally:
-        await runner.cleanup()

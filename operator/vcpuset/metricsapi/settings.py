@@ -37,7 +37,7 @@ class Settings:
     controller_namespace: str = CONTROLLER_NAMESPACE
     """The namespace of the central controllers."""
 
-    address: tuple[str, int] = ("0.0.0.0", 8443)  # noqa: S104 - the API server comes from elsewhere
+    address: tuple[str, int] = ("0.0.0.0", 8443)  # noqa: S104 - the API server connects from another host, and only its front proxy's certificate is let in
     """The address of the API, with TLS."""
 
     health_address: tuple[str, int] | None = ("127.0.0.1", 8080)

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class UnknownValue(VCPUSetError):
-    """Nobody knows how busy the machine is; the message says why."""
+    """No process reports how busy the machine is; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Sources:
         """How busy the machine of a VCPUSet is.
 
         Raises:
-            UnknownValue: nobody knows.
+            UnknownValue: no process reports it.
         """
         return await self._ask(placed, await self._pods(placed.node_name))
 

@@ -1,12 +1,35 @@
-"""Why an address cannot be listened on, in words for an operator's user."""
+"""HTTP servers on addresses that options set."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import AsyncIterator, Iterable
+
+from aiohttp import web
 
 from vcpuset.domain.errors import VCPUSetError
 
-__all__ = ["cannot_listen"]
+__all__ = ["cannot_listen", "serving"]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    routes: Iterable[web.AbstractRouteDef], address: tuple[str, int], option: str, remedy: str
+) -> AsyncIterator[None]:
+    """Serve HTTP as long as the context is open. Raises VCPUSetError, with the remedy, if this is not possible."""
+    application = web.Application()
+    application.add_routes(routes)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, *address).start()
+        except (OSError, UnicodeError) as error:
+            raise cannot_listen(address, option, remedy, error) from error
+        yield
+    finally:
+        await runner.cleanup()
 
 
 def cannot_listen(address: tuple[str, int], option: str, remedy: str, error: OSError | UnicodeError) -> VCPUSetError:
