@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test test-quick test-long check docs bench bench-quick bench-drift bench-scale bench-watches
+.PHONY: help setup demo test test-quick test-long test-cluster check docs bench bench-quick bench-drift bench-scale bench-watches
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -21,10 +21,12 @@ export PYTHONPATH := $(CURDIR)/tests
 # Tests wait most of the time.
 WORKERS = $$((3 * $$(nproc)))
 
-# All parts but what only the tests need.
+# The parts of the set-up (tests/harness/setup) that the demo needs, and the tests, and the tests on a real node.
 to-run := system venv guest controlplane
+to-test := $(to-run) promtool controllermanager helm
+to-test-cluster := $(to-test) system-cluster
 
-# $(call set-up,part …): all parts, or only the ones named.
+# $(call set-up,part …)
 define set-up
 	@if ! '$(PYTHON)' -c '$(is_new_enough)' 2>/dev/null; then \
 		echo 'Python 3.11 or later is required; "$(PYTHON)" is older or missing (Debian 12: apt-get install python3).' \
@@ -35,15 +37,15 @@ endef
 help: ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
-setup: ## Install and build what the other targets need (they do this automatically)
-	$(call set-up)
+setup: ## Install and build what the demo and the tests need (they do this automatically)
+	$(call set-up,$(to-test))
 
 demo: ## Resize a running Linux guest with the operator (KEEP=1 keeps everything running)
 	$(call set-up,$(to-run))
 	@$(PY) -m harness.demo
 
 test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
-	$(call set-up)
+	$(call set-up,$(to-test))
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-quick: ## Run the tests that need neither a cluster nor a guest
@@ -51,8 +53,12 @@ test-quick: ## Run the tests that need neither a cluster nor a guest
 	VCPUSET_TEST_EFFORT=quick $(PY) -m pytest -n $$(($$(nproc) + 1)) tests/unit tests/qmp $(ARGS)
 
 test-long: ## Run all tests and search for longer, as before a release
-	$(call set-up)
+	$(call set-up,$(to-test))
 	VCPUSET_TEST_EFFORT=long $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+test-cluster: ## Run the tests with a real node, Flux, KEDA and libvirt
+	$(call set-up,$(to-test-cluster))
+	$(PY) -m pytest -n 1 tests/cluster $(ARGS)
 
 check: ## Check formatting, lint, types, import contracts and generated pages
 	$(call set-up,system venv)

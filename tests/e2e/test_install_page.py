@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from harness.binaries import helm
+from harness.binaries import HELM
 from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
 from harness.controlplane import ControlPlane
@@ -138,7 +138,7 @@ async def test_who_follows_the_page_gets_a_resized_machine_and_is_rid_of_all_but
     for shipped in SHIPPED:
         shutil.copytree(REPOSITORY / shipped, tmp_path / "copy" / shipped, symlinks=True)
     async with cluster(NODE, "node-2") as (control_plane, nodes):
-        programs = [control_plane.kubectl_path.parent, helm().parent]
+        programs = [control_plane.kubectl_path.parent, HELM.folder]
         path = os.pathsep.join([*map(str, programs), os.environ["PATH"]])
         terminal = nodes.node(NODE).command
         with Reader(tmp_path / "copy", terminal, PATH=path, KUBECONFIG=str(control_plane.kubeconfig)) as reader:

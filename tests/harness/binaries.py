@@ -1,17 +1,18 @@
-"""Which etcd, kube-apiserver, kubectl, kube-controller-manager and helm the tests and the demo use, and where they are.
+"""Which Go programs the tests and the demo use (etcd, kube-apiserver, helm, …), and where they are.
 
 They are built from the modules pinned beside this file (build/*/go.mod) and kept in the cache folder under a name made
-from those pins, so that changing a pin asks for a new build. `KUBEBUILDER_ASSETS`, the variable that the Go operators'
-tests use, takes precedence.
+from those pins, so that changing a pin asks for a new build. For the control plane `KUBEBUILDER_ASSETS`, the variable
+that the Go operators' tests use, takes precedence.
 
-kube-controller-manager is apart, with a go.mod of its own: only the tests of autoscaling start it, the demo need not
-wait for it, and the folders that `KUBEBUILDER_ASSETS` names usually lack it. So is helm, for the tests of the chart.
+Each module is apart, with a go.mod of its own: the demo need not wait for what only tests start, and changing the pins
+of one builds nothing else.
 """
 
 import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -19,40 +20,88 @@ from typing import Final, Self
 from harness.cache import cache_dir, digest
 
 __all__ = [
+    "BUILDS",
     "CONTROLLER_MANAGER",
-    "CONTROLLER_MANAGER_MODULE",
-    "CONTROL_PLANE_MODULE",
+    "CONTROL_PLANE",
     "HELM",
-    "HELM_MODULE",
-    "NAMES",
     "Binaries",
     "BinariesMissing",
+    "Build",
     "binaries",
-    "built_folder",
     "controller_manager",
-    "helm",
     "kubernetes_version",
 ]
 
-CONTROL_PLANE_MODULE: Final = Path(__file__).resolve().parent / "build" / "controlplane"
-"""The folder with the go.mod that pins the control plane."""
-
-CONTROLLER_MANAGER_MODULE: Final = CONTROL_PLANE_MODULE.with_name("controllermanager")
-"""The folder with the go.mod that pins kube-controller-manager: the same versions, and what it needs besides."""
-
-HELM_MODULE: Final = CONTROL_PLANE_MODULE.with_name("helm")
-"""The folder with the go.mod that pins helm."""
-
-NAMES: Final = ("etcd", "kube-apiserver", "kubectl")
-CONTROLLER_MANAGER: Final = "kube-controller-manager"
-HELM: Final = "helm"
-
 BUILD_RECIPE: Final = "1"
-"""Raise this when the way of building changes the programs although go.mod does not."""
+"""Raise this when the way of building changes the programs although the module does not."""
 
 
 class BinariesMissing(Exception):
-    """The control plane's programs are not where they should be; the message says what to do."""
+    """A program is not where it should be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """Programs that are built from one Go module.
+
+    name      the folder of the module below build/, and of what is built below the cache folder
+    packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
+    takes     how long the build takes, for people
+    """
+
+    name: str
+    packages: Mapping[str, str]
+    takes: str
+
+    @property
+    def module(self) -> Path:
+        """The folder with go.mod, go.sum and perhaps sources."""
+        return Path(__file__).resolve().parent / "build" / self.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the programs belong that are built from the module as it is."""
+        files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
+        pins = [file.read_bytes() for file in files]
+        return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
+
+    @property
+    def is_there(self) -> bool:
+        """Whether all programs have been built."""
+        return all(os.access(self.folder / name, os.X_OK) for name in self.packages)
+
+    def program(self, name: str) -> Path:
+        """One of the programs.
+
+        Raises:
+            BinariesMissing: it is not there.
+        """
+        path = self.folder / name
+        if not os.access(path, os.X_OK):
+            raise BinariesMissing(f"{name} is not built ({path}): run `make setup`")
+        return path
+
+
+CONTROL_PLANE: Final = Build(
+    "controlplane",
+    {
+        "etcd": "go.etcd.io/etcd/server/v3",
+        "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
+        "kubectl": "k8s.io/kubernetes/cmd/kubectl",
+    },
+    "10 to 20 minutes on two cores, with 4 GB of temporary disk space",
+)
+
+CONTROLLER_MANAGER: Final = Build(
+    "controllermanager",
+    {"kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager"},
+    "3 to 4 minutes on two cores right after the control plane, otherwise longer",
+)
+
+HELM: Final = Build("helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, "3 to 5 minutes on two cores")
+
+BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM)}
+"""In the order in which they are built: what has most in common with the one before comes next."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +115,17 @@ class Binaries:
     @classmethod
     def within(cls, folder: Path) -> Self | None:
         """The programs in `folder`, or None unless all of them are there and executable."""
-        paths = [folder / name for name in NAMES]
+        paths = [folder / name for name in CONTROL_PLANE.packages]
         return cls(*paths) if all(os.access(path, os.X_OK) for path in paths) else None
 
 
 def kubernetes_version() -> str:
     """The Kubernetes version that go.mod pins, such as `v1.36.3`."""
-    text = (CONTROL_PLANE_MODULE / "go.mod").read_text()
+    text = (CONTROL_PLANE.module / "go.mod").read_text()
     found = re.search(r"^\s*k8s\.io/kubernetes (v\S+)", text, re.MULTILINE)
     if found is None:
-        raise BinariesMissing(f"{CONTROL_PLANE_MODULE / 'go.mod'} pins no k8s.io/kubernetes")
+        raise BinariesMissing(f"{CONTROL_PLANE.module / 'go.mod'} pins no k8s.io/kubernetes")
     return found[1]
-
-
-def built_folder(module: Path) -> Path:
-    """Where the programs belong that are built from this module with its present pins."""
-    pins = [(module / name).read_bytes() for name in ("go.mod", "go.sum")]
-    return cache_dir() / module.name / digest([*pins, BUILD_RECIPE, platform.machine()])
 
 
 def binaries() -> Binaries:
@@ -92,13 +135,14 @@ def binaries() -> Binaries:
         BinariesMissing: they are not there.
     """
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    folder = Path(assets) if assets else built_folder(CONTROL_PLANE_MODULE)
+    folder = Path(assets) if assets else CONTROL_PLANE.folder
     found = Binaries.within(folder)
     if found is not None:
         return found
     if assets:
         raise BinariesMissing(
-            f"KUBEBUILDER_ASSETS={assets}: not all of {', '.join(NAMES)} are there; correct or unset the variable"
+            f"KUBEBUILDER_ASSETS={assets}: not all of {', '.join(CONTROL_PLANE.packages)} are there; correct or unset "
+            "the variable"
         )
     raise BinariesMissing(f"the control plane is not built ({folder} lacks a program): run `make setup`")
 
@@ -111,26 +155,13 @@ def controller_manager() -> Path:
     Raises:
         BinariesMissing: there is none.
     """
+    (name,) = CONTROLLER_MANAGER.packages
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    folders = [*([Path(assets)] if assets else []), built_folder(CONTROLLER_MANAGER_MODULE)]
+    folders = [*([Path(assets)] if assets else []), CONTROLLER_MANAGER.folder]
     for folder in folders:
-        if os.access(folder / CONTROLLER_MANAGER, os.X_OK):
-            return folder / CONTROLLER_MANAGER
-    installed = shutil.which(CONTROLLER_MANAGER)
+        if os.access(folder / name, os.X_OK):
+            return folder / name
+    installed = shutil.which(name)
     if installed is not None:
         return Path(installed)
-    raise BinariesMissing(
-        f"{CONTROLLER_MANAGER} is neither in {', '.join(map(str, folders))} nor in PATH: run `make setup`"
-    )
-
-
-def helm() -> Path:
-    """The helm in the cache folder. One from PATH may be of a version with other commands and other checks.
-
-    Raises:
-        BinariesMissing: it is not there.
-    """
-    path = built_folder(HELM_MODULE) / HELM
-    if not os.access(path, os.X_OK):
-        raise BinariesMissing(f"helm is not built ({path}): run `make setup`")
-    return path
+    raise BinariesMissing(f"{name} is neither in {', '.join(map(str, folders))} nor in PATH: run `make setup`")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from harness.binaries import helm
+from harness.binaries import HELM
 from harness.cache import REPOSITORY
 from harness.processes import Completed, run
 
@@ -32,7 +32,7 @@ async def run_helm(
         env = {name: value for name, value in os.environ.items() if not name.startswith("HELM_")}
         env |= {f"HELM_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CACHE", "CONFIG", "DATA")}
         env["KUBECONFIG"] = str(kubeconfig or os.devnull)
-        return await run([helm(), *arguments], env=env, check=check, timeout=timeout)
+        return await run([HELM.program("helm"), *arguments], env=env, check=check, timeout=timeout)
 
 
 async def render(*arguments: str | Path, chart: Path = CHART) -> list[dict[str, Any]]:

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.binaries import (
-    CONTROL_PLANE_MODULE,
-    CONTROLLER_MANAGER,
-    CONTROLLER_MANAGER_MODULE,
-    BinariesMissing,
-    built_folder,
-    controller_manager,
-)
+from harness.binaries import CONTROL_PLANE, CONTROLLER_MANAGER, BinariesMissing, controller_manager
 from harness.cache import REPOSITORY
 from harness.setup import __main__ as setup
 from harness.setup.console import SetupFailed
@@ -33,7 +26,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def program(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    path = folder / CONTROLLER_MANAGER
+    path = folder / "kube-controller-manager"
     path.write_text("#!/bin/sh\n")
     path.chmod(0o755)
     return path
@@ -48,11 +41,11 @@ def pins(module: Path) -> dict[str, str]:
 
 
 def test_the_controller_manager_and_the_api_server_are_built_from_the_same_versions() -> None:
-    servers, manager = pins(CONTROL_PLANE_MODULE), pins(CONTROLLER_MANAGER_MODULE)
+    servers, manager = pins(CONTROL_PLANE.module), pins(CONTROLLER_MANAGER.module)
     both = servers.keys() & manager.keys()
     assert {"k8s.io/kubernetes", "k8s.io/client-go", "google.golang.org/grpc"} <= both
     assert {name: servers[name] for name in both} == {name: manager[name] for name in both}
-    assert built_folder(CONTROL_PLANE_MODULE) != built_folder(CONTROLLER_MANAGER_MODULE)
+    assert CONTROL_PLANE.folder != CONTROLLER_MANAGER.folder
 
 
 def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_path(
@@ -62,7 +55,7 @@ def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_pa
         controller_manager()
     installed = program(nowhere / "bin")
     assert controller_manager() == installed
-    built = program(built_folder(CONTROLLER_MANAGER_MODULE))
+    built = program(CONTROLLER_MANAGER.folder)
     assert controller_manager() == built
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(nowhere / "assets"))
     assert controller_manager() == built, "the assets of Go operators' tests have no controller manager"
@@ -70,26 +63,26 @@ def test_the_controller_manager_comes_from_the_assets_then_the_cache_then_the_pa
     assert controller_manager() == brought
 
 
-def test_the_demo_does_not_wait_for_what_only_tests_need() -> None:
+def test_a_target_does_not_wait_for_what_only_others_need() -> None:
     make = shutil.which("make")
     assert make is not None
 
-    def parts(target: str) -> str:
+    def parts(target: str) -> set[str]:
         lines = subprocess.run([make, "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
         found = re.search(r"-m harness\.setup *(.*)$", lines, re.MULTILINE)
         assert found is not None, lines
-        return found[1]
+        return set(found[1].split())
 
-    assert set(parts("demo").split()) == {"system", "venv", "controlplane", "guest"}
-    assert parts("test") == "", "all parts"
+    assert parts("demo") == {"system", "venv", "controlplane", "guest"}
+    assert parts("demo") | {"promtool", "controllermanager", "helm"} == parts("test") == parts("setup")
+    assert parts("test-cluster") == setup.PARTS.keys()
 
 
 @pytest.mark.parametrize(
     ("arguments", "fails", "kept"),
     [
-        pytest.param([], False, False, id="all-built"),
-        pytest.param(["controlplane"], False, False, id="what-was-asked-for-is-built"),
-        pytest.param([], True, True, id="a-build-failed"),
+        pytest.param(["venv", "controlplane", "helm"], False, False, id="all-built"),
+        pytest.param(["controlplane", "helm"], True, True, id="a-build-failed"),
         pytest.param(["venv"], False, True, id="nothing-to-do-with-builds"),
     ],
 )
@@ -100,7 +93,7 @@ def test_what_builds_need_is_kept_until_they_have_gone_well(
         if fails:
             raise SetupFailed("no network")
 
-    monkeypatch.setattr(setup, "PARTS", {"venv": lambda: None, "controlplane": build, "controllermanager": build})
+    monkeypatch.setattr(setup, "PARTS", {"venv": lambda: None, "controlplane": build, "helm": build})
     work = nowhere / "cache" / "controlplane-work"
     work.mkdir(parents=True)
     assert setup.main(arguments) == (1 if fails else 0)

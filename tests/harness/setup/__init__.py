@@ -1,15 +1,14 @@
-"""Making a bare machine able to run the demo and the tests: `python -m harness.setup`, which the Makefile calls.
+"""Making a bare machine able to run the demo and the tests: `python -m harness.setup PART…`, which the Makefile calls.
 
 Only the standard library is used, as this runs before anything is installed. Each part looks first whether its work is
 done already, so that a repeated set-up takes a fraction of a second:
 
     system             Debian packages (QEMU, openssl, …), installed as root or through sudo, else named
+    system-cluster     those that only `make test-cluster` needs (containerd, buildah, …)
     venv               the virtual environment `.venv` with the pinned Python packages
     guest              kernel and initramfs of the test guest, in the cache folder
     promtool           the tester of alerting rules, out of Debian's package of Prometheus; only tests need it
-    controlplane       etcd, kube-apiserver and kubectl, built from pinned Go modules into the cache folder
-    controllermanager  kube-controller-manager, built like the control plane; only tests need it
-    helm               the same of helm
+    controlplane, …    each of harness.binaries.BUILDS: built from a pinned Go module into the cache folder
 """
 
 __all__: list[str] = []

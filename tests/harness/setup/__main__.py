@@ -1,18 +1,20 @@
-"""`python -m harness.setup [part …]`: all parts, or only those named (see the package)."""
+"""`python -m harness.setup PART…` (see the package)."""
 
 import contextlib
 import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 from harness import guestimage, promtool
+from harness.binaries import BUILDS
 from harness.build.guest.packages import PackageError
 from harness.cache import cache_dir
 from harness.setup.console import NotPossible, SetupFailed, run_visibly, say
-from harness.setup.controlplane import ensure_control_plane, ensure_controller_manager, ensure_helm, remove_build_cache
-from harness.setup.system import install_missing
+from harness.setup.gobuilds import ensure_built, remove_build_cache
+from harness.setup.system import CLUSTER_REQUIREMENTS, install_missing
 from harness.setup.venv import VENV_PYTHON, ensure_venv
 
 __all__ = ["main"]
@@ -47,17 +49,13 @@ def ensure_promtool() -> None:
 
 PARTS: Final[dict[str, Callable[[], None]]] = {
     "system": install_missing,
+    "system-cluster": partial(install_missing, CLUSTER_REQUIREMENTS),
     "venv": ensure_venv,
     "guest": ensure_guest,
     "promtool": ensure_promtool,
-    "controlplane": ensure_control_plane,
-    "controllermanager": ensure_controller_manager,
-    "helm": ensure_helm,
+    **{name: partial(ensure_built, build) for name, build in BUILDS.items()},
 }
 """In the order in which they need each other; what a system may lack comes before what takes long to build."""
-
-BUILDS: Final = {"controlplane", "controllermanager", "helm"}
-"""The parts that share what is downloaded and compiled for them."""
 
 
 @contextlib.contextmanager
@@ -73,7 +71,7 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the parts named, or all. Returns the exit status: 2 if something is missing that cannot be got here."""
+    """Run the parts named. Returns the exit status: 2 if something is missing that cannot be got here."""
     unknown = set(arguments) - PARTS.keys()
     if unknown:
         sys.stderr.write(f"set-up: unknown part {', '.join(sorted(unknown))}; known parts: {', '.join(PARTS)}\n")
@@ -82,9 +80,9 @@ def main(arguments: list[str]) -> int:
     try:
         with one_at_a_time():
             for name, ensure in PARTS.items():
-                if not arguments or name in arguments:
+                if name in arguments:
                     ensure()
-            if not arguments or BUILDS & set(arguments):
+            if BUILDS.keys() & set(arguments):
                 remove_build_cache()
     except SetupFailed as error:
         sys.stdout.flush()

@@ -21,7 +21,17 @@ from harness import steppedclock
 from harness.setup import aptsources
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
-__all__ = ["QEMU", "Requirement", "Step", "install_missing", "missing", "qemu_version", "run_steps", "steps"]
+__all__ = [
+    "CLUSTER_REQUIREMENTS",
+    "QEMU",
+    "Requirement",
+    "Step",
+    "install_missing",
+    "missing",
+    "qemu_version",
+    "run_steps",
+    "steps",
+]
 
 QEMU: Final = "qemu-system-x86_64"
 
@@ -154,13 +164,31 @@ REQUIREMENTS: Final = (
     ),
 )
 
+CLUSTER_REQUIREMENTS: Final = (
+    Requirement("containerd, to run pods", "containerd", "containerd", _has_program("containerd")),
+    Requirement("runc, to run containers", "runc", "runc", _has_program("runc")),
+    Requirement(
+        "the bridge and host-local plugins of CNI, for the pods' network",
+        "containernetworking-plugins",
+        "containernetworking-plugins",
+        lambda: Path("/usr/lib/cni/bridge").exists() or Path("/usr/libexec/cni/bridge").exists(),
+    ),
+    Requirement("iptables, ip6tables and their save and restore", "iptables", "iptables-nft", _has_program("iptables")),
+    Requirement("nft, for kube-proxy", "nftables", "nftables", _has_program("nft")),
+    Requirement("ipset, for network policies", "ipset", "ipset", _has_program("ipset")),
+    Requirement("conntrack, for kube-proxy", "conntrack", "conntrack-tools", _has_program("conntrack")),
+    Requirement("buildah, to build the image", "buildah", "buildah", _has_program("buildah")),
+    Requirement("mmdebstrap, to make base images", "mmdebstrap", "mmdebstrap", _has_program("mmdebstrap")),
+)
+"""What `make test-cluster` needs besides."""
 
-def missing() -> list[Requirement]:
+
+def missing(requirements: Sequence[Requirement] = REQUIREMENTS) -> list[Requirement]:
     """What is not there yet."""
-    return [requirement for requirement in REQUIREMENTS if not requirement.is_met()]
+    return [requirement for requirement in requirements if not requirement.is_met()]
 
 
-def install_missing() -> None:
+def install_missing(requirements: Sequence[Requirement] = REQUIREMENTS) -> None:
     """Install what is missing.
 
     Raises:
@@ -169,7 +197,7 @@ def install_missing() -> None:
     """
     if not sys.platform.startswith("linux"):
         raise NotPossible(f"Linux is needed, this is {platform.system()}: use a Debian 12 machine")
-    needed = missing()
+    needed = missing(requirements)
     if not needed:
         return
     say("Missing on this machine:")
@@ -193,7 +221,7 @@ def install_missing() -> None:
             f"Installation needs root, and this user has no sudo. As root, run:\n\n{lines}\n\nThen try again."
         )
     run_steps(todo, become_root)
-    still = missing()
+    still = missing(requirements)
     if still:
         raise SetupFailed(f"installed, but still missing: {'; '.join(requirement.what for requirement in still)}")
 

@@ -1,4 +1,4 @@
-"""Building etcd, kube-apiserver, kubectl, kube-controller-manager and helm from the modules pinned in build/*/go.mod.
+"""Building Go programs (etcd, kube-apiserver, helm, …) from the modules pinned in build/*/go.mod.
 
 They come from source because the Go module proxy, unlike the various places for ready-made programs, verifies what it
 delivers (go.sum) and is reachable wherever Go code is built. It is done once: the result stays in the cache folder.
@@ -12,96 +12,60 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from harness.binaries import (
-    CONTROL_PLANE_MODULE,
+    CONTROL_PLANE,
     CONTROLLER_MANAGER,
-    CONTROLLER_MANAGER_MODULE,
-    HELM,
-    HELM_MODULE,
-    NAMES,
     Binaries,
     BinariesMissing,
-    built_folder,
+    Build,
     controller_manager,
-    helm,
     kubernetes_version,
 )
 from harness.cache import cache_dir
 from harness.setup.console import NotPossible, SetupFailed, say
 from harness.setup.golang import Go, find_go
 
-__all__ = ["ensure_control_plane", "ensure_controller_manager", "ensure_helm", "remove_build_cache"]
-
-PACKAGES: Final = {
-    "etcd": "go.etcd.io/etcd/server/v3",
-    "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
-    "kubectl": "k8s.io/kubernetes/cmd/kubectl",
-}
-"""Packages by the programs that they become."""
-
-BUILT_AS: Final = {"etcd": "server"}
-"""Go's own name for a program, where it is another: the last element of the package but the version."""
+__all__ = ["ensure_built", "remove_build_cache"]
 
 BUILD_SECONDS: Final = 2 * 3600
 PROGRESS_SECONDS: Final = 10
 """How often progress is printed where it cannot be shown in one line that changes."""
 
 
-def ensure_control_plane() -> None:
-    """Build the programs, unless `KUBEBUILDER_ASSETS` or the cache folder has them.
+def ensure_built(build: Build) -> None:
+    """Build the programs, unless they are there already: in the cache folder, or where the user has them.
 
     Raises:
-        NotPossible: `KUBEBUILDER_ASSETS` is set, but not to a folder that holds them.
+        NotPossible: `KUBEBUILDER_ASSETS` is set, but not to a folder that holds the control plane.
         SetupFailed: the build failed; its output has been shown.
     """
+    if _is_brought(build) or build.is_there:
+        return
+    say(f"==> {', '.join(build.packages)}, into {build.folder}")
+    say(f"    Built from source, once: {build.takes}.")
+    _build(build)
+
+
+def _is_brought(build: Build) -> bool:
+    """Whether the user has the programs elsewhere."""
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    if assets:
+    if build is CONTROL_PLANE and assets:
         if Binaries.within(Path(assets)) is None:
             raise NotPossible(
-                f"KUBEBUILDER_ASSETS={assets} does not hold {', '.join(NAMES)}: correct the variable, or unset it to "
-                "have them built"
+                f"KUBEBUILDER_ASSETS={assets} does not hold {', '.join(build.packages)}: correct the variable, or "
+                "unset it to have them built"
             )
-        return
-    folder = built_folder(CONTROL_PLANE_MODULE)
-    if Binaries.within(folder) is not None:
-        return
-    say(f"==> Control plane: Kubernetes {kubernetes_version()} and etcd, into {folder}")
-    say("    Built from source, once: 10 to 20 minutes on two cores, with 4 GB of temporary disk space.")
-    _build(CONTROL_PLANE_MODULE, PACKAGES)
-
-
-def ensure_controller_manager() -> None:
-    """Build kube-controller-manager, unless there is one already (see `controller_manager`).
-
-    Raises:
-        SetupFailed: the build failed; its output has been shown.
-    """
-    try:
-        controller_manager()
-    except BinariesMissing:
-        say(
-            f"==> Controller manager: Kubernetes {kubernetes_version()}, into {built_folder(CONTROLLER_MANAGER_MODULE)}"
-        )
-        say("    Built from source, once: 3 to 4 minutes on two cores right after the control plane, otherwise longer.")
-        _build(CONTROLLER_MANAGER_MODULE, {CONTROLLER_MANAGER: f"k8s.io/kubernetes/cmd/{CONTROLLER_MANAGER}"})
-
-
-def ensure_helm() -> None:
-    """Build helm, unless the cache folder has it.
-
-    Raises:
-        SetupFailed: the build failed; its output has been shown.
-    """
-    try:
-        helm()
-    except BinariesMissing:
-        say(f"==> Helm, into {built_folder(HELM_MODULE)}")
-        say("    Built from source, once: 3 to 5 minutes on two cores.")
-        _build(HELM_MODULE, {HELM: f"helm.sh/helm/v4/cmd/{HELM}"})
+        return True
+    if build is CONTROLLER_MANAGER:
+        try:
+            controller_manager()
+        except BinariesMissing:
+            return False
+        return True
+    return False
 
 
 def remove_build_cache() -> None:
@@ -116,25 +80,25 @@ def _work() -> Path:
     return cache_dir() / "controlplane-work"
 
 
-def _build(module: Path, packages: Mapping[str, str]) -> None:
-    """Build the packages into the module's folder, which appears when all of them are done."""
-    folder = built_folder(module)
+def _build(build: Build) -> None:
+    """Build the packages into the build's folder, which appears when all of them are done."""
     work = _work()
     work.mkdir(exist_ok=True)
-    go = find_go(work, module)
+    go = find_go(work, build.module)
     say(f"    with Go {go.version} ({go.program})")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    build.folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{build.folder.name}.", dir=build.folder.parent))
     try:
-        names = list(packages.values())
-        listed = _go(go, module, ["list", "-mod=readonly", "-deps", *names], total=None)
+        names = list(build.packages.values())
+        listed = _go(go, build.module, ["list", "-mod=readonly", "-deps", *names], total=None)
         arguments = ["build", "-mod=readonly", "-trimpath", "-v", f"-ldflags={_link_flags()}", "-o", f"{temporary}/"]
-        _go(go, module, [*arguments, *names], total=len(listed))
-        for name in packages.keys() & BUILT_AS.keys():
-            (temporary / BUILT_AS[name]).rename(temporary / name)
+        _go(go, build.module, [*arguments, *names], total=len(listed))
+        for name, package in build.packages.items():
+            # Go's own name: the last element of the package, but for a version.
+            (temporary / re.sub(r"/v\d+$", "", package).rpartition("/")[2]).rename(temporary / name)
         temporary.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, or it would have been used
-        temporary.rename(folder)
+        shutil.rmtree(build.folder, ignore_errors=True)  # an incomplete one, or it would have been used
+        temporary.rename(build.folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
