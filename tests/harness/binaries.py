@@ -24,6 +24,8 @@ __all__ = [
     "CONTROLLER_MANAGER",
     "CONTROL_PLANE",
     "HELM",
+    "KUBE_ROUTER",
+    "NODE",
     "Binaries",
     "BinariesMissing",
     "Build",
@@ -100,7 +102,19 @@ CONTROLLER_MANAGER: Final = Build(
 
 HELM: Final = Build("helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, "3 to 5 minutes on two cores")
 
-BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM)}
+NODE: Final = Build(
+    "node",
+    {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kubelet", "kube-proxy", "kube-scheduler")},
+    "1 to 2 minutes on two cores right after the controller manager, otherwise longer",
+)
+
+KUBE_ROUTER: Final = Build(
+    "kuberouter",
+    {"kube-router": "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router"},
+    "3 to 5 minutes on two cores",
+)
+
+BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, NODE, KUBE_ROUTER, HELM)}
 """In the order in which they are built: what has most in common with the one before comes next."""
 
 
