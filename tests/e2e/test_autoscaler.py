@@ -115,8 +115,8 @@ class Scaled:
         found: Manifest = answer.body
         return found
 
-    async def says(self, name: str, kind: str, status: str, reason: str) -> str:
-        """Wait until an autoscaler's condition is so; returns its message."""
+    async def says(self, name: str, kind: str, status: str, reason: str, words: str = "") -> str:
+        """Wait until an autoscaler's condition is so, and has these words; returns its message."""
         last: Manifest = {}
 
         async def said() -> Mapping[str, str] | None:
@@ -124,9 +124,11 @@ class Scaled:
             last = await self.hpa(name)
             wanted = (kind, status, reason)
             conditions = last.get("status", {}).get("conditions", [])
-            return next((each for each in conditions if (each["type"], each["status"], each["reason"]) == wanted), None)
+            has = ((each, (each["type"], each["status"], each["reason"])) for each in conditions)
+            return next((each for each, states in has if states == wanted and words in each["message"]), None)
 
-        found = await until(said, WAIT_SECONDS, lambda: f"{name} {kind}={status} {reason}; it was {last.get('status')}")
+        what = f"{name} {kind}={status} {reason} {words}"
+        found = await until(said, WAIT_SECONDS, lambda: f"{what}; it was {last.get('status')}")
         assert found is not None
         return found["message"]
 

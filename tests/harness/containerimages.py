@@ -121,8 +121,8 @@ class _Builder:
             assert (root / file).exists(), f"{root} holds no Debian"
         empty = self._folder / "pause"
         empty.mkdir()
-        shutil.copy2(root / "usr/bin/busybox", empty / "pause")
-        self._commit(empty, pause, ["--entrypoint", '["/pause", "sleep", "2147483647"]'])
+        shutil.copy2(root / "usr/bin/busybox", empty / "busybox")
+        self._commit(empty, pause, ["--entrypoint", '["/busybox", "sleep", "2147483647"]'])
         guest = root / "guest"
         guest.mkdir()
         for name in (guestimage.KERNEL, guestimage.INITRAMFS):

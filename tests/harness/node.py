@@ -315,7 +315,7 @@ class Cluster:
         for node in self.nodes.values():
             await node.power_off()
         if self._scheduler is not None:
-            await self._scheduler.stop()
+            self._scheduler.kill()
         await self._controllers.stop()
         await self.control_plane.stop()
         await run(["ip", "link", "delete", BRIDGE], check=False)

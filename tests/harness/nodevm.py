@@ -30,6 +30,7 @@ EXAMPLE: Final = REPOSITORY / "deploy" / "examples" / "vm-pod.yaml"
 SOCKET_ROOT: Final = "/run/vcpuset"
 AGENT_GROUP: Final = "65532"
 BOOT_SECONDS: Final = 180.0
+WAIT: Final = 60.0
 
 
 class NodeVM:
@@ -91,23 +92,40 @@ class NodeVM:
     async def log(self) -> str:
         """What QEMU and the guest have said."""
         arguments = ("logs", "-n", self._namespace, f"deployment/{self.name}")
-        return (await self._cluster.kubectl(*arguments)).stdout
+
+        async def read() -> str | None:
+            done = await self._cluster.kubectl(*arguments, check=False)
+            return done.stdout if done.returncode == 0 else None  # the kubelet has just been started, for example
+
+        return await until(read, WAIT, f"the log of {self.name}", interval=0.5) or ""
 
     async def online(self) -> int:
         """How many CPUs the guest uses; 0 before it has booted."""
-        reports = re.findall(r"guest: \w+ online=([\d,-]*)", await self.log())
-        return len(parse_cpu_list(reports[-1])) if reports else 0
+        return _online(await self.log())
 
     async def wait_online(self, cpus: int) -> None:
         """Wait until the guest uses so many CPUs."""
 
-        async def reached() -> bool:
-            return await self.online() == cpus
+        last = ""
 
-        await until(reached, BOOT_SECONDS, f"{cpus} CPUs online in {self.name}", interval=0.5)
+        async def reached() -> bool:
+            nonlocal last
+            last = await self.log()
+            return _online(last) == cpus
+
+        def described() -> str:
+            return f"{cpus} CPUs online in {self.name}; its log ends with:\n{last[-2000:]}\n"
+
+        await until(reached, BOOT_SECONDS, described, interval=0.5)
 
     async def commands(self, name: str) -> Counter[str]:
         """How often QEMU was given a QMP command, such as device_del, for each device id."""
         lines = re.findall(r"handle_qmp_command .*? req: (\{.*\})", await self.log())
         given = [json.loads(line) for line in lines]
-        return Counter(str(each["arguments"]["id"]) for each in given if each.get("execute") == name)
+        # A device is deleted by its path.
+        return Counter(each["arguments"]["id"].rpartition("/")[2] for each in given if each.get("execute") == name)
+
+
+def _online(log: str) -> int:
+    reports = re.findall(r"guest: \w+ online=([\d,-]*)", log)
+    return len(parse_cpu_list(reports[-1])) if reports else 0
