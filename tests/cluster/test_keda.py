@@ -514,12 +514,12 @@ async def test_kedas_webhook_refuses_a_second_driver_of_a_set(driven: Driven) ->
             await driven.apply(second)
 
 
-async def test_without_kedas_operator_or_adapter_the_count_stays_and_afterwards_the_metric_decides_again(
+async def test_without_kedas_operator_or_adapter_the_count_stays_whatever_the_fallback(
     control_plane: ControlPlane, driven: Driven, keda: Keda
 ) -> None:
     async with machine(driven):
         driven.busy = 1.1
-        await driven.drive()
+        await driven.drive(fallback={"failureThreshold": 3, "replicas": 5})
         await driven.settles(2)
 
         keda.kill("adapter")
