@@ -51,7 +51,8 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
-    folders   folders with other files of the modules, such as manifests, by the names that they get: module and path
+    folders   copies of folders of Go modules, such as one with manifests: module and path, by the names that they get;
+              the module with `@version` if go.mod does not have it, because nothing in it is compiled
     """
 
     name: str
@@ -69,11 +70,12 @@ class Build:
         """Where the programs belong that are built from the module as it is."""
         files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
         pins = [file.read_bytes() for file in files]
-        return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
+        copies = [f"{name} {module} {path}" for name, (module, path) in self.folders.items()]
+        return cache_dir() / self.name / digest([*pins, *copies, BUILD_RECIPE, platform.machine()])
 
     @property
     def is_there(self) -> bool:
-        """Whether all programs have been built."""
+        """Whether all programs have been built, and all folders copied."""
         return all(os.access(self.folder / name, os.X_OK) for name in (*self.packages, *self.folders))
 
     def program(self, name: str) -> Path:
