@@ -26,7 +26,7 @@ from harness.cache import REPOSITORY
 from harness.controllermanager import AUTOSCALER, ControllerManager
 from harness.controlplane import ControlPlane
 from harness.docpage import Page
-from harness.guest import Guest
+from harness.guest import Guest, GuestOptions
 from harness.keda import EXTERNAL_METRICS, USER, Keda
 from harness.operator import OperatorProcess
 from harness.processes import CommandFailed, run
@@ -231,12 +231,18 @@ class Driven(Scaled):
         assert found is not None
         return found.get("message", "")
 
+    async def hpa(self, name: str) -> Manifest:
+        """An autoscaler as it is now; empty if there is none."""
+        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
+        answer = await self.user.control_plane.request("GET", path)
+        found: Manifest = answer.body
+        return found if answer.status == 200 else {}
+
     async def autoscaler_is_gone(self, name: str = BY_AGENT) -> None:
         """Wait until KEDA has deleted the autoscaler."""
-        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/keda-hpa-{name}"
 
         async def gone() -> bool:
-            return (await self.user.control_plane.request("GET", path)).status == 404
+            return not await self.hpa(f"keda-hpa-{name}")
 
         await until(gone, WAIT, f"the end of keda-hpa-{name}")
 
@@ -280,21 +286,19 @@ async def driven(keda: Keda, agent: OperatorProcess, agents: Agents, folder: Pat
 
 
 @contextlib.asynccontextmanager
-async def machine(driven: Driven, **spec: Any) -> AsyncIterator[None]:
-    """A machine of 2 vCPUs without a guest, and the page's set for it, changed by `spec`."""
-    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[driven.monitor]) as running:
+async def machine(driven: Driven, *, agent: bool = False, **spec: Any) -> AsyncIterator[Guest]:
+    """A Linux guest of 2 vCPUs, and the page's set for it, changed by `spec`.
+
+    agent  it has a guest agent, which the set names: KVM's counters are not at hand
+    """
+    path = driven.monitor.with_name("ga.sock")
+    hardware: GuestOptions = {"smp": "2,maxcpus=64", "monitor_paths": [driven.monitor]}
+    if agent:
+        hardware |= {"agent": True, "agent_path": path}
+        spec["guestAgent"] = {"unix": {"path": f"{driven.name}/{path.name}"}}
+    async with saved_guest(**hardware) as running:
         driven.control = running.control
         await driven.create(**spec)
-        yield
-
-
-@contextlib.asynccontextmanager
-async def guest(driven: Driven) -> AsyncIterator[Guest]:
-    """A Linux guest of 2 vCPUs, and the page's set for it, with the guest's agent: KVM's counters are not at hand."""
-    agent = driven.monitor.with_name("ga.sock")
-    async with saved_guest(smp="2,maxcpus=64", monitor_paths=[driven.monitor], agent=True, agent_path=agent) as running:
-        driven.control = running.control
-        await driven.create(guestAgent={"unix": {"path": f"{driven.name}/ga.sock"}})
         yield running
 
 
@@ -315,7 +319,7 @@ SENSITIVE: Final = "0.3"
 async def test_the_load_of_a_guest_drives_its_machine_through_the_answers_of_its_agent(
     agent: OperatorProcess, driven: Driven
 ) -> None:
-    async with guest(driven) as running:
+    async with machine(driven, agent=True) as running:
         await driven.drive(trigger={"targetValue": SENSITIVE})
         await driven.settles(1)
         await running.wait_online(1)
@@ -340,7 +344,7 @@ async def test_the_load_of_a_guest_drives_its_machine_through_the_answers_of_its
 async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
     agent: OperatorProcess, driven: Driven
 ) -> None:
-    async with guest(driven) as running, Prometheus([f"{AGENT}:{PORT}"]) as prometheus:
+    async with machine(driven, agent=True) as running, Prometheus([f"{AGENT}:{PORT}"]) as prometheus:
 
         def trigger(**metadata: Any) -> Manifest:
             """The page's, with this Prometheus, and a shorter range, so that the test need not take minutes."""
