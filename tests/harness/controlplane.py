@@ -310,8 +310,9 @@ class ControlPlane:
         await self._until_up(child, listening)
 
     async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
-        port = self._reserve()
-        self.url = f"https://{self._address}:{port.number}"
+        # In a cluster the port is known, since NetworkPolicies name it.
+        port = self._reserve().number if self._address == "127.0.0.1" else 6443
+        self.url = f"https://{self._address}:{port}"
         key = self.service_account_key = self.directory / "service-account.key"
         await self.replace_service_account_key()
         tokens = self.directory / "tokens.csv"
@@ -331,7 +332,7 @@ class ControlPlane:
             f"--advertise-address={self._address}",  # else it looks for a network interface, and fails without one
             # A loopback address may not stand in Endpoints.
             *(["--endpoint-reconciler-type=none"] if self._address == "127.0.0.1" else []),
-            f"--secure-port={port.number}",
+            f"--secure-port={port}",
             "--permit-port-sharing",  # see ReservedPort
             f"--token-auth-file={tokens}",
             f"--authorization-mode={'Node,RBAC' if self.kubelet_tokens else 'RBAC'}",
