@@ -374,22 +374,6 @@ async def test_two_sets_of_a_namespace_are_told_apart_and_two_autoscalers_of_one
         await db.says("db", "ScalingActive", "True", "ValidMetricFound")
 
 
-async def test_the_autoscaler_that_keda_makes_follows_the_metric_that_keda_serves(
-    metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
-) -> None:
-    web = Scaled(user, folder)
-    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[web.monitor]) as machine:
-        web.control = machine.control
-        await web.create()
-        label = "scaledobject.keda.sh/name"
-        metrics.set_external(
-            user.namespace, "s0-prometheus", Series("2.8", {label: "web"}), Series("9k", {label: "db"})
-        )
-        await web.apply(PAGE.manifest("HorizontalPodAutoscaler", "keda-hpa-web"))
-        await web.settles(5)
-        await web.says("keda-hpa-web", "ScalingActive", "True", "ValidMetricFound")
-
-
 async def test_the_metrics_of_a_pod_drive_its_machine_and_its_cpu(
     metrics: MetricsServer, folder: Path, operator: OperatorProcess, user: User
 ) -> None:

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -24,7 +24,9 @@ __all__ = [
     "CONTROLLER_MANAGER",
     "CONTROL_PLANE",
     "HELM",
+    "KEDA",
     "KUBE_ROUTER",
+    "METRICS_SERVER",
     "NODE",
     "Binaries",
     "BinariesMissing",
@@ -49,11 +51,14 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
+    folders   copies of folders of Go modules, such as one with manifests: module and path, by the names that they get;
+              the module with `@version` if go.mod does not have it, because nothing in it is compiled
     """
 
     name: str
     packages: Mapping[str, str]
     takes: str
+    folders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def module(self) -> Path:
@@ -65,15 +70,16 @@ class Build:
         """Where the programs belong that are built from the module as it is."""
         files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
         pins = [file.read_bytes() for file in files]
-        return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
+        copies = [f"{name} {module} {path}" for name, (module, path) in self.folders.items()]
+        return cache_dir() / self.name / digest([*pins, *copies, BUILD_RECIPE, platform.machine()])
 
     @property
     def is_there(self) -> bool:
-        """Whether all programs have been built."""
-        return all(os.access(self.folder / name, os.X_OK) for name in self.packages)
+        """Whether all programs have been built, and all folders copied."""
+        return all(os.access(self.folder / name, os.X_OK) for name in (*self.packages, *self.folders))
 
     def program(self, name: str) -> Path:
-        """One of the programs.
+        """One of the programs, or of the folders.
 
         Raises:
             BinariesMissing: it is not there.
@@ -114,7 +120,23 @@ KUBE_ROUTER: Final = Build(
     "3 to 5 minutes on two cores",
 )
 
-BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, NODE, KUBE_ROUTER, HELM)}
+KEDA: Final = Build(
+    "keda",
+    {f"keda-{name}": f"github.com/kedacore/keda/v2/cmd/{name}" for name in ("operator", "adapter", "webhooks")},
+    "10 to 15 minutes on two cores",
+    {"config": ("github.com/kedacore/keda/v2", "config")},
+)
+
+METRICS_SERVER: Final = Build(
+    "metricsserver",
+    {"metrics-server": "sigs.k8s.io/metrics-server/cmd/metrics-server"},
+    "2 minutes on two cores",
+    {"manifests": ("sigs.k8s.io/metrics-server", "manifests")},
+)
+
+BUILDS: Final = {
+    each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, NODE, KUBE_ROUTER, METRICS_SERVER, KEDA, HELM)
+}
 """In the order in which they are built: what has most in common with the one before comes next."""
 
 

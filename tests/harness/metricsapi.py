@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from harness.aggregation import registration, until_served
 from harness.controlplane import ControlPlane
 from harness.operator import program
 from harness.processes import Child, free_port
@@ -23,8 +24,9 @@ from harness.wait import until
 
 __all__ = ["API", "NAMESPACE", "REGISTRATION", "MetricsAPIProcess", "ServiceProxy", "available", "expose"]
 
-API: Final = "/apis/custom.metrics.k8s.io/v1beta2"
-REGISTRATION: Final = "/apis/apiregistration.k8s.io/v1/apiservices/v1beta2.custom.metrics.k8s.io"
+_GROUP_VERSION: Final = "custom.metrics.k8s.io/v1beta2"
+API: Final = f"/apis/{_GROUP_VERSION}"
+REGISTRATION: Final = registration(_GROUP_VERSION)
 NAMESPACE: Final = "vcpuset-metrics-api"
 """The namespace and the name of the shipped objects."""
 
@@ -189,15 +191,4 @@ async def expose(control_plane: ControlPlane, port: int) -> None:
 
 async def available(control_plane: ControlPlane) -> None:
     """Wait until the API server has taken the API up."""
-    conditions: list[Mapping[str, str]] = []
-
-    async def served() -> bool:
-        nonlocal conditions
-        answer = await control_plane.request("GET", REGISTRATION)
-        conditions = answer.body.get("status", {}).get("conditions", [])
-        if ("Available", "True") not in [(each["type"], each["status"]) for each in conditions]:
-            return False
-        # The condition comes first, and the paths a moment later.
-        return (await control_plane.request("GET", API)).status == 200
-
-    await until(served, WAIT_SECONDS, lambda: f"the API server to serve {API}; it says {conditions}")
+    await until_served(control_plane, _GROUP_VERSION)

@@ -8,30 +8,25 @@ It serves `custom.metrics.k8s.io/v1beta2`, of VCPUSets only, `external.metrics.k
 `metrics.k8s.io/v1beta1`, of pods only, over TLS, and is registered with the API server as an aggregated API. The API
 server verifies its certificate, but it does not ask who calls, as one in production must: it listens on loopback, and
 its numbers are no secret.
-
-The way there is a Service of type ExternalName: a cluster without pods has no other that ends on a loopback address.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import datetime
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from aiohttp import web
 
+from harness.aggregation import lead, register, registration, until_served
 from harness.controlplane import ControlPlane
 from harness.processes import run
-from harness.wait import until
 
 __all__ = ["MetricsServer", "Series"]
-
-AVAILABLE_SECONDS: Final = 120.0
 
 CUSTOM: Final = "custom.metrics.k8s.io/v1beta2"
 EXTERNAL: Final = "external.metrics.k8s.io/v1beta1"
@@ -93,7 +88,7 @@ class MetricsServer:
         if self._runner is None:
             return
         for api in (CUSTOM, EXTERNAL, PODS):  # first: an API that is registered and not served is in everyone's way
-            await self._control_plane.request("DELETE", _registration(api))
+            await self._control_plane.request("DELETE", registration(api))
         await self._runner.cleanup()
         self._runner = None
 
@@ -136,46 +131,11 @@ class MetricsServer:
         return port
 
     async def _register(self, namespace: str, port: int, certificate: bytes) -> None:
-        service = {
-            "metadata": {"name": "metrics"},
-            "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
-        }
-        await self._create(f"/api/v1/namespaces/{namespace}/services", service)
+        await lead(self._control_plane, namespace, "metrics", port)
         for api in (CUSTOM, EXTERNAL, PODS):
-            group, _, version = api.partition("/")
-            body = {
-                "metadata": {"name": f"{version}.{group}"},
-                "spec": {
-                    "group": group,
-                    "version": version,
-                    "service": {"namespace": namespace, "name": "metrics", "port": port},
-                    "caBundle": base64.b64encode(certificate).decode(),
-                    "groupPriorityMinimum": 100,
-                    "versionPriority": 100,
-                },
-            }
-            await self._create(_REGISTRATIONS, body)
+            await register(self._control_plane, api, namespace, "metrics", port, certificate.decode())
         for api in (CUSTOM, EXTERNAL, PODS):
-            await self._wait_available(api)
-
-    async def _create(self, path: str, body: Mapping[str, Any]) -> None:
-        answer = await self._control_plane.request("POST", path, body)
-        if answer.status not in (200, 201):
-            raise RuntimeError(f"POST {path}: {answer.status}: {answer.body}")
-
-    async def _wait_available(self, api: str) -> None:
-        conditions: list[Mapping[str, Any]] = []
-
-        async def served() -> bool:
-            nonlocal conditions
-            answer = await self._control_plane.request("GET", _registration(api))
-            conditions = answer.body.get("status", {}).get("conditions", [])
-            if not any((each["type"], each["status"]) == ("Available", "True") for each in conditions):
-                return False
-            # The condition comes first, and the paths a moment later.
-            return (await self._control_plane.request("GET", f"/apis/{api}")).status == 200
-
-        await until(served, AVAILABLE_SECONDS, lambda: f"the API server to serve {api}; it says {conditions}")
+            await until_served(self._control_plane, api)
 
     # --- serving --------------------------------------------------------------------------------------------------
 
@@ -233,14 +193,6 @@ class MetricsServer:
         return web.json_response(
             {"kind": "ExternalMetricValueList", "apiVersion": EXTERNAL, "metadata": {}, "items": items}
         )
-
-
-_REGISTRATIONS: Final = "/apis/apiregistration.k8s.io/v1/apiservices"
-
-
-def _registration(api: str) -> str:
-    group, _, version = api.partition("/")
-    return f"{_REGISTRATIONS}/{version}.{group}"
 
 
 def _resources(api: str, kinds: Mapping[str, str]) -> web.Response:

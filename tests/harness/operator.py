@@ -47,6 +47,7 @@ class OperatorProcess:
     """One operator. Its log is in `log`; its health and metrics are at `url`.
 
     kubeconfig   as whom it speaks to the API server; None: as the cluster's own says
+    address      where it serves health and metrics; None: a port of its own on loopback
     socket_root  the folder with the namespaces' folders; None: it serves no unix monitors
     arguments    more flags of `vcpuset run`
     environment  its environment variables; None: those of the test
@@ -57,6 +58,7 @@ class OperatorProcess:
         self,
         cluster: HasKubeconfig,
         *arguments: str,
+        address: str | None = None,
         socket_root: Path | None = None,
         kubeconfig: Path | None = None,
         python: str | None = None,
@@ -66,14 +68,14 @@ class OperatorProcess:
         words, self._environment = program(times, environment)
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-operator-"))
         self.log = self.directory / "log"
-        self._port = free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
+        address = address or f"127.0.0.1:{free_port()}"
+        self.url = f"http://{address}"
         self._argv = [
             python or sys.executable,
             *words,
             "run",
             f"--kubeconfig={kubeconfig or cluster.kubeconfig}",
-            f"--http-address=127.0.0.1:{self._port}",
+            f"--http-address={address}",
             *([f"--socket-root={socket_root}"] if socket_root else []),
             *arguments,
         ]

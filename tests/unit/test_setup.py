@@ -311,7 +311,7 @@ def test_promtool_comes_out_of_the_package_that_has_it_here(
 
     monkeypatch.setattr(promtool, "Apt", OfThisMirror)
     monkeypatch.setenv("VCPUSET_CACHE", str(tmp_path / "cache"))
-    promtool.fetch(lambda step: None)
+    promtool.fetch("promtool", lambda step: None)
     kept = tmp_path / "cache" / "promtool" / "promtool"
     assert kept.read_text().endswith(f"echo promtool of {package}\n")
     assert os.access(kept, os.X_OK)

@@ -34,21 +34,21 @@ def ensure_images() -> None:
     run_visibly([VENV_PYTHON, "-m", "harness.containerimages"], seconds=3600)
 
 
-def ensure_promtool() -> None:
-    """Fetch promtool, unless there is one.
+def ensure_fetched(name: str) -> None:
+    """Fetch a program of Prometheus, unless there is one.
 
     Raises:
         NotPossible: it cannot be had here.
     """
     try:
-        promtool.promtool()
+        promtool.program(name)
     except promtool.PromtoolMissing:
-        say("==> promtool, from Debian's prometheus package")
+        say(f"==> {name}, from Debian's prometheus package")
         try:
-            promtool.fetch(say)
+            promtool.fetch(name, say)
         except PackageError as error:
             raise NotPossible(
-                f"promtool: {error}. Alternatively, put promtool from a Prometheus release into PATH"
+                f"{name}: {error}. Alternatively, put {name} from a Prometheus release into PATH"
             ) from error
 
 
@@ -57,7 +57,7 @@ PARTS: Final[dict[str, Callable[[], None]]] = {
     "system-cluster": partial(install_missing, CLUSTER_REQUIREMENTS),
     "venv": ensure_venv,
     "guest": ensure_guest,
-    "promtool": ensure_promtool,
+    **{name: partial(ensure_fetched, name) for name in promtool.PROGRAMS},
     "images": ensure_images,
     **{name: partial(ensure_built, build) for name, build in BUILDS.items()},
 }

@@ -4,6 +4,7 @@ They come from source because the Go module proxy, unlike the various places for
 delivers (go.sum) and is reachable wherever Go code is built. It is done once: the result stays in the cache folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from harness.binaries import (
     kubernetes_version,
 )
 from harness.cache import cache_dir
-from harness.setup.console import NotPossible, SetupFailed, say
+from harness.setup.console import NotPossible, SetupFailed, run_visibly, say
 from harness.setup.golang import Go, find_go
 
 __all__ = ["ensure_built", "remove_build_cache"]
@@ -96,6 +97,11 @@ def _build(build: Build) -> None:
         for name, package in build.packages.items():
             # Go's own name: the last element of the package, but for a version.
             (temporary / re.sub(r"/v\d+$", "", package).rpartition("/")[2]).rename(temporary / name)
+        for name, (module, path) in build.folders.items():
+            said = _go(go, build.module, ["mod", "download", "-json", module], total=None)
+            source = Path(json.loads("".join(said))["Dir"], path)
+            # Without the modes of the module cache: nothing there can be removed.
+            run_visibly(["cp", "-r", "--no-preserve=mode", source, temporary / name], seconds=60)
         temporary.chmod(0o755)
         shutil.rmtree(build.folder, ignore_errors=True)  # an incomplete one, or it would have been used
         temporary.rename(build.folder)

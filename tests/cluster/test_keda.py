@@ -1,0 +1,547 @@
+"""KEDA drives sets by the manifests of docs/autoscaling.md.
+
+All of it is real: KEDA's operator, metrics adapter and webhook, the autoscaler's controller, Prometheus, the agents of
+two nodes, QEMU. Where the load of a guest is no matter, a third agent is played, whose answers a test sets. The agents
+have addresses as pods do, on the loopback interface of the sandbox (`harness.sandbox`), in the EndpointSlice of the
+shipped Service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+import yaml
+from aiohttp import web
+
+from e2e.test_autoscaler import Scaled
+from harness.aggregation import registration
+from harness.cache import REPOSITORY
+from harness.controllermanager import AUTOSCALER, ControllerManager
+from harness.controlplane import ControlPlane
+from harness.docpage import Page
+from harness.guest import Guest, GuestOptions
+from harness.keda import EXTERNAL_METRICS, USER, Keda
+from harness.operator import OperatorProcess
+from harness.processes import CommandFailed, run
+from harness.prometheus import Prometheus
+from harness.saved import saved_guest
+from harness.wait import until
+from harness.world import User
+
+# The played agent answers in the module's event loop.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
+SERVICE: Final = REPOSITORY / "deploy" / "parts" / "agent" / "service.yaml"
+
+AGENT, OTHER, PLAYED, GONE = "10.20.0.1", "10.20.0.2", "10.20.0.3", "10.20.0.4"
+"""The addresses of agents: of the node that the page's set names, of another node, of none, of a node that is gone."""
+
+USUAL: Final = (AGENT, OTHER, PLAYED)
+
+PORT: Final = 8080
+WAIT: Final = 90.0
+
+BY_AGENT, BY_PROMETHEUS = "web-by-busy-vcpus", "web"
+"""The page's ScaledObjects."""
+
+Manifest = dict[str, Any]
+
+
+class Agents:
+    """The endpoints of the agents' Service; one of them is played.
+
+    numbers  what the played agent answers, by namespace and set; for all others it answers 404
+    """
+
+    def __init__(self, control_plane: ControlPlane) -> None:
+        self._control_plane = control_plane
+        self._service = yaml.safe_load(SERVICE.read_text())
+        namespace = self._service["metadata"]["namespace"]
+        self._path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
+        self.numbers: dict[tuple[str, str], float] = {}
+
+    async def busy(self, request: web.Request) -> web.Response:
+        """The played agent's answer."""
+        number = self.numbers.get((request.match_info["namespace"], request.match_info["name"]))
+        if number is None:
+            return web.json_response({"reason": "NotServed", "message": "played"}, status=404)
+        return web.json_response({"busyVCPUs": number})
+
+    async def install(self) -> None:
+        """Apply the shipped Service, with all agents but the one that is gone."""
+        namespace, service = (f"--filename={SERVICE.with_name(name)}" for name in ("namespace.yaml", SERVICE.name))
+        await self._control_plane.kubectl("apply", "--server-side", namespace, service)
+        metadata = {"name": "agents", "labels": {"kubernetes.io/service-name": self._service["metadata"]["name"]}}
+        ports = [{"name": each["name"], "port": each["port"]} for each in self._service["spec"]["ports"]]
+        body = {"metadata": metadata, "addressType": "IPv4", "ports": ports, **_endpoints(USUAL)}
+        made = await self._control_plane.request("POST", self._path, body)
+        assert made.status == 201, made
+
+    @contextlib.asynccontextmanager
+    async def being(self, *addresses: str) -> AsyncIterator[None]:
+        """Have these endpoints and no others."""
+        await self._change(*addresses)
+        try:
+            yield
+        finally:
+            await self._change(*USUAL)
+
+    async def _change(self, *addresses: str) -> None:
+        patched = await self._control_plane.request("PATCH", f"{self._path}/agents", _endpoints(addresses))
+        assert patched.status == 200, patched
+
+
+def _endpoints(addresses: Sequence[str]) -> Manifest:
+    return {"endpoints": [{"addresses": [each], "conditions": {"ready": True}} for each in addresses]}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def control_plane() -> AsyncIterator[ControlPlane]:
+    """An API server of this module's own: metrics APIs are cluster-wide."""
+    async with ControlPlane() as running:
+        await running.install_crd()
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agents(control_plane: ControlPlane) -> AsyncIterator[Agents]:
+    """The agents' Service, and the played one of them."""
+    agents = Agents(control_plane)
+    for address in (AGENT, OTHER, PLAYED, GONE):
+        await run(["ip", "address", "add", f"{address}/32", "dev", "lo"])
+    application = web.Application()
+    application.add_routes([web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", agents.busy)])
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, PLAYED, PORT).start()
+    await agents.install()
+    # The kernel takes connections, and nothing ever answers.
+    with socket.create_server((GONE, PORT), backlog=4096):
+        yield agents
+    await runner.cleanup()
+    for address in (AGENT, OTHER, PLAYED, GONE):
+        await run(["ip", "address", "delete", f"{address}/32", "dev", "lo"])
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def agent(control_plane: ControlPlane, agents: Agents, socket_root: Path) -> AsyncIterator[OperatorProcess]:
+    """The agent of the node that the page's set names, beside one of another node."""
+    node = PAGE.manifest("VCPUSet", "web")["spec"]["nodeName"]
+
+    def operator(node: str, address: str) -> OperatorProcess:
+        # Observed often: Prometheus sees what was measured at the last observation.
+        flags = (f"--node-name={node}", "--resync-seconds=2")
+        return OperatorProcess(control_plane, *flags, address=f"{address}:{PORT}", socket_root=socket_root)
+
+    async with operator(node, AGENT) as running, operator("node-2", OTHER):
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keda(control_plane: ControlPlane, agents: Agents) -> AsyncIterator[Keda]:
+    """KEDA, and the controllers that it relies on."""
+    controllers = (*AUTOSCALER, "garbage-collector-controller")
+    async with Keda(control_plane) as running, ControllerManager(control_plane, controllers):
+        yield running
+
+
+class Driven(Scaled):
+    """The page's machine and set in one namespace, and the ScaledObject that drives it.
+
+    busy  what the played agent says; None: it does not know the set
+    """
+
+    def __init__(self, user: User, folder: Path, agents: Agents) -> None:
+        super().__init__(user, folder)
+        self._agents = agents
+
+    @property
+    def busy(self) -> float | None:
+        return self._agents.numbers.get((self.user.namespace, self.name))
+
+    @busy.setter
+    def busy(self, number: float | None) -> None:
+        self._agents.numbers.pop((self.user.namespace, self.name), None)
+        if number is not None:
+            self._agents.numbers[self.user.namespace, self.name] = number
+
+    def scaled_object(self, name: str, trigger: Mapping[str, str] | None = None, **spec: Any) -> Manifest:
+        """The page's ScaledObject for this namespace, with other fields of the trigger and of the spec; None: without.
+
+        KEDA refreshes the conditions every second, in place of 30.
+        """
+        manifest = PAGE.manifest("ScaledObject", name)
+        (its,) = manifest["spec"]["triggers"]
+        for field, changes in (("url", ("/default/", "/{}/")), ("query", ('"default"', '"{}"'))):
+            if field in its["metadata"]:
+                old, new = changes
+                assert old in its["metadata"][field]
+                its["metadata"][field] = its["metadata"][field].replace(old, new.format(self.user.namespace))
+        its["metadata"] = _without_none({**its["metadata"], **(trigger or {})})
+        manifest["spec"] = _without_none({**manifest["spec"], "pollingInterval": 1, **spec})
+        return manifest
+
+    async def drive(self, name: str = BY_AGENT, trigger: Mapping[str, str] | None = None, **spec: Any) -> None:
+        """Apply the page's ScaledObject, and wait until the autoscaler that KEDA makes of it has a metric."""
+        await self.apply(self.scaled_object(name, trigger, **spec))
+        await self.works(name)
+
+    async def works(self, name: str = BY_AGENT) -> None:
+        """Wait until the autoscaler has a metric."""
+        await self.says(f"keda-hpa-{name}", "ScalingActive", "True", "ValidMetricFound")
+
+    async def fails(self, name: str = BY_AGENT) -> str:
+        """Wait until the autoscaler has no metric; returns its message."""
+        return await self.says(f"keda-hpa-{name}", "ScalingActive", "False", "FailedGetExternalMetric")
+
+    async def annotate(self, key: str, value: str | None, name: str = BY_AGENT) -> None:
+        """Set an annotation of KEDA on the ScaledObject; None: remove it."""
+        annotations = {f"autoscaling.keda.sh/{key}": value}
+        await self.patch({"metadata": {"annotations": annotations}}, name)
+
+    async def patch(self, patch: Manifest, name: str = BY_AGENT) -> None:
+        await self.kubectl("patch", "scaledobject", name, "--type=merge", f"--patch={json.dumps(patch)}")
+
+    async def conditions(self, name: str = BY_AGENT) -> Mapping[str, Mapping[str, str]]:
+        """The conditions of the ScaledObject by their types."""
+        path = f"/apis/keda.sh/v1alpha1/namespaces/{self.user.namespace}/scaledobjects/{name}"
+        answer = await self.user.control_plane.request("GET", path)
+        assert answer.status == 200, answer
+        return {each["type"]: each for each in answer.body.get("status", {}).get("conditions", [])}
+
+    async def reports(self, kind: str, status: str, reason: str | None = None, name: str = BY_AGENT) -> str:
+        """Wait until the ScaledObject has a condition with this status and reason; returns its message."""
+        last: Mapping[str, Mapping[str, str]] = {}
+
+        async def reported() -> Mapping[str, str] | None:
+            nonlocal last
+            last = await self.conditions(name)
+            found = last.get(kind, {})
+            return found if found.get("status") == status and reason in (None, found.get("reason")) else None
+
+        found = await until(reported, WAIT, lambda: f"{name} {kind}={status} {reason}; it was {last}")
+        assert found is not None
+        return found.get("message", "")
+
+    async def hpa(self, name: str) -> Manifest:
+        """An autoscaler as it is now; empty if there is none."""
+        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
+        answer = await self.user.control_plane.request("GET", path)
+        found: Manifest = answer.body
+        return found if answer.status == 200 else {}
+
+    async def autoscaler_is_gone(self, name: str = BY_AGENT) -> None:
+        """Wait until KEDA has deleted the autoscaler."""
+
+        async def gone() -> bool:
+            return not await self.hpa(f"keda-hpa-{name}")
+
+        await until(gone, WAIT, f"the end of keda-hpa-{name}")
+
+    async def autoscaler_only_adds(self, name: str = BY_AGENT) -> None:
+        """Wait until KEDA has disabled scale-down."""
+
+        async def only_adds() -> bool:
+            behavior = (await self.hpa(f"keda-hpa-{name}"))["spec"].get("behavior", {})
+            return bool(behavior.get("scaleDown", {}).get("selectPolicy") == "Disabled")
+
+        await until(only_adds, WAIT, f"keda-hpa-{name} without scale-down")
+
+    async def at_least(self, vcpus: int) -> None:
+        """Wait until so many are declared."""
+        await self.user.wait(
+            self.name, lambda seen: bool(seen.body["spec"]["vcpus"] >= vcpus), f"spec.vcpus {vcpus} or more", WAIT
+        )
+
+    def writers(self) -> set[str]:
+        """Who has changed the count by the scale subresource."""
+        return {
+            each.user
+            for each in self.user.control_plane.audit_events(self.since)
+            if (each.namespace, each.name, each.subresource) == (self.user.namespace, self.name, "scale")
+            and each.is_write
+            and each.code == 200
+        }
+
+
+def _without_none(fields: Mapping[str, Any]) -> Manifest:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def driven(keda: Keda, agent: OperatorProcess, agents: Agents, folder: Path, user: User) -> AsyncIterator[Driven]:
+    """The page's set, without a machine as yet."""
+    driven = Driven(user, folder, agents)
+    yield driven
+    driven.busy = None
+    await driven.kubectl("delete", "scaledobjects", "--all")
+
+
+@contextlib.asynccontextmanager
+async def machine(driven: Driven, *, agent: bool = False, **spec: Any) -> AsyncIterator[Guest]:
+    """A Linux guest of 2 vCPUs, and the page's set for it, changed by `spec`.
+
+    agent  it has a guest agent, which the set names: KVM's counters are not at hand
+    """
+    path = driven.monitor.with_name("ga.sock")
+    hardware: GuestOptions = {"smp": "2,maxcpus=64", "monitor_paths": [driven.monitor]}
+    if agent:
+        hardware |= {"agent": True, "agent_path": path}
+        spec["guestAgent"] = {"unix": {"path": f"{driven.name}/{path.name}"}}
+    async with saved_guest(**hardware) as running:
+        driven.control = running.control
+        await driven.create(**spec)
+        yield running
+
+
+async def load(guest: Guest, loops: int) -> None:
+    """Have so many busy loops run in the guest, and no others."""
+    await guest.shell("[ ! -f /run/load ] || kill $(cat /run/load); rm -f /run/load")
+    for _ in range(loops):
+        await guest.shell("(while :; do :; done) & echo $! >> /run/load")
+
+
+# --- by a guest's load --------------------------------------------------------------------------------------------
+
+
+SENSITIVE: Final = "0.3"
+"""Busy vCPUs for each vCPU: half of the page's. A guest without KVM counts less than it uses while the host is busy."""
+
+
+async def test_the_load_of_a_guest_drives_its_machine_through_the_answers_of_its_agent(
+    agent: OperatorProcess, driven: Driven
+) -> None:
+    async with machine(driven, agent=True) as running:
+        await driven.drive(trigger={"targetValue": SENSITIVE})
+        await driven.settles(1)
+        await running.wait_online(1)
+        await load(running, 2)
+        await driven.at_least(2)
+        await until(lambda: len(running.online()) >= 2, WAIT, "more CPUs in the guest")
+
+        agent.kill()
+        await driven.fails()
+        message = await driven.reports("Ready", "False", "TriggerError")
+        assert message
+        before = (await driven.user.get("web")).body["spec"]["vcpus"]
+        await driven.keeps(before)
+        await load(running, 0)
+        await driven.keeps(before)
+        await agent.start()
+        await driven.settles(1)
+        await running.wait_online(1)
+        await driven.reports("Ready", "True")
+
+
+async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
+    agent: OperatorProcess, driven: Driven
+) -> None:
+    async with machine(driven, agent=True) as running, Prometheus([f"{AGENT}:{PORT}"]) as prometheus:
+
+        def trigger(**metadata: Any) -> Manifest:
+            """The page's, with this Prometheus, and a shorter range, so that the test need not take minutes."""
+            made = driven.scaled_object(BY_PROMETHEUS, {"threshold": SENSITIVE, "serverAddress": prometheus.url})
+            its = made["spec"]["triggers"][0]["metadata"]
+            assert "[2m]" in its["query"]
+            its["query"] = its["query"].replace("[2m]", "[10s]")
+            made["spec"]["triggers"][0]["metadata"] = _without_none({**its, **metadata})
+            return made
+
+        # The metric is there before the autoscaler.
+        query = trigger()["spec"]["triggers"][0]["metadata"]["query"]
+        await until(lambda: prometheus.query(query), WAIT, "the guest's load in Prometheus")
+        await driven.apply(trigger())
+        await driven.works(BY_PROMETHEUS)
+        await driven.settles(1)
+        await load(running, 2)
+        await driven.at_least(2)
+
+        agent.kill()
+        await driven.fails(BY_PROMETHEUS)
+        await driven.reports("Ready", "False", "TriggerError", BY_PROMETHEUS)
+        before = (await driven.user.get("web")).body["spec"]["vcpus"]
+        assert before >= 2, "it has followed what Prometheus made of an agent that is gone"
+        await driven.keeps(before)
+        # The trap: without the setting, KEDA takes no data for 0.
+        await driven.apply(trigger(ignoreNullValues=None))
+        await driven.declared(1)
+        await agent.start()
+        await driven.at_least(2)
+
+        await prometheus.stop()
+        await driven.fails(BY_PROMETHEUS)
+        before = (await driven.user.get("web")).body["spec"]["vcpus"]
+        assert before >= 2
+        await driven.keeps(before)
+
+
+# --- by numbers that a test sets ----------------------------------------------------------------------------------
+
+
+async def test_agents_that_do_not_know_the_set_or_do_not_answer_do_not_matter_unless_all_are_so(
+    agents: Agents, driven: Driven
+) -> None:
+    async with machine(driven):
+        driven.busy = 2.3
+        await driven.drive()
+        await driven.settles(4)
+        async with agents.being(*USUAL, GONE):
+            driven.busy = 3.5
+            await driven.declared(6)
+        driven.busy = None
+        await driven.fails()
+        await driven.reports("Ready", "False", "TriggerError")
+        await driven.keeps(6)
+        driven.busy = 1.1
+        await driven.settles(2)
+        async with agents.being():
+            await driven.fails()
+            await driven.keeps(2)
+        await driven.works()
+
+
+async def test_a_pause_keeps_the_count_or_sets_it_or_forbids_less_and_afterwards_the_metric_decides_again(
+    driven: Driven,
+) -> None:
+    async with machine(driven):
+        driven.busy = 2.3
+        await driven.drive()
+        await driven.settles(4)
+
+        await driven.annotate("paused", "true")
+        await driven.autoscaler_is_gone()
+        await driven.reports("Paused", "True")
+        driven.busy = 3.5
+        await driven.user.scale("web", 3)
+        assert (await driven.user.wait_ready("web")).vcpus == 3
+        await driven.annotate("paused", None)
+        await driven.settles(6)
+
+        assert USER not in driven.writers()
+        await driven.annotate("paused-replicas", "4")
+        await driven.declared(4)
+        assert USER in driven.writers()
+        assert (await driven.user.wait_ready("web")).vcpus == 4
+        await driven.annotate("paused-replicas", "0")
+        message = await driven.reports("Ready", "False", "ScaledObjectCheckFailed")
+        assert "greater than or equal to 1" in message
+        assert (await driven.user.get("web")).body["spec"]["vcpus"] == 4
+        await driven.annotate("paused-replicas", None)
+        await driven.settles(6)
+
+        await driven.annotate("paused-scale-in", "true")
+        await driven.autoscaler_only_adds()
+        driven.busy = 1.1
+        await driven.keeps(6)
+        driven.busy = 5.3
+        await driven.settles(9)
+        await driven.annotate("paused-scale-in", None)
+        driven.busy = 1.1
+        await driven.settles(2)
+
+
+async def test_with_a_fallback_the_count_is_the_fallbacks_or_stays_until_the_metric_is_back(driven: Driven) -> None:
+    async with machine(driven):
+        driven.busy = 1.1
+        await driven.drive(fallback={"failureThreshold": 2, "replicas": 5})
+        await driven.settles(2)
+        driven.busy = None
+        await driven.settles(5)
+        await driven.reports("Fallback", "True")
+        assert (await driven.conditions())["Ready"]["status"] == "True"
+        driven.busy = 1.1
+        await driven.settles(2)
+        await driven.reports("Fallback", "False")
+
+        await driven.patch({"spec": {"fallback": {"behavior": "currentReplicas"}}})
+        driven.busy = None
+        await driven.reports("Fallback", "True")
+        await driven.keeps(2)
+
+
+async def test_without_a_minimum_keda_asks_for_0_which_is_refused_and_the_metric_goes_on_to_decide(
+    driven: Driven,
+) -> None:
+    async with machine(driven):
+        driven.busy = 1.7
+        await driven.drive(minReplicaCount=None, cooldownPeriod=1)
+        await driven.settles(3)
+        driven.busy = 0
+        await driven.settles(1)
+        message = await driven.reports("Ready", "False", "ErrorScalingTarget")
+        assert "greater than or equal to 1" in message
+        driven.busy = 1.1
+        await driven.settles(2)
+        await driven.reports("Ready", "True")
+
+
+async def test_a_count_outside_of_the_sets_bounds_is_refused_and_keda_does_not_show_it(driven: Driven) -> None:
+    async with machine(driven, maxVCPUs=3):
+        driven.busy = 5.6
+        await driven.drive()
+        message = await driven.says(f"keda-hpa-{BY_AGENT}", "AbleToScale", "False", "FailedUpdateScale")
+        assert "vcpus must be at most maxVCPUs" in message
+        await driven.settles(2)
+        await driven.reports("Active", "True")
+        assert (await driven.conditions())["Ready"]["status"] == "True"
+        await driven.patch({"spec": {"maxReplicaCount": 3}})
+        await driven.settles(3)
+
+
+async def test_a_set_that_has_no_count_yet_is_taken_up_once_it_has_one(driven: Driven) -> None:
+    driven.busy = 2.3
+    await driven.apply(PAGE.manifest("VCPUSet", "web"))
+    await driven.apply(driven.scaled_object(BY_AGENT))
+    message = await driven.reports("Ready", "False", "ScaledObjectCheckFailed")
+    assert '".spec.vcpus" does not exist' in message
+    async with Guest(None, smp="2,maxcpus=64", monitor_paths=[driven.monitor]) as running:
+        driven.control = running.control
+        await driven.settles(4)
+        await driven.reports("Ready", "True")
+
+
+async def test_kedas_webhook_refuses_a_second_driver_of_a_set(driven: Driven) -> None:
+    async with machine(driven):
+        driven.busy = 1.1
+        await driven.drive()
+        second = driven.scaled_object(BY_AGENT)
+        second["metadata"]["name"] = "second"
+        with pytest.raises(CommandFailed, match="already managed by"):
+            await driven.apply(second)
+
+
+async def test_without_kedas_operator_or_adapter_the_count_stays_whatever_the_fallback(
+    control_plane: ControlPlane, driven: Driven, keda: Keda
+) -> None:
+    async with machine(driven):
+        driven.busy = 1.1
+        await driven.drive(fallback={"failureThreshold": 3, "replicas": 5})
+        await driven.settles(2)
+
+        keda.kill("adapter")
+        driven.busy = 2.3
+        await driven.fails()
+        await driven.keeps(2)
+        keda.start_adapter()
+        await driven.settles(4)
+
+        keda.kill("operator")
+        driven.busy = 3.5
+        path = f"/apis/{EXTERNAL_METRICS}/namespaces/{driven.user.namespace}/s0-metric-api-busyVCPUs"
+        with pytest.raises(OSError, match="timed out"):
+            await control_plane.request("GET", f"{path}?labelSelector=scaledobject.keda.sh%2Fname%3D{BY_AGENT}")
+        # The autoscaler waits for the same, and neither it nor the API's registration says so as yet.
+        service = (await control_plane.request("GET", registration(EXTERNAL_METRICS))).body
+        assert ("Available", "True") in [(each["type"], each["status"]) for each in service["status"]["conditions"]]
+        await driven.works()
+        assert (await driven.user.get("web")).body["spec"]["vcpus"] == 4
+        await keda.start_operator()
+        await driven.settles(6)
