@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,6 +23,7 @@ __all__ = [
     "BUILDS",
     "CONTROLLER_MANAGER",
     "CONTROL_PLANE",
+    "FLUX",
     "HELM",
     "Binaries",
     "BinariesMissing",
@@ -47,11 +48,13 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
+    crds      folders with CustomResourceDefinitions that are copied to `crd_folder`, by the Go modules that they are in
     """
 
     name: str
     packages: Mapping[str, str]
     takes: str
+    crds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def module(self) -> Path:
@@ -66,9 +69,15 @@ class Build:
         return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
 
     @property
+    def crd_folder(self) -> Path:
+        """Where the definitions belong."""
+        return self.folder / "crds"
+
+    @property
     def is_there(self) -> bool:
-        """Whether all programs have been built."""
-        return all(os.access(self.folder / name, os.X_OK) for name in self.packages)
+        """Whether all programs have been built, and the definitions copied."""
+        has_crds = not self.crds or self.crd_folder.is_dir()
+        return has_crds and all(os.access(self.folder / name, os.X_OK) for name in self.packages)
 
     def program(self, name: str) -> Path:
         """One of the programs.
@@ -100,7 +109,17 @@ CONTROLLER_MANAGER: Final = Build(
 
 HELM: Final = Build("helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, "3 to 5 minutes on two cores")
 
-BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM)}
+FLUX: Final = Build(
+    "flux",
+    {"kustomize-controller": "github.com/fluxcd/kustomize-controller", "kstatus": "vcpuset.dev/flux/kstatus"},
+    "4 to 8 minutes on two cores",
+    {
+        "github.com/fluxcd/kustomize-controller": "config/crd/bases",
+        "github.com/fluxcd/source-controller": "config/crd/bases",
+    },
+)
+
+BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM, FLUX)}
 """In the order in which they are built: what has most in common with the one before comes next."""
 
 

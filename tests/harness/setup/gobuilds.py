@@ -4,6 +4,7 @@ They come from source because the Go module proxy, unlike the various places for
 delivers (go.sum) and is reachable wherever Go code is built. It is done once: the result stays in the cache folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -96,11 +97,21 @@ def _build(build: Build) -> None:
         for name, package in build.packages.items():
             # Go's own name: the last element of the package, but for a version.
             (temporary / re.sub(r"/v\d+$", "", package).rpartition("/")[2]).rename(temporary / name)
+        _copy_crds(go, build, temporary / build.crd_folder.name)
         temporary.chmod(0o755)
         shutil.rmtree(build.folder, ignore_errors=True)  # an incomplete one, or it would have been used
         temporary.rename(build.folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_crds(go: Go, build: Build, target: Path) -> None:
+    """Copy the definitions out of the modules, of which the build has downloaded only those that it compiles."""
+    for module, folder in build.crds.items():
+        target.mkdir(exist_ok=True)
+        downloaded = json.loads("".join(_go(go, build.module, ["mod", "download", "-json", module], total=None)))
+        for file in Path(downloaded["Dir"], folder).glob("*.yaml"):
+            shutil.copyfile(file, target / file.name)
 
 
 def _link_flags() -> str:
