@@ -8,6 +8,7 @@ Each module is apart, with a go.mod of its own: the demo need not wait for what 
 of one builds nothing else.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from typing import Final, Self
 from harness.cache import cache_dir, digest
 
 __all__ = [
+    "ARGOCD",
     "BUILDS",
     "CONTROLLER_MANAGER",
     "CONTROL_PLANE",
@@ -48,7 +50,8 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
-    crds      folders with CustomResourceDefinitions that are copied to `crd_folder`, by the Go modules that they are in
+    crds      folders with CustomResourceDefinitions that are copied to `crd_folder`, by the Go modules that they are in;
+              with `@version` if go.mod does not have the module, because nothing in it is compiled
     """
 
     name: str
@@ -65,7 +68,7 @@ class Build:
     def folder(self) -> Path:
         """Where the programs belong that are built from the module as it is."""
         files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
-        pins = [file.read_bytes() for file in files]
+        pins = [*(file.read_bytes() for file in files), *itertools.chain(*self.crds.items())]
         return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
 
     @property
@@ -115,11 +118,13 @@ FLUX: Final = Build(
     "4 to 8 minutes on two cores",
     {
         "github.com/fluxcd/kustomize-controller": "config/crd/bases",
-        "github.com/fluxcd/source-controller": "config/crd/bases",
+        "github.com/fluxcd/source-controller@v1.9.6": "config/crd/bases",
     },
 )
 
-BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM, FLUX)}
+ARGOCD: Final = Build("argocd", {"argocd": "vcpuset.dev/argocd"}, "3 to 6 minutes on two cores")
+
+BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM, FLUX, ARGOCD)}
 """In the order in which they are built: what has most in common with the one before comes next."""
 
 
