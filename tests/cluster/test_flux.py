@@ -75,7 +75,7 @@ async def delivery(user: User, sources: Sources) -> AsyncIterator[Delivery]:
         yield delivery
 
 
-def autoscaler(user: User, least: int, most: int) -> Manifest:
+def autoscaler(user: User, low: int, high: int) -> Manifest:
     """An autoscaler without a metric: it only brings the count of `web` within its bounds."""
     return {
         "apiVersion": "autoscaling/v2",
@@ -83,8 +83,8 @@ def autoscaler(user: User, least: int, most: int) -> Manifest:
         "metadata": {"name": "web", "namespace": user.namespace},
         "spec": {
             "scaleTargetRef": {"apiVersion": "vcpuset.dev/v1alpha1", "kind": "VCPUSet", "name": "web"},
-            "minReplicas": least,
-            "maxReplicas": most,
+            "minReplicas": low,
+            "maxReplicas": high,
         },
     }
 
@@ -98,6 +98,12 @@ def note(user: User, text: str = "") -> Manifest:
 def machine(folder: Path, name: str = "web") -> Guest:
     """A machine without a guest: vCPUs can be plugged, and are never given back."""
     return Guest(None, smp=SLOTS, monitor_paths=[folder / f"{name}.sock"])
+
+
+async def least(user: User) -> int:
+    """The least count of the autoscaler as it is now."""
+    path = f"/apis/autoscaling/v2/namespaces/{user.namespace}/horizontalpodautoscalers/web"
+    return int((await user.control_plane.request("GET", path)).body["spec"]["minReplicas"])
 
 
 async def declared(user: User, vcpus: int) -> Seen:
@@ -207,6 +213,18 @@ async def test_without_a_timeout_flux_waits_for_almost_the_interval(
     assert EXAMPLE["spec"]["timeout"] == "3m"
 
 
+async def test_a_commit_that_mends_a_set_in_progress_does_not_wait_for_the_timeout(
+    folder: Path, operator: OperatorProcess, user: User, delivery: Delivery
+) -> None:
+    """With the feature gate CancelHealthCheckOnNewRevision, which is off by default."""
+    async with machine(folder):
+        await delivery.commit(manifest(user.namespace, "web", 2, "absent.sock"))
+        await delivery.create(wait=True, timeout="1h")
+        await delivery.progress("Running health checks")
+        await delivery.commit(manifest(user.namespace, "web", 2))
+        await delivery.delivered()
+
+
 # --- the count ----------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +312,8 @@ async def test_a_set_that_flux_applies_only_if_it_is_not_present_is_neither_chan
     async with machine(folder):
         await delivery.commit(web(9), note(user))
         await delivery.create(wait=True, timeout="10m")
-        await user.wait_reason("web", "InsufficientSlots", stalled=True)
+        await delivery.delivered()
+        assert (await user.get("web")).reason == "InsufficientSlots", "looked at once only, when it was made"
         await delivery.commit(web(4, unplug={"retrySeconds": 100}), note(user, "changed"))
         await delivery.delivered()
         seen = await user.get("web")
@@ -308,8 +327,8 @@ async def test_a_set_that_flux_applies_only_if_it_is_not_present_is_neither_chan
 async def test_bounds_that_exclude_the_present_count_are_refused_until_the_autoscaler_has_followed(
     folder: Path, operator: OperatorProcess, user: User, delivery: Delivery
 ) -> None:
-    def web(least: int, most: int) -> Manifest:
-        return manifest(user.namespace, "web", None, minVCPUs=least, maxVCPUs=most)
+    def web(low: int, high: int) -> Manifest:
+        return manifest(user.namespace, "web", None, minVCPUs=low, maxVCPUs=high)
 
     async with machine(folder):
         await delivery.commit(web(1, 4), autoscaler(user, 2, 4))
@@ -326,6 +345,7 @@ async def test_bounds_that_exclude_the_present_count_are_refused_until_the_autos
         await delivery.commit(web(6, 8), autoscaler(user, 6, 8))
         message = await delivery.fails("ReconciliationFailed")
         assert "vcpus must be at least minVCPUs" in message
+        assert await least(user) == 5
         await delivery.commit(web(1, 8), autoscaler(user, 6, 8))
         await delivery.delivered()
         await declared(user, 6)

@@ -8,7 +8,6 @@ Each module is apart, with a go.mod of its own: the demo need not wait for what 
 of one builds nothing else.
 """
 
-import itertools
 import os
 import platform
 import re
@@ -50,8 +49,8 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
-    crds      folders with CustomResourceDefinitions that are copied to `crd_folder`, by the Go modules that they are in;
-              with `@version` if go.mod does not have the module, because nothing in it is compiled
+    crds      folders with CustomResourceDefinitions, which are copied to `crd_folder`, by the Go modules that they are
+              in; with `@version` if go.mod does not have the module, because nothing in it is compiled
     """
 
     name: str
@@ -68,8 +67,9 @@ class Build:
     def folder(self) -> Path:
         """Where the programs belong that are built from the module as it is."""
         files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
-        pins = [*(file.read_bytes() for file in files), *itertools.chain(*self.crds.items())]
-        return cache_dir() / self.name / digest([*pins, BUILD_RECIPE, platform.machine()])
+        pins = [file.read_bytes() for file in files]
+        crds = [f"{module}/{folder}" for module, folder in self.crds.items()]
+        return cache_dir() / self.name / digest([*pins, *crds, BUILD_RECIPE, platform.machine()])
 
     @property
     def crd_folder(self) -> Path:

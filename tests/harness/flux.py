@@ -73,7 +73,7 @@ class KustomizeController:
                     "--metrics-addr=0",
                     "--health-addr=0",
                     "--log-encoding=console",
-                    "--feature-gates=ExternalArtifact=true",
+                    "--feature-gates=ExternalArtifact=true,CancelHealthCheckOnNewRevision=true",
                     "--interval-jitter-percentage=0",
                 ],
                 name="kustomize-controller",
@@ -188,7 +188,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 class Delivery:
     """A source in a namespace and the Kustomization that applies it; both are called `name`, and end with the context.
 
-    retryInterval is 1 s, so that what fails is tried again soon.
+    retryInterval is 3 s, so that what fails is tried again soon.
     """
 
     def __init__(self, control_plane: ControlPlane, sources: Sources, namespace: str, name: str = "machines") -> None:
@@ -220,7 +220,7 @@ class Delivery:
         """Create the Kustomization; `spec` holds fields besides those that it needs."""
         needed = {
             "interval": "1h",
-            "retryInterval": "1s",
+            "retryInterval": "3s",
             "path": "./",
             "prune": True,
             "sourceRef": {"kind": "ExternalArtifact", "name": self.name},
