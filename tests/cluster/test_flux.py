@@ -21,6 +21,7 @@ from harness.binaries import FLUX
 from harness.cache import REPOSITORY
 from harness.controllermanager import ControllerManager
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.expect import history
 from harness.flux import Delivery, KustomizeController, Sources
 from harness.guest import Guest
@@ -35,6 +36,8 @@ Manifest = dict[str, Any]
 
 EXAMPLE: Final[Manifest] = yaml.safe_load((REPOSITORY / "deploy" / "gitops" / "flux" / "machines.yaml").read_text())
 """The Kustomization that users are shown."""
+
+PAGE: Final = Page(REPOSITORY / "docs" / "gitops.md")
 
 EXPRESSIONS: Final = EXAMPLE["spec"]["healthCheckExprs"]
 
@@ -130,6 +133,13 @@ async def test_kstatus_and_the_shipped_expressions_make_of_each_reason_what_the_
     assert found == {name: (each.kstatus, each.expressions) for name, (_, each) in cases.items()}
 
 
+async def test_the_shipped_kustomization_is_valid(control_plane: ControlPlane, namespace: str) -> None:
+    example = {**EXAMPLE, "metadata": {"name": "machines", "namespace": namespace}}
+    words = ("create", "--dry-run=server", "--validate=strict", "--filename=-")
+    await control_plane.kubectl(*words, input=json.dumps(example))
+    assert EXAMPLE["spec"]["timeout"] == "3m"
+
+
 async def test_a_stalled_set_is_a_failure_at_once_and_a_mended_one_is_healthy(
     folder: Path, operator: OperatorProcess, user: User, delivery: Delivery
 ) -> None:
@@ -210,7 +220,6 @@ async def test_without_a_timeout_flux_waits_for_almost_the_interval(
     await delivery.commit(manifest(user.namespace, "web", 2))  # there is no machine
     await delivery.create(wait=True)
     await delivery.progress("with a timeout of 59m30s")
-    assert EXAMPLE["spec"]["timeout"] == "3m"
 
 
 async def test_a_commit_that_mends_a_set_in_progress_does_not_wait_for_the_timeout(
@@ -285,7 +294,7 @@ async def _has_been(user: User, since: Seen, vcpus: int) -> bool:
 async def test_a_count_in_the_source_that_flux_ignores_is_left_to_the_autoscaler(
     folder: Path, operator: OperatorProcess, user: User, delivery: Delivery
 ) -> None:
-    ignore = [{"paths": ["/spec/vcpus"], "target": {"group": "vcpuset.dev", "kind": "VCPUSet"}}]
+    ignore = PAGE.block("yaml").document()["spec"]["ignore"]
     async with machine(folder):
         await delivery.commit(manifest(user.namespace, "web", 2), autoscaler(user, 4, 8))
         await delivery.create(wait=True, timeout="10m", ignore=ignore)
@@ -318,7 +327,7 @@ async def test_a_set_that_flux_applies_only_if_it_is_not_present_is_neither_chan
         await delivery.delivered()
         seen = await user.get("web")
         assert (seen.body["spec"]["vcpus"], seen.reason) == (9, "InsufficientSlots")
-        assert "unplug" not in seen.body["spec"]
+        assert seen.body["spec"]["unplug"]["retrySeconds"] == 300
 
 
 # --- the bounds ---------------------------------------------------------------------------------------------------
