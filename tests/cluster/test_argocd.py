@@ -9,10 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import pytest
+
 from harness import gitops
 from harness.argocd import PATCH, read
 from harness.binaries import ARGOCD
 from harness.processes import run
+from harness.world import manifest
 
 Manifest = Mapping[str, Any]
 
@@ -20,9 +23,12 @@ PENDING_DELETION: Final = {"status": "Progressing", "message": "Pending deletion
 """What Argo CD says of each object that is being deleted."""
 
 
-async def asked(objects: Sequence[Manifest]) -> list[Manifest]:
-    """What Argo CD makes of each object: `health`, `actions`, and `results` by the names of the actions."""
-    text = "".join(f"{json.dumps(each)}\n" for each in objects)
+async def asked(objects: Sequence[Manifest], **more: Any) -> list[Manifest]:
+    """What Argo CD makes of each object: `health`, `actions`, and `results` by the names of the actions.
+
+    more  what is asked besides: `git`, the manifest, and `ignoreDifferences`; the answer has `outOfSync` then
+    """
+    text = "".join(f"{json.dumps({'live': each, **more})}\n" for each in objects)
     done = await run([ARGOCD.program("argocd"), PATCH], input=text)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -38,6 +44,28 @@ async def test_a_set_that_is_being_deleted_is_so_for_argo_cd_itself() -> None:
     obj, _ = gitops.cases()["Terminating-Held"]
     (answer,) = await asked([obj])
     assert answer["health"] == PENDING_DELETION
+
+
+@pytest.mark.parametrize("by", ["client-side", "server-side"])
+async def test_a_manifest_without_a_count_is_in_sync_with_every_count_and_one_with_a_count_is_not(by: str) -> None:
+    def in_git(vcpus: int | None) -> dict[str, Any]:
+        return manifest("default", "web", vcpus, maxVCPUs=8)
+
+    def in_cluster(git: Manifest) -> dict[str, Any]:
+        live: dict[str, Any] = read("testdata/healthy.yaml")  # of a manifest like this, with 4 vCPUs
+        if by == "client-side":
+            annotation = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(git)}
+            live["metadata"]["annotations"] = annotation
+        return live
+
+    for vcpus, out_of_sync in ((None, False), (2, True), (4, False)):
+        git = in_git(vcpus)
+        (answer,) = await asked([in_cluster(git)], git=git)
+        assert answer["outOfSync"] is out_of_sync, vcpus
+
+    ignored = {"group": "vcpuset.dev", "kind": "VCPUSet", "jsonPointers": ["/spec/vcpus"]}
+    (answer,) = await asked([in_cluster(in_git(2))], git=in_git(2), ignoreDifferences=[ignored])
+    assert not answer["outOfSync"]
 
 
 async def test_its_own_tests_of_the_health_pass() -> None:
