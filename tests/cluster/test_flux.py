@@ -291,23 +291,26 @@ async def _has_been(user: User, since: Seen, vcpus: int) -> bool:
     return vcpus in await counts(user, since)
 
 
-async def test_a_count_in_the_source_that_flux_ignores_is_left_to_the_autoscaler(
+async def test_a_count_in_the_source_that_flux_ignores_is_for_new_sets_only(
     folder: Path, operator: OperatorProcess, user: User, delivery: Delivery
 ) -> None:
     ignore = PAGE.block("yaml").document()["spec"]["ignore"]
     async with machine(folder):
-        await delivery.commit(manifest(user.namespace, "web", 2), autoscaler(user, 4, 8))
+        await delivery.commit(manifest(user.namespace, "web", 3))
         await delivery.create(wait=True, timeout="10m", ignore=ignore)
         await delivery.delivered()
-        before = await declared(user, 4)
+        new = await declared(user, 3)
+        await user.scale("web", 5)
         await delivery.reconcile()
-        await delivery.commit(manifest(user.namespace, "web", 3, unplug={"retrySeconds": 100}), autoscaler(user, 4, 8))
+        changed = manifest(user.namespace, "web", 4, unplug={"retrySeconds": 100})
+        await delivery.commit(changed)
         await delivery.delivered()
         assert (await user.get("web")).body["spec"]["unplug"]["retrySeconds"] == 100
-        await delivery.commit(manifest(user.namespace, "web", 3, unplug={"retrySeconds": 100}), autoscaler(user, 6, 8))
+        await delivery.commit(changed, autoscaler(user, 6, 8))
         await delivery.delivered()
         await declared(user, 6)
-        assert await counts(user, before) == [4, 6]
+        await delivery.reconcile()
+        assert await counts(user, new) == [3, 5, 6]
 
 
 async def test_a_set_that_flux_applies_only_if_it_is_not_present_is_neither_changed_nor_looked_at(
