@@ -78,7 +78,11 @@ async def test_its_own_tests_of_the_actions_pass() -> None:
     tests = read("actions/action_test.yaml")
     discovered = tests["discoveryTests"]
     answers = await asked([read(f"actions/{test['inputPath']}") for test in discovered])
-    found = [sorted(answer["actions"], key=lambda action: str(action["name"])) for answer in answers]
+    found = [
+        # Its JSON leaves out what is false.
+        sorted(({"disabled": False, **action} for action in answer["actions"]), key=lambda action: str(action["name"]))
+        for answer in answers
+    ]
     assert found == [test["result"] for test in discovered]
 
     done = tests["actionTests"]
