@@ -90,7 +90,9 @@ class Build:
         """
         path = self.folder / name
         if not os.access(path, os.X_OK):
-            raise BinariesMissing(f"{name} is not built ({path}): run `make setup`")
+            raise BinariesMissing(
+                f"{name} is not built ({path}): run `make setup`, or `make test-cluster` for its tests"
+            )
         return path
 
 
@@ -122,7 +124,7 @@ FLUX: Final = Build(
     },
 )
 
-ARGOCD: Final = Build("argocd", {"argocd": "vcpuset.dev/argocd"}, "3 to 6 minutes on two cores")
+ARGOCD: Final = Build("argocd", {"argocd": "vcpuset.dev/argocd"}, "2 to 4 minutes on two cores right after the others")
 
 BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM, FLUX, ARGOCD)}
 """In the order in which they are built: what has most in common with the one before comes next."""
