@@ -24,7 +24,7 @@ WORKERS = $$((3 * $$(nproc)))
 # The parts of the set-up (tests/harness/setup) that the demo needs, and the tests, and the tests on a real node.
 to-run := system venv guest controlplane
 to-test := $(to-run) promtool controllermanager helm
-to-test-cluster := $(to-test) system-cluster flux argocd
+to-test-cluster := $(to-test) system-cluster node kuberouter images flux argocd
 
 # $(call set-up,part …)
 define set-up
@@ -58,7 +58,7 @@ test-long: ## Run all tests and search for longer, as before a release
 
 test-cluster: ## Run the tests with a real node, Flux, KEDA and libvirt
 	$(call set-up,$(to-test-cluster))
-	$(PY) -m pytest -n 1 tests/cluster $(ARGS)
+	$(PY) -m harness.sandbox $(PY) -m pytest tests/cluster $(ARGS)
 
 check: ## Check formatting, lint, types, import contracts and generated pages
 	$(call set-up,system venv)

@@ -26,6 +26,8 @@ __all__ = [
     "CONTROL_PLANE",
     "FLUX",
     "HELM",
+    "KUBE_ROUTER",
+    "NODE",
     "Binaries",
     "BinariesMissing",
     "Build",
@@ -49,14 +51,14 @@ class Build:
     name      the folder of the module below build/, and of what is built below the cache folder
     packages  Go packages by the programs that they become; those of the module itself start with `vcpuset.dev/`
     takes     how long the build takes, for people
-    crds      folders with CustomResourceDefinitions, which are copied to `crd_folder`, by the Go modules that they are
-              in; with `@version` if go.mod does not have the module, because nothing in it is compiled
+    folders   copies of folders of Go modules, such as one with manifests: module and path, by the names that they get;
+              the module with `@version` if go.mod does not have it, because nothing in it is compiled
     """
 
     name: str
     packages: Mapping[str, str]
     takes: str
-    crds: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def module(self) -> Path:
@@ -68,31 +70,23 @@ class Build:
         """Where the programs belong that are built from the module as it is."""
         files = [self.module / "go.mod", self.module / "go.sum", *sorted(self.module.rglob("*.go"))]
         pins = [file.read_bytes() for file in files]
-        crds = [f"{module}/{folder}" for module, folder in self.crds.items()]
-        return cache_dir() / self.name / digest([*pins, *crds, BUILD_RECIPE, platform.machine()])
-
-    @property
-    def crd_folder(self) -> Path:
-        """Where the definitions belong."""
-        return self.folder / "crds"
+        copies = [f"{name} {module} {path}" for name, (module, path) in self.folders.items()]
+        return cache_dir() / self.name / digest([*pins, *copies, BUILD_RECIPE, platform.machine()])
 
     @property
     def is_there(self) -> bool:
-        """Whether all programs have been built, and the definitions copied."""
-        has_crds = not self.crds or self.crd_folder.is_dir()
-        return has_crds and all(os.access(self.folder / name, os.X_OK) for name in self.packages)
+        """Whether all programs have been built, and all folders copied."""
+        return all(os.access(self.folder / name, os.X_OK) for name in (*self.packages, *self.folders))
 
     def program(self, name: str) -> Path:
-        """One of the programs.
+        """One of the programs, or of the folders.
 
         Raises:
             BinariesMissing: it is not there.
         """
         path = self.folder / name
         if not os.access(path, os.X_OK):
-            raise BinariesMissing(
-                f"{name} is not built ({path}): run `make setup`, or `make test-cluster` for its tests"
-            )
+            raise BinariesMissing(f"{name} is not built ({path}): run `make setup`")
         return path
 
 
@@ -114,19 +108,31 @@ CONTROLLER_MANAGER: Final = Build(
 
 HELM: Final = Build("helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, "3 to 5 minutes on two cores")
 
+NODE: Final = Build(
+    "node",
+    {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kubelet", "kube-proxy", "kube-scheduler")},
+    "1 to 2 minutes on two cores right after the controller manager, otherwise longer",
+)
+
+KUBE_ROUTER: Final = Build(
+    "kuberouter",
+    {"kube-router": "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router"},
+    "3 to 5 minutes on two cores",
+)
+
 FLUX: Final = Build(
     "flux",
     {"kustomize-controller": "github.com/fluxcd/kustomize-controller", "kstatus": "vcpuset.dev/flux/kstatus"},
     "4 to 8 minutes on two cores",
     {
-        "github.com/fluxcd/kustomize-controller": "config/crd/bases",
-        "github.com/fluxcd/source-controller@v1.9.6": "config/crd/bases",
+        "kustomize-crds": ("github.com/fluxcd/kustomize-controller", "config/crd/bases"),
+        "source-crds": ("github.com/fluxcd/source-controller@v1.9.6", "config/crd/bases"),
     },
 )
 
 ARGOCD: Final = Build("argocd", {"argocd": "vcpuset.dev/argocd"}, "2 to 4 minutes on two cores right after the others")
 
-BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, HELM, FLUX, ARGOCD)}
+BUILDS: Final = {each.name: each for each in (CONTROL_PLANE, CONTROLLER_MANAGER, NODE, KUBE_ROUTER, HELM, FLUX, ARGOCD)}
 """In the order in which they are built: what has most in common with the one before comes next."""
 
 

@@ -54,9 +54,12 @@ SYNC_MILLISECONDS: Final = 200
 class ControllerManager:
     """The controllers of a control plane; ends before it."""
 
-    def __init__(self, control_plane: ControlPlane, controllers: Sequence[str] = AUTOSCALER) -> None:
+    def __init__(
+        self, control_plane: ControlPlane, controllers: Sequence[str] = AUTOSCALER, options: Sequence[str] = ()
+    ) -> None:
         self._control_plane = control_plane
         self._controllers = controllers
+        self._options = options
         self._port: ReservedPort | None = None
         self._child: Child | None = None
 
@@ -89,6 +92,7 @@ class ControllerManager:
                     "--permit-port-sharing",  # see ReservedPort
                     f"--cert-dir={directory / 'controller-manager'}",
                     "--profiling=false",
+                    *self._options,
                 ],
                 name="kube-controller-manager",
                 log=directory / "kube-controller-manager.log",

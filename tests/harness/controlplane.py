@@ -12,7 +12,7 @@ import os
 import shutil
 import ssl
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -22,14 +22,17 @@ from typing import Any, Final, Self
 from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
-from harness.pki import Authority
+from harness.pki import Authority, Credentials
 from harness.processes import Child, Completed, ReservedPort, run
 from harness.wait import until
 
-__all__ = ["FRONT_PROXY", "Answer", "ControlPlane"]
+__all__ = ["FRONT_PROXY", "KUBELET_CLIENT", "Answer", "ControlPlane"]
 
 FRONT_PROXY: Final = "front-proxy-client"
 """The common name of the front proxy's certificate; kubeadm's."""
+
+KUBELET_CLIENT: Final = "kube-apiserver-kubelet-client"
+"""As whom the API server speaks to kubelets; kubeadm's."""
 
 START_SECONDS: Final = 240.0
 """How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
@@ -55,6 +58,9 @@ class ControlPlane:
     status_in_audit   the audit log has what came of each status write (`AuditEvent.result`)
     compaction_seconds
                       how often etcd is made to forget what is older than that; None: as in a cluster, 5 minutes
+    address           where the API server listens; one that is not loopback is published as the Service `kubernetes`
+    kubelets          names of nodes with a kubelet of their own, each with the token of `kubelet_tokens`; their serving
+                      certificates are to be issued by `kubelet_authority`
     """
 
     def __init__(
@@ -63,10 +69,17 @@ class ControlPlane:
         service_accounts: bool = False,
         status_in_audit: bool = False,
         compaction_seconds: int | None = None,
+        address: str = "127.0.0.1",
+        kubelets: Sequence[str] = (),
     ) -> None:
         self._service_accounts = service_accounts
         self._status_in_audit = status_in_audit
         self._compaction_seconds = compaction_seconds
+        self._address = address
+        self.kubelet_tokens: Final = {name: token_hex(16) for name in kubelets}
+        """Bearer tokens by node."""
+        self.kubelet_authority: Final = Authority()
+        """The CA of the kubelets and of the client certificate that the API server shows them."""
         self.directory = Path()
         """Holds everything: data, keys, logs, kubeconfigs. Removed by `stop()`."""
         self.kubeconfig = Path()
@@ -120,7 +133,7 @@ class ControlPlane:
             await self._start_etcd(self._binaries.etcd)
             await self._prepare_apiserver(self._binaries.kube_apiserver)
             await self.start_apiserver()
-            self._write_kubeconfig(self.kubeconfig, self.token)
+            self.write_kubeconfig(self.kubeconfig, self.token)
         except BaseException:
             await self.stop()
             raise
@@ -245,7 +258,7 @@ class ControlPlane:
         bound = ["--bound-object-kind=Pod", f"--bound-object-name={pod}"] if pod else []
         made = await self.kubectl("create", "token", name, "--namespace", namespace, "--duration=24h", *bound)
         path = self.directory / f"{namespace}-{name}{f'-{pod}' if pod else ''}.kubeconfig"
-        self._write_kubeconfig(path, made.stdout.strip(), namespace)
+        self.write_kubeconfig(path, made.stdout.strip(), namespace)
         return path
 
     def audit_offset(self) -> int:
@@ -297,16 +310,17 @@ class ControlPlane:
         await self._until_up(child, listening)
 
     async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
-        port = self._reserve()
-        self.url = f"https://127.0.0.1:{port.number}"
+        # In a cluster the port is known, since NetworkPolicies name it.
+        port = self._reserve().number if self._address == "127.0.0.1" else 6443
+        self.url = f"https://{self._address}:{port}"
         key = self.service_account_key = self.directory / "service-account.key"
         await self.replace_service_account_key()
         tokens = self.directory / "tokens.csv"
         tokens.touch(mode=0o600)
-        tokens.write_text(f'{self.token},admin,admin,"system:masters"\n')
-        proxy = self.front_proxy.client(FRONT_PROXY)
-        for kind, text in (("ca", proxy.ca), ("crt", proxy.certificate), ("key", proxy.key)):
-            (self.directory / f"front-proxy.{kind}").write_text(text)
+        nodes = [f"{token},system:node:{name},{name},system:nodes\n" for name, token in self.kubelet_tokens.items()]
+        tokens.write_text("".join([f'{self.token},admin,admin,"system:masters"\n', *nodes]))
+        self._write_client("front-proxy", self.front_proxy.client(FRONT_PROXY))
+        self._write_client("kubelet-client", self.kubelet_authority.client(KUBELET_CLIENT))
         policy = self.directory / "audit-policy.json"
         first = [STATUS_IN_AUDIT] if self._status_in_audit else []
         policy.write_text(json.dumps({**AUDIT_POLICY, "rules": [*first, *AUDIT_POLICY["rules"]]}))
@@ -314,13 +328,14 @@ class ControlPlane:
             kube_apiserver,
             f"--etcd-servers={self._etcd_url}",
             f"--cert-dir={self.directory / 'certificates'}",  # it makes its own certificate there
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",  # else it looks for a network interface, and fails without one
-            "--endpoint-reconciler-type=none",  # a loopback address may not stand in Endpoints
-            f"--secure-port={port.number}",
+            f"--bind-address={self._address}",
+            f"--advertise-address={self._address}",  # else it looks for a network interface, and fails without one
+            # A loopback address may not stand in Endpoints.
+            *(["--endpoint-reconciler-type=none"] if self._address == "127.0.0.1" else []),
+            f"--secure-port={port}",
             "--permit-port-sharing",  # see ReservedPort
             f"--token-auth-file={tokens}",
-            "--authorization-mode=RBAC",
+            f"--authorization-mode={'Node,RBAC' if self.kubelet_tokens else 'RBAC'}",
             f"--service-account-issuer={self.url}",
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
@@ -335,11 +350,25 @@ class ControlPlane:
             # Else nobody makes default service accounts.
             *([] if self._service_accounts else ["--disable-admission-plugins=ServiceAccount"]),
             *([f"--etcd-compaction-interval={self._compaction_seconds}s"] if self._compaction_seconds else []),
+            *(self._kubelet_flags() if self.kubelet_tokens else []),
             f"--audit-policy-file={policy}",
             f"--audit-log-path={self.audit_log}",
             "--audit-log-maxsize=100000",  # MB: never rotate, offsets must stay valid
             "--allow-privileged",  # as in a cluster: admission decides
             "--profiling=false",
+        ]
+
+    def _write_client(self, name: str, client: Credentials) -> None:
+        for kind, text in (("ca", client.ca), ("crt", client.certificate), ("key", client.key)):
+            (self.directory / f"{name}.{kind}").write_text(text)
+
+    def _kubelet_flags(self) -> list[str]:
+        return [
+            "--enable-admission-plugins=NodeRestriction",
+            f"--kubelet-certificate-authority={self.directory / 'kubelet-client.ca'}",
+            f"--kubelet-client-certificate={self.directory / 'kubelet-client.crt'}",
+            f"--kubelet-client-key={self.directory / 'kubelet-client.key'}",
+            "--kubelet-preferred-address-types=InternalIP",
         ]
 
     def _reserve(self) -> ReservedPort:
@@ -407,7 +436,8 @@ class ControlPlane:
         host, _, port = self.url.removeprefix("https://").partition(":")
         return http.client.HTTPSConnection(host, int(port), timeout=10, context=self._tls)
 
-    def _write_kubeconfig(self, path: Path, token: str, namespace: str = "default") -> None:
+    def write_kubeconfig(self, path: Path, token: str, namespace: str = "default") -> None:
+        """Write a kubeconfig of the user with this bearer token."""
         config = {
             "apiVersion": "v1",
             "kind": "Config",

@@ -63,7 +63,8 @@ class KustomizeController:
             TimeoutError: it does not work within two minutes; the same.
         """
         program = FLUX.program("kustomize-controller")
-        await self._control_plane.install_crd(FLUX.crd_folder)
+        for folder in ("kustomize-crds", "source-crds"):
+            await self._control_plane.install_crd(FLUX.program(folder))
         kubeconfig = await self._account()
         self._directory = Path(tempfile.mkdtemp(prefix="vcpuset-flux-"))
         try:

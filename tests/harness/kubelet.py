@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import yaml
 
@@ -228,9 +228,16 @@ async def cluster(*nodes: str, status_in_audit: bool = False) -> AsyncIterator[t
         yield control_plane, running
 
 
+class RollsOut(Protocol):
+    """A cluster whose nodes run pods."""
+
+    async def rolled_out(self, namespace: str, workload: str) -> None:
+        """Wait until a Deployment or DaemonSet has all its pods ready."""
+
+
 async def install(
     control_plane: ControlPlane,
-    nodes: Nodes,
+    nodes: RollsOut,
     *patches: Manifest,
     overlay: str = "both",
     components: Sequence[str] = (),
@@ -238,7 +245,7 @@ async def install(
     """Install an overlay as shipped, but for components and a user's own patches, and wait until all pods are ready.
 
     Raises:
-        CommandFailed: not within two minutes; the message has what the pods said.
+        CommandFailed: not in time; the message has what the pods said.
     """
     with tempfile.TemporaryDirectory(prefix="vcpuset-install-") as folder:
         _write_kustomization(Path(folder), overlay, components, patches)

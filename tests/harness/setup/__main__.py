@@ -29,6 +29,11 @@ def ensure_guest() -> None:
         run_visibly([VENV_PYTHON, "-m", "harness.guestimage"], seconds=3600)
 
 
+def ensure_images() -> None:
+    """Make the container images, unless the cache folder has them."""
+    run_visibly([VENV_PYTHON, "-m", "harness.containerimages"], seconds=3600)
+
+
 def ensure_promtool() -> None:
     """Fetch promtool, unless there is one.
 
@@ -53,6 +58,7 @@ PARTS: Final[dict[str, Callable[[], None]]] = {
     "venv": ensure_venv,
     "guest": ensure_guest,
     "promtool": ensure_promtool,
+    "images": ensure_images,
     **{name: partial(ensure_built, build) for name, build in BUILDS.items()},
 }
 """In the order in which they need each other; what a system may lack comes before what takes long to build."""

@@ -26,7 +26,7 @@ from harness.binaries import (
     kubernetes_version,
 )
 from harness.cache import cache_dir
-from harness.setup.console import NotPossible, SetupFailed, say
+from harness.setup.console import NotPossible, SetupFailed, run_visibly, say
 from harness.setup.golang import Go, find_go
 
 __all__ = ["ensure_built", "remove_build_cache"]
@@ -97,21 +97,16 @@ def _build(build: Build) -> None:
         for name, package in build.packages.items():
             # Go's own name: the last element of the package, but for a version.
             (temporary / re.sub(r"/v\d+$", "", package).rpartition("/")[2]).rename(temporary / name)
-        _copy_crds(go, build, temporary / build.crd_folder.name)
+        for name, (module, path) in build.folders.items():
+            said = _go(go, build.module, ["mod", "download", "-json", module], total=None)
+            source = Path(json.loads("".join(said))["Dir"], path)
+            # Without the modes of the module cache: nothing there can be removed.
+            run_visibly(["cp", "-r", "--no-preserve=mode", source, temporary / name], seconds=60)
         temporary.chmod(0o755)
         shutil.rmtree(build.folder, ignore_errors=True)  # an incomplete one, or it would have been used
         temporary.rename(build.folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _copy_crds(go: Go, build: Build, target: Path) -> None:
-    """Copy the definitions out of the modules, of which the build has downloaded only those that it compiles."""
-    for module, folder in build.crds.items():
-        target.mkdir(exist_ok=True)
-        downloaded = json.loads("".join(_go(go, build.module, ["mod", "download", "-json", module], total=None)))
-        for file in Path(downloaded["Dir"], folder).glob("*.yaml"):
-            shutil.copyfile(file, target / file.name)
 
 
 def _link_flags() -> str:

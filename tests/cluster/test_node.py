@@ -1,0 +1,183 @@
+"""The operator as `deploy/` installs it, on a node with a container runtime, and machines in pods beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+
+from harness.node import Cluster
+from harness.nodevm import NodeVM
+from harness.processes import run
+from harness.wait import until
+from harness.world import User
+
+__all__: list[str] = []
+
+WAIT: Final = 90.0
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def user(installed: Cluster) -> User:
+    """A user with a namespace of their own."""
+    return User(installed.control_plane, await installed.control_plane.namespace())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def vm(installed: Cluster, user: User) -> NodeVM:
+    """A machine that has booted, and its VCPUSet `web`, Ready with 2."""
+    made = NodeVM(installed, user.namespace, "web", "node-1")
+    await made.start()
+    await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
+    await user.wait_ready("web")
+    await made.wait_online(2)
+    return made
+
+
+async def agents(cluster: Cluster) -> list[dict[str, Any]]:
+    """The agent pods that are not being deleted."""
+    pods = (await cluster.control_plane.request("GET", "/api/v1/namespaces/vcpuset-agent/pods")).body["items"]
+    return [each for each in pods if "deletionTimestamp" not in each["metadata"]]
+
+
+def agent_process() -> int:
+    """The process of the agent. All of the node's are seen here."""
+    (found,) = [
+        int(file.parent.name)
+        for file in Path("/proc").glob("[0-9]*/cmdline")
+        if b"--node-name=" in (text := _read(file)) and b"vcpuset" in text
+    ]
+    return found
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+async def test_a_machine_in_a_pod_gets_its_vcpus_and_gives_them_back(vm: NodeVM, user: User) -> None:
+    await user.scale("web", 4)
+    await user.wait_ready("web")
+    await vm.wait_online(4)
+    await user.scale("web", 2)
+    await user.wait_ready("web")
+    await vm.wait_online(2)
+    plugged = await vm.commands("device_add")
+    assert len(plugged) == 2
+    assert await vm.commands("device_del") == plugged
+
+
+async def disturb_by_rollout(cluster: Cluster) -> None:
+    """Replace the agent's pod as an administrator does."""
+    await cluster.kubectl("rollout", "restart", "-n", "vcpuset-agent", "daemonset/vcpuset-agent")
+
+
+async def disturb_by_deletion(cluster: Cluster) -> None:
+    """Delete the pod without waiting for the kubelet."""
+    (pod,) = await agents(cluster)
+    name = pod["metadata"]["name"]
+    await cluster.kubectl("delete", "pod", "-n", "vcpuset-agent", name, "--force", "--grace-period=0")
+
+
+async def disturb_by_sigkill(cluster: Cluster) -> None:
+    """Kill the process."""
+    os.kill(agent_process(), signal.SIGKILL)
+
+
+async def disturb_by_memory(cluster: Cluster) -> None:
+    """Have the kernel kill it: its cgroup is filled by another process, and it is the one that is preferred."""
+    pid = agent_process()
+    _prefer(pid)
+    group = Path("/sys/fs/cgroup/memory") / _memory_cgroup(pid).lstrip("/")
+    fill = f"echo $$ >{group}/cgroup.procs; exec {sys.executable} -c 'x = bytearray(300 << 20)'"
+    await run(["sh", "-c", fill], check=False)
+
+    def has_ended() -> bool:
+        return not Path(f"/proc/{pid}").exists()
+
+    await until(has_ended, WAIT, "the agent to be killed for its memory")
+
+
+def _prefer(pid: int) -> None:
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def _memory_cgroup(pid: int) -> str:
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    (found,) = [line.split(":")[2] for line in lines if ":memory:" in line]
+    return found
+
+
+async def disturb_by_containerd(cluster: Cluster) -> None:
+    """Restart the container runtime."""
+    node = cluster.nodes["node-1"]
+    await node.stop("containerd")
+    await node.start("containerd")
+
+
+async def disturb_by_kubelet(cluster: Cluster) -> None:
+    """Kill the kubelet, and start it again."""
+    node = cluster.nodes["node-1"]
+    await node.stop("kubelet", kill=True)
+    await node.start("kubelet")
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(disturb_by_rollout, id="rollout-restart"),
+        pytest.param(disturb_by_deletion, id="forced-deletion"),
+        pytest.param(disturb_by_sigkill, id="SIGKILL"),
+        pytest.param(disturb_by_memory, id="out-of-memory"),
+        pytest.param(disturb_by_containerd, id="containerd-restart"),
+        pytest.param(disturb_by_kubelet, id="kubelet-killed"),
+    ],
+)
+async def test_a_change_in_progress_is_completed_and_no_request_repeated_when_the_agent_is_disturbed(
+    installed: Cluster, vm: NodeVM, user: User, disturb: Callable[[Cluster], Awaitable[None]]
+) -> None:
+    plugged, unplugged = await vm.commands("device_add"), await vm.commands("device_del")
+    await user.scale("web", 6)
+    await disturb(installed)
+    await user.wait_ready("web")
+    await vm.wait_online(6)
+    await user.scale("web", 2)
+    await disturb(installed)
+    await user.wait_ready("web")
+    await vm.wait_online(2)
+    new = await vm.commands("device_add") - plugged
+    assert len(new) == 4
+    assert set(new.values()) == {1}
+    # A request whose agent ended before the guest answered is made again: QEMU then says that it is in progress.
+    again = await vm.commands("device_del") - unplugged
+    assert again.keys() == new.keys()
+    await installed.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
+
+
+async def test_a_drained_node_keeps_its_agent_and_a_machine_that_comes_back_gets_its_count(
+    installed: Cluster, vm: NodeVM, user: User
+) -> None:
+    await user.scale("web", 3)
+    await user.wait_ready("web")
+    (before,) = await agents(installed)
+    drain = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--disable-eviction", "--timeout=60s")
+    await installed.kubectl("drain", "node-1", *drain, timeout=90)
+    await installed.kubectl("taint", "node", "node-1", "maintenance=yes:NoExecute")
+    await user.wait_reason("web", "MonitorUnreachable")
+    (after,) = await agents(installed)
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    await installed.kubectl("taint", "node", "node-1", "maintenance-")
+    await installed.kubectl("uncordon", "node-1")
+    await user.wait_ready("web")
+    await vm.wait_online(3)
+    await installed.rolled_out("vcpuset-system", "deployment/vcpuset-controller")

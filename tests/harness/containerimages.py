@@ -1,0 +1,227 @@
+"""Container images for the tests' node, as archives in the cache folder; made by `make test-cluster`.
+
+    pause      what containerd keeps a pod's namespaces with
+    vm         QEMU of Debian 13, and the test guest below /guest
+    vcpuset    the operator, built from the repository's Dockerfile by buildah
+
+Only the Dockerfile's base image is replaced, since a registry cannot be counted on: its stand-in holds Python 3.13 and
+pip, too, but those of Debian 13, in /usr in place of /usr/local.
+
+    python -m harness.containerimages      makes those that are missing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from harness import guestimage
+from harness.cache import REPOSITORY, cache_dir, digest
+from harness.setup.aptsources import own_source, source_text, targets
+from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
+
+__all__ = ["PAUSE", "VM", "Image", "images", "make_images", "operator_image"]
+
+SUITE: Final = "trixie"
+MAKE_SECONDS: Final = 1800.0
+
+PYTHON: Final = ("python3", "python3-venv", "python3-pip-whl", "ca-certificates")
+TO_BASE: Final = (
+    # As in the official image: `python`, and a pip that may install and be removed.
+    'rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED && ln -s python3 "$1"/usr/bin/python && '
+    'wheel=$(cd "$1" && ls usr/share/python-wheels/pip-*.whl) && '
+    'chroot "$1" python "/$wheel/pip" install --no-index --root-user-action=ignore "/$wheel"'
+)
+QEMU: Final = ("qemu-system-x86", "busybox-static")
+PAUSE: Final = "localhost/pause:1"
+VM: Final = "localhost/vm:1"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in a file.
+
+    reference  its name in a pod's manifest
+    path       an archive as `docker save` writes it
+    """
+
+    reference: str
+    path: Path
+
+
+def operator_image(repository: Path = REPOSITORY) -> Image:
+    """The image of a work tree, whether it is built or not."""
+    version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+    names = ("Dockerfile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+    files = [*(repository / name for name in names), *sorted((repository / "operator").rglob("*.py"))]
+    contents = [part for file in files for part in (str(file.relative_to(repository)), file.read_bytes())]
+    return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))
+
+
+def images() -> list[Image]:
+    """What a node needs, whether it is built or not."""
+    vm = digest([SUITE, *QEMU, guestimage.digest(guestimage.images())])
+    return [Image(PAUSE, _path("pause", digest([SUITE, *QEMU]))), Image(VM, _path("vm", vm)), operator_image()]
+
+
+def make_images() -> None:
+    """Make those that are missing.
+
+    Raises:
+        NotPossible: Debian's packages cannot be had here.
+        SetupFailed: a step failed; its output has been shown.
+    """
+    pause, vm, operator = images()
+    missing = [each for each in (pause, vm, operator) if not each.path.exists()]
+    if not missing:
+        return
+    say(f"==> Images {', '.join(each.reference for each in missing)}, into {pause.path.parent}")
+    with tempfile.TemporaryDirectory(prefix="vcpuset-images-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+        builder = _Builder(Path(folder))
+        if not (pause.path.exists() and vm.path.exists()):
+            builder.make_vm(pause, vm)
+        if not operator.path.exists():
+            builder.make_operator(operator, REPOSITORY)
+
+
+def _path(name: str, key: str) -> Path:
+    folder = cache_dir() / "images"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}-{key}.tar"
+
+
+def _base_parts() -> list[str]:
+    return [SUITE, *PYTHON, TO_BASE]
+
+
+class _Builder:
+    """buildah with a storage of its own, in a folder that is removed afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._policy = folder / "policy.json"
+        self._policy.write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+        self._registries = folder / "registries.conf"
+        self._registries.write_text('unqualified-search-registries = ["localhost"]\n')
+
+    def make_vm(self, pause: Image, vm: Image) -> None:
+        """QEMU with the guest; and busybox alone, as the pause container."""
+        root = self._debian("vm", QEMU)
+        for file in ("bin", "etc/passwd"):
+            assert (root / file).exists(), f"{root} holds no Debian"
+        empty = self._folder / "pause"
+        empty.mkdir()
+        shutil.copy2(root / "usr/bin/busybox", empty / "pause")
+        self._commit(empty, pause, ["--entrypoint", '["/pause", "sleep", "2147483647"]'])
+        guest = root / "guest"
+        guest.mkdir()
+        for name in (guestimage.KERNEL, guestimage.INITRAMFS):
+            shutil.copy2(guestimage.images() / name, guest / name)
+        self._commit(root, vm, [])
+
+    def make_operator(self, image: Image, repository: Path) -> None:
+        """The Dockerfile's image, as it stands."""
+        base = _path("base", digest(_base_parts()))
+        if not base.exists():
+            root = self._debian("base", PYTHON, hooks=(TO_BASE,))
+            self._commit(root, Image("localhost/base:1", base), [])
+        self._buildah(["pull", f"docker-archive:{base}"])
+        command = ["bud", "--isolation=chroot", "--pull-never", "--build-arg=BASE=localhost/base:1"]
+        command += [f"--volume={each}:{each}:ro" for each in _of_pip() if Path(each).exists()]
+        self._buildah([*command, f"--tag={image.reference}", str(repository)])
+        self._push(image)
+
+    def _debian(self, name: str, packages: Sequence[str], hooks: Sequence[str] = ()) -> Path:
+        """A root file system with these packages."""
+        release = probe(["sh", "-c", '. /etc/os-release; echo "$VERSION_CODENAME"']) or ""
+        source = own_source(targets(), SUITE) or own_source(targets(), release.strip())
+        if source is None:
+            raise NotPossible(f"no apt source of Debian found (apt-get indextargets), for packages of {SUITE}")
+        file = self._folder / "debian.sources"
+        file.write_text(source_text(source, SUITE))
+        said = probe(["apt-config", "dump"]) or ""
+        options = [line for line in said.splitlines() if re.match(r'Acquire::(https?::|Check-)\S* "[^"]', line)]
+        root = self._folder / name
+        run_visibly(
+            [
+                "mmdebstrap",
+                "--mode=root",
+                "--variant=minbase",
+                "--format=directory",
+                f"--include={','.join(packages)}",
+                *(f"--aptopt={each}" for each in options),
+                *(f"--customize-hook={each}" for each in hooks),
+                "--dpkgopt=path-exclude=/usr/share/man/*",
+                "--dpkgopt=path-exclude=/usr/share/locale/*",
+                "--dpkgopt=path-exclude=/usr/share/doc/*",
+                SUITE,
+                root,
+                file,
+            ],
+            seconds=MAKE_SECONDS,
+            shown=f"mmdebstrap --variant=minbase --include={','.join(packages)} {SUITE}",
+        )
+        return root
+
+    def _commit(self, root: Path, image: Image, settings: Sequence[str]) -> None:
+        """An image with one layer."""
+        container = self._buildah(["from", "--pull-never", "scratch"]).strip()
+        self._buildah(["add", "--quiet", container, str(root), "/"])
+        if settings:
+            self._buildah(["config", *settings, container])
+        self._buildah(["commit", "--quiet", "--rm", container, image.reference])
+        self._push(image)
+
+    def _push(self, image: Image) -> None:
+        """Write the image to its file, which appears when it is complete."""
+        temporary = image.path.with_suffix(f".{os.getpid()}")
+        # What a kubelet takes a name without a registry for.
+        full = image.reference if "/" in image.reference else f"docker.io/library/{image.reference}"
+        try:
+            self._buildah(["push", "--quiet", image.reference, f"docker-archive:{temporary}:{full}"])
+            temporary.rename(image.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _buildah(self, arguments: Sequence[str]) -> str:
+        say(f"+ buildah {' '.join(arguments)}")
+        command, *rest = arguments
+        policy = [] if command in {"add", "config"} else [f"--signature-policy={self._policy}"]
+        storage = [f"--root={self._folder / 'storage'}", f"--runroot={self._folder / 'run'}", "--storage-driver=vfs"]
+        try:
+            done = subprocess.run(
+                ["buildah", *storage, f"--registries-conf={self._registries}", command, *policy, *rest],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=MAKE_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise SetupFailed(f"timed out after {MAKE_SECONDS:.0f} s: buildah {' '.join(arguments)}") from error
+        if done.returncode:
+            sys.stdout.write(done.stdout)
+            raise SetupFailed(f"exit status {done.returncode} (see above): buildah {' '.join(arguments)}")
+        return done.stdout
+
+
+def _of_pip() -> list[str]:
+    """Where the machine's owner has said where pip finds its packages, and which authorities are to be trusted."""
+    return ["/etc/pip.conf", "/etc/ssl/certs"]
+
+
+if __name__ == "__main__":
+    try:
+        make_images()
+    except SetupFailed as failure:
+        sys.exit(str(failure))

@@ -1,0 +1,113 @@
+"""Machines in pods of a real node: deploy/examples/vm-pod.yaml with the tests' image and guest.
+
+    vm = NodeVM(cluster, user, "web", "node-1")
+    await vm.start(cpu="2")
+    await vm.wait_online(4)
+
+QEMU writes each QMP command that it is given into the pod's log, and the guest its online CPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from typing import Any, Final
+
+import yaml
+
+from harness.cache import REPOSITORY
+from harness.containerimages import VM
+from harness.guest import KERNEL_OPTIONS, parse_cpu_list
+from harness.guestimage import INITRAMFS, KERNEL
+from harness.node import Cluster
+from harness.wait import until
+
+__all__ = ["NodeVM"]
+
+EXAMPLE: Final = REPOSITORY / "deploy" / "examples" / "vm-pod.yaml"
+SOCKET_ROOT: Final = "/run/vcpuset"
+AGENT_GROUP: Final = "65532"
+BOOT_SECONDS: Final = 180.0
+
+
+class NodeVM:
+    """The Deployment of a machine, with its socket at NAME/qmp.sock in the namespace's directory."""
+
+    def __init__(self, cluster: Cluster, namespace: str, name: str, node: str) -> None:
+        self.name: Final = name
+        self._cluster = cluster
+        self._namespace = namespace
+        self._node = node
+
+    async def start(self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "") -> None:
+        """Make its directory as the administrator does, and start it; it boots then.
+
+        monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
+        """
+        directory = f"{SOCKET_ROOT}/{self._namespace}"
+        node = self._cluster.nodes[self._node]
+        await node.run("install", "-d", "-m", "0755", SOCKET_ROOT)
+        paths = (directory, f"{directory}/{self.name}")
+        await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
+        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp)
+        if monitor:
+            (container,) = manifest["spec"]["template"]["spec"]["containers"]
+            container["args"] = [re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", container["args"][0])]
+        await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
+
+    def manifest(self, *, cpu: str, memory: int, smp: str) -> dict[str, Any]:
+        """The example, for this machine."""
+        found: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
+        made = copy.deepcopy(found)
+        made["metadata"] = {"name": self.name, "namespace": self._namespace}
+        made["spec"]["selector"]["matchLabels"] = {"vm": self.name}
+        template = made["spec"]["template"]
+        template["metadata"]["labels"] = {"vm": self.name}
+        template["spec"]["nodeSelector"] = {"kubernetes.io/hostname": self._node}
+        template["spec"]["terminationGracePeriodSeconds"] = 1
+        template["spec"]["volumes"][0]["hostPath"]["path"] = f"{SOCKET_ROOT}/{self._namespace}/{self.name}"
+        (container,) = template["spec"]["containers"]
+        container["image"] = VM
+        container["resources"] = {"limits": {"cpu": cpu, "memory": f"{memory + 256}Mi"}}
+        (script,) = container["args"]
+        machine = (
+            f"-machine q35,accel=tcg -m {memory} -smp {smp} -nodefaults -display none -serial stdio "
+            f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS}' -trace handle_qmp_command"
+        )
+        written = re.sub(r"-machine .*-nographic", lambda _: machine, script)
+        assert written != script, f"{EXAMPLE} has another machine"
+        container["args"] = [written]
+        return made
+
+    async def pod(self) -> dict[str, Any]:
+        """Its one pod that is not being deleted."""
+        path = f"/api/v1/namespaces/{self._namespace}/pods?labelSelector=vm={self.name}"
+        items = (await self._cluster.control_plane.request("GET", path)).body["items"]
+        (found,) = [each for each in items if "deletionTimestamp" not in each["metadata"]]
+        return dict(found)
+
+    async def log(self) -> str:
+        """What QEMU and the guest have said."""
+        arguments = ("logs", "-n", self._namespace, f"deployment/{self.name}")
+        return (await self._cluster.kubectl(*arguments)).stdout
+
+    async def online(self) -> int:
+        """How many CPUs the guest uses; 0 before it has booted."""
+        reports = re.findall(r"guest: \w+ online=([\d,-]*)", await self.log())
+        return len(parse_cpu_list(reports[-1])) if reports else 0
+
+    async def wait_online(self, cpus: int) -> None:
+        """Wait until the guest uses so many CPUs."""
+
+        async def reached() -> bool:
+            return await self.online() == cpus
+
+        await until(reached, BOOT_SECONDS, f"{cpus} CPUs online in {self.name}", interval=0.5)
+
+    async def commands(self, name: str) -> Counter[str]:
+        """How often QEMU was given a QMP command, such as device_del, for each device id."""
+        lines = re.findall(r"handle_qmp_command .*? req: (\{.*\})", await self.log())
+        given = [json.loads(line) for line in lines]
+        return Counter(str(each["arguments"]["id"]) for each in given if each.get("execute") == name)
