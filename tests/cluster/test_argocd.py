@@ -71,7 +71,8 @@ async def test_a_manifest_without_a_count_is_in_sync_with_every_count_and_one_wi
 async def test_what_an_action_has_set_is_out_of_sync_only_if_the_manifest_says_otherwise() -> None:
     (answer,) = await asked([read("testdata/healthy.yaml")])
     suspended = answer["results"]["suspend"]
-    for spec, out_of_sync in (({}, False), ({"suspend": False}, True)):
+    cases: tuple[tuple[dict[str, Any], bool], ...] = (({}, False), ({"suspend": False}, True))
+    for spec, out_of_sync in cases:
         (answer,) = await asked([suspended], git=manifest("default", "web", 4, maxVCPUs=8, **spec))
         assert answer["outOfSync"] is out_of_sync
 

@@ -363,3 +363,9 @@ async def test_bounds_that_exclude_the_present_count_are_refused_until_the_autos
         await declared(user, 6)
         await delivery.commit(web(6, 8), autoscaler(user, 6, 8))
         await delivery.delivered()
+
+        # Another way out.
+        await delivery.commit(web(7, 8), autoscaler(user, 7, 8))
+        await delivery.fails("ReconciliationFailed")
+        await user.scale("web", 7)
+        await delivery.delivered()
