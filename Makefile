@@ -24,7 +24,7 @@ WORKERS = $$((3 * $$(nproc)))
 # The parts of the set-up (tests/harness/setup) that the demo needs, and the tests, and the tests on a real node.
 to-run := system venv guest controlplane
 to-test := $(to-run) promtool controllermanager helm
-to-test-cluster := $(to-test) system-cluster node kuberouter images prometheus metricsserver keda
+to-test-cluster := $(to-test) system-cluster node kuberouter images prometheus metricsserver keda flux argocd
 
 # $(call set-up,part …)
 define set-up

@@ -1,6 +1,7 @@
 """Every shipped manifest on a real API server: applied without a warning, and applied again without a change."""
 
 import json
+import shlex
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ import yaml
 from harness.cache import REPOSITORY
 from harness.controllermanager import ControllerManager
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.helm import render
 from harness.wait import until
 
@@ -148,3 +150,19 @@ async def test_what_the_chart_makes_is_applied_without_a_warning_and_again_witho
     objects = await render()
     # As Helm sends them: a namespace before what is in it.
     await apply_twice(cluster, "-f", "-", stdin=yaml.safe_dump_all(objects))
+
+
+async def test_the_customizations_for_argo_cd_are_added_to_its_config_map(cluster: ControlPlane) -> None:
+    await cluster.kubectl("create", "namespace", "argocd")
+    await cluster.kubectl(
+        "create", "configmap", "argocd-cm", "-n", "argocd", "--from-literal=url=https://argocd.example"
+    )
+    command = Page(REPOSITORY / "docs" / "gitops.md").block("sh").text
+    program, *words, patch = shlex.split(command)
+    assert program == "kubectl"
+    await cluster.kubectl(*words, REPOSITORY / patch)
+    data = json.loads((await cluster.kubectl("get", "configmap", "argocd-cm", "-n", "argocd", "-o", "json")).stdout)[
+        "data"
+    ]
+    assert data.pop("url") == "https://argocd.example"
+    assert data == yaml.safe_load((REPOSITORY / patch).read_text())["data"]

@@ -22,6 +22,7 @@ import yaml
 from prometheus_client.core import Metric
 
 from harness.cache import REPOSITORY
+from harness.gitops import Verdicts, verdicts
 from vcpuset.app.collectors import Snapshot
 from vcpuset.app.history import History
 from vcpuset.app.metrics import QMP_COMMANDS, Metrics
@@ -38,6 +39,7 @@ __all__ = [
     "agent",
     "alerts",
     "answers",
+    "health",
     "main",
     "process_metrics",
     "reasons",
@@ -45,7 +47,7 @@ __all__ = [
     "set_metrics",
 ]
 
-PAGES: Final = (REPOSITORY / "docs" / "conditions.md", REPOSITORY / "docs" / "operations.md")
+PAGES: Final = tuple(REPOSITORY / "docs" / f"{name}.md" for name in ("conditions", "gitops", "operations"))
 
 RULES: Final = REPOSITORY / "deploy" / "components" / "monitoring" / "rules.yaml"
 
@@ -61,6 +63,17 @@ def reasons() -> str:
     """The reasons of Ready, Reconciling and Stalled, in the order of the list."""
     rows = [(f"`{reason}`", _true_condition(reason), reason.meaning, reason.remedy) for reason in Reason]
     return _table(("reason", "true condition", "meaning", "remedy"), rows)
+
+
+def health() -> str:
+    """What GitOps controllers make of the reasons."""
+
+    groups: dict[Verdicts, list[str]] = {}
+    for reason in Reason:
+        for state in reason.states:
+            groups.setdefault(verdicts(reason, state), []).append(f"`{reason}`")
+    rows = [(", ".join(found), group.kstatus, group.expressions, group.argocd) for group, found in groups.items()]
+    return _table(("reasons", "Flux", "Flux, with the expressions", "Argo CD, with the script"), rows)
 
 
 def agent() -> str:
@@ -145,6 +158,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 _PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "reasons": reasons,
+    "health": health,
     "agent": agent,
     "answers": answers,
     "process_metrics": process_metrics,
