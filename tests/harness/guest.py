@@ -5,7 +5,7 @@
         await device_add(guest.monitors[0], 1)
         await guest.wait_online(2)
 
-    async with Guest(None) as guest: ...         # stopped (-S), no kernel: 0.1 s, see harness.acpi
+    async with Guest(None) as guest: ...         # paused, no kernel: 0.1 s, see harness.acpi
 
 Everything runs under TCG, so it runs everywhere and alike. There, all boot CPUs and all plugs ever made count against
 maxcpus, and QEMU aborts at one too many: leave maxcpus generous.
@@ -87,7 +87,7 @@ def parse_cpu_list(text: str) -> frozenset[int]:
 class Guest:
     """One machine: a QEMU process at a time, on sockets whose paths stay the same over a restart.
 
-    images         folder of kernel and initramfs; None: no guest, QEMU stays stopped (-S)
+    images         folder of kernel and initramfs; None: no guest, QEMU stays paused
     smp            the argument of -smp
     machine, cpu   the arguments of -machine and -cpu; cpu=None leaves the choice to QEMU
     accel          the argument of -accel; "kvm" runs firmware, but may not run a guest
@@ -230,7 +230,15 @@ class Guest:
         await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")
         if self._restore is not None:
             await self._resume()
+        elif self.images is None:
+            await self._launch()
         return self
+
+    async def _launch(self) -> None:
+        """From "prelaunch", in which the operator changes no CPU, to "paused", with hardly any step of the firmware."""
+        async with raw(self.control, hopeless=lambda: self.returncode is not None) as client:
+            if (await client.call("query-status"))["status"] == "prelaunch":
+                await asyncio.gather(client.call("cont"), client.call("stop"))
 
     async def _resume(self) -> None:
         """Let a restored guest go on. It does not report by itself then, so its state is asked for."""

@@ -14,13 +14,13 @@ finds for all that it can do, which takes seconds.
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 from xml.etree import ElementTree
 
 from harness.container import WHY_NOT
@@ -138,7 +138,9 @@ class Libvirt:
 
     def start_inside(self, *words: str | Path, name: str) -> Child:
         """Start a program on the daemon's side that ends with it."""
-        return Child.start([*self._enter, "setpriv", "--pdeathsig", "KILL", *words], name=name, log=self._log)
+        # Debian's scripts need Debian's Python.
+        clean = ["env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "setpriv", "--pdeathsig", "KILL"]
+        return Child.start([*self._enter, *clean, *words], name=name, log=self._log)
 
     def log(self) -> str:
         """The end of what the daemon and QEMU have reported, for messages."""
@@ -228,6 +230,19 @@ class Machine:
         text = self._console.read_text(errors="replace") if self._console.exists() else ""
         reports = re.findall(r"guest: \w+ online=([\d,-]*)", text)
         return parse_cpu_list(reports[-1]) if reports else frozenset()
+
+    async def qmp(self, command: str) -> Any:  # noqa: ANN401 - each command answers in a form of its own
+        """The result of a QMP command, which libvirt sends."""
+        answer = await self.virsh("qemu-monitor-command", json.dumps({"execute": command}))
+        return json.loads(answer.stdout)["return"]
+
+    async def wait_booted(self, times: int) -> None:
+        """Wait until the guest has booted so often since the start."""
+
+        def reached() -> bool:
+            return self._console.read_text(errors="replace").count("guest: ready") >= times
+
+        await until(reached, BOOT_SECONDS, lambda: f"{times} boots of {self.name}: {self.libvirt.log()}")
 
     async def wait_online(self, cpus: int | None = None) -> None:
         """Wait until so many CPUs are online in the guest; None: until it has booted."""

@@ -148,7 +148,7 @@ async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, co
     assert found["standby"] == [1]
     assert found["status"]["reason"] == "Unplugging"
     assert [each["status"] for each in found["status"]["conditions"]] == ["False", "True", "False"]
-    assert in_the_way(found) == ["UnplugPending"], "QEMU was started with -S"
+    assert in_the_way(found) == ["UnplugPending"], "QEMU is paused"
     for slot in (1, 2, 4):
         assert not (await acpi.flags(slot)).removing
 
