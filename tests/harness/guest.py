@@ -46,6 +46,10 @@ T = TypeVar("T")
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 nokaslr cryptomgr.notests tsc=reliable no_timer_check"
 """All after panic=-1 only make the boot shorter, as does the plain CPU model."""
 
+S390X_START = 0x10000
+S390X_LOOP = b"\xa7\xf4\x00\x00"
+"""A kernel without end: where s390x begins it, and a branch to itself."""
+
 START_SECONDS = 60.0
 BOOT_SECONDS = 180.0
 SHELL_SECONDS = 60.0
@@ -157,6 +161,10 @@ class Guest:
         self._backends: list[str] = []
         if self.images is None:
             self.hardware += ["-S"]
+            if "s390x" in qemu:  # its firmware ends the machine at once if it has nothing to boot
+                loop = self.directory / "loop"
+                loop.write_bytes(bytes(S390X_START) + S390X_LOOP)
+                self._backends += ["-kernel", str(loop)]
         else:
             options = f"{KERNEL_OPTIONS} {'ga=1 ' if agent else ''}{append}".strip()
             self.hardware += ["-append", options, "-serial", "chardev:console", "-serial", "chardev:shell"]
@@ -230,7 +238,7 @@ class Guest:
         await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")
         if self._restore is not None:
             await self._resume()
-        elif self.images is None:
+        elif self.images is None and "-preconfig" not in self.hardware:
             await self._launch()
         return self
 

@@ -49,8 +49,9 @@ _ACCOUNTS: Final = {
 _CONFIGURATION: Final = {
     "libvirtd.conf": 'auth_unix_ro = "none"\nauth_unix_rw = "none"\n'
     f'host_uuid = "6b1c9c0e-5d5f-4d8e-9d53-000000000001"\nlog_outputs = "2:file:/var/log/libvirt/libvirtd.log"\n',
-    # No virtlogd, and none of the host's cgroups: they are of another process namespace.
-    "qemu.conf": 'stdio_handler = "file"\ncgroup_controllers = []\n',
+    # No virtlogd; none of the host's cgroups, which are of another process namespace; and QEMU gets no /dev of its own,
+    # since libvirt cannot make one of this one.
+    "qemu.conf": 'stdio_handler = "file"\ncgroup_controllers = []\nnamespaces = []\n',
 }
 
 _NAMESPACE: Final = """
@@ -64,6 +65,8 @@ mount --bind {0}/etc /etc/libvirt
 mount --bind {0}/log /var/log/libvirt
 mount --bind {0}/passwd /etc/passwd
 mount --bind {0}/group /etc/group
+# libvirt asks QEMU again at each use if QEMU's user may not use the KVM that root may.
+if [ -e /dev/kvm ]; then touch {0}/kvm; chmod 0 {0}/kvm; mount --bind {0}/kvm /dev/kvm; fi
 touch {0}/ready
 # The parent of all that has lost its own: it collects them.
 while :; do sleep 3600 & wait; done
