@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import stat
 from collections.abc import AsyncIterator
@@ -22,6 +22,10 @@ from harness.world import User
 
 PAGE: Final = Page(REPOSITORY / "docs" / "libvirt.md")
 
+VCPUSET: Final = PAGE.block("yaml", "vcpuset").document()["spec"]
+
+MONITOR: Final = VCPUSET["monitor"]["unix"]["path"]
+
 OPERATOR_GROUP: Final = 65532
 """As in the shipped DaemonSet."""
 
@@ -34,20 +38,16 @@ async def libvirt() -> AsyncIterator[Libvirt]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
-    socket_root.chmod(0o755)
     async with OperatorProcess(control_plane, socket_root=socket_root) as running:
         yield running
 
 
 @pytest.fixture
-def monitor(folder: Path) -> Path:
-    """Where the page's machine has its monitor for the operator, in folders with the page's owners and modes."""
-    path = folder / "web"
-    path.mkdir()
-    for each in (folder, path):
-        os.chown(each, QEMU_USER, OPERATOR_GROUP)
-        each.chmod(0o2770)
-    return path / "qmp.sock"
+async def monitor(libvirt: Libvirt, folder: Path) -> Path:
+    """Where the page's machine has its monitor for the operator, in folders that the page's commands have made."""
+    text = PAGE.block("sh", "directory").text.replace("/run/vcpuset/default", str(folder))
+    await libvirt.inside("sh", "-ec", text.replace("/run/vcpuset", str(folder.parent)))
+    return folder / "web" / "qmp.sock"
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def machine(libvirt: Libvirt, monitor: Path, namespace: str) -> AsyncItera
 async def started(machine: Machine, user: User, vcpus: int, **spec: Any) -> None:
     """The machine has booted, and the operator has brought it to its count."""
     await machine.start()
-    await user.create("web", vcpus, "web/qmp.sock", **spec)
+    await user.create("web", vcpus, MONITOR, unplug=VCPUSET["unplug"], **spec)
     await user.wait_ready("web")
     await machine.wait_online(vcpus)
 
@@ -104,7 +104,7 @@ async def test_each_start_succeeds_while_the_operator_waits_for_the_machine(
     machine: Machine, user: User, operator: OperatorProcess
 ) -> None:
     """libvirt gives up the start of a machine that gets CPUs before it runs."""
-    await user.create("web", 4, "web/qmp.sock")
+    await user.create("web", 4, MONITOR)
     for _ in range(5):
         await machine.virsh("start")
         await user.wait_ready("web")
@@ -166,7 +166,7 @@ async def test_cpus_that_libvirt_has_plugged_are_adopted_and_unplugged_like_the_
     await machine.start()
     await machine.virsh("setvcpus", "4", "--live")
     await machine.wait_online(4)
-    await user.create("web", None, "web/qmp.sock", unplug={"bootVCPUs": "Keep"})
+    await user.create("web", None, MONITOR, unplug=VCPUSET["unplug"])
     seen = await user.wait("web", lambda seen: seen.ready, "the count to be adopted")
     assert seen.body["spec"]["vcpus"] == 4
 
@@ -201,22 +201,26 @@ async def test_a_saved_machine_can_only_be_restored_with_the_count_that_it_had(
 
     await machine.start()
     await user.wait_ready("web")
+    await user.change("web", suspend=True)
     await machine.libvirt.restart_daemon()
     await machine.virsh("save", image)
     await machine.libvirt.virsh("restore", image)
     assert (await machine.count(), len(await paths(machine))) == (4, 4)
-    assert (await user.wait_ready("web")).vcpus == 4
+    await user.change("web", suspend=None, vcpus=5)
+    assert (await user.wait_ready("web")).vcpus == 5
 
 
 async def test_a_machine_without_a_second_monitor_is_steered_through_the_proxy_of_libvirt(
     machine: Machine, user: User, monitor: Path, operator: OperatorProcess
 ) -> None:
     proxy = monitor.with_name("proxy.sock")
+    text = PAGE.block("sh", "proxy").text.replace("/run/vcpuset/default/web/proxy.sock", str(proxy))
+    words = ["sh", "-c", text.replace(" web ", f" {machine.name} ")]
     await machine.start()
-    words = PAGE.block("sh", "proxy").text.replace("/run/vcpuset/default/web/proxy.sock", str(proxy))
-    child = machine.libvirt.start_inside("sh", "-c", words.replace(" web ", f" {machine.name} "), name="the proxy")
-    try:
-        await user.create("web", 4, "web/proxy.sock")
+    with contextlib.ExitStack() as stack:
+        first = machine.libvirt.start_inside(*words, name="the proxy")
+        stack.callback(first.kill)
+        await user.create("web", 4, "web/proxy.sock", unplug=VCPUSET["unplug"])
         await user.wait_ready("web")
         await machine.wait_online(4)
         await user.scale("web", 3)
@@ -228,8 +232,13 @@ async def test_a_machine_without_a_second_monitor_is_steered_through_the_proxy_o
         await machine.start()
         await machine.wait_online(3)
         assert (await user.wait_ready("web")).vcpus == 3
-    finally:
-        child.kill()
+
+        await machine.libvirt.restart_daemon()
+        await user.scale("web", 4)
+        await user.wait_reason("web", "MonitorUnreachable")
+        first.kill()
+        stack.callback(machine.libvirt.start_inside(*words, name="the proxy").kill)
+        assert (await user.wait_ready("web")).vcpus == 4
 
 
 async def test_the_socket_is_open_to_the_operators_group_alone(machine: Machine, monitor: Path) -> None:

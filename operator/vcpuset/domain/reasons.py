@@ -117,8 +117,10 @@ class Reason(enum.StrEnum):
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
-        "The machine migrates, saves, restores, sleeps, or is in io-error or -preconfig: CPUs cannot be changed now.",
-        "Wait for the migration or snapshot to end; wake the guest; fix the storage (then cont); x-exit-preconfig.",
+        "The machine migrates, saves, restores, sleeps, is in io-error, or has not been started (-S, -preconfig): its CPUs "
+        "cannot be changed now.",
+        "Wait for the migration or snapshot to end; wake the guest; fix the storage (then cont); start the machine (cont, "
+        "x-exit-preconfig).",
     )
     MACHINE_NOT_RUNNING = (
         "MachineNotRunning",
