@@ -98,7 +98,7 @@ class FaultyMonitor:
     slots    CPU slots
     driver   the type of the CPUs
     status   the run state that query-status shows
-    relay    as libvirt's `virt-qemu-qmp-proxy` 11.3: nothing is answered any more once two commands have come together,
+    relay    as libvirt's `virt-qemu-qmp-proxy` 9.0: nothing is answered any more once two commands have come together,
              and the data of events is text
     faults   by command name, or GREETING
 

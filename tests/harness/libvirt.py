@@ -7,9 +7,9 @@
         await libvirt.virsh("setvcpus", "web", "4", "--live")
 
 The daemon's folders are fixed. So it runs in a mount namespace with a /run, a /var and an /etc/libvirt of its own, and
-with Debian's account `libvirt-qemu`, which QEMU runs as. Its machines outlive it, which is tested; they are in a process
-namespace, and the kernel ends all of it with the test. Only QEMU's program for x86 is found: libvirt asks each that it
-finds for all that it can do, which takes seconds.
+with Debian's account `libvirt-qemu`, which QEMU runs as. Its machines outlive it, which is tested; they are in a
+process namespace, and the kernel ends all of it with the test. Only QEMU's program for x86 is found: libvirt asks each
+that it finds for all that it can do, which takes seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ACCOUNTS: Final = {
 
 _CONFIGURATION: Final = {
     "libvirtd.conf": 'auth_unix_ro = "none"\nauth_unix_rw = "none"\n'
-    f'host_uuid = "6b1c9c0e-5d5f-4d8e-9d53-000000000001"\nlog_outputs = "2:file:/var/log/libvirt/libvirtd.log"\n',
+    'host_uuid = "6b1c9c0e-5d5f-4d8e-9d53-000000000001"\nlog_outputs = "2:file:/var/log/libvirt/libvirtd.log"\n',
     # No virtlogd; none of the host's cgroups, which are of another process namespace; and QEMU gets no /dev of its own,
     # since libvirt cannot make one of this one.
     "qemu.conf": 'stdio_handler = "file"\ncgroup_controllers = []\nnamespaces = []\n',
@@ -91,7 +91,7 @@ class Libvirt:
         for name, text in _CONFIGURATION.items():
             (self.directory / "etc" / name).write_text(text)
         for name, text in _ACCOUNTS.items():
-            (self.directory / name).write_text(Path("/etc", name).read_text() + text)
+            (self.directory / name).write_text(_read("/etc", name) + text)
         for name in (KERNEL, INITRAMFS):  # libvirt changes the owner of both
             shutil.copyfile(images() / name, self.directory / name)
         qemu = shutil.which("qemu-system-x86_64")
@@ -101,7 +101,8 @@ class Libvirt:
         words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
         self._namespace = Child.start(words, name="the namespaces of libvirt", log=self._log)
         await until(self._is_made, 60, "the namespaces of libvirt")
-        first = Path(f"/proc/{self._namespace.pid}/task/{self._namespace.pid}/children").read_text().split()[0]
+        pid = str(self._namespace.pid)
+        first = _read("/proc", pid, "task", pid, "children").split()[0]
         self._enter = ["nsenter", f"--target={first}", "--mount", "--pid", "--"]
         await self.start_daemon()
         return self
@@ -254,6 +255,10 @@ class Machine:
             return bool(self.online()) if cpus is None else len(self.online()) == cpus
 
         await until(reached, BOOT_SECONDS, lambda: f"{cpus} CPUs in the guest of {self.name}: {self.libvirt.log()}")
+
+
+def _read(*path: str) -> str:
+    return Path(*path).read_text()
 
 
 def _only(parent: ElementTree.Element, tag: str) -> ElementTree.Element:

@@ -16,8 +16,8 @@ of them in this module because they use internals of the library; this is why th
 - It takes an incomplete message before the end of a connection as a message.
 - Each message goes through queues and tasks, and is encoded three times: a third of the CPU time of an observation.
   Here commands are written at once, and their replies are read as they come.
-- A relay of libvirt (`virt-qemu-qmp-proxy` 11.3) answers nothing any more once it has two commands at a time, and the data
-  of its events is text. It gets the next command after the reply to the one before.
+- A relay of libvirt (`virt-qemu-qmp-proxy` 9.0) answers nothing any more once it has two commands at a time, and the
+  data of its events is text. Here it gets a command after the reply to the one before.
 - Its limit for a reply is also that for unsolicited messages; and replies of many peers that arrive together are all
   parsed, to many times their size, before the first is used. Here only one long message at a time is parsed.
 """
