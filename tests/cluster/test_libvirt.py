@@ -183,6 +183,17 @@ async def test_cpus_that_libvirt_has_plugged_are_adopted_and_unplugged_like_the_
     assert seen.vcpus == 2
 
 
+async def test_a_boot_vcpu_that_the_operator_has_unplugged_breaks_vcpuinfo_until_the_daemon_is_restarted(
+    machine: Machine, user: User, operator: OperatorProcess
+) -> None:
+    await machine.start()
+    await user.create("web", 1, MONITOR)
+    await user.wait_ready("web")
+    assert "cannot get CPU affinity of process" in await machine.refused("vcpuinfo")
+    await machine.libvirt.restart_daemon()
+    assert (await machine.virsh("vcpuinfo")).stdout.count("VCPU:") == await machine.count() == 1
+
+
 async def test_a_saved_machine_can_only_be_restored_with_the_count_that_it_had(
     machine: Machine, user: User, operator: OperatorProcess
 ) -> None:
