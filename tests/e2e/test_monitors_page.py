@@ -38,7 +38,7 @@ from harness.world import User
 
 PAGE: Final = Page(REPOSITORY / "docs" / "monitors.md")
 
-STOPPED: Final = "-machine q35 -accel tcg -m 64 -nodefaults -no-user-config -display none -S"
+NO_GUEST: Final = "-machine q35 -accel tcg -m 64 -nodefaults -no-user-config -display none"
 """A machine without a guest: enough for all but the guest's agent."""
 
 START_SECONDS: Final = 60.0
@@ -63,7 +63,7 @@ def reader(tmp_path: Path, control_plane: ControlPlane, socket_root: Path, names
         PORT=str(free_port()),
         NETWORK="127.0.0.0/8",
         QEMU_TLS=str(tmp_path / "qemu-tls"),
-        VM=f"{STOPPED} -qmp unix:{tmp_path}/control,server=on,wait=off",
+        VM=f"{NO_GUEST} -qmp unix:{tmp_path}/control,server=on,wait=off",
     ) as following:
         yield following
 

@@ -103,6 +103,8 @@ async def test_a_guest_that_has_powered_off_is_not_running_until_it_is_started_a
         assert await count(guest.control) == 2
 
         await execute(guest.control, "system_reset")
+        await shows(user, "vm", "MachineBusy", RECONCILING, "run state 'prelaunch'", vcpus=2)
+        await execute(guest.control, "cont")
         await shows(user, "vm", "Converged", READY, vcpus=4)
 
 
@@ -119,6 +121,7 @@ async def test_a_guest_that_has_panicked_is_not_running(folder: Path, operator: 
         assert await client.count() == 2
 
         await client.call("system_reset")
+        await client.call("cont")
         await shows(user, "vm", "Converged", READY, vcpus=3)
 
 

@@ -98,6 +98,8 @@ class FaultyMonitor:
     slots    CPU slots
     driver   the type of the CPUs
     status   the run state that query-status shows
+    relay    as libvirt's `virt-qemu-qmp-proxy` 9.0: nothing is answered any more once two commands have come together,
+             and the data of events is text
     faults   by command name, or GREETING
 
     `commands` has every command received, whatever became of it; `connections` counts the accepted ones.
@@ -111,10 +113,12 @@ class FaultyMonitor:
         slots: int = 8,
         driver: str = "qemu64-x86_64-cpu",
         status: str = "running",
+        relay: bool = False,
         faults: Mapping[str, Fault] | None = None,
     ) -> None:
         self.path = path
         self.status = status
+        self.relay = relay
         self.migration: Answer = {}
         """What query-migrate returns; {} means that there never was one."""
         self.stats: list[Answer] = []
@@ -152,7 +156,8 @@ class FaultyMonitor:
                 "event": name,
                 "timestamp": {"seconds": int(now), "microseconds": int(now % 1 * 1_000_000)},
             }
-            self._served.event(event if data is None else {**event, "data": data})
+            shown = json.dumps(data) if self.relay else data
+            self._served.event(event if data is None else {**event, "data": shown})
 
     def restart(self, cpus: int) -> None:
         """Another QEMU takes the place of this one: connections are cut, the CPUs are new boot CPUs."""
@@ -197,7 +202,7 @@ class FaultyMonitor:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        link = _Connection(self.connections, reader, writer)
+        link = _Connection(self.connections, reader, writer, together=not self.relay)
         task = asyncio.current_task()
         assert task is not None
         self._links[link] = task
@@ -216,7 +221,7 @@ class FaultyMonitor:
 
     async def _serve(self, link: _Connection) -> None:
         """From the greeting to the end of the connection. A client that left while it waited ends it at once."""
-        version = {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "faulty"}
+        version = {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "qemu-10.0.2" if self.relay else "faulty"}
         await _deliver(link, self._strike(GREETING), {"QMP": {"version": version, "capabilities": ["oob"]}})
         negotiated = False
         while (request := await link.receive()) is not None:
@@ -271,10 +276,16 @@ def _failed(desc: str, error_class: str = "GenericError") -> Answer:
 
 
 class _Connection:
-    """One client."""
+    """One client.
 
-    def __init__(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    together  whether it may send several requests at once
+    """
+
+    def __init__(
+        self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, together: bool
+    ) -> None:
         self.number = number
+        self._together = together
         self._reader = reader
         self._writer = writer
         self._unread = ""
@@ -286,9 +297,10 @@ class _Connection:
             text = self._unread.lstrip()
             with contextlib.suppress(ValueError):  # not all of it is here
                 request, end = json.JSONDecoder().raw_decode(text)
-                self._unread = text[end:]
-                assert isinstance(request, dict), f"not a QMP request: {request!r}"
-                return request
+                if self._together or end == len(text):
+                    self._unread = text[end:]
+                    assert isinstance(request, dict), f"not a QMP request: {request!r}"
+                    return request
             chunk = await self._reader.read(LONGEST_REQUEST)
             if not chunk:
                 return None

@@ -5,7 +5,7 @@
         await device_add(guest.monitors[0], 1)
         await guest.wait_online(2)
 
-    async with Guest(None) as guest: ...         # stopped (-S), no kernel: 0.1 s, see harness.acpi
+    async with Guest(None) as guest: ...         # paused, no kernel: 0.1 s, see harness.acpi
 
 Everything runs under TCG, so it runs everywhere and alike. There, all boot CPUs and all plugs ever made count against
 maxcpus, and QEMU aborts at one too many: leave maxcpus generous.
@@ -45,6 +45,10 @@ T = TypeVar("T")
 
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 nokaslr cryptomgr.notests tsc=reliable no_timer_check"
 """All after panic=-1 only make the boot shorter, as does the plain CPU model."""
+
+S390X_START = 0x10000
+S390X_LOOP = b"\xa7\xf4\x00\x00"
+"""A kernel without end: where s390x begins it, and a branch to itself."""
 
 START_SECONDS = 60.0
 BOOT_SECONDS = 180.0
@@ -87,7 +91,7 @@ def parse_cpu_list(text: str) -> frozenset[int]:
 class Guest:
     """One machine: a QEMU process at a time, on sockets whose paths stay the same over a restart.
 
-    images         folder of kernel and initramfs; None: no guest, QEMU stays stopped (-S)
+    images         folder of kernel and initramfs; None: no guest, QEMU stays paused
     smp            the argument of -smp
     machine, cpu   the arguments of -machine and -cpu; cpu=None leaves the choice to QEMU
     accel          the argument of -accel; "kvm" runs firmware, but may not run a guest
@@ -157,6 +161,10 @@ class Guest:
         self._backends: list[str] = []
         if self.images is None:
             self.hardware += ["-S"]
+            if "s390x" in qemu:  # its firmware ends the machine at once if it has nothing to boot
+                loop = self.directory / "loop"
+                loop.write_bytes(bytes(S390X_START) + S390X_LOOP)
+                self._backends += ["-kernel", str(loop)]
         else:
             options = f"{KERNEL_OPTIONS} {'ga=1 ' if agent else ''}{append}".strip()
             self.hardware += ["-append", options, "-serial", "chardev:console", "-serial", "chardev:shell"]
@@ -230,7 +238,15 @@ class Guest:
         await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")
         if self._restore is not None:
             await self._resume()
+        elif self.images is None and "-preconfig" not in self.hardware:
+            await self._launch()
         return self
+
+    async def _launch(self) -> None:
+        """From "prelaunch", in which the operator changes no CPU, to "paused", with hardly any step of the firmware."""
+        async with raw(self.control, hopeless=lambda: self.returncode is not None) as client:
+            if (await client.call("query-status"))["status"] == "prelaunch":
+                await asyncio.gather(client.call("cont"), client.call("stop"))
 
     async def _resume(self) -> None:
         """Let a restored guest go on. It does not report by itself then, so its state is asked for."""

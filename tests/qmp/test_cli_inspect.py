@@ -76,7 +76,7 @@ async def test_json_and_yaml_hold_the_same_and_all_that_qemu_shows(worked_on: Gu
     assert shown["qemuVersion"].startswith("{major}.{minor}.{micro}".format(**version))
     assert shown["machine"] == {
         "arch": "x86_64",
-        "runState": "prelaunch",
+        "runState": "paused",
         "changeable": True,
         "migrating": False,
         "uuid": None,

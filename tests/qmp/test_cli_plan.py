@@ -148,7 +148,7 @@ async def test_an_unplug_is_told_in_its_order_and_nobody_is_asked(q35: Guest, co
     assert found["standby"] == [1]
     assert found["status"]["reason"] == "Unplugging"
     assert [each["status"] for each in found["status"]["conditions"]] == ["False", "True", "False"]
-    assert in_the_way(found) == ["UnplugPending"], "QEMU was started with -S"
+    assert in_the_way(found) == ["UnplugPending"], "QEMU is paused"
     for slot in (1, 2, 4):
         assert not (await acpi.flags(slot)).removing
 
@@ -385,4 +385,7 @@ async def test_a_machine_that_is_not_made_yet_is_busy_until_it_is(namespace_fold
         assert "x-exit-preconfig" in found["blockers"][0]["message"]
         async with raw(guest.control) as control:
             await control.call("x-exit-preconfig")
+            assert in_the_way(await planned(root, manifest(3))) == ["MachineBusy"], "started with -S"
+            await control.call("cont")
+            await control.call("stop")
         assert (await planned(root, manifest(3)))["plug"] == [{"slot": 2}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 
 from harness.faults import Fault, Link
-from harness.faulty import GREETING, Bytes, FaultyMonitor
+from harness.faulty import GREETING, Bytes, Error, FaultyMonitor, Refuse
 from harness.guest import Guest
 from harness.qmp import raw
 from harness.wait import until
 from qmp.sessions import Connect, Wakes
-from vcpuset.domain.errors import MonitorBusy, MonitorUnreachable
+from vcpuset.domain.errors import CommandError, MonitorBusy, MonitorUnreachable
+from vcpuset.domain.machine import Answer
 from vcpuset.qmp.client import READ_LIMIT, UNSOLICITED_LIMIT
 
 SHORT = 0.3
@@ -51,6 +53,31 @@ async def test_the_longest_reply_is_read_from_a_monitor_with_pretty_on(
 ) -> None:
     async with machine(namespace_folder, *PRETTY, smp="1,maxcpus=4096") as (_, path):
         assert len((await (await connect(path)).observe()).slots or ()) == 4096
+
+
+async def test_a_relay_of_libvirt_gets_one_command_at_a_time(
+    namespace_folder: Path, connect: Connect, wakes: Wakes
+) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", cpus=2, slots=8, relay=True) as monitor:
+        session = await connect(monitor.path, wakes)
+        machines = await asyncio.gather(session.observe(), session.observe())
+        assert [machine.vcpus for machine in machines] == [2, 2]
+        monitor.faults["query-migrate"] = Error("GenericError", "no", times=1)
+        with pytest.raises(CommandError):
+            await session.observe()
+        await session.plug((await session.observe()).free[0])
+        assert (await session.observe()).vcpus == 3
+
+
+async def test_the_events_of_a_relay_are_understood(namespace_folder: Path, connect: Connect, wakes: Wakes) -> None:
+    async with FaultyMonitor(namespace_folder / "qmp", cpus=3, slots=8, relay=True) as monitor:
+        monitor.cpus.unplug[2] = Refuse(0x82)
+        session = await connect(monitor.path, wakes)
+        await session.unplug((await session.observe()).occupied[2])
+        await until(lambda: session.answer(2) is Answer.BUSY, 60, "the guest's answer")
+        await until(lambda: wakes.count, 60, "a wake because of it")
+        monitor.emit("RTC_CHANGE")
+        assert (await session.observe()).vcpus == 3
 
 
 @dataclass

@@ -55,7 +55,7 @@ async def test_a_machine_is_seen_as_its_monitor_shows_it(q35: Guest, control: Ra
     machine = await (await connect(q35.monitors[0])).observe()
     shown = await control.slots()
     threads = {cpu["qom-path"]: cpu["thread-id"] for cpu in await control.call("query-cpus-fast")}
-    assert (machine.run_state, machine.arch, machine.vcpus, machine.migrating) == ("prelaunch", "x86_64", 2, False)
+    assert (machine.run_state, machine.arch, machine.vcpus, machine.migrating) == ("paused", "x86_64", 2, False)
     assert machine.activity is Activity.CHANGEABLE
     assert machine.slots is not None
     assert [slot.index for slot in machine.slots] == list(range(64))

@@ -169,3 +169,19 @@ def test_a_uuid_is_written_as_qemu_writes_it() -> None:
     for other in (uuid.upper(), f"{{{uuid}}}", uuid.replace("-", ""), uuid.replace("12", "1_", 1)):
         with pytest.raises(replies.Malformed):
             replies.uuid({"UUID": other})
+
+
+@pytest.mark.parametrize(
+    ("package", "is_one"),
+    [
+        ("qemu-10.0.2", True),
+        ("qemu-10.0.20", False),
+        ("qemu-10.0.2-1.fc43", False),
+        (" (qemu-kvm-10.0.2-5.el10)", False),
+        ("Debian 1:10.0.2+ds-2+deb13u1~bpo12+1", False),
+        ("v10.0.2", False),
+        ("", False),
+    ],
+)
+def test_a_relay_of_libvirt_is_known_by_its_package(package: str, is_one: bool) -> None:
+    assert replies.relayed({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": package}) is is_one

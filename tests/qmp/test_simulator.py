@@ -79,7 +79,7 @@ async def wire(path: Path) -> AsyncIterator[Callable[..., Any]]:
 
 async def test_a_simulated_machine_says_word_for_word_what_qemu_said(tmp_path: Path) -> None:
     real = recorded("q35")
-    with simulated(tmp_path / "vm", cpus=3, slots=6, status="prelaunch") as machine:
+    with simulated(tmp_path / "vm", cpus=3, slots=6, status="paused") as machine:
         async with wire(machine.path) as ask:
             greeting = await ask()
             greeting["QMP"]["version"]["package"] = real.greeting["QMP"]["version"]["package"]
@@ -123,7 +123,7 @@ def comparable(machine: Machine) -> Machine:
 async def test_a_session_sees_the_same_machine_in_the_simulator_and_in_a_real_qemu(
     namespace_folder: Path, q35: Guest, connect: Connect
 ) -> None:
-    with simulated(namespace_folder / "vm", cpus=2, slots=64, status="prelaunch", seconds=AT_ONCE) as machine:
+    with simulated(namespace_folder / "vm", cpus=2, slots=64, status="paused", seconds=AT_ONCE) as machine:
         real, ours = await connect(q35.monitors[0]), await connect(machine.path)
 
         async def both() -> Machine:
@@ -161,7 +161,7 @@ async def test_a_session_sees_the_same_machine_in_the_simulator_and_in_a_real_qe
 async def test_without_a_guest_an_unplug_is_refused_as_by_qemu(
     namespace_folder: Path, q35: Guest, connect: Connect
 ) -> None:
-    with simulated(namespace_folder / "vm", cpus=2, slots=64, status="prelaunch", guest=False) as machine:
+    with simulated(namespace_folder / "vm", cpus=2, slots=64, status="paused", guest=False) as machine:
         real, ours = await connect(q35.monitors[0]), await connect(machine.path)
         seen, expected = await ours.observe(), await real.observe()
         assert comparable(seen) == comparable(expected)

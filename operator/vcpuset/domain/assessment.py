@@ -448,6 +448,7 @@ _REMEDIES = {
     "internal-error": " Reset or restart the VM, and see QEMU's log.",
     "shutdown": " Reset or restart the VM.",
     "watchdog": " Reset the VM, or resume it (cont).",
+    "prelaunch": " QEMU was started with -S, or reset while it was stopped: start the machine (cont).",
     "io-error": " Fix the storage and resume the machine (cont).",
     "suspended": " Wake the guest (system_wakeup).",
 }

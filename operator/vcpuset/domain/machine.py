@@ -16,7 +16,10 @@ __all__ = ["Activity", "Answer", "Machine", "Ost", "Slot"]
 
 _X86 = frozenset({"i386", "x86_64"})
 
-_SAFE = frozenset({"running", "paused", "prelaunch"})
+_SAFE = frozenset({"running", "paused"})
+"""Not "prelaunch" (`-S`): the program that started QEMU may still be setting it up. libvirt 9.0 gives up the start of a
+machine that has more CPUs than it gave it ("qemu reported thread id for inactive vcpu")."""
+
 _GONE = frozenset({"shutdown", "guest-panicked", "internal-error", "postmigrate", "watchdog"})
 
 _OST_EJECT = frozenset({0x03, 0x103})

@@ -117,8 +117,8 @@ class Reason(enum.StrEnum):
     MACHINE_BUSY = (
         "MachineBusy",
         (State.RECONCILING,),
-        "The machine migrates, saves, restores, sleeps, or is in io-error or -preconfig: CPUs cannot be changed now.",
-        "Wait for the migration or snapshot to end; wake the guest; fix the storage (then cont); x-exit-preconfig.",
+        "CPUs cannot be changed now: the machine was not started, migrates, saves, restores, sleeps or is in io-error.",
+        "Wait for the migration or snapshot to end; wake the guest; fix the storage; cont; x-exit-preconfig.",
     )
     MACHINE_NOT_RUNNING = (
         "MachineNotRunning",

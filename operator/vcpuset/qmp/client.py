@@ -16,6 +16,8 @@ of them in this module because they use internals of the library; this is why th
 - It takes an incomplete message before the end of a connection as a message.
 - Each message goes through queues and tasks, and is encoded three times: a third of the CPU time of an observation.
   Here commands are written at once, and their replies are read as they come.
+- A relay of libvirt (`virt-qemu-qmp-proxy` 9.0) answers nothing any more once it has two commands at a time, and the
+  data of its events is text. Here it gets a command after the reply to the one before.
 - Its limit for a reply is also that for unsolicited messages; and replies of many peers that arrive together are all
   parsed, to many times their size, before the first is used. Here only one long message at a time is parsed.
 """
@@ -30,6 +32,7 @@ import re
 import secrets
 import socket
 import ssl as tls
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -40,6 +43,7 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vcpuset.qmp.exchange import Command, Exchange
 from vcpuset.qmp.peer import UNKNOWN, peer_of
+from vcpuset.qmp.replies import relayed
 from vcpuset.qmp.sockets import Endpoint
 from vcpuset.qmp.tcp import TCPEndpoint
 from vcpuset.qmp.tls import Keys
@@ -125,6 +129,10 @@ class Client(QMPClient):
         self._tls: dict[str, Any] = {}
         self._received = 0
         self._pretty = False
+        self._relayed = False
+        self._unsent: deque[bytes] = deque()
+        """The commands that a relay gets after the reply to the one before."""
+        self._unanswered = False
         self._longest = longest
         self._execute_id = secrets.randbelow(1 << 40)
 
@@ -184,15 +192,27 @@ class Client(QMPClient):
         for ident, command in zip(exchange.idents, commands, strict=True):
             request: dict[str, object] = {"execute": command.name, "id": ident}
             requests.append(request if command.arguments is None else {**request, "arguments": command.arguments})
+        encoded = map(msgspec.json.encode, requests)
+        self._unsent += encoded if self._relayed else [b"".join(encoded)]
+        self._send_next()
+        return exchange
+
+    def _send_next(self) -> None:
+        if not self._unsent or (self._relayed and self._unanswered):
+            return
+        self._unanswered = True
         try:
             # Here and not earlier: a process can be stopped for any length of time at any point, and hardly any code
             # runs between here and the kernel's buffer.
             self._permit()
-            self._write(b"".join(map(msgspec.json.encode, requests)))
+            self._write(self._unsent.popleft())
         except Exception as error:  # noqa: BLE001 - whatever `permit` raises instead of sending ends the connection; `cause` keeps it for the waiting command
             self.cause = error
             self._schedule_disconnect()
-        return exchange
+
+    def _answered(self) -> None:
+        self._unanswered = False
+        self._send_next()
 
     def forget(self, exchange: Exchange) -> None:
         """Drop the replies that have not come, and what has arrived of a long one."""
@@ -236,6 +256,7 @@ class Client(QMPClient):
 
     async def _negotiate(self) -> None:
         assert self._greeting is not None
+        self._relayed = relayed(self._greeting.QMP.version)
         offered = "oob" in self._greeting.QMP.capabilities
         ident = self._get_exec_id()
         arguments: dict[str, object] = {"enable": ["oob"]} if offered else {}
@@ -281,10 +302,14 @@ class Client(QMPClient):
             self._on_loss()
 
     async def _event_dispatch(self, msg: Message) -> None:
+        if self._relayed and isinstance(text := msg.get("data"), str):
+            msg["data"] = _parsed(text.encode())[0]
         self._on_event(msg)
 
     async def _on_message(self, msg: Message) -> None:
         ident = cast("str | None", msg.get("id"))
+        if "event" not in msg:
+            self._answered()
         if "event" not in msg and (exchange := self._pending.get(ident)) is not None:
             exchange.take(ident, msg)
         else:
@@ -306,6 +331,7 @@ class Client(QMPClient):
             exchange = next(iter(self._pending.values()), None)
             if exchange is None or not exchange.repeats(line):
                 break
+            self._answered()
         found, why = _parsed(line)
         del line  # An error keeps its frame's variables; it lives longer, and lines can be long.
         if found is None:

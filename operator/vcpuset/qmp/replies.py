@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "ost",
     "ost_of_event",
     "processed",
+    "relayed",
     "run_state",
     "slots",
     "used",
@@ -131,6 +133,12 @@ def version(greeting: object) -> str | None:
     except Malformed:
         return None
     return f"{found} ({package})" if package else found
+
+
+def relayed(greeting: object) -> bool:
+    """Whether the `QMP.version` is that of libvirt's `virt-qemu-qmp-proxy`: its package is "qemu-" and QEMU's version,
+    while QEMU's own package is that of a distribution, or empty."""
+    return re.fullmatch(r"(\S+) \(qemu-\1\)", version(greeting) or "") is not None
 
 
 def cpus(reply: object) -> CPUs:

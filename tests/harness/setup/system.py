@@ -179,6 +179,20 @@ CLUSTER_REQUIREMENTS: Final = (
     Requirement("conntrack, for kube-proxy", "conntrack", "conntrack-tools", _has_program("conntrack")),
     Requirement("buildah, to build the image", "buildah", "buildah", _has_program("buildah")),
     Requirement("sysctl, to let a node forward packets", "procps", "procps-ng", _has_program("sysctl")),
+    Requirement("libvirtd, to run machines", "libvirt-daemon", "libvirt-daemon", _has_program("libvirtd")),
+    Requirement(
+        "libvirt's driver for QEMU",
+        "libvirt-daemon-driver-qemu",
+        "libvirt-daemon-driver-qemu",
+        lambda: any(Path("/usr").glob("lib*/**/libvirt/connection-driver/libvirt_driver_qemu.so")),
+    ),
+    Requirement("virsh, to control them", "libvirt-clients", "libvirt-client", _has_program("virsh")),
+    Requirement(
+        "virt-qemu-qmp-proxy, to reach their monitors",
+        "libvirt-clients-qemu",
+        "libvirt-client-qemu",
+        _has_program("virt-qemu-qmp-proxy"),
+    ),
     Requirement("mmdebstrap, to make base images", "mmdebstrap", "mmdebstrap", _has_program("mmdebstrap")),
 )
 """What `make test-cluster` needs besides."""

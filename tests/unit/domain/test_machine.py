@@ -15,7 +15,7 @@ __all__: list[str] = []
     [
         ("running", False, Activity.CHANGEABLE),
         ("paused", False, Activity.CHANGEABLE),
-        ("prelaunch", False, Activity.CHANGEABLE),
+        ("prelaunch", False, Activity.BUSY),
         ("running", True, Activity.BUSY),
         ("inmigrate", False, Activity.BUSY),
         ("finish-migrate", False, Activity.BUSY),

@@ -223,7 +223,7 @@ class LawfulWorld(World):
         """Whether anything may be done at all, by what was seen last."""
         assert not self._spec().spec.suspend, "a suspended set"
         assert self._shown is not None
-        assert self._shown.run_state in {"running", "paused", "prelaunch"}
+        assert self._shown.run_state in {"running", "paused"}
         assert not self._shown.migrating
 
     @override
