@@ -218,6 +218,8 @@ def _notes(manifest: Manifest, sources: Sources) -> Iterator[str]:
         yield f"Observed through {sources.monitor}; the operator uses the monitor in the VCPUSet."
     elif manifest.node is not None and isinstance(manifest.vcpuset.spec.monitor, UnixMonitor):
         yield f"spec.nodeName is {manifest.node}: the sockets are those of that node, so this has to be run there."
+    if manifest.record is not None:
+        yield f"The unplug requests are those of an earlier vcpuset apply, recorded in {manifest.record}."
     pod = manifest.vcpuset.spec.pod
     if pod is not None and pod.cpu is not None:
         yield "spec.pod.cpu is set, and plan reads no pods: the operator plugs vCPUs once the pod's CPU allows them."

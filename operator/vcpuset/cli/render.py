@@ -20,7 +20,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "printable", "show"]
+from vcpuset.cli.text import printable
+
+__all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "show"]
 
 Output = Literal["table", "json", "yaml"]
 
@@ -99,11 +101,6 @@ def _print_plain(block: Block) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     for line in _plain(block):
         click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
-
-
-def printable(text: str) -> str:
-    """A text of QEMU, a guest or a file, without terminal control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _text(cell: Cell) -> str:
