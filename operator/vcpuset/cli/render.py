@@ -21,8 +21,23 @@ from rich.table import Table
 from rich.text import Text
 
 from vcpuset.cli.text import printable
+from vcpuset.domain.reasons import State
 
-__all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "show"]
+__all__ = [
+    "STATE_COLOURS",
+    "Block",
+    "Cell",
+    "Facts",
+    "Grid",
+    "Heading",
+    "Lines",
+    "Output",
+    "Styled",
+    "aligned",
+    "renderable",
+    "show",
+    "terminal",
+]
 
 Output = Literal["table", "json", "yaml"]
 
@@ -31,6 +46,16 @@ _FITTED_ROWS: Final = 500
 
 _DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """The one in C, if PyYAML has it, is ten times as fast."""
+
+
+STATE_COLOURS: Final[Mapping[State, str]] = {
+    State.READY: "green",
+    State.RECONCILING: "yellow",
+    State.STALLED: "red",
+    State.HELD: "yellow",
+    State.UNKNOWN: "yellow",
+}
+"""The colour of each state; what it means is always there in words too."""
 
 
 class Styled(NamedTuple):
@@ -59,10 +84,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table."""
+    """A table.
+
+    folded  the columns that a narrow terminal breaks into lines; None: all
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    folded: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +115,20 @@ def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> 
         case "yaml":
             click.echo(yaml.dump(document, Dumper=_DUMPER, sort_keys=False, width=1 << 20), nl=False)
         case "table" if sys.stdout.isatty():
-            console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+            console = terminal()
             for block in page:
                 if isinstance(block, Grid) and len(block.rows) > _FITTED_ROWS:
                     _print_plain(block)
                 else:
-                    console.print(_rich(block))
+                    console.print(renderable(block))
         case "table":
             for block in page:
                 _print_plain(block)
+
+
+def terminal() -> Console:
+    """Standard output, which is a terminal."""
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def _print_plain(block: Block) -> None:
@@ -112,16 +146,22 @@ def _plain(block: Block) -> list[str]:
         case Heading(text):
             return [printable(text)]
         case Facts(rows):
-            return _aligned([[f"{name}:", _text(value)] for name, value in rows])
+            return aligned([[f"{name}:", _text(value)] for name, value in rows])
         case Grid(header, rows):
             texts = [[_text(cell) for cell in row] for row in rows]
-            return ["", *_aligned([header, *texts]), ""]
+            return ["", *aligned([header, *texts]), ""]
         case Lines(lines, indent):
             return [" " * indent + _text(line) for line in lines]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], least: Sequence[int] = ()) -> list[str]:
+    """The rows of a table as lines.
+
+    least  the widths of columns that may not be narrower
+    """
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    if least:
+        widths = list(map(max, widths, least))
     return ["  ".join(map(_padded, row, widths)) for row in rows]
 
 
@@ -129,7 +169,8 @@ def _padded(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 
 
-def _rich(block: Block) -> RenderableType:
+def renderable(block: Block) -> RenderableType:
+    """A block for a terminal, which fits its width."""
     match block:
         case Heading(text):
             return Text(printable(text), style="bold")
@@ -140,10 +181,10 @@ def _rich(block: Block) -> RenderableType:
             for name, value in rows:
                 facts.add_row(name, _rich_text(value))
             return facts
-        case Grid(header, rows):
+        case Grid(header, rows, folded):
             table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
             for title in header:
-                table.add_column(title, overflow="fold")
+                table.add_column(title, overflow="fold", no_wrap=folded is not None and title not in folded)
             for row in rows:
                 table.add_row(*map(_rich_text, row))
             return table

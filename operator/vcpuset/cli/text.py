@@ -1,10 +1,12 @@
-"""Texts for a terminal."""
+"""Words for people."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-__all__ = ["age", "printable"]
+from vcpuset.domain.resource import TCPMonitor, UnixMonitor, Unsupported, VCPUSet
+
+__all__ = ["age", "count", "monitor", "printable"]
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -25,3 +27,19 @@ def age(since: datetime, now: datetime) -> str:
                 return f"{whole}{unit}"
             return f"{whole}{unit}{part}{_UNITS[place + 1][1]}"
     return "0s"
+
+
+def count(vcpus: int | None) -> str:
+    """A count in a table; a dash if it is not known."""
+    return "-" if vcpus is None else str(vcpus)
+
+
+def monitor(vcpuset: VCPUSet) -> str:
+    """The set's monitor; of a spec that this version does not support, why it has none."""
+    match vcpuset.spec.monitor:
+        case UnixMonitor(path):
+            return f"{vcpuset.namespace}/{path}"
+        case TCPMonitor(host, port):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case Unsupported(message):
+            return message
