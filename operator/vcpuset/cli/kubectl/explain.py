@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from vcpuset.cli.kubectl.status import Row, status_document
-from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Grid, Heading, Lines, Styled
+from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Heading, Lines, Listing, Styled
 from vcpuset.cli.text import age, count, monitor
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import AGENT, UNREPORTED, state_of
@@ -113,13 +113,14 @@ def page(found: Explanation) -> list[Block]:
     blocks: list[Block] = [Heading(f"VCPUSet {vcpuset}"), Facts(list(_facts(found))), *_reason(found)]
     if requests := vcpuset.status.pending_unplugs:
         blocks.append(Lines(["", Styled("Unplug requests", "bold")]))
-        blocks.append(Grid(["SLOT", "REQUESTED", "TIMES", "ANSWER"], [_request(each, now) for each in requests]))
+        rows = [_request(each, now) for each in requests]
+        blocks.append(Listing(["SLOT", "REQUESTED", "TIMES", "ANSWER"], rows))
     if found.events is None:
         return blocks
     blocks.append(Lines(["", Styled("Events", "bold")] if found.events else ["", "No Events."]))
     if found.events:
         rows = [_event(each, now) for each in found.events]
-        blocks.append(Grid(["LAST SEEN", "TYPE", "REASON", "COUNT", "MESSAGE"], rows, frozenset({"MESSAGE"})))
+        blocks.append(Listing(["LAST SEEN", "TYPE", "REASON", "COUNT", "MESSAGE"], rows, prose=True))
     return blocks
 
 

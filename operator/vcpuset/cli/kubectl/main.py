@@ -36,19 +36,28 @@ Output = Literal["table", "wide", "json", "yaml"]
 _NO_FILES: Final = 4
 """Cobra's ShellCompDirectiveNoFileComp."""
 
-_NAME: Final = Name(
-    "a VCPUSet", r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", "use up to 63 lower-case letters, digits, '-' and '.'"
-)
 
-_PACKAGE: Final = "vcpuset"
+class _SetName(Name):
+    """The name of a VCPUSet."""
+
+    def __init__(self) -> None:
+        words = "use up to 63 lower-case letters, digits, '-' and '.'"
+        super().__init__("a VCPUSet", r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", words)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The same; no name can be empty."""
+        if not value:
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_NAME: Final = _SetName()
+_name = click.argument("name", type=_NAME, shell_complete=complete_name)
+_names = click.argument("names", metavar="NAME...", type=_NAME, nargs=-1, required=True, shell_complete=complete_name)
 
 
 def _say(words: str) -> None:
     click.echo(words, err=True)
-
-
-_name = click.argument("name", type=_NAME, shell_complete=complete_name)
-_names = click.argument("names", metavar="NAME...", type=_NAME, nargs=-1, required=True, shell_complete=complete_name)
 
 
 def _output(*formats: str) -> Callable[[Any], Any]:

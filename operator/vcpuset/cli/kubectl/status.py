@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from vcpuset.cli.kubectl.follow import Key, follow
-from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Grid, Styled, aligned, renderable, terminal
+from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Listing, Styled, aligned, plain, renderable, terminal
 from vcpuset.cli.text import age, count, monitor, printable
 from vcpuset.domain.errors import APIError, ObjectGone
 from vcpuset.domain.reasons import State
@@ -89,9 +89,9 @@ async def busy_of(api: UserAPI, namespaces: Sequence[str], tell: Callable[[str],
 def status_page(rows: Sequence[Row], now: datetime, *, everywhere: bool, wide: bool) -> list[Block]:
     """A table with one line for each set."""
     header = [*(["NAMESPACE"] if everywhere else []), "NAME", *_COUNTS, "READY", "REASON", "SINCE"]
-    header += ["NODE", "MONITOR", "MESSAGE"] if wide else []
+    header += ["NODE", "MESSAGE"] if wide else []
     cells = [_status_cells(row, now, everywhere=everywhere, wide=wide) for row in rows]
-    return [Grid(header, cells, frozenset({"NAMESPACE", "NAME", "NODE", "MONITOR", "MESSAGE"}))]
+    return [Listing(header, cells, labels=1 + everywhere, prose=wide)]
 
 
 _COUNTS: Final = ("DESIRED", "CURRENT", "ONLINE", "BUSY")
@@ -107,7 +107,7 @@ def _status_cells(row: Row, now: datetime, *, everywhere: bool, wide: bool) -> l
     cells += [Styled(_ready(vcpuset), colour), Styled(reason, colour), _since(vcpuset, now)]
     if wide:
         message = "" if status.ready is None or reason == UNREPORTED else status.ready.message
-        cells += [vcpuset.node_name or "-", monitor(vcpuset), message or "-"]
+        cells += [vcpuset.node_name or "-", message or "-"]
     return cells
 
 
@@ -161,7 +161,7 @@ def top_page(rows: Sequence[Row], *, everywhere: bool) -> list[Block]:
     """A table with one line for each set; the busiest of what it has first, those that are not known last."""
     header = [*(["NAMESPACE"] if everywhere else []), "NAME", "BUSY", "CURRENT", "DESIRED", "BUSY%", "WINDOW"]
     cells = [_top_cells(row, everywhere=everywhere) for row in sorted(rows, key=_idleness)]
-    return [Grid(header, cells, frozenset({"NAMESPACE", "NAME"}))]
+    return [Listing(header, cells, labels=1 + everywhere)]
 
 
 def _idleness(row: Row) -> tuple[float, str, str]:
@@ -215,11 +215,11 @@ async def lines(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
         if not widths:
             busy = await busy_of(api, sorted({key[0] for key in sets}), tell)
         rows = [Row(each, busy.get(key)) for key, each in sorted(sets.items())]
-        (grid,) = status_page(rows, datetime.now(UTC), everywhere=namespace is None, wide=wide)
-        assert isinstance(grid, Grid)
-        texts = [[printable(cell.text if isinstance(cell, Styled) else cell) for cell in row] for row in grid.rows]
+        (table,) = status_page(rows, datetime.now(UTC), everywhere=namespace is None, wide=wide)
+        assert isinstance(table, Listing)
+        texts = [[plain(cell) for cell in row] for row in table.rows]
         # What passes by itself is no change.
-        passing = {grid.header.index("BUSY"), grid.header.index("SINCE")}
+        passing = {table.header.index("BUSY"), table.header.index("SINCE")}
         news = []
         for key, text in zip(sorted(sets), texts, strict=True):
             seen = [cell for place, cell in enumerate(text) if place not in passing]
@@ -229,7 +229,7 @@ async def lines(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
         for gone in known.keys() - sets.keys():
             del known[gone]
         if not widths:
-            news.insert(0, list(grid.header))
+            news.insert(0, list(table.header))
             widths = [max(map(cell_len, column)) for column in zip(*news, strict=True)]
         for line in aligned(news, widths) if news else ():
             click.echo(line.rstrip())
