@@ -55,13 +55,13 @@ class Applied:
 
     document       the set with its status, as kubectl prints it
     assessment     the last one; None: there is none yet
-    open_requests  whether the guest may still carry out unplug requests
+    in_flight  whether the guest may still carry out unplug requests
     """
 
     status: Exit
     document: dict[str, Any]
     assessment: Assessment | None
-    open_requests: bool
+    in_flight: bool
 
 
 class _Reporter(Reporter):
@@ -169,7 +169,8 @@ async def apply(
         await monitors.close()
     if failure is not None:
         raise failure
-    return Applied(status, local.document(), last, bool(local.vcpuset.status.pending_unplugs))
+    in_flight = any(request.in_flight for request in local.vcpuset.status.pending_unplugs)
+    return Applied(status, local.document(), last, in_flight)
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def apply(
     hint = ""
     if reason is Reason.MONITOR_BUSY:
         hint = _STOP_OPERATOR
-    elif done.open_requests:
+    elif done.in_flight:
         hint = "The guest may still carry out unplug requests; vcpuset plan shows them."
     progress.end(done.status, reason, waited=timeout if wait else None, hint=hint)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import enum
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import click
 
 from vcpuset.cli.text import printable
 from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import UNREPORTED
 
-__all__ = ["Exit", "Progress", "verdict"]
+__all__ = ["Exit", "Progress", "remedy", "verdict"]
+
+_UNREPORTED_REMEDY: Final = (
+    "Wait. If this stays: check that an operator runs that manages this VCPUSet (spec.nodeName, namespace, labels), "
+    "with `kubectl get pods -A -l app.kubernetes.io/part-of=vcpuset`."
+)
+
+_LATER_VERSION: Final = "This reason is of a later version of the operator: update this program."
 
 
 class Exit(enum.IntEnum):
@@ -33,6 +41,13 @@ def verdict(state: State) -> Exit:
             return Exit.FAILED
         case State.RECONCILING | State.UNKNOWN:
             return Exit.NOT_YET
+
+
+def remedy(reason: str) -> str:
+    """What helps."""
+    if reason == UNREPORTED:
+        return _UNREPORTED_REMEDY
+    return next((each.remedy for each in Reason if each == reason), _LATER_VERSION)
 
 
 class Progress:
@@ -64,7 +79,6 @@ class Progress:
             Exit.INTERRUPTED: "interrupted: ",
         }.get(status)
         if words is not None:
-            remedy = next((each.remedy for each in Reason if each == reason), "")
-            text = f"{words}{reason or 'there is no report yet'}. {remedy} {hint}"
+            text = f"{words}{reason or UNREPORTED}. {remedy(reason) if reason else ''} {hint}"
             click.echo(f"Error: {self._name}: {' '.join(text.split())}", err=True)
         raise SystemExit(status)

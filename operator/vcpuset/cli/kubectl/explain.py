@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from vcpuset.cli.kubectl.status import Row, status_document
+from vcpuset.cli.outcome import remedy
 from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Heading, Lines, Listing, Styled
 from vcpuset.cli.text import age, count, monitor
 from vcpuset.domain.reasons import Reason, State
@@ -17,7 +18,7 @@ from vcpuset.domain.resource import Request, VCPUSet
 if TYPE_CHECKING:
     from vcpuset.kube.user import Busy, Event
 
-__all__ = ["Explanation", "document", "documentation", "page", "remedy"]
+__all__ = ["Explanation", "document", "documentation", "page"]
 
 _PAGE: Final = "docs/conditions.md"
 
@@ -36,13 +37,6 @@ _SECTIONS: Final[Mapping[Reason, str]] = {
 }
 """The sections of the page that say more than its table of reasons."""
 
-_UNREPORTED_REMEDY: Final = (
-    "Wait. If this stays: check that an operator runs that manages this VCPUSet (spec.nodeName, namespace, labels), "
-    "with `kubectl get pods -A -l app.kubernetes.io/part-of=vcpuset`."
-)
-
-_LATER_VERSION: Final = "This reason is of a later version of the operator: update this program."
-
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -56,13 +50,6 @@ class Explanation:
     busy: Busy | None
     events: Sequence[Event] | None
     now: datetime
-
-
-def remedy(reason: str) -> str:
-    """What helps."""
-    if reason == UNREPORTED:
-        return _UNREPORTED_REMEDY
-    return next((each.remedy for each in Reason if each == reason), _LATER_VERSION)
 
 
 def documentation(reason: str) -> str:

@@ -25,7 +25,7 @@ from vcpuset.cli.values import Name
 from vcpuset.domain.errors import APIError, ObjectGone, VCPUSetError
 from vcpuset.domain.report import UNREPORTED, state_of
 
-__all__ = ["complete", "main"]
+__all__ = ["complete", "main", "run"]
 
 if TYPE_CHECKING:
     from vcpuset.cli.render import Output as DocumentOutput
@@ -266,6 +266,11 @@ def _none(namespace: str | None) -> str:
     return "No VCPUSets found." if namespace is None else f"No VCPUSets found in namespace {namespace}."
 
 
+def run() -> None:
+    """The program `kubectl-vcpuset`."""
+    main(prog_name="kubectl vcpuset")
+
+
 def complete() -> None:
     """The program `kubectl_complete-vcpuset`: prints what can follow the words after `kubectl vcpuset`.
 
@@ -281,4 +286,4 @@ def complete() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

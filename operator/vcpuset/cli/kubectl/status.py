@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -267,7 +267,7 @@ async def live(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
         with Live(console=console, auto_refresh=False, screen=True) as screen:
             while not any(task.done() for task in tasks):
                 rows = [Row(each, busy.get(key)) for key, each in sorted(sets.items())]
-                frame = _frame(rows, trouble, console.height, everywhere=namespace is None, wide=wide)
+                frame = _frame(rows, trouble, console, everywhere=namespace is None, wide=wide)
                 screen.update(frame, refresh=True)
                 news = asyncio.ensure_future(changed.wait())
                 await asyncio.wait({*tasks, news}, timeout=AGE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -283,15 +283,20 @@ async def live(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
             raise error
 
 
-def _frame(rows: Sequence[Row], trouble: str, height: int, *, everywhere: bool, wide: bool) -> RenderableType:
+def _frame(rows: Sequence[Row], trouble: str, console: Console, *, everywhere: bool, wide: bool) -> RenderableType:
     """As many sets as the terminal has lines for; those that are not Ready first, if it has not enough."""
-    now = datetime.now(UTC)
-    room = max(1, height - 6)
-    shown = list(rows)
-    if len(rows) > room:
-        shown = sorted(rows, key=lambda row: state_of(row.vcpuset)[0] is State.READY)[:room]
+    now, height = datetime.now(UTC), max(console.height - 1, 1)
     ready = sum(state_of(row.vcpuset)[0] is State.READY for row in rows)
-    left = f", {len(shown)} shown" if len(shown) < len(rows) else ""
-    summary = f"{len(rows)} VCPUSets, {ready} Ready{left}; {now:%H:%M:%S} UTC; Ctrl-C ends"
-    parts = [renderable(block) for block in status_page(shown, now, everywhere=everywhere, wide=wide)]
-    return Group(Text(summary, style="bold"), *([Text(printable(trouble), style="yellow")] if trouble else []), *parts)
+    urgent = sorted(rows, key=lambda row: state_of(row.vcpuset)[0] is State.READY)
+    shown = list(rows) if len(rows) <= height else urgent[:height]
+    while True:
+        left = f", {len(shown)} shown" if len(shown) < len(rows) else ""
+        summary = f"{len(rows)} VCPUSets, {ready} Ready{left}; {now:%H:%M:%S} UTC; Ctrl-C ends"
+        parts: list[RenderableType] = [Text(summary, style="bold")]
+        parts += [Text(printable(trouble), style="yellow")] if trouble else []
+        parts += [renderable(block) for block in status_page(shown, now, everywhere=everywhere, wide=wide)]
+        frame = Group(*parts)
+        needed = len(console.render_lines(frame))
+        if needed <= height or len(shown) <= 1:
+            return frame
+        shown = urgent[: max(1, len(shown) * height // needed - 1)]
