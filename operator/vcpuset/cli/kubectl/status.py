@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Row",
     "busy_of",
+    "frame",
     "lines",
     "live",
     "rows_of",
@@ -267,8 +268,8 @@ async def live(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
         with Live(console=console, auto_refresh=False, screen=True) as screen:
             while not any(task.done() for task in tasks):
                 rows = [Row(each, busy.get(key)) for key, each in sorted(sets.items())]
-                frame = _frame(rows, trouble, console, everywhere=namespace is None, wide=wide)
-                screen.update(frame, refresh=True)
+                picture = frame(rows, trouble, console, everywhere=namespace is None, wide=wide)
+                screen.update(picture, refresh=True)
                 news = asyncio.ensure_future(changed.wait())
                 await asyncio.wait({*tasks, news}, timeout=AGE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 news.cancel()
@@ -283,7 +284,7 @@ async def live(api: UserAPI, namespace: str | None, *, wide: bool) -> None:
             raise error
 
 
-def _frame(rows: Sequence[Row], trouble: str, console: Console, *, everywhere: bool, wide: bool) -> RenderableType:
+def frame(rows: Sequence[Row], trouble: str, console: Console, *, everywhere: bool, wide: bool) -> RenderableType:
     """As many sets as the terminal has lines for; those that are not Ready first, if it has not enough."""
     now, height = datetime.now(UTC), max(console.height - 1, 1)
     ready = sum(state_of(row.vcpuset)[0] is State.READY for row in rows)
@@ -295,8 +296,8 @@ def _frame(rows: Sequence[Row], trouble: str, console: Console, *, everywhere: b
         parts: list[RenderableType] = [Text(summary, style="bold")]
         parts += [Text(printable(trouble), style="yellow")] if trouble else []
         parts += [renderable(block) for block in status_page(shown, now, everywhere=everywhere, wide=wide)]
-        frame = Group(*parts)
-        needed = len(console.render_lines(frame))
+        picture = Group(*parts)
+        needed = len(console.render_lines(picture))
         if needed <= height or len(shown) <= 1:
-            return frame
+            return picture
         shown = urgent[: max(1, len(shown) * height // needed - 1)]
