@@ -225,8 +225,8 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ),
     (
         "monitoring.runbookURL",
-        "https://wiki.example.com/a/",
-        "runbook_url: https://wiki.example.com/a/VCPUSetStalled.md\n",
+        "https://wiki.example.com/a/{alert}.html",
+        "runbook_url: https://wiki.example.com/a/VCPUSetStalled.html\n",
     ),
 ]
 """A value's path, another value than the default, and what is then in the objects and was not before."""

@@ -10,6 +10,7 @@ What stands between two such lines is replaced; the prose around them is written
 from __future__ import annotations
 
 import argparse
+import functools
 import html
 import re
 import sys
@@ -21,6 +22,7 @@ from typing import Final
 import yaml
 from prometheus_client.core import Metric
 
+from harness import reference
 from harness.cache import REPOSITORY
 from vcpuset.app.collectors import Snapshot
 from vcpuset.app.history import History
@@ -40,12 +42,17 @@ __all__ = [
     "answers",
     "main",
     "process_metrics",
+    "reason_in_words",
     "reasons",
     "renewed",
     "set_metrics",
 ]
 
-PAGES: Final = (REPOSITORY / "docs" / "conditions.md", REPOSITORY / "docs" / "operations.md")
+DOCS: Final = REPOSITORY / "docs"
+PAGES: Final = (
+    *(DOCS / f"{name}.md" for name in ("conditions", "reasons", "operations", "api")),
+    reference.CHART / "README.md",
+)
 
 RULES: Final = REPOSITORY / "deploy" / "components" / "monitoring" / "rules.yaml"
 
@@ -59,8 +66,19 @@ class OutOfPlace(ValueError):
 
 def reasons() -> str:
     """The reasons of Ready, Reconciling and Stalled, in the order of the list."""
-    rows = [(f"`{reason}`", _true_condition(reason), reason.meaning, reason.remedy) for reason in Reason]
+    rows = [
+        (f"[`{reason}`](reasons.md#{reason.lower()})", _true_condition(reason), reason.meaning, reason.remedy)
+        for reason in Reason
+    ]
     return _table(("reason", "true condition", "meaning", "remedy"), rows)
+
+
+def reason_in_words(reason: Reason) -> str:
+    """What the section of a reason begins with."""
+    condition = _true_condition(reason)
+    states = "All three conditions are False" if condition == "none" else f"True condition: {condition}"
+    remedy = "Nothing." if reason is Reason.CONVERGED else reason.remedy
+    return f"{states}. {reason.meaning}\n\n**What to do:** {remedy}"
 
 
 def agent() -> str:
@@ -150,6 +168,9 @@ _PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "process_metrics": process_metrics,
     "set_metrics": set_metrics,
     "alerts": alerts,
+    "api": reference.api,
+    "values": reference.values,
+    **{str(reason): functools.partial(reason_in_words, reason) for reason in Reason},
 }
 
 
