@@ -1,6 +1,6 @@
 """The chart as a release publishes it: packaged, with its image already named: `make chart IMAGE=… DIGEST=…`.
 
-    python -m harness.chartpackage --image ghcr.io/acme/vcpuset --digest sha256:… build
+python -m harness.chartpackage --image ghcr.io/acme/vcpuset --digest sha256:… build
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def api() -> str:
         ),
         "`--field-selector`": fields,
     }
-    lines = [schema["description"], "", _table(("", ""), list(facts.items()))]
+    lines = [schema["description"], "", _table(("what", "value"), list(facts.items()))]
     for name in ("spec", "status"):
         lines += [each for section in _objects(name, schema["properties"][name]) for each in ("", section)]
     columns = [

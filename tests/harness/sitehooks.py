@@ -12,13 +12,14 @@ import posixpath
 import re
 from typing import Final
 
+from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from harness.cache import REPOSITORY
 
-__all__ = ["PAGES", "on_files", "on_page_markdown", "on_post_page"]
+__all__ = ["PAGES", "on_config", "on_files", "on_page_markdown", "on_post_page"]
 
 _log = logging.getLogger("mkdocs.hooks.vcpuset")
 
@@ -41,6 +42,21 @@ _FOREIGN: Final = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//"
     r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preload|preconnect|icon))[^>]*\bhref=[\"']?(?:https?:)?//"
 )
+
+
+class _ListsOfGitHub(Extension):
+    """What is two spaces in belongs to a list item. Python-Markdown would want four, and break the list otherwise."""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - Python-Markdown's name
+        """Called once for each page, before the other extensions: the parser is made for a width."""
+        md.tab_length = 2
+        md.build_parser()
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Read lists as GitHub does."""
+    config.markdown_extensions.insert(0, _ListsOfGitHub())
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
