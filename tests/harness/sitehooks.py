@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 from harness.cache import REPOSITORY
 
-__all__ = ["PAGES", "on_config", "on_files", "on_page_markdown", "on_post_page"]
+__all__ = ["PAGES", "ListsOfGitHub", "on_config", "on_files", "on_page_markdown", "on_post_page"]
 
 _log = logging.getLogger("mkdocs.hooks.vcpuset")
 
@@ -44,7 +44,7 @@ _FOREIGN: Final = re.compile(
 )
 
 
-class _ListsOfGitHub(Extension):
+class ListsOfGitHub(Extension):
     """What is two spaces in belongs to a list item. Python-Markdown would want four, and break the list otherwise."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - Python-Markdown's name
@@ -55,7 +55,7 @@ class _ListsOfGitHub(Extension):
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Read lists as GitHub does."""
-    config.markdown_extensions.insert(0, _ListsOfGitHub())
+    config.markdown_extensions.insert(0, "harness.sitehooks:ListsOfGitHub")
     return config
 
 
