@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Protocol
 
 from vcpuset.domain.assessment import Assessment
 from vcpuset.domain.errors import Rejected
@@ -20,11 +20,10 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import AGENT, is_progress, status_of
 from vcpuset.domain.resource import UID, Status, VCPUSet
 from vcpuset.kube.cache import Cache
-from vcpuset.kube.cluster import Cluster
 from vcpuset.kube.recorder import Recorder
 from vcpuset.memory import Memory
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "SetWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,13 @@ _UNTROUBLED = _PROGRESS | {Reason.ADOPTING}
 """Nothing was wrong, so that its end is no news."""
 
 
+class SetWriter(Protocol):
+    """The API server: a `vcpuset.kube.cluster.Cluster`, whose methods these are."""
+
+    async def write_status(self, vcpuset: VCPUSet, status: Status) -> VCPUSet: ...
+    async def write_count(self, vcpuset: VCPUSet, count: int) -> None: ...
+
+
 class Reporter:
     """Writes statuses and posts Events.
 
@@ -47,7 +53,7 @@ class Reporter:
     def __init__(
         self,
         cache: Cache,
-        cluster: Cluster,
+        cluster: SetWriter,
         recorder: Recorder,
         clock: Callable[[], datetime],
         enqueue: Callable[[UID], None],

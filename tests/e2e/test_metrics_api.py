@@ -7,7 +7,10 @@ of `deploy/`, with their arguments, accounts and rights. Played are the nodes (s
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from typing import Any, Final
 
 import pytest
 import pytest_asyncio
+from click.testing import CliRunner
 
 from e2e.test_autoscaler import Scaled
 from harness.cache import REPOSITORY
@@ -30,6 +34,7 @@ from harness.saved import saved_guest
 from harness.timeline import TIME_LINE, TimeLine
 from harness.wait import until
 from harness.world import User
+from vcpuset.cli.kubectl.main import main as kubectl_vcpuset
 
 # The pods are played in the module's event loop.
 pytestmark = [
@@ -193,6 +198,25 @@ async def test_load_in_a_guest_gets_it_more_cpus_and_the_end_of_the_load_takes_t
         if each.user == HPA_USER and each.subresource == "scale" and each.is_write
     ]
     assert set(writes) == {200}
+
+
+async def test_kubectl_vcpuset_shows_how_busy_the_machine_is(world: World) -> None:
+    arguments = ["--kubeconfig", str(world.control_plane.kubeconfig), "-n", world.user.namespace]
+
+    async def shown(*command: str) -> str:
+        result = await asyncio.to_thread(CliRunner().invoke, kubectl_vcpuset, [*arguments, *command])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    (found,) = json.loads(await shown("top", "-o", "json"))["items"]
+    assert found["name"] == "web"
+    assert found["busyVCPUs"] >= 0
+    header, line = (await shown("top")).splitlines()
+    assert header.split() == ["NAME", "BUSY", "CURRENT", "DESIRED", "BUSY%", "WINDOW"]
+    assert re.fullmatch(r"web +\d+\.\d +\d+ +\d+ +\d+% +\d+s", line)
+    (of_status,) = json.loads(await shown("status", "-o", "json"))["items"]
+    assert of_status["busyVCPUs"] is not None
+    assert "Busy: " in await shown("explain", "web")
 
 
 async def test_while_the_agent_is_dead_the_metric_fails_and_the_count_stays_although_the_load_has_ended(

@@ -17,13 +17,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import UNREPORTED, state_of
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.qmp.meters import Meters
 
-__all__ = ["UNREPORTED", "SetCollector", "Snapshot"]
-
-UNREPORTED: Final = "Unreported"
-"""Instead of a reason: this process, or an earlier one, has not reported on the current spec yet."""
+__all__ = ["SetCollector", "Snapshot"]
 
 _STATES: Final = {reason.value: reason.states for reason in Reason}
 
@@ -54,7 +52,7 @@ class Snapshot:
 
     def collect(self) -> Iterator[Metric]:
         """The families, those of single sets last."""
-        states = [_state(vcpuset) for vcpuset in self._sets]
+        states = [state_of(vcpuset) for vcpuset in self._sets]
         unmatched = [self._not_ready_seconds(vcpuset) for vcpuset in self._sets]
         yield from _summed(states, unmatched)
         if not self._limit:
@@ -163,21 +161,6 @@ _SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] =
     ("vcpuset_online_vcpus", "status.onlineVCPUs, while known.", lambda vcpuset: vcpuset.status.online_vcpus),
     ("vcpuset_pending_unplugs", "Unplug requests that the guest may still complete.", _pending),
 )
-
-
-def _state(vcpuset: VCPUSet) -> tuple[State, str]:
-    """The set's state and reason. A report about an earlier spec does not count."""
-    ready = vcpuset.status.ready
-    if ready is None or ready.observed_generation != vcpuset.generation:
-        return State.RECONCILING, UNREPORTED
-    if ready.status == "True":
-        return State.READY, ready.reason
-    if ready.status == "Unknown":
-        return State.UNKNOWN, ready.reason
-    for state in (State.RECONCILING, State.STALLED):
-        if (condition := vcpuset.status.condition(state.value)) is not None and condition.status == "True":
-            return state, ready.reason
-    return State.HELD, ready.reason
 
 
 def _summed(states: list[tuple[State, str]], unmatched: list[float]) -> Iterator[Metric]:

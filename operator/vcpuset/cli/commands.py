@@ -1,4 +1,4 @@
-"""The commands that only observe: `vcpuset inspect` and `vcpuset plan`.
+"""The commands for one machine, without a cluster: `vcpuset apply`, `vcpuset inspect` and `vcpuset plan`.
 
 What they need for printing (rich, yaml) is imported when they run: `vcpuset run` does not need it.
 """
@@ -13,20 +13,25 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 import click
 
 from vcpuset.cli.observation import TIMEOUT_SECONDS, monitor_address, read_credentials
+from vcpuset.cli.outcome import Exit, Progress
 from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.assessment import sentence
 from vcpuset.domain.errors import MonitorBusy, VCPUSetError
+from vcpuset.domain.reasons import Reason
+from vcpuset.domain.resource import UnixMonitor
 from vcpuset.qmp.tcp import TCPEndpoint
 
 if TYPE_CHECKING:
     from vcpuset.cli.manifests import Manifest
     from vcpuset.cli.render import Output
 
-__all__ = ["inspect", "plan"]
+__all__ = ["apply", "inspect", "plan"]
 
 _KEPT: Final = (
     "By default, the operator keeps the monitor of a VCPUSet: add a second monitor to QEMU (-qmp) and inspect that one."
 )
+
+_STOP_OPERATOR: Final = "If an operator manages this machine, it keeps the monitor: stop the operator first."
 
 
 class _Monitor(click.ParamType[Path | TCPEndpoint]):
@@ -69,6 +74,19 @@ _tls_credentials = click.option(
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="DIR",
     help="For TLS monitors: a directory with ca.crt, tls.crt and tls.key, as in the Secret of spec.monitor.tcp.tls.",
+)
+
+
+_namespace = click.option(
+    "--namespace", "-n", type=NAMESPACE, help="Namespace of VCPUSets without one.  [default: default]"
+)
+
+_socket_root = click.option(
+    "--socket-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="VCPUSET_SOCKET_ROOT",
+    show_envvar=True,
+    help="The operator's directory that contains a directory of unix monitors for each namespace.",
 )
 
 
@@ -123,10 +141,7 @@ def inspect(
         raise click.UsageError("--tls-server-name requires --tls-credentials.")
     vcpuset = None
     if filename is not None:
-        manifests = _manifests(filename, None)
-        if len(manifests) != 1:
-            raise click.ClickException(f"-f contains {len(manifests)} VCPUSets: pass only the one of this machine.")
-        vcpuset = manifests[0].vcpuset
+        vcpuset = _only(_manifests(filename, None)).vcpuset
     try:
         credentials = None if tls_credentials is None else read_credentials(tls_credentials)
         inspecting = inspection.inspect(monitor, guest_agent, vcpuset, timeout, credentials, tls_server_name)
@@ -146,14 +161,8 @@ def inspect(
     required=True,
     help="One or more VCPUSets, as a manifest or as printed by kubectl ('-': standard input).",
 )
-@click.option("--namespace", "-n", type=NAMESPACE, help="Namespace of VCPUSets without one.  [default: default]")
-@click.option(
-    "--socket-root",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="VCPUSET_SOCKET_ROOT",
-    show_envvar=True,
-    help="The operator's directory that contains a directory of unix monitors for each namespace.",
-)
+@_namespace
+@_socket_root
 @click.option(
     "--monitor",
     type=_Monitor(),
@@ -208,19 +217,110 @@ def plan(
         _end([f"VCPUSet {each.vcpuset}: {each.blockers[0].message} {each.blockers[0].remedy}" for each in failed])
 
 
-def _manifests(file: BinaryIO, namespace: str | None) -> list[Manifest]:
+@click.command()
+@click.option(
+    "-f",
+    "--filename",
+    type=click.File("rb"),
+    required=True,
+    help="One VCPUSet, as a manifest or as printed by kubectl ('-': standard input).",
+)
+@_namespace
+@_socket_root
+@_tls_credentials
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Also wait for the guest, and for a machine that cannot be reached or changed now.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 86400),
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the machine may take to be Ready.",
+)
+@_output
+def apply(
+    filename: BinaryIO,
+    namespace: str | None,
+    socket_root: Path | None,
+    tls_credentials: Path | None,
+    wait: bool,
+    timeout: float,
+    output: Output,
+) -> None:
+    """Bring one machine to the vCPU count of a VCPUSet, without a cluster.
+
+    This is one reconciliation of the operator: the same decisions, reasons and messages. It plugs vCPUs, or sends
+    unplug requests to the guest. Without --wait, the command ends when these are sent. An operator that manages the
+    machine must be stopped before: it keeps the monitor, and would correct the count.
+
+    The guest may carry out unplug requests after the command has ended. They are recorded in
+    $XDG_STATE_HOME/vcpuset (~/.local/state/vcpuset), where vcpuset plan and the next vcpuset apply find them.
+
+    The exit status is 0 if the machine is Ready, 1 if it cannot be (Stalled or suspended), 3 if it is not Ready yet,
+    2 if the command line or the file is invalid, and 130 after Ctrl-C.
+    """
+    from vcpuset.cli import apply as application  # noqa: PLC0415 - imports the reconciler, which most commands do not need
+
+    manifest = _only(_manifests(filename, namespace, Exit.UNUSABLE), Exit.UNUSABLE)
+    vcpuset = manifest.vcpuset
+    if socket_root is None and isinstance(vcpuset.spec.monitor, UnixMonitor):
+        raise click.UsageError(
+            f"--socket-root is required: {vcpuset.spec.monitor.path} (spec.monitor.unix.path) is a path below it."
+        )
+    progress = Progress(f"VCPUSet {vcpuset}", to_stderr=output != "table")
+    try:
+        credentials = None if tls_credentials is None else read_credentials(tls_credentials)
+        done = asyncio.run(
+            application.apply(
+                manifest,
+                socket_root,
+                credentials,
+                wait=wait,
+                seconds=timeout,
+                tell=lambda assessment: progress.tell(assessment.reason, assessment.message),
+            )
+        )
+    except VCPUSetError as error:
+        raise click.ClickException(sentence(str(error))) from error
+    if output != "table":
+        from vcpuset.cli.render import show  # noqa: PLC0415 - imports rich
+
+        show(output, done.document, [])
+    reason = None if done.assessment is None else done.assessment.reason
+    hint = ""
+    if reason is Reason.MONITOR_BUSY:
+        hint = _STOP_OPERATOR
+    elif done.in_flight:
+        hint = "The guest may still carry out unplug requests; vcpuset plan shows them."
+    progress.end(done.status, reason, waited=timeout if wait else None, hint=hint)
+
+
+def _only(manifests: list[Manifest], status: int = 1) -> Manifest:
+    if len(manifests) != 1:
+        _end([f"-f contains {len(manifests)} VCPUSets: pass only the one of this machine."], status)
+    return manifests[0]
+
+
+def _manifests(file: BinaryIO, namespace: str | None, status: int = 1) -> list[Manifest]:
     from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - imports PyYAML: every command without -f would start 0.1 s later
+    from vcpuset.cli.record import RecordFailed, remembered  # noqa: PLC0415 - imports PyYAML, likewise
 
     name = str(getattr(file, "name", "<stdin>"))
     try:
-        return read(file.read().decode(), namespace or None, datetime.now(UTC))
+        return [remembered(each) for each in read(file.read().decode(), namespace or None, datetime.now(UTC))]
     except UnicodeDecodeError:
-        _end([f"{name} is not valid UTF-8: pass a VCPUSet in YAML or JSON."])
+        _end([f"{name} is not valid UTF-8: pass a VCPUSet in YAML or JSON."], status)
     except InvalidManifest as error:
-        _end([f"{name}: {problem}" for problem in error.problems])
+        _end([f"{name}: {problem}" for problem in error.problems], status)
+    except RecordFailed as error:
+        _end([sentence(str(error))])
 
 
-def _end(problems: list[str]) -> NoReturn:
+def _end(problems: list[str], status: int = 1) -> NoReturn:
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
-    raise SystemExit(1)
+    raise SystemExit(status)

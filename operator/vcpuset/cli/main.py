@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from vcpuset.app.settings import LeaderElection, Settings
-from vcpuset.cli.commands import inspect, plan
+from vcpuset.cli.commands import apply, inspect, plan
 from vcpuset.cli.metricsapi import metrics_api
 from vcpuset.cli.options import (
     Address,
@@ -24,6 +20,7 @@ from vcpuset.cli.options import (
     not_empty,
     own_namespace,
 )
+from vcpuset.cli.program import Program
 from vcpuset.cli.values import LEASE, NAMESPACE, NODE, repeat
 from vcpuset.domain.errors import VCPUSetError
 from vcpuset.domain.networks import Network, Networks, network
@@ -69,9 +66,6 @@ class _Network(click.ParamType[Network]):
             self.fail(f"{error}{repeat(value, param)}", param, ctx)
 
 
-_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-
-
 def _label_selector(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Reject what the API server would reject at each list and watch."""
     if value and _LABEL_SELECTOR.fullmatch(value) is None:
@@ -81,28 +75,13 @@ def _label_selector(ctx: click.Context, param: click.Parameter, value: str | Non
     return value or None
 
 
-class _Program(click.Group):
-    """A command line whose output cannot always be written, for example to a file on a full disk."""
-
-    def main(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - overrides click.Group.main, which has these types
-        """As click's (which exits silently if nothing reads the output), but without a traceback."""
-        try:
-            return super().main(*arguments, **options)
-        except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
-                raise
-            # Python would try again at its exit, and print another error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
-            raise SystemExit(1) from error
-
-
-@click.group(cls=_Program)
+@click.group(cls=Program)
 @click.version_option(package_name="vcpuset")
 def main() -> None:
     """Keep running QEMU machines at their declared vCPU count."""
 
 
+main.add_command(apply)
 main.add_command(inspect)
 main.add_command(metrics_api)
 main.add_command(plan)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -20,7 +21,17 @@ from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube.codec import API_VERSION, KIND, InvalidObject, decode
 from vcpuset.kube.quantity import millicores
 
-__all__ = ["FIELDS", "CPUQuantity", "Choice", "InvalidManifest", "Labels", "Manifest", "Number", "read"]
+__all__ = [
+    "FIELDS",
+    "CPUQuantity",
+    "Choice",
+    "InvalidManifest",
+    "Labels",
+    "Manifest",
+    "Number",
+    "read",
+    "without_nulls",
+]
 
 
 class InvalidManifest(Exception):
@@ -40,11 +51,15 @@ class Manifest:
 
     created  whether it has a creation time, so that it can be compared with others
     node     `spec.nodeName`
+    body     the object, as in the file
+    record   the file that its unplug requests are from (see `record`); None: they are its own
     """
 
     vcpuset: VCPUSet
     created: bool
     node: str | None
+    body: Mapping[str, Any]
+    record: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,17 +353,17 @@ def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: 
         "creationTimestamp": (created or now.astimezone(UTC).isoformat()),
         "namespace": namespace or "default",
     }
-    spec = _without_nulls(body["spec"])
+    spec = without_nulls(body["spec"])
     vcpuset = decode({
-        "metadata": given | _without_nulls(metadata), "spec": spec, "status": body.get("status") or {},
+        "metadata": given | without_nulls(metadata), "spec": spec, "status": body.get("status") or {},
     })  # fmt: skip
-    return Manifest(vcpuset, created is not None, spec.get("nodeName"))
+    return Manifest(vcpuset, created is not None, spec.get("nodeName"), body)
 
 
-def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As the API server reads it: null means that the field is not set."""
     return {
-        name: _without_nulls(value) if isinstance(value, dict) else value
+        name: without_nulls(value) if isinstance(value, dict) else value
         for name, value in fields.items()
         if value is not None
     }

@@ -5,7 +5,7 @@ The decisions are the operator's own (`domain`); this module observes the machin
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, Final
 from vcpuset.cli.inspect import guest_document, guest_facts, machine_document, reach
 from vcpuset.cli.manifests import Manifest
 from vcpuset.cli.observation import Given, Observation, observe_machine, open_monitor, query_guest
-from vcpuset.cli.render import Block, Cell, Facts, Heading, Lines, Styled
+from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Heading, Lines, Styled
+from vcpuset.cli.text import monitor
 from vcpuset.domain.assessment import Assessment, conflict, failure, terminating
 from vcpuset.domain.blockers import Blocker, blocker_of
 from vcpuset.domain.credentials import Credentials, NoCredentials
@@ -199,7 +200,7 @@ async def _agent_socket(vcpuset: VCPUSet, sources: Sources) -> UnixEndpoint:
 
 def _unseen(vcpuset: VCPUSet, assessment: Assessment, sources: Sources) -> Iterator[Blocker]:
     if isinstance(vcpuset.spec.monitor, UnixMonitor) and sources.socket_root is None and sources.monitor is None:
-        message = f"The location of {_monitor(vcpuset)} is unknown without the operator's --socket-root."
+        message = f"The location of {monitor(vcpuset)} is unknown without the operator's --socket-root."
         yield Blocker(assessment.reason, message, _NO_ROOT)
     elif (
         assessment.reason is Reason.MONITOR_BUSY
@@ -218,6 +219,8 @@ def _notes(manifest: Manifest, sources: Sources) -> Iterator[str]:
         yield f"Observed through {sources.monitor}; the operator uses the monitor in the VCPUSet."
     elif manifest.node is not None and isinstance(manifest.vcpuset.spec.monitor, UnixMonitor):
         yield f"spec.nodeName is {manifest.node}: the sockets are those of that node, so this has to be run there."
+    if manifest.record is not None:
+        yield f"The unplug requests are those of an earlier vcpuset apply, recorded in {manifest.record}."
     pod = manifest.vcpuset.spec.pod
     if pod is not None and pod.cpu is not None:
         yield "spec.pod.cpu is set, and plan reads no pods: the operator plugs vCPUs once the pod's CPU allows them."
@@ -238,7 +241,7 @@ def _item(found: PlanResult) -> dict[str, Any]:
     return {
         "namespace": vcpuset.namespace,
         "name": vcpuset.name,
-        "monitor": _monitor(vcpuset),
+        "monitor": monitor(vcpuset),
         "machine": None if machine is None else machine_document(machine),
         "guest": None if machine is None else guest_document(found.guest, machine, None),
         "desiredVCPUs": vcpuset.spec.vcpus,
@@ -288,18 +291,9 @@ def page(results: Sequence[PlanResult]) -> list[Block]:
     return blocks
 
 
-_COLOURS: Final[Mapping[State, str]] = {
-    State.READY: "green",
-    State.RECONCILING: "yellow",
-    State.STALLED: "red",
-    State.HELD: "yellow",
-    State.UNKNOWN: "yellow",
-}
-
-
 def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
     vcpuset, work = found.vcpuset, found.preview
-    yield "Monitor", _monitor(vcpuset)
+    yield "Monitor", monitor(vcpuset)
     if work is None or found.observation is None:
         yield "Desired", _desired(vcpuset)
         if vcpuset.deleting:
@@ -327,7 +321,7 @@ def _facts(found: PlanResult) -> Iterator[tuple[str, Cell]]:
 
 def _status(assessment: Assessment) -> Cell:
     true = "" if assessment.state is State.HELD else f" ({assessment.state.value}=True)"
-    return Styled(f"{assessment.reason}{true}: {assessment.message}", _COLOURS[assessment.state])
+    return Styled(f"{assessment.reason}{true}: {assessment.message}", STATE_COLOURS[assessment.state])
 
 
 def _actions(work: PlanPreview) -> Iterator[str]:
@@ -357,16 +351,6 @@ def _slots(slots: Sequence[Slot], *, in_order: bool = False) -> str:
     else:
         text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"slot{'s' if len(slots) > 1 else ''} {text}{' (in this order)' if in_order and len(slots) > 1 else ''}"
-
-
-def _monitor(vcpuset: VCPUSet) -> str:
-    match vcpuset.spec.monitor:
-        case UnixMonitor(path):
-            return f"{vcpuset.namespace}/{path}"
-        case TCPMonitor(host, port):
-            return str(TCPEndpoint(host, port))
-        case Unsupported(message):
-            return message
 
 
 def _desired(vcpuset: VCPUSet) -> str:

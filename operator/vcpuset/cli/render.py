@@ -15,20 +15,55 @@ import click
 import yaml
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Block", "Cell", "Facts", "Grid", "Heading", "Lines", "Output", "Styled", "printable", "show"]
+from vcpuset.cli.text import printable
+from vcpuset.domain.reasons import State
+
+__all__ = [
+    "STATE_COLOURS",
+    "Block",
+    "Cell",
+    "Facts",
+    "Grid",
+    "Heading",
+    "Lines",
+    "Listing",
+    "Output",
+    "Styled",
+    "aligned",
+    "plain",
+    "renderable",
+    "show",
+    "terminal",
+]
 
 Output = Literal["table", "json", "yaml"]
 
 _FITTED_ROWS: Final = 500
 """Rich takes seconds to fit thousands of rows to a terminal; a longer table is printed unfitted."""
 
+_PROSE_WIDTH: Final = 40
+"""The width of a column with sentences that a terminal must have, at least."""
+
+_GAP: Final = 2
+"""Between two columns."""
+
 _DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """The one in C, if PyYAML has it, is ten times as fast."""
+
+
+STATE_COLOURS: Final[Mapping[State, str]] = {
+    State.READY: "green",
+    State.RECONCILING: "yellow",
+    State.STALLED: "red",
+    State.HELD: "yellow",
+    State.UNKNOWN: "yellow",
+}
+"""The colour of each state; what it means is always there in words too."""
 
 
 class Styled(NamedTuple):
@@ -57,10 +92,24 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table."""
+    """A table. On a terminal that is too narrow for it, the cells of all columns are broken into lines."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A table as kubectl prints one, whose words are never broken.
+
+    labels  how many of the first columns name a row. On a terminal that is too narrow, they are a line of their own
+    prose   the last column has sentences, which a narrow terminal breaks into lines
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    labels: int = 1
+    prose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +120,7 @@ class Lines:
     indent: int = 0
 
 
-Block = Heading | Facts | Grid | Lines
+Block = Heading | Facts | Grid | Listing | Lines
 
 
 def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> None:
@@ -84,15 +133,20 @@ def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> 
         case "yaml":
             click.echo(yaml.dump(document, Dumper=_DUMPER, sort_keys=False, width=1 << 20), nl=False)
         case "table" if sys.stdout.isatty():
-            console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+            console = terminal()
             for block in page:
-                if isinstance(block, Grid) and len(block.rows) > _FITTED_ROWS:
+                if isinstance(block, Grid | Listing) and len(block.rows) > _FITTED_ROWS:
                     _print_plain(block)
                 else:
-                    console.print(_rich(block))
+                    console.print(renderable(block))
         case "table":
             for block in page:
                 _print_plain(block)
+
+
+def terminal() -> Console:
+    """Standard output, which is a terminal."""
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def _print_plain(block: Block) -> None:
@@ -101,12 +155,8 @@ def _print_plain(block: Block) -> None:
         click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
 
 
-def printable(text: str) -> str:
-    """A text of QEMU, a guest or a file, without terminal control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _text(cell: Cell) -> str:
+def plain(cell: Cell) -> str:
+    """A cell without its style."""
     return printable(cell.text if isinstance(cell, Styled) else cell)
 
 
@@ -115,16 +165,24 @@ def _plain(block: Block) -> list[str]:
         case Heading(text):
             return [printable(text)]
         case Facts(rows):
-            return _aligned([[f"{name}:", _text(value)] for name, value in rows])
+            return aligned([[f"{name}:", plain(value)] for name, value in rows])
         case Grid(header, rows):
-            texts = [[_text(cell) for cell in row] for row in rows]
-            return ["", *_aligned([header, *texts]), ""]
+            texts = [[plain(cell) for cell in row] for row in rows]
+            return ["", *aligned([header, *texts]), ""]
+        case Listing(header, rows):
+            return aligned([header, *[[plain(cell) for cell in row] for row in rows]])
         case Lines(lines, indent):
-            return [" " * indent + _text(line) for line in lines]
+            return [" " * indent + plain(line) for line in lines]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], least: Sequence[int] = ()) -> list[str]:
+    """The rows of a table as lines.
+
+    least  the widths of columns that may not be narrower
+    """
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    if least:
+        widths = list(map(max, widths, least))
     return ["  ".join(map(_padded, row, widths)) for row in rows]
 
 
@@ -132,7 +190,8 @@ def _padded(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 
 
-def _rich(block: Block) -> RenderableType:
+def renderable(block: Block) -> RenderableType:
+    """A block for a terminal, which fits its width."""
     match block:
         case Heading(text):
             return Text(printable(text), style="bold")
@@ -150,9 +209,52 @@ def _rich(block: Block) -> RenderableType:
             for row in rows:
                 table.add_row(*map(_rich_text, row))
             return table
+        case Listing():
+            return _Fitted(block)
         case Lines(lines, indent):
             return Padding(Group(*map(_rich_text, lines)), (0, 0, 0, indent))
 
 
 def _rich_text(cell: Cell) -> Text:
-    return Text(_text(cell), style=cell.style if isinstance(cell, Styled) else "")
+    return Text(plain(cell), style=cell.style if isinstance(cell, Styled) else "")
+
+
+class _Fitted:
+    """A `Listing` in the form that the terminal is wide enough for."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        listing = self._listing
+        rows = [[plain(cell) for cell in row] for row in listing.rows]
+        widths = [max(map(cell_len, column)) for column in zip(listing.header, *rows, strict=True)]
+        if listing.prose:
+            widths[-1] = min(widths[-1], _PROSE_WIDTH)
+        if sum(widths) + _GAP * (len(widths) - 1) <= options.max_width:
+            table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+            for place, title in enumerate(listing.header, 1):
+                table.add_column(title, no_wrap=not (listing.prose and place == len(widths)))
+            for row in listing.rows:
+                table.add_row(*map(_rich_text, row))
+            yield table
+        else:
+            yield from self._stacked(widths)
+
+    def _stacked(self, widths: Sequence[int]) -> RenderResult:
+        listing = self._listing
+        cells = slice(listing.labels, len(widths) - listing.prose)
+        yield _line([Styled(title, "bold") for title in listing.header[cells]], widths[cells])
+        for row in listing.rows:
+            yield Text("/".join(map(plain, row[: listing.labels])), style="bold", overflow="fold")
+            yield _line(row[cells], widths[cells])
+            if listing.prose:
+                yield Padding(_rich_text(row[-1]), (0, 0, 0, _GAP))
+
+
+def _line(cells: Sequence[Cell], widths: Sequence[int]) -> Text:
+    line = Text(" " * _GAP, overflow="fold")
+    for cell, width in zip(cells, widths, strict=True):
+        line.append_text(_rich_text(cell)).append(" " * (width + _GAP - cell_len(plain(cell))))
+    line.rstrip()
+    return line

@@ -16,13 +16,16 @@ from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import Condition, Status, VCPUSet
 
-__all__ = ["AGENT", "is_progress", "status_of", "unserved_status"]
+__all__ = ["AGENT", "UNREPORTED", "is_progress", "state_of", "status_of", "unserved_status"]
 
 MESSAGE_LIMIT = 32768
 """The limit of the schema: with a longer message the API server rejects the whole status."""
 
 AGENT = "GuestAgentConnected"
 """The type of the condition about the queries of the guest agent."""
+
+UNREPORTED = "Unreported"
+"""Instead of a reason: no process has reported on the current spec yet."""
 
 
 def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | None, now: datetime) -> Status:
@@ -60,6 +63,21 @@ def status_of(vcpuset: VCPUSet, assessment: Assessment, findings: Findings | Non
         unplug_started_at=findings.started,
         pending_unplugs=tuple(findings.requests),
     )
+
+
+def state_of(vcpuset: VCPUSet) -> tuple[State, str]:
+    """The state and the reason in a status. A report about an earlier spec does not count."""
+    ready = vcpuset.status.ready
+    if ready is None or ready.observed_generation != vcpuset.generation:
+        return State.RECONCILING, UNREPORTED
+    if ready.status == "True":
+        return State.READY, ready.reason
+    if ready.status == "Unknown":
+        return State.UNKNOWN, ready.reason
+    for state in (State.RECONCILING, State.STALLED):
+        if (condition := vcpuset.status.condition(state.value)) is not None and condition.status == "True":
+            return state, ready.reason
+    return State.HELD, ready.reason
 
 
 def unserved_status(vcpuset: VCPUSet, now: datetime) -> Status:

@@ -9,6 +9,7 @@ sweep        the list that finds what the watch missed
 lease        leader election
 recorder     Kubernetes Events
 aggregation  the requests of the metrics API
+user         the requests of kubectl vcpuset
 """
 
 from __future__ import annotations

@@ -42,8 +42,10 @@ __all__ = [
     "USER_AGENT",
     "Cluster",
     "Scope",
+    "Unauthorized",
     "ignore",
     "refusal",
+    "send",
     "unanswered",
     "understood",
 ]
@@ -103,7 +105,7 @@ class _Expired(APIError):
     """HTTP 410: the position in the list is no longer known."""
 
 
-class _Unauthorized(APIError):
+class Unauthorized(APIError):
     """HTTP 401: the credentials are not accepted (any more)."""
 
 
@@ -131,8 +133,9 @@ class Scope:
 class Cluster:
     """One API server. Close it, or use it as an asynchronous context manager."""
 
-    def __init__(self, client: ApiClient, kubeconfig: Path | None) -> None:
+    def __init__(self, client: ApiClient, kubeconfig: Path | None, context: str | None = None) -> None:
         self.kubeconfig: Final = kubeconfig
+        self._context = context
         self._client = client
         self._users: Counter[ApiClient] = Counter()
         """Requests in progress; one client, and after a new login the previous one while it is in use."""
@@ -145,13 +148,15 @@ class Cluster:
         """The errors of objects in the last list of a scope: each is logged once, not at each list."""
 
     @classmethod
-    async def connect(cls, kubeconfig: Path | None) -> Self:
+    async def connect(cls, kubeconfig: Path | None, context: str | None = None) -> Self:
         """Find the credentials. Nothing is sent yet.
+
+        context  of the kubeconfig; None: its current one
 
         Raises:
             APIError: there are none; with the remedy.
         """
-        return cls(await _make_client(kubeconfig), kubeconfig)
+        return cls(await _make_client(kubeconfig, context), kubeconfig, context)
 
     async def __aenter__(self) -> Self:
         return self
@@ -388,7 +393,7 @@ class Cluster:
                 try:
                     async with self._borrowed() as client:
                         return await self._try(client, method, path, query or [], body, content_type)
-                except _Unauthorized:
+                except Unauthorized:
                     await self._log_in_again(client)
                 async with self._borrowed() as client:
                     return await self._try(client, method, path, query or [], body, content_type)
@@ -410,7 +415,8 @@ class Cluster:
         """One request and its response: an object, as for all requests here."""
         what, code = f"{method} {path}", NO_ANSWER
         try:
-            status, headers, raw = await _send(client, method, path, query, body, content_type)
+            response = await send(client, method, path, query, body, content_type)
+            status, headers, raw = response.status, response.headers, await response.read()
             code = str(status)
         finally:
             self._requested(method, code)
@@ -425,7 +431,7 @@ class Cluster:
         """Replace a client whose credentials were refused by one with newly read credentials."""
         async with self._login:
             if self._client is refused:  # otherwise another request has done it meanwhile
-                self._client = await _make_client(self.kubeconfig)
+                self._client = await _make_client(self.kubeconfig, self._context)
                 if not self._users[refused]:
                     del self._users[refused]
                     await _close(refused)
@@ -444,8 +450,8 @@ class Cluster:
                 await _close(client)
 
 
-async def _make_client(kubeconfig: Path | None) -> ApiClient:
-    client = ApiClient(await load_configuration(kubeconfig))
+async def _make_client(kubeconfig: Path | None, context: str | None) -> ApiClient:
+    client = ApiClient(await load_configuration(kubeconfig, context))
     client.user_agent = USER_AGENT
     return client
 
@@ -465,15 +471,15 @@ def _path(api_version: str, plural: str, namespace: str | None) -> str:
     )
 
 
-async def _send(
+async def send(
     client: ApiClient,
     method: str,
     path: str,
     query: list[tuple[str, str]],
-    body: Mapping[str, Any] | None,
-    content_type: str,
-) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body of the response to one request, by the untyped layer below the generated API classes.
+    body: Mapping[str, Any] | None = None,
+    content_type: str = "application/json",
+) -> aiohttp.ClientResponse:
+    """The response to one request, with a body to be read, by the untyped layer below the generated API classes.
 
     Those would add a model class per kind and a second parse, and otherwise only know the path.
     """
@@ -486,8 +492,8 @@ async def _send(
         body=body,
         auth_settings=["BearerToken"],
     )
-    response = await untyped.call_api(*request)
-    return response.status, response.headers, await response.read()
+    response: aiohttp.ClientResponse = (await untyped.call_api(*request)).response
+    return response
 
 
 def understood(what: str, answer: Mapping[str, Any], kind: type[_Wire]) -> _Wire:
@@ -513,7 +519,7 @@ def refusal(what: str, code: int, headers: Mapping[str, str], raw: bytes) -> API
     message = f"{what}: HTTP {code}: {reason}"
     match code:
         case 401:
-            return _Unauthorized(f"{message} (the credentials are not accepted)")
+            return Unauthorized(f"{message} (the credentials are not accepted)")
         case 403:
             return Forbidden(message)
         case 400 | 413 | 422:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from kubernetes.aio.config.kube_config import load_kube_config
 
 from vcpuset.domain.errors import APIError
 
-__all__ = ["connection_info", "load_configuration"]
+__all__ = ["connection_info", "load_configuration", "namespace_of_context"]
 
 # The client's loaders have no type annotations.
 _load_kube_config: Any = load_kube_config
@@ -50,8 +51,10 @@ def _keep_errors(record: logging.LogRecord) -> bool:
 logging.getLogger(load_kube_config.__module__).addFilter(_keep_errors)
 
 
-async def load_configuration(kubeconfig: Path | None) -> Configuration:
+async def load_configuration(kubeconfig: Path | None, context: str | None = None) -> Configuration:
     """The address and the credentials of the API server.
+
+    context  of the kubeconfig; None: its current one
 
     Raises:
         APIError: there are none, or they cannot be used; with the remedy.
@@ -60,7 +63,7 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
     files = _kubeconfig_files(kubeconfig)
     try:
         if files is not None:
-            await _load_files(files, configuration)
+            await _load_files(files, context, configuration)
         elif "KUBERNETES_SERVICE_HOST" in os.environ:
             _load_incluster_config(client_configuration=configuration)
         else:
@@ -104,13 +107,16 @@ def _proxy_from_environment(server: str) -> str | None:
     return None if proxy_bypass(url.netloc) else getproxies().get(url.scheme)
 
 
-async def _load_files(files: str, configuration: Configuration) -> None:
+async def _load_files(files: str, context: str | None, configuration: Configuration) -> None:
     """Read kubeconfig files, and get the credentials that they name."""
+    chosen = _context(files, context)
     errors: list[str] = []
     token = _errors.set(errors)
     try:
         # persist_config would write refreshed tokens into the user's file.
-        loader = await _load_kube_config(config_file=files, client_configuration=configuration, persist_config=False)
+        loader = await _load_kube_config(
+            config_file=files, context=chosen.name, client_configuration=configuration, persist_config=False
+        )
     finally:
         _errors.reset(token)
     if not configuration.host:
@@ -121,6 +127,43 @@ async def _load_files(files: str, configuration: Configuration) -> None:
             "the credentials of the user of its current context could not be loaded: "
             f"{'; '.join(errors) or 'there is no token, certificate, exec plugin, or user name with password'}"
         )
+
+
+@dataclass(frozen=True)
+class _Context:
+    name: str
+    namespace: str | None
+
+
+def namespace_of_context(kubeconfig: Path | None, context: str | None) -> str | None:
+    """The namespace that a context (None: the current one) of the kubeconfig names; None: it names none.
+
+    Raises:
+        APIError: there is no kubeconfig, it cannot be read, or there is no such context; with the remedy.
+    """
+    files = _kubeconfig_files(kubeconfig)
+    if files is None:
+        return None
+    try:
+        return _context(files, context).namespace
+    except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise APIError(f"cannot use the kubeconfig {files}: {_words(error)}; {_REMEDY}") from error
+
+
+def _context(files: str, name: str | None) -> _Context:
+    """A context, by default the current one: as for kubectl, the first that a file names, and the first of its name.
+
+    The client's loader uses the last file that names a current one.
+    """
+    paths = [Path(file).expanduser() for file in files.split(os.pathsep) if file]
+    documents = [yaml.safe_load(path.read_text()) or {} for path in paths if path.is_file()]
+    chosen = name or next((each["current-context"] for each in documents if each.get("current-context")), None)
+    if chosen is None:
+        raise ConfigException("it has no current context: set one with `kubectl config use-context`")
+    entries = [entry for each in documents for entry in each.get("contexts") or [] if entry["name"] == chosen]
+    if not entries:
+        raise ConfigException(f"it has no context {chosen!r}: `kubectl config get-contexts` lists them")
+    return _Context(chosen, (entries[0].get("context") or {}).get("namespace"))
 
 
 def _words(error: Exception) -> str:

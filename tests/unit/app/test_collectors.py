@@ -10,9 +10,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from unit.domain.builders import NOW, a_request, a_set, a_spec, ago
-from vcpuset.app.collectors import UNREPORTED, SetCollector, Snapshot
+from vcpuset.app.collectors import SetCollector, Snapshot
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason
+from vcpuset.domain.report import UNREPORTED
 from vcpuset.domain.resource import UID, Condition, Status, VCPUSet
 from vcpuset.qmp.meters import Meters
 

@@ -15,7 +15,8 @@ from unit.domain.builders import NOW, a_machine, a_request, a_set, ago
 from vcpuset.cli.inspect import Inspection, document, ost_words, page
 from vcpuset.cli.main import main
 from vcpuset.cli.observation import Observation, monitor_address
-from vcpuset.cli.render import Facts, Grid, Lines, Styled, printable
+from vcpuset.cli.render import Facts, Grid, Lines, Styled
+from vcpuset.cli.text import printable
 from vcpuset.domain.errors import AgentTimeout
 from vcpuset.domain.guest import GuestCPU, GuestCPUs, GuestReport
 from vcpuset.domain.machine import Answer, Machine, Ost
