@@ -167,6 +167,7 @@ async def test_a_command_of_a_runbook_or_of_the_page_of_reasons_works(
         "spec: {vcpus: 2, monitor: {unix: {path: web.sock}}}}\n"
         "---\n{apiVersion: v1, kind: Pod, metadata: {name: pod, namespace: diagnosis}, "
         "spec: {containers: [{name: one, image: none}]}}\n"
+        "---\n{apiVersion: v1, kind: Node, metadata: {name: node-1}}\n"
         "---\n{apiVersion: coordination.k8s.io/v1, kind: Lease, "
         "metadata: {name: vcpuset-controller, namespace: vcpuset-system}}\n"
     )
