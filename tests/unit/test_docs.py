@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Final
 
 import pytest
 
+from harness import docpage
 from harness.cache import REPOSITORY
 from harness.pages import PAGES, OutOfPlace, main, renewed
 from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import UNREPORTED
+
+NOT_RUN: Final = {
+    "docs/kubectl.md": "its examples are run by tests/e2e/test_kubectl_plugin.py; krew and shells are not there",
+    "docs/replicas.md": "`ss --kill` needs a host of QEMU whose kernel allows it",
+    "docs/scale.md": "a label; tests/e2e/test_moves.py moves VCPUSets in this way",
+    "RELEASING.md": "needs GitHub and a registry",
+    "deploy/helm/vcpuset/README.md": "the command is that of docs/install.md, with other values",
+}
+"""Pages whose commands no test takes from the page, and why."""
 
 CONDITIONS = REPOSITORY / "docs" / "conditions.md"
 
@@ -59,6 +70,24 @@ def test_the_conditions_page_names_each_reason_of_the_guest_agent_and_each_answe
     assert answers.keys() == {answer.value for answer in Answer}
     assert answers["Busy"] == ["device busy (_OST 0x82)", "yes"]
     assert answers["InProgress"] == ["in progress (_OST 0x84)", "no"]
+
+
+def test_the_commands_of_each_page_are_run_by_a_test_or_there_is_a_reason_why_not() -> None:
+    tests = "".join(
+        path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py") if path.name != Path(__file__).name
+    )
+    pages = [
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / "docs").glob("*.md"),
+        REPOSITORY / "deploy/helm/vcpuset/README.md",
+    ]
+    with_commands = {
+        str(page.relative_to(REPOSITORY))
+        for page in pages
+        if any(block.language in ("sh", "console") for block in docpage.Page(page).blocks())
+    }
+    followed = {name for name in with_commands if f'"{Path(name).name}"' in tests and name not in NOT_RUN}
+    assert with_commands - followed == NOT_RUN.keys() | ({"README.md"} - followed)
 
 
 def test_the_generated_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
