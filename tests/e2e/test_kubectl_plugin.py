@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -18,7 +19,9 @@ import pytest_asyncio
 import yaml
 from click.testing import CliRunner, Result
 
+from harness.cache import REPOSITORY
 from harness.controlplane import ControlPlane
+from harness.docpage import Page
 from harness.operator import OperatorProcess
 from harness.processes import Child, Completed, run
 from harness.saved import saved_guest
@@ -118,7 +121,7 @@ async def test_a_machine_is_resized_watched_and_explained(
 
         explained = (await shell.plugin("explain", "web")).stdout
         for words in (
-            "Current:     4 (1 to 64 possible; 60 free)",
+            "Current:     4 (1 to 64 possible; 60 free",
             "UnplugRefused (Stalled=True, for ",
             "Remedy: Stop what uses the CPUs in the guest",
             "See docs/reasons.md#unplugrefused",
@@ -257,3 +260,35 @@ async def test_the_commands_for_a_monitor_are_those_of_vcpuset(shell: Shell) -> 
     assert (main.commands["plan"], main.commands["inspect"]) == (plan, inspect)
     nothing = await shell.plugin("inspect", "/nowhere/qmp.sock", status=1)
     assert "There is no /nowhere/qmp.sock" in nothing.stderr
+
+
+async def test_the_page_shows_what_the_commands_print(
+    operator: OperatorProcess, user: User, folder: Path, shell: Shell
+) -> None:
+    page = Page(REPOSITORY / "docs" / "kubectl.md")
+
+    def alike(text: str) -> str:
+        """Without what differs from one run to the next: the namespace, and times."""
+        text = text.replace(f"{user.namespace}/", "default/")
+        return re.sub(r"\b(\d+[smh]){1,2}(?=$|\))", "…", text, flags=re.MULTILINE)
+
+    async with saved_guest(smp="2,maxcpus=64", socket_dir=folder):
+        await user.create("web", 2, "qmp0")
+        await user.wait_ready("web")
+        examples = [each for block in page.blocks("console", "example") for each in block.commands()]
+        assert len(examples) == 3
+        for command, expected in examples:
+            kubectl, plugin, *arguments = command.split()
+            assert (kubectl, plugin) == ("kubectl", "vcpuset")
+            assert alike((await shell.plugin(*arguments)).output) == alike(expected), command
+
+
+async def test_the_page_names_every_field_of_the_documents_and_every_command(user: User, shell: Shell) -> None:
+    text = (REPOSITORY / "docs" / "kubectl.md").read_text()
+    await user.create("web", 2)
+    for command in (["status"], ["explain", "web"]):
+        found = json.loads((await shell.plugin(*command, "-o", "json")).stdout)
+        for name in (*found, *(field for item in found.get("items", ()) for field in item)):
+            assert f"`{name}`" in text, name
+    for name in main.commands:
+        assert re.search(rf"`{name}\b", text), name

@@ -1,0 +1,63 @@
+"""The first example of the README, as a newcomer follows it: QEMU, a manifest, one command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.cache import REPOSITORY
+from harness.docpage import Page, Reader
+from harness.qmp import count
+from harness.wait import until
+
+__all__: list[str] = []
+
+PAGE = Page(REPOSITORY / "README.md")
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    """A newcomer who has installed the program; their folder has a short name, for QEMU's sake."""
+    folder = Path(tempfile.mkdtemp(prefix="vcpuset-readme-"))
+    try:
+        programs = folder / ".programs"
+        programs.mkdir()
+        program = programs / "vcpuset"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m vcpuset.cli.main "$@"\n')
+        program.chmod(0o755)
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        with Reader(folder, PATH=path, PYTHONPATH=os.environ.get("PYTHONPATH", "")) as newcomer:
+            yield newcomer
+    finally:
+        pidfile = folder / "machines" / "web.pid"
+        if pidfile.exists():
+            os.kill(int(pidfile.read_text()), signal.SIGKILL)
+        shutil.rmtree(folder)
+
+
+async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) -> None:
+    monitor = reader.folder / "machines" / "default" / "web.sock"
+    await reader.run(PAGE.block("sh", "machine"))
+    reader.write(PAGE.block("yaml", "first"))
+    for mark, vcpus, status in (("first", 4, 0), ("too-many", 64, 1)):
+        for command, expected in PAGE.block("console", mark).commands():
+            done = await reader.run(command, check=False)
+            assert done.stdout + done.stderr == expected
+            assert done.returncode == (status if expected else 0)
+        assert await count(monitor) == vcpus
+    (end,) = [line for line in PAGE.text.splitlines() if line.startswith("`kill ")]
+    await reader.run(end.split("`")[1])
+    await until(lambda: not monitor.exists(), 30, "the end of the machine")
+
+
+def test_the_program_is_installed_as_the_readme_says() -> None:
+    install = PAGE.block("sh", "install").text
+    assert "-c constraints.txt ." in install
+    assert (REPOSITORY / "constraints.txt").is_file()
