@@ -1,4 +1,4 @@
-"""The first example of the README, as a newcomer follows it: QEMU, a manifest, one command."""
+"""The first steps of the README and of docs/start.md, as a newcomer follows them: QEMU, a manifest, one command."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from harness.wait import until
 __all__: list[str] = []
 
 PAGE = Page(REPOSITORY / "README.md")
+START = Page(REPOSITORY / "docs" / "start.md")
 
 
 @pytest.fixture
@@ -57,7 +58,28 @@ async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) 
     await until(lambda: not monitor.exists(), 30, "the end of the machine")
 
 
-def test_the_program_is_installed_as_the_readme_says() -> None:
-    install = PAGE.block("sh", "install").text
+async def test_the_first_steps_of_the_start_page_print_what_it_shows(reader: Reader) -> None:
+    monitor = reader.folder / "machines" / "default" / "web.sock"
+    await reader.run(START.block("sh", "machine"))
+    reader.write(START.block("yaml", "first"))
+    for mark, last in (("first", 0), ("fewer", 3)):
+        for command, expected in START.block("console", mark).commands():
+            done = await reader.run(command, check=False)
+            assert done.stdout + done.stderr == expected
+        assert done.returncode == last
+        assert await count(monitor) == 4
+    await reader.run(START.block("sh", "end"))
+    await until(lambda: not monitor.exists(), 30, "the end of the machine")
+
+
+def test_the_start_page_has_no_other_commands_than_those_and_the_demo() -> None:
+    marks = [block.marks for block in START.blocks() if block.language in ("sh", "console")]
+    assert marks == [("install",), ("machine",), ("first",), ("fewer",), ("end",), ("demo",)]
+    assert START.block("sh", "demo").text == "make demo KEEP=1\n"
+
+
+@pytest.mark.parametrize("page", [PAGE, START], ids=["README", "start"])
+def test_the_program_is_installed_as_the_page_says(page: Page) -> None:
+    install = page.block("sh", "install").text
     assert "-c constraints.txt ." in install
     assert (REPOSITORY / "constraints.txt").is_file()

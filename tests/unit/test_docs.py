@@ -17,7 +17,6 @@ from vcpuset.domain.reasons import Reason
 from vcpuset.domain.report import UNREPORTED
 
 NOT_RUN: Final = {
-    "docs/kubectl.md": "its examples are run by tests/e2e/test_kubectl_plugin.py; krew and shells are not there",
     "docs/replicas.md": "`ss --kill` needs a host of QEMU whose kernel allows it",
     "docs/scale.md": "a label; tests/e2e/test_moves.py moves VCPUSets in this way",
     "RELEASING.md": "needs GitHub and a registry",
@@ -87,7 +86,7 @@ def test_the_commands_of_each_page_are_run_by_a_test_or_there_is_a_reason_why_no
         if any(block.language in ("sh", "console") for block in docpage.Page(page).blocks())
     }
     followed = {name for name in with_commands if f'"{Path(name).name}"' in tests and name not in NOT_RUN}
-    assert with_commands - followed == NOT_RUN.keys() | ({"README.md"} - followed)
+    assert with_commands - followed == NOT_RUN.keys()
 
 
 def test_the_generated_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
