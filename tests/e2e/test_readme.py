@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from harness.cache import REPOSITORY
 from harness.docpage import Page, Reader
+from harness.processes import Completed
 from harness.qmp import count
 from harness.wait import until
 
@@ -43,6 +45,11 @@ def reader() -> Iterator[Reader]:
         shutil.rmtree(folder)
 
 
+def said(done: Completed) -> str:
+    """What a command printed, without the report of a plug that takes longer than half a second, on a busy machine."""
+    return re.sub(r"^VCPUSet default/web: Plugging: .*\n", "", done.stdout + done.stderr, flags=re.MULTILINE)
+
+
 async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) -> None:
     monitor = reader.folder / "machines" / "default" / "web.sock"
     await reader.run(PAGE.block("sh", "machine"))
@@ -50,7 +57,7 @@ async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) 
     for mark, vcpus, status in (("first", 4, 0), ("too-many", 64, 1)):
         for command, expected in PAGE.block("console", mark).commands():
             done = await reader.run(command, check=False)
-            assert done.stdout + done.stderr == expected
+            assert said(done) == expected
             assert done.returncode == (status if expected else 0)
         assert await count(monitor) == vcpus
     (end,) = [line for line in PAGE.text.splitlines() if line.startswith("`kill ")]
@@ -65,7 +72,7 @@ async def test_the_first_steps_of_the_start_page_print_what_it_shows(reader: Rea
     for mark, last in (("first", 0), ("fewer", 3)):
         for command, expected in START.block("console", mark).commands():
             done = await reader.run(command, check=False)
-            assert done.stdout + done.stderr == expected
+            assert said(done) == expected
         assert done.returncode == last
         assert await count(monitor) == 4
     await reader.run(START.block("sh", "end"))
