@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -67,3 +68,18 @@ def test_a_release_is_only_published_after_all_checks_and_the_long_tests() -> No
     assert release["publish"]["needs"] == ["check", "test"]
     assert release["test"]["with"] == {"target": "test-long"}
     assert release["site"]["needs"] == ["publish"]
+
+
+def test_the_image_installs_by_hash_the_versions_of_the_tests_and_nothing_else() -> None:
+    def pins(name: str) -> dict[str, str]:
+        lines = (REPOSITORY / name).read_text().splitlines()
+        found = (re.match(r"([\w.-]+)==(\S+)", line) for line in lines)
+        return {re.sub(r"[-_.]+", "-", each[1]).lower(): each[2] for each in found if each}
+
+    hashed, tested = pins("requirements.txt"), pins("constraints.txt")
+    assert hashed == {name: tested[name] for name in hashed}
+    blocks = re.split(r"^(?=[\w.-]+==)", (REPOSITORY / "requirements.txt").read_text(), flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = {re.sub(r"[-_.]+", "-", re.split(r"[<>=]", each)[0]).lower() for each in project["dependencies"]}
+    assert wanted <= hashed.keys()
