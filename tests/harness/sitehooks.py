@@ -73,7 +73,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["search"] = {"exclude": True}
 
     def target(found: re.Match[str]) -> str:
-        return _link(found, source, config.repo_url)
+        return _link(found, source, config.extra.get("repository"))
 
     parts, end = [], 0
     for code in _CODE.finditer(markdown):

@@ -26,7 +26,7 @@ REPOSITORY_URL: Final = "https://git.example.com/acme/vcpuset/"
 def shown(text: str, page: str, repository: str | None = None) -> str:
     """The Markdown of a page as mkdocs gets it."""
     config = MkDocsConfig()
-    config.load_dict({"site_name": "x", "repo_url": repository})
+    config.load_dict({"site_name": "x", "extra": {"repository": repository}})
     file = File(page, None, "/nowhere", use_directory_urls=True)
     return sitehooks.on_page_markdown(text, Page(None, file, config), config, Files([file]))
 
