@@ -60,7 +60,7 @@ test-cluster: ## Run the tests with a real node, Flux, KEDA and libvirt
 	$(call set-up,$(to-test-cluster))
 	$(PY) -m harness.sandbox $(PY) -m pytest tests/cluster $(ARGS)
 
-check: ## Check formatting, lint, types, import contracts and generated pages
+check: ## Check formatting, lint, types, import contracts, generated pages and the documentation site
 	$(call set-up,system venv)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

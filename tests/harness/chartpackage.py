@@ -25,6 +25,7 @@ async def package(folder: Path, *, image: str | None = None, digest: str | None 
         BinariesMissing: helm has not been built.
         CommandFailed: helm refuses the chart or these values.
     """
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vcpuset-chart-") as work:
         # The links into deploy/ are followed, as by `helm package`.
         chart = Path(shutil.copytree(CHART, Path(work) / "vcpuset"))
