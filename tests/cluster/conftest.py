@@ -1,16 +1,30 @@
-"""The cluster that most tests of this folder share: one node, with nothing installed. Runs in `harness.sandbox`."""
+"""The cluster that most tests of this folder share: one node. Runs in `harness.sandbox`."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Final
 
 import pytest
 import pytest_asyncio
 
-from harness.node import Cluster
+from harness.kubelet import install
+from harness.node import PODS, Cluster
 from harness.sandbox import is_entered
 
-__all__ = ["cluster", "pytest_configure"]
+__all__ = ["cluster", "installed", "pytest_configure"]
+
+ALLOW_PODS: Final = (
+    {
+        "target": {"kind": "Deployment", "name": "vcpuset-controller"},
+        "patch": f"- {{op: add, path: /spec/template/spec/containers/0/args/-, value: --allow-tcp={PODS}.0.0/16}}",
+    },
+    {
+        "target": {"kind": "NetworkPolicy", "name": "vcpuset-controller"},
+        "patch": f"- {{op: add, path: /spec/egress/-, value: {{to: [{{ipBlock: {{cidr: {PODS}.0.0/16}}}}]}}}}",
+    },
+)
+"""deploy/components/allow-tcp, with the network of the pods."""
 
 
 def pytest_configure() -> None:
@@ -21,6 +35,13 @@ def pytest_configure() -> None:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def cluster() -> AsyncIterator[Cluster]:
-    """The cluster; each module installs what it needs, and uninstalls it."""
-    async with Cluster("node-1") as made:
+    """The cluster, with nothing installed."""
+    async with Cluster("node-1", more=["node-2"]) as made:
         yield made
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def installed(cluster: Cluster) -> Cluster:
+    """The cluster with agent and controller, as shipped."""
+    await install(cluster.control_plane, cluster, *ALLOW_PODS)
+    return cluster

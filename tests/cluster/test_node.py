@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 
-from harness.kubelet import install
 from harness.node import Cluster
 from harness.nodevm import NodeVM
 from harness.processes import run
@@ -24,13 +23,6 @@ __all__: list[str] = []
 WAIT: Final = 90.0
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def installed(cluster: Cluster) -> AsyncIterator[Cluster]:
-    """Agent and controller, as shipped."""
-    await install(cluster.control_plane, cluster)
-    yield cluster
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -105,11 +97,8 @@ async def disturb_by_sigkill(cluster: Cluster) -> None:
 async def disturb_by_memory(cluster: Cluster) -> None:
     """Have the kernel kill it: its cgroup is filled by another process, and it is the one that is preferred."""
     pid = agent_process()
-    (memory,) = [
-        line.split(":")[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if ":memory:" in line
-    ]
-    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
-    group = Path("/sys/fs/cgroup/memory") / memory.lstrip("/")
+    _prefer(pid)
+    group = Path("/sys/fs/cgroup/memory") / _memory_cgroup(pid).lstrip("/")
     fill = f"echo $$ >{group}/cgroup.procs; exec {sys.executable} -c 'x = bytearray(300 << 20)'"
     await run(["sh", "-c", fill], check=False)
 
@@ -117,6 +106,16 @@ async def disturb_by_memory(cluster: Cluster) -> None:
         return not Path(f"/proc/{pid}").exists()
 
     await until(has_ended, WAIT, "the agent to be killed for its memory")
+
+
+def _prefer(pid: int) -> None:
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def _memory_cgroup(pid: int) -> str:
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    (found,) = [line.split(":")[2] for line in lines if ":memory:" in line]
+    return found
 
 
 async def disturb_by_containerd(cluster: Cluster) -> None:

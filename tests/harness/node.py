@@ -29,7 +29,7 @@ from harness.processes import Child, CommandFailed, Completed, run
 from harness.sandbox import enter, joining, own_cgroups, remove_cgroups
 from harness.wait import until
 
-__all__ = ["Cluster", "Node"]
+__all__ = ["PODS", "Cluster", "Node"]
 
 CONTROLLERS: Final = (
     *CLUSTER,
@@ -47,7 +47,7 @@ NAMESPACES: Final = ("--mount", "--net", "--ipc", "--uts", "--cgroup")
 BRIDGE: Final = "lan"
 LAN: Final = "192.168.100"
 PODS: Final = "10.244"
-"""The network of the node with number N is the third byte."""
+"""The pods' network. Its third byte is the number of the node."""
 
 START_SECONDS: Final = 120.0
 ROLLOUT_SECONDS: Final = 180.0

@@ -41,14 +41,20 @@ class NodeVM:
         self._namespace = namespace
         self._node = node
 
-    async def start(self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64") -> None:
-        """Make its directory as the administrator does, and start it; it boots then."""
+    async def start(self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "") -> None:
+        """Make its directory as the administrator does, and start it; it boots then.
+
+        monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
+        """
         directory = f"{SOCKET_ROOT}/{self._namespace}"
         node = self._cluster.nodes[self._node]
         await node.run("install", "-d", "-m", "0755", SOCKET_ROOT)
         paths = (directory, f"{directory}/{self.name}")
         await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
         manifest = self.manifest(cpu=cpu, memory=memory, smp=smp)
+        if monitor:
+            (container,) = manifest["spec"]["template"]["spec"]["containers"]
+            container["args"] = [re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", container["args"][0])]
         await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
 
     def manifest(self, *, cpu: str, memory: int, smp: str) -> dict[str, Any]:
