@@ -54,7 +54,7 @@ async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) 
     monitor = reader.folder / "machines" / "default" / "web.sock"
     await reader.run(PAGE.block("sh", "machine"))
     reader.write(PAGE.block("yaml", "first"))
-    for mark, vcpus, status in (("first", 4, 0), ("too-many", 64, 1)):
+    for mark, vcpus, status in (("first", 4, 0), ("too-many", 8, 1)):
         for command, expected in PAGE.block("console", mark).commands():
             done = await reader.run(command, check=False)
             assert said(done) == expected

@@ -40,6 +40,8 @@ SECONDS: Final = {
     "tests/api/test_manifests.py": 25,
     "tests/api/test_pod_security.py": 25,
     "tests/e2e/test_adoption.py": 20,
+    "tests/e2e/test_kubectl_plugin.py": 20,
+    "tests/qmp/test_cli_apply.py": 20,
     "tests/unit/reconciler/test_laws.py": 20,
     "tests/qmp/test_fuzz.py": 20,
 }

@@ -52,7 +52,8 @@ def reason(document: dict[str, Any]) -> str:
 async def test_missing_vcpus_are_plugged_and_the_status_is_that_of_the_operator(q35: Guest, records: Records) -> None:
     root = q35.monitors[0].parent.parent
     result = await vcpuset("apply", "-f", "-", "--socket-root", root, *PLENTY, text=manifest(5))
-    assert result.output == "VCPUSet team-a/web: Converged: QEMU has 5 vCPUs, as declared.\n"
+    # On a busy host, a line of its own reports that it is plugging.
+    assert result.output.splitlines()[-1] == "VCPUSet team-a/web: Converged: QEMU has 5 vCPUs, as declared."
     found = await applied(root, manifest(5))
     assert (found["kind"], found["metadata"]["name"], found["spec"]["vcpus"]) == ("VCPUSet", "web", 5)
     assert (found["status"]["vcpus"], found["status"]["machine"]["maxVCPUs"]) == (5, 64)

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from harness.wait import until
+from vcpuset.qmp import files
 from vcpuset.qmp.daemons import DaemonThreads
 
 
@@ -60,3 +61,22 @@ async def test_what_a_call_raises_is_raised_where_it_is_awaited_and_its_thread_g
         with pytest.raises(OSError, match="no such name"):
             await threads.run(fail)
     assert await threads.run(lambda: "answer") == "answer"
+
+
+async def test_before_the_loop_ends_a_result_that_is_no_longer_awaited_can_be_discarded() -> None:
+    discarded, started, release = list[str](), threading.Event(), threading.Event()
+
+    def late(_: files.Place) -> str:
+        started.set()
+        assert release.wait(timeout=60)
+        return "a socket"
+
+    call = asyncio.create_task(files.call("/lane", "/lane/path", late, discarded.append))
+    await until(started.is_set, 60, "the call")
+    call.cancel()
+    await asyncio.wait({call})
+    await files.settle(0.01)
+    assert discarded == [], "a call that hangs does not delay the end for longer"
+    release.set()
+    await files.settle(60)
+    assert discarded == ["a socket"]

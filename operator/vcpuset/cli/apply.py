@@ -26,6 +26,7 @@ from vcpuset.kube.cache import Cache
 from vcpuset.kube.pods import Pods
 from vcpuset.kube.recorder import Recorder
 from vcpuset.memory import Memory
+from vcpuset.qmp import files
 from vcpuset.qmp.guests import Guests
 from vcpuset.qmp.monitors import Monitors
 from vcpuset.reporter import Reporter
@@ -40,6 +41,9 @@ _BACKOFF: Final = ExponentialBackoff(base_seconds=0.25, cap_seconds=5)
 _RESYNC_SECONDS: Final = 60.0
 _GRACE_SECONDS: Final = 10.0
 """As for the operator."""
+
+_SETTLE_SECONDS: Final = 1.0
+"""How long the end waits for a file system call that is no longer needed; a mount can hang."""
 
 _NO_CREDENTIALS: Final = (
     "apply reads no Secrets: pass a directory with ca.crt, tls.crt and tls.key with --tls-credentials"
@@ -167,6 +171,7 @@ async def apply(
         timer.cancel()
         await guests.close()
         await monitors.close()
+        await files.settle(_SETTLE_SECONDS)
     if failure is not None:
         raise failure
     in_flight = any(request.in_flight for request in local.vcpuset.status.pending_unplugs)

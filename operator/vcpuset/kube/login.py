@@ -156,7 +156,10 @@ def _context(files: str, name: str | None) -> _Context:
     The client's loader uses the last file that names a current one.
     """
     paths = [Path(file).expanduser() for file in files.split(os.pathsep) if file]
-    documents = [yaml.safe_load(path.read_text()) or {} for path in paths if path.is_file()]
+    found = [yaml.safe_load(path.read_text()) for path in paths if path.is_file()]
+    documents = [each for each in found if each is not None]
+    if not documents or not all(isinstance(each, dict) for each in documents):
+        raise TypeError(f"{files}: expected mappings")
     chosen = name or next((each["current-context"] for each in documents if each.get("current-context")), None)
     if chosen is None:
         raise ConfigException("it has no current context: set one with `kubectl config use-context`")

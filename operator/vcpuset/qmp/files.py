@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, TypeVar
+from weakref import WeakSet, WeakValueDictionary
 
 from vcpuset.domain.errors import MonitorUnreachable
 from vcpuset.qmp.daemons import DaemonThreads
 
-__all__ = ["AT_ONCE", "CALL_SECONDS", "THREADS", "Place", "call", "hangs"]
+__all__ = ["AT_ONCE", "CALL_SECONDS", "THREADS", "Place", "call", "hangs", "settle"]
 
 CALL_SECONDS = 2.0
 """A local file system takes some microseconds. Less than the timeout of a session: this message is the better one."""
@@ -71,6 +71,20 @@ _lanes: WeakValueDictionary[str, _Lane] = WeakValueDictionary()
 """A lane exists for as long as a call in it."""
 
 
+_answers: WeakSet[asyncio.Future[Any]] = WeakSet()
+"""Of the calls that have not returned, of all event loops."""
+
+
+async def settle(seconds: float) -> None:
+    """Wait until this event loop's calls have returned, for at most so many seconds.
+
+    For a process that ends its event loop: a result that comes later would never be discarded.
+    """
+    loop = asyncio.get_running_loop()
+    if own := {answer for answer in _answers if answer.get_loop() is loop}:
+        await asyncio.wait(own, timeout=seconds)
+
+
 def hangs(lane: str, path: str) -> bool:
     """Whether a call to this path would fail at once."""
     known = _lanes.get(lane)
@@ -102,8 +116,10 @@ async def call(
     place = Place(path, asyncio.get_running_loop().time() + CALL_SECONDS)
     here.going.append(place)
     answer = THREADS.start(lambda: function(place))
+    _answers.add(answer)
 
     def returned(_: asyncio.Future[_T]) -> None:
+        _answers.discard(answer)
         here.going.remove(place)
         here.turns.release()
 

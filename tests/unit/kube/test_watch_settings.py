@@ -84,7 +84,7 @@ async def test_kubeconfig_variable_that_names_no_file_is_an_error(
         pytest.param(b"[]", "it is not a kubeconfig", id="a list"),
         pytest.param(b"a: \xff", "it is not a kubeconfig", id="not UTF-8"),
         pytest.param(b"{", "expected the node content", id="not YAML"),
-        pytest.param(b"clusters: 3", "it is not a kubeconfig", id="no contexts"),
+        pytest.param(b"clusters: 3", "no current context", id="no contexts"),
         pytest.param(
             kubeconfig("https://h").replace("cluster: a, user", "cluster: b, user").encode(),
             "Expected object with name b",
