@@ -3,7 +3,8 @@
 # The base image is pinned by tag to a Python release. The publisher rebuilds that tag with Debian's security updates until
 # the next Python release. Raise the tag for fixes of Python itself. To pin the image itself, set a digest:
 #   docker build --build-arg BASE=python:3.13.15-slim-bookworm@sha256:… .
-# The operator's dependencies are pinned in constraints.txt, as tested. All of them are wheels, so nothing is compiled.
+# The operator's dependencies are pinned by hash in requirements.txt, at the versions of constraints.txt, as tested. All of them
+# are wheels, so nothing is compiled.
 ARG BASE=python:3.13.15-slim-bookworm
 
 FROM ${BASE} AS build
@@ -16,13 +17,15 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 ARG ENVIRONMENT=/opt/vcpuset
 ARG WHEELS=/wheels
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml requirements.txt README.md LICENSE ./
 COPY operator operator
-RUN python -m pip install setuptools==84.2.1 \
+RUN echo setuptools==84.2.1 --hash=sha256:ca140b45d5325a9478f880e351484f62fef15f336462e449ca0c03c873d589c2 >build.txt \
+ && python -m pip install --require-hashes --requirement=build.txt \
  && python -m pip wheel --no-deps --no-build-isolation --wheel-dir="$WHEELS" .
 RUN python -m venv --without-pip "$ENVIRONMENT" \
- && python -m pip --python="$ENVIRONMENT" install --no-compile --only-binary=:all: --constraint=constraints.txt \
-    "$WHEELS"/vcpuset-*.whl \
+ && python -m pip --python="$ENVIRONMENT" install --no-compile --only-binary=:all: --require-hashes \
+    --requirement=requirements.txt \
+ && python -m pip --python="$ENVIRONMENT" install --no-compile --no-deps "$WHEELS"/vcpuset-*.whl \
  && "$ENVIRONMENT/bin/vcpuset" --version
 # Bytecode of all modules, in a separate directory: the base image contains none for the standard library. Since an image does
 # not change, the bytecode is not checked against the sources.

@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 # The parts of one run share a machine and a virtual environment.
 .NOTPARALLEL:
-.PHONY: help setup demo test test-quick test-long test-cluster check docs bench bench-quick bench-drift bench-scale bench-watches
+.PHONY: help setup demo test test-quick test-long test-cluster check docs docs-site version image chart bench bench-quick bench-drift bench-scale bench-watches
 
 is_new_enough := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(origin PYTHON), undefined)
@@ -60,17 +60,39 @@ test-cluster: ## Run the tests with a real node, Flux, KEDA and libvirt
 	$(call set-up,$(to-test-cluster))
 	$(PY) -m harness.sandbox $(PY) -m pytest tests/cluster $(ARGS)
 
-check: ## Check formatting, lint, types, import contracts and generated pages
+check: ## Check formatting, lint, types, import contracts, generated pages and the documentation site
 	$(call set-up,system venv)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) -m harness.pages --check
+	$(site)
 
 docs: ## Regenerate the tables in docs/ that come from the code
 	$(call set-up,system venv)
 	@$(PY) -m harness.pages
+
+# Each warning is an error, such as a link that leads nowhere.
+site = @NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-site: ## Build the documentation site into build/site
+	$(call set-up,venv)
+	$(site)
+	@echo "build/site is ready: python3 -m http.server --directory build/site"
+
+version: ## Print the version of the program
+	@sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml
+
+IMAGE ?= vcpuset:$$(make --silent version)
+image: ## Build the image with Docker (IMAGE=name:tag, BASE=name:tag@digest; PUSH=1 pushes it with provenance and SBOM)
+	@mkdir -p build
+	docker buildx build --tag="$(IMAGE)" $(if $(BASE),--build-arg=BASE="$(BASE)") \
+		$(if $(PUSH),--push --provenance=mode=max --sbom=true,--load) --metadata-file=build/image.json .
+
+chart: ## Package the Helm chart into build/ (IMAGE=name and DIGEST=sha256:… of the image that it installs)
+	$(call set-up,venv helm)
+	@$(PY) -m harness.chartpackage --image="$(if $(DIGEST),$(IMAGE))" --digest="$(DIGEST)" build
 
 bench: ## Compare the operator's speed with raw QMP on one guest
 	$(call set-up,$(to-run))

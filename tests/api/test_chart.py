@@ -1,6 +1,7 @@
 """The Helm chart: it makes what kustomize makes, and obeys and checks its values."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from harness.binaries import binaries
 from harness.cache import REPOSITORY
+from harness.chartpackage import package
 from harness.helm import CHART, render, run_helm, settings
 from harness.processes import run
 from vcpuset.cli.main import main
@@ -133,6 +135,24 @@ async def test_a_packaged_chart_holds_all_that_it_links_to(tmp_path: Path) -> No
     assert by_name(await render(chart=package)) == by_name(await render())
 
 
+async def test_the_chart_of_a_release_installs_the_image_of_the_release_by_its_digest(tmp_path: Path) -> None:
+    digest = f"sha256:{'0123456789abcdef' * 4}"
+    archive = await package(tmp_path, image="registry.example.com/acme/vcpuset", digest=digest)
+    text = yaml.safe_dump_all(await render(*settings({"metricsAPI.enabled": True}), chart=archive))
+    assert set(re.findall(r"image: (\S+)", text)) == {f"registry.example.com/acme/vcpuset@{digest}"}
+
+
+async def test_an_alert_has_the_link_to_its_own_runbook_and_to_none_by_default() -> None:
+    default = await made_of({"monitoring.enabled": True})
+    alerts = re.findall(r"alert: (\w+)$", default, re.MULTILINE)
+    assert len(alerts) > 10
+    assert "runbook" not in default
+    linked = await made_of({"monitoring.enabled": True, "monitoring.runbookURL": "https://a.example.com/{alert}/$1"})
+    links = re.findall(r"alert: (\w+)\n +annotations:.*?runbook_url: (\S+)$", linked, re.MULTILINE | re.DOTALL)
+    # The keys are sorted: the name comes before the annotations of the same alert.
+    assert links == [(name, f"https://a.example.com/{name}/$1") for name in alerts]
+
+
 async def test_helm_finds_no_fault_in_the_chart() -> None:
     await run_helm("lint", "--strict", CHART)
 
@@ -225,8 +245,8 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
     ),
     (
         "monitoring.runbookURL",
-        "https://wiki.example.com/a/",
-        "runbook_url: https://wiki.example.com/a/VCPUSetStalled.md\n",
+        "https://wiki.example.com/a/{alert}.html",
+        "runbook_url: https://wiki.example.com/a/VCPUSetStalled.html\n",
     ),
 ]
 """A value's path, another value than the default, and what is then in the objects and was not before."""

@@ -138,17 +138,27 @@ async def test_each_series_that_an_alert_goes_by_is_in_the_metrics_of_an_operato
 NEEDS_A_NODE: Final = ("kubectl logs", "kubectl top", "kubectl describe pod", "kubectl get certificate")
 """What only works where pods run, or where cert-manager is."""
 
+DOCS: Final = REPOSITORY / "docs"
+TEXTS: Final = [
+    *(
+        page.read_text().partition("## Diagnosis")[2].partition("## Mitigation")[0]
+        for page in (DOCS / "runbooks").glob("*.md")
+    ),
+    (DOCS / "reasons.md").read_text(),
+]
 COMMANDS: Final = sorted({
     line
-    for page in (REPOSITORY / "docs" / "runbooks").glob("*.md")
-    for line in page.read_text().partition("## Diagnosis")[2].partition("## Mitigation")[0].splitlines()
+    for text in TEXTS
+    for line in text.splitlines()
     if line.startswith("kubectl ") and not line.startswith(NEEDS_A_NODE)
 })  # fmt: skip
 
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("command", COMMANDS)
-async def test_a_command_of_a_runbook_works(cluster: ControlPlane, tmp_path: Path, command: str) -> None:
+async def test_a_command_of_a_runbook_or_of_the_page_of_reasons_works(
+    cluster: ControlPlane, tmp_path: Path, command: str
+) -> None:
     await cluster.kubectl("create", "namespace", "diagnosis", check=False)
     manifest = tmp_path / "objects.yaml"
     manifest.write_text(
@@ -157,6 +167,7 @@ async def test_a_command_of_a_runbook_works(cluster: ControlPlane, tmp_path: Pat
         "spec: {vcpus: 2, monitor: {unix: {path: web.sock}}}}\n"
         "---\n{apiVersion: v1, kind: Pod, metadata: {name: pod, namespace: diagnosis}, "
         "spec: {containers: [{name: one, image: none}]}}\n"
+        "---\n{apiVersion: v1, kind: Node, metadata: {name: node-1}}\n"
         "---\n{apiVersion: coordination.k8s.io/v1, kind: Lease, "
         "metadata: {name: vcpuset-controller, namespace: vcpuset-system}}\n"
     )

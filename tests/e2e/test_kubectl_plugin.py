@@ -124,7 +124,7 @@ async def test_a_machine_is_resized_watched_and_explained(
             "Current:     4 (1 to 64 possible; 60 free",
             "UnplugRefused (Stalled=True, for ",
             "Remedy: Stop what uses the CPUs in the guest",
-            "See docs/conditions.md#unplug-requests",
+            "See docs/reasons.md#unplugrefused",
             "device busy (_OST 0x82)",
         ):
             assert words in explained

@@ -1,8 +1,9 @@
-"""The first example of the README, as a newcomer follows it: QEMU, a manifest, one command."""
+"""The first steps of the README and of docs/start.md, as a newcomer follows them: QEMU, a manifest, one command."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,12 +15,14 @@ import pytest
 
 from harness.cache import REPOSITORY
 from harness.docpage import Page, Reader
+from harness.processes import Completed
 from harness.qmp import count
 from harness.wait import until
 
 __all__: list[str] = []
 
 PAGE = Page(REPOSITORY / "README.md")
+START = Page(REPOSITORY / "docs" / "start.md")
 
 
 @pytest.fixture
@@ -42,6 +45,11 @@ def reader() -> Iterator[Reader]:
         shutil.rmtree(folder)
 
 
+def said(done: Completed) -> str:
+    """What a command printed, without the report of a plug that takes longer than half a second, on a busy machine."""
+    return re.sub(r"^VCPUSet default/web: Plugging: .*\n", "", done.stdout + done.stderr, flags=re.MULTILINE)
+
+
 async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) -> None:
     monitor = reader.folder / "machines" / "default" / "web.sock"
     await reader.run(PAGE.block("sh", "machine"))
@@ -49,9 +57,7 @@ async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) 
     for mark, vcpus, status in (("first", 4, 0), ("too-many", 8, 1)):
         for command, expected in PAGE.block("console", mark).commands():
             done = await reader.run(command, check=False)
-            # A plug that takes longer than usual, on a busy host, is reported meanwhile.
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if ": Plugging: " not in line]
-            assert lines == expected.splitlines()
+            assert said(done) == expected
             assert done.returncode == (status if expected else 0)
         assert await count(monitor) == vcpus
     (end,) = [line for line in PAGE.text.splitlines() if line.startswith("`kill ")]
@@ -59,7 +65,28 @@ async def test_a_machine_is_resized_before_there_is_any_cluster(reader: Reader) 
     await until(lambda: not monitor.exists(), 30, "the end of the machine")
 
 
-def test_the_program_is_installed_as_the_readme_says() -> None:
-    install = PAGE.block("sh", "install").text
+async def test_the_first_steps_of_the_start_page_print_what_it_shows(reader: Reader) -> None:
+    monitor = reader.folder / "machines" / "default" / "web.sock"
+    await reader.run(START.block("sh", "machine"))
+    reader.write(START.block("yaml", "first"))
+    for mark, last in (("first", 0), ("fewer", 3)):
+        for command, expected in START.block("console", mark).commands():
+            done = await reader.run(command, check=False)
+            assert said(done) == expected
+        assert done.returncode == last
+        assert await count(monitor) == 4
+    await reader.run(START.block("sh", "end"))
+    await until(lambda: not monitor.exists(), 30, "the end of the machine")
+
+
+def test_the_start_page_has_no_other_commands_than_those_and_the_demo() -> None:
+    marks = [block.marks for block in START.blocks() if block.language in ("sh", "console")]
+    assert marks == [("install",), ("machine",), ("first",), ("fewer",), ("end",), ("demo",)]
+    assert START.block("sh", "demo").text == "make demo KEEP=1\n"
+
+
+@pytest.mark.parametrize("page", [PAGE, START], ids=["README", "start"])
+def test_the_program_is_installed_as_the_page_says(page: Page) -> None:
+    install = page.block("sh", "install").text
     assert "-c constraints.txt ." in install
     assert (REPOSITORY / "constraints.txt").is_file()

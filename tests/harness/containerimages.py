@@ -62,7 +62,7 @@ class Image:
 def operator_image(repository: Path = REPOSITORY) -> Image:
     """The image of a work tree, whether it is built or not."""
     version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
-    names = ("Dockerfile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+    names = ("Dockerfile", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
     files = [*(repository / name for name in names), *sorted((repository / "operator").rglob("*.py"))]
     contents = [part for file in files for part in (str(file.relative_to(repository)), file.read_bytes())]
     return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))

@@ -10,6 +10,7 @@ What stands between two such lines is replaced; the prose around them is written
 from __future__ import annotations
 
 import argparse
+import functools
 import html
 import re
 import sys
@@ -21,6 +22,7 @@ from typing import Final
 import yaml
 from prometheus_client.core import Metric
 
+from harness import reference
 from harness.cache import REPOSITORY
 from harness.gitops import Verdicts, verdicts
 from vcpuset.app.collectors import Snapshot
@@ -42,12 +44,17 @@ __all__ = [
     "health",
     "main",
     "process_metrics",
+    "reason_in_words",
     "reasons",
     "renewed",
     "set_metrics",
 ]
 
-PAGES: Final = tuple(REPOSITORY / "docs" / f"{name}.md" for name in ("conditions", "gitops", "operations"))
+DOCS: Final = REPOSITORY / "docs"
+PAGES: Final = (
+    *(DOCS / f"{name}.md" for name in ("conditions", "reasons", "gitops", "operations", "api")),
+    reference.CHART / "README.md",
+)
 
 RULES: Final = REPOSITORY / "deploy" / "components" / "monitoring" / "rules.yaml"
 
@@ -61,7 +68,10 @@ class OutOfPlace(ValueError):
 
 def reasons() -> str:
     """The reasons of Ready, Reconciling and Stalled, in the order of the list."""
-    rows = [(f"`{reason}`", _true_condition(reason), reason.meaning, reason.remedy) for reason in Reason]
+    rows = [
+        (f"[`{reason}`](reasons.md#{reason.lower()})", _true_condition(reason), reason.meaning, reason.remedy)
+        for reason in Reason
+    ]
     return _table(("reason", "true condition", "meaning", "remedy"), rows)
 
 
@@ -74,6 +84,12 @@ def health() -> str:
             groups.setdefault(verdicts(reason, state), []).append(f"`{reason}`")
     rows = [(", ".join(found), group.kstatus, group.expressions, group.argocd) for group, found in groups.items()]
     return _table(("reasons", "Flux", "Flux, with the expressions", "Argo CD, with the script"), rows)
+def reason_in_words(reason: Reason) -> str:
+    """What the section of a reason begins with."""
+    condition = _true_condition(reason)
+    states = "All three conditions are False" if condition == "none" else f"True condition: {condition}"
+    remedy = "Nothing." if reason is Reason.CONVERGED else reason.remedy
+    return f"{states}. {reason.meaning}\n\n**What to do:** {remedy}"
 
 
 def agent() -> str:
@@ -164,6 +180,9 @@ _PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "process_metrics": process_metrics,
     "set_metrics": set_metrics,
     "alerts": alerts,
+    "api": reference.api,
+    "values": reference.values,
+    **{str(reason): functools.partial(reason_in_words, reason) for reason in Reason},
 }
 
 

@@ -170,7 +170,7 @@ def test_the_page_about_a_set_says_what_what_for_and_what_helps(capsys: pytest.C
         "UnplugRefused (Stalled=True, for 5m)",
         MESSAGE.strip(),
         f"Remedy: {Reason.UNPLUG_REFUSED.remedy}",
-        "See docs/conditions.md#unplug-requests in the project's documentation.",
+        "See docs/reasons.md#unplugrefused in the project's documentation.",
         "7     1m10s ago  3      device busy (_OST 0x82)",
         "6     5s ago     1      none yet",
         "2h ago     Warning  UnplugRefused  4      the guest refused",
@@ -189,21 +189,22 @@ def test_of_a_set_without_a_report_the_page_says_what_may_be_missing(capsys: pyt
 
 def test_the_document_about_a_set_has_its_requests_and_events() -> None:
     found = explain.document(explained())
-    assert found["documentation"] == "docs/conditions.md#unplug-requests"
+    assert found["documentation"] == "docs/reasons.md#unplugrefused"
     assert [each["answer"] for each in found["unplugRequests"]] == ["Busy", None]
     assert found["events"][0]["count"] == 4
     assert explain.document(explained(events=None))["events"] is None
 
 
 def test_each_reason_has_a_remedy_and_a_section_that_the_documentation_has() -> None:
-    text = (REPOSITORY / "docs" / "conditions.md").read_text()
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    sections = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for reason in (*Reason, UNREPORTED, "OfALaterVersion"):
+    text = (REPOSITORY / "docs" / "reasons.md").read_text()
+    sections = {heading.lower() for heading in re.findall(r"^## (\w+)$", text, re.MULTILINE)}
+    for reason in (*Reason, UNREPORTED):
         page, _, section = explain.documentation(reason).partition("#")
         assert (REPOSITORY / page).is_file()
         assert section in sections, reason
         assert remedy(reason)
+    assert explain.documentation("OfALaterVersion") == "docs/reasons.md"
+    assert remedy("OfALaterVersion")
 
 
 @pytest.mark.parametrize(

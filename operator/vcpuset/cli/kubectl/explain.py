@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -20,22 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "document", "documentation", "page"]
 
-_PAGE: Final = "docs/conditions.md"
-
-_SECTIONS: Final[Mapping[Reason, str]] = {
-    Reason.ADOPTING: "no-count",
-    Reason.UNPLUGGING: "unplug-requests",
-    Reason.UNPLUG_PENDING: "unplug-requests",
-    Reason.UNPLUG_REFUSED: "unplug-requests",
-    Reason.UNPLUG_TIMED_OUT: "unplug-requests",
-    Reason.GUEST_CPUS_OFFLINE: "guest-agent",
-    Reason.MONITOR_UNREACHABLE: "monitor-failures",
-    Reason.MONITOR_BUSY: "monitor-failures",
-    Reason.MONITOR_TIMEOUT: "monitor-failures",
-    Reason.CONTESTED: "contested-machines",
-    Reason.AGENT_UNAVAILABLE: "no-agent",
-}
-"""The sections of the page that say more than its table of reasons."""
+_PAGE: Final = "docs/reasons.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +38,8 @@ class Explanation:
 
 
 def documentation(reason: str) -> str:
-    """Where the project's documentation describes a reason: a page of its sources, and the section."""
-    return f"{_PAGE}#{next((section for each, section in _SECTIONS.items() if each == reason), 'reasons')}"
+    """Where the project's documentation says what to do about a reason: a page of its sources, and the section."""
+    return f"{_PAGE}#{reason.lower()}" if reason in (*Reason, UNREPORTED) else _PAGE
 
 
 def document(found: Explanation) -> dict[str, Any]:
