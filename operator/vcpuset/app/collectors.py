@@ -20,7 +20,7 @@ from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.qmp.meters import Meters
 
-__all__ = ["UNREPORTED", "SetCollector", "Snapshot"]
+__all__ = ["UNREPORTED", "SetCollector", "Snapshot", "state_of"]
 
 UNREPORTED: Final = "Unreported"
 """Instead of a reason: this process, or an earlier one, has not reported on the current spec yet."""
@@ -54,7 +54,7 @@ class Snapshot:
 
     def collect(self) -> Iterator[Metric]:
         """The families, those of single sets last."""
-        states = [_state(vcpuset) for vcpuset in self._sets]
+        states = [state_of(vcpuset) for vcpuset in self._sets]
         unmatched = [self._not_ready_seconds(vcpuset) for vcpuset in self._sets]
         yield from _summed(states, unmatched)
         if not self._limit:
@@ -165,7 +165,7 @@ _SINGLE: Final[tuple[tuple[str, str, Callable[[VCPUSet], float | None]], ...]] =
 )
 
 
-def _state(vcpuset: VCPUSet) -> tuple[State, str]:
+def state_of(vcpuset: VCPUSet) -> tuple[State, str]:
     """The set's state and reason. A report about an earlier spec does not count."""
     ready = vcpuset.status.ready
     if ready is None or ready.observed_generation != vcpuset.generation:
