@@ -179,6 +179,7 @@ CLUSTER_REQUIREMENTS: Final = (
     Requirement("conntrack, for kube-proxy", "conntrack", "conntrack-tools", _has_program("conntrack")),
     Requirement("buildah, to build the image", "buildah", "buildah", _has_program("buildah")),
     Requirement("sysctl, to let a node forward packets", "procps", "procps-ng", _has_program("sysctl")),
+    Requirement("Chromium, to look at the status page", "chromium", "chromium", _has_program("chromium")),
     Requirement("mmdebstrap, to make base images", "mmdebstrap", "mmdebstrap", _has_program("mmdebstrap")),
 )
 """What `make test-cluster` needs besides."""
