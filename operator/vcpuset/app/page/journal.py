@@ -20,7 +20,7 @@ KEPT_SECONDS: Final = 3600.0
 """Entries are kept for so long, and the one before them, which was in force at their beginning."""
 
 ENTRIES: Final = 64
-"""At most so many entries are kept of one set; the oldest are dropped first. One takes at most 0.5 kB."""
+"""At most so many entries are kept of one set; the oldest are dropped first. One takes 0.2 to 1 kB, by its message."""
 
 MESSAGE_LIMIT: Final = 200
 """Characters of a message that an entry keeps."""
