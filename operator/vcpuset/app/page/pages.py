@@ -45,7 +45,7 @@ _FILES: Final = {"page.css": "text/css", "page.js": "text/javascript"}
 
 
 class StatusPage:
-    """The page of one process. Its templates are read once.
+    """The page of one process. Its files are read once.
 
     cache     the sets
     meters    how busy they are
@@ -66,20 +66,18 @@ class StatusPage:
         self._feed = Feed()
         self.journal = Journal(self._feed.changed)
         folder = resources.files(__package__)
-        templates = {each.name: each.read_text() for each in folder.iterdir() if each.name.endswith(".html")}
-        self._files = {name: folder.joinpath(name).read_text() for name in _FILES}
-        # Everything that is inserted is escaped.
-        jinja = Environment(
+        templates = {each.name: each.read_text("utf-8") for each in folder.iterdir() if each.name.endswith(".html")}
+        self._files = {name: folder.joinpath(name).read_text("utf-8") for name in _FILES}
+        # Everything that is inserted is escaped. A template is compiled at its first use, so that the operator starts fast.
+        self._jinja = Environment(
             loader=DictLoader(templates),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        jinja.filters |= {"count": count, "duration": duration, "utc": clock_time}
-        jinja.globals |= {"scope": scope_words(scope), "version": metadata.version("vcpuset"), "states": STATES}
-        self._list, self._set, self._gone = map(jinja.get_template, ("list.html", "set.html", "gone.html"))
-        self._parts: Any = jinja.get_template("parts.html").module
+        self._jinja.filters |= {"count": count, "duration": duration, "utc": clock_time}
+        self._jinja.globals |= {"scope": scope_words(scope), "version": metadata.version("vcpuset"), "states": STATES}
         # One at a time: many requests must not start many threads.
         self._writing = asyncio.Lock()
 
@@ -103,7 +101,7 @@ class StatusPage:
 
         def write() -> str:
             found = query.select(rows)
-            return self._list.render(
+            return self._jinja.get_template("list.html").render(
                 root="",
                 events=f"events?version={version}",
                 query=query,
@@ -124,18 +122,25 @@ class StatusPage:
             sets = [vcpuset for uid in dirty if (vcpuset := self._cache.get(uid)) is not None]
             if len(sets) < len(dirty) or len(sets) > AT_ONCE:
                 return None
-            now = datetime.now(UTC)
+            parts, now = self._parts(), datetime.now(UTC)
             counts = Counter(row.state for row in self._rows(list(self._cache)))
-            numbers = "".join(self._parts.number(state, counts) for state in STATES)
-            return _line(f"{numbers}<table>{''.join(self._parts.row(row, now) for row in self._rows(sets))}</table>")
+            numbers = "".join(parts.number(state, counts) for state in STATES)
+            return _line(f"{numbers}<table>{''.join(parts.row(row, now) for row in self._rows(sets))}</table>")
 
         return await self._feed.serve(request, None, render)
 
     async def _show_set(self, request: web.Request) -> web.Response:
         if (vcpuset := self._asked(request)) is None:
-            return _html(self._gone.render(root="../../", events="", **request.match_info), status=404)
+            gone = self._jinja.get_template("gone.html")
+            return _html(gone.render(root="../../", events="", **request.match_info), status=404)
+        known = self._known(vcpuset)
         events = f"{vcpuset.name}/events?version={self._feed.version}"
-        return _html(self._set.render(root="../../", events=events, **self._known(vcpuset)))
+
+        def write() -> str:
+            return self._jinja.get_template("set.html").render(root="../../", events=events, **known)
+
+        async with self._writing:
+            return _html(await asyncio.to_thread(write))
 
     async def _set_events(self, request: web.Request) -> web.StreamResponse:
         if (vcpuset := self._asked(request)) is None:
@@ -144,7 +149,7 @@ class StatusPage:
 
         def render(_: list[UID]) -> str | None:
             known = self._cache.get(uid)
-            return None if known is None else _line(self._parts.live(**self._known(known)))
+            return None if known is None else _line(self._parts().live(**self._known(known)))
 
         return await self._feed.serve(request, uid, render)
 
@@ -152,6 +157,9 @@ class StatusPage:
         name = request.path.removeprefix("/")
         headers = {**SECURITY, "Cache-Control": "no-cache"}
         return web.Response(text=self._files[name], content_type=_FILES[name], charset="utf-8", headers=headers)
+
+    def _parts(self) -> Any:  # noqa: ANN401 - jinja2's module has the template's macros as attributes
+        return self._jinja.get_template("parts.html").module
 
     def _asked(self, request: web.Request) -> VCPUSet | None:
         asked = (request.match_info["namespace"], request.match_info["name"])
