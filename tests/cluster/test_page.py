@@ -132,7 +132,7 @@ async def test_all_text_and_all_shapes_stand_out(shown: Shown, dark: bool) -> No
 
 async def test_everything_is_reached_by_keys_and_what_has_the_focus_is_marked(shown: Shown) -> None:
     await shown.go(LIST)
-    reached = []
+    reached: list[str] = []
     while not reached or reached[-1] != "set-uid-default-api":
         await shown.tab.press("Tab")
         reached.append(

@@ -66,8 +66,10 @@ class Journal:
             now = max(self._clock(), entries[-1].at if entries else 0.0)
             ready = after.status.ready
             message = ready.message if ready is not None and ready.observed_generation == after.generation else ""
-            entries.append(Entry(now, *shown, message[:MESSAGE_LIMIT]))
-            while len(entries) > ENTRIES or (len(entries) > 1 and entries[1].at < now - KEPT_SECONDS):
+            if len(message) > MESSAGE_LIMIT:
+                message = f"{message[: MESSAGE_LIMIT - 1]}\N{HORIZONTAL ELLIPSIS}"
+            entries.append(Entry(now, *shown, message))
+            while len(entries) > ENTRIES or (len(entries) > 1 and entries[1].at <= now - KEPT_SECONDS):
                 del entries[0]
         self._changed(after.uid)
 

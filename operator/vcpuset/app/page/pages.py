@@ -68,7 +68,7 @@ class StatusPage:
         folder = resources.files(__package__)
         templates = {each.name: each.read_text("utf-8") for each in folder.iterdir() if each.name.endswith(".html")}
         self._files = {name: folder.joinpath(name).read_text("utf-8") for name in _FILES}
-        # Everything that is inserted is escaped. A template is compiled at its first use, so that the operator starts fast.
+        # All that is inserted is escaped. A template is compiled at its first use, so that the operator starts fast.
         self._jinja = Environment(
             loader=DictLoader(templates),
             autoescape=True,
