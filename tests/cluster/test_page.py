@@ -14,6 +14,7 @@ from unit.app.pages import Pages
 from unit.domain.builders import a_machine, a_request
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import State
+from vcpuset.domain.resource import UID
 
 __all__: list[str] = []
 
@@ -189,6 +190,13 @@ async def test_one_sets_page_follows_its_slots_and_transitions(shown: Shown) -> 
     await shown.wait("document.querySelector('.transitions td b').textContent === 'UnplugPending'", "the transition")
     assert await shown.tab.value("document.querySelectorAll('.map use[href=\"#refused\"]').length") == 0
     assert await shown.tab.value("document.querySelectorAll('.map use[href=\"#plugged\"]').length") == 1
+
+    shown.pages.cache.drop(UID("uid-default-web"))
+    await shown.wait("document.querySelector('h1').textContent === 'Not managed'", "the set to be gone")
+    shown.pages.put("web")
+    await shown.tab.value("reload()")
+    await shown.wait("document.querySelector('h1').textContent === 'web'", "the set to be back")
+    shown.tab.said[:] = [each for each in shown.tab.said if "404" not in each]
 
 
 async def test_a_page_that_has_lost_its_operator_says_so(shown: Shown) -> None:

@@ -27,8 +27,9 @@ async function reload() {
     const response = await fetch(location.href, {signal: AbortSignal.timeout(10000)});
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
     const found = [...page.querySelectorAll("[data-live]")];
-    if (found.length !== document.querySelectorAll("[data-live]").length) location.reload();
-    else found.forEach(swap);
+    const same = page.body.dataset.events.split("?")[0] === EVENTS.split("?")[0];
+    if (same && found.length === document.querySelectorAll("[data-live]").length) found.forEach(swap);
+    else location.reload();  // there is another page now, such as that of a set that is gone
   } catch (error) {
     say("Not connected; trying again", false);
   }
@@ -40,8 +41,13 @@ function soon() {
   planned ||= setTimeout(() => { planned = 0; reload(); }, PAUSE);
 }
 
+let source = null;
+
+// Only while the page is visible: a browser has few connections to one host.
 function connect() {
-  const source = new EventSource(EVENTS), parsed = document.createElement("template");
+  if (source || document.hidden || !EVENTS) return;
+  const parsed = document.createElement("template");
+  source = new EventSource(EVENTS);
   source.onopen = () => say("Live", true);
   source.onmessage = event => {
     parsed.innerHTML = event.data;
@@ -53,8 +59,13 @@ function connect() {
   source.addEventListener("reload", soon);
   source.onerror = () => {
     say("Not connected; trying again", false);
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, AGAIN);
+    if (source.readyState === EventSource.CLOSED) { source = null; setTimeout(connect, AGAIN); }
   };
+}
+
+function disconnect() {
+  source?.close();
+  source = null;
 }
 
 if (form) {
@@ -67,5 +78,6 @@ if (form) {
   form.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(show, TYPING); });
   form.addEventListener("submit", event => { event.preventDefault(); show(); });
 }
-if (EVENTS) connect();
+document.addEventListener("visibilitychange", () => document.hidden ? disconnect() : connect());
+connect();
 setInterval(() => document.hidden || reload(), RELOAD);
