@@ -192,10 +192,10 @@ async def test_one_sets_page_follows_its_slots_and_transitions(shown: Shown) -> 
     assert await shown.tab.value("document.querySelectorAll('.map use[href=\"#plugged\"]').length") == 1
 
     shown.pages.cache.drop(UID("uid-default-web"))
-    await shown.wait("document.querySelector('h1').textContent === 'Not managed'", "the set to be gone")
+    await shown.wait("document.querySelector('h1')?.textContent === 'Not managed'", "the set to be gone")
     shown.pages.put("web")
-    await shown.tab.value("reload()")
-    await shown.wait("document.querySelector('h1').textContent === 'web'", "the set to be back")
+    await shown.tab.value("void reload()")
+    await shown.wait("document.querySelector('h1')?.textContent === 'web'", "the set to be back")
     shown.tab.said[:] = [each for each in shown.tab.said if "404" not in each]
 
 
