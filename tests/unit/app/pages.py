@@ -57,8 +57,12 @@ class Pages:
         before = self.cache.get(uid)
         generation = 1 if before is None else before.generation + (before.spec != spec)
         conditions = tuple(
-            Condition(kind, "True" if kind == state.value else "False", reason, message, ago(since), generation)
-            for kind in ("Ready", "Reconciling", "Stalled")
+            Condition(kind, "True" if kind == state.value else other, reason, message, ago(since), generation)
+            for kind, other in (
+                ("Ready", "Unknown" if state is State.UNKNOWN else "False"),
+                ("Reconciling", "False"),
+                ("Stalled", "False"),
+            )
         )
         status = Status(generation, current, online, 1, 8, pending_unplugs=requests, conditions=conditions)
         vcpuset = replace(

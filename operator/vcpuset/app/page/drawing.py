@@ -15,11 +15,11 @@ from vcpuset.domain.resource import Request
 __all__ = ["HEIGHT", "Chart", "SlotMap", "ranges"]
 
 KINDS: Final = {
-    "boot": "Boot CPU, there since QEMU started",
+    "boot": "Boot CPU",
     "plugged": "Plugged CPU",
-    "pending": "Unplug requested, the guest may still release it",
+    "pending": "Unplug pending",
     "refused": "Unplug refused",
-    "free": "Free slot",
+    "free": "Free",
 }
 
 HEIGHT: Final = 100
