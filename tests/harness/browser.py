@@ -7,6 +7,7 @@ import base64
 import contextlib
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -101,41 +102,50 @@ class Tab:
 @contextlib.asynccontextmanager
 async def browser() -> AsyncIterator[Tab]:
     """A page of a browser of its own, with nothing of any other one."""
-    with tempfile.TemporaryDirectory(prefix="vcpuset-browser-", ignore_cleanup_errors=True) as directory:
-        profile = Path(directory)
-        flags = [
-            "--headless=new",
-            "--no-sandbox",  # it does not run as root otherwise
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--remote-debugging-port=0",
-            f"--user-data-dir={profile}",
-        ]
-        child = Child.start(["chromium", *flags, "about:blank"], name="chromium", log=profile / "log")
-        try:
-            found = profile / "DevToolsActivePort"
+    profile = Path(tempfile.mkdtemp(prefix="vcpuset-browser-"))
+    flags = [
+        "--headless=new",
+        "--no-sandbox",  # it does not run as root otherwise
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={profile}",
+    ]
+    child = Child.start(["chromium", *flags, "about:blank"], name="chromium", log=profile / "log")
+    try:
+        port, path = await until(
+            lambda: _address(child, profile), 60, lambda: f"chromium; it said:\n{child.log_tail()}\n"
+        )
+        async with (
+            aiohttp.ClientSession() as client,
+            client.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0) as socket,
+        ):
+            tab = Tab(socket)
+            listening = asyncio.create_task(tab.listen(), name="browser")
+            try:
+                await tab.open()
+                yield tab
+            finally:
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+    finally:
+        # With all its processes at once: any that is left would still write there.
+        child.kill()
+        await until(lambda: _removed(profile), 30, f"{profile} to be removed")
 
-            def address() -> list[str]:
-                child.require_running()
-                return found.read_text().splitlines() if found.exists() else []
 
-            await until(lambda: len(address()) > 1, 60, lambda: f"chromium; it said:\n{child.log_tail()}\n")
-            port, path = address()
-            async with (
-                aiohttp.ClientSession() as client,
-                client.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0) as socket,
-            ):
-                tab = Tab(socket)
-                listening = asyncio.create_task(tab.listen(), name="browser")
-                try:
-                    await tab.open()
-                    yield tab
-                finally:
-                    listening.cancel()
-                    await asyncio.gather(listening, return_exceptions=True)
-        finally:
-            await child.stop()
+def _address(child: Child, profile: Path) -> list[str]:
+    """Port and path of its socket, once it has written them."""
+    child.require_running()
+    found = profile / "DevToolsActivePort"
+    lines = found.read_text().splitlines() if found.exists() else []
+    return lines if len(lines) == 2 else []
+
+
+def _removed(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
