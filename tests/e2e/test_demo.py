@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from harness.controlplane import ControlPlane
 from harness.processes import Completed, run
+from harness.wait import until
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -52,6 +55,21 @@ def scratch() -> Iterator[Path]:
 
 async def test_the_demo_succeeds_and_leaves_nothing_behind(scratch: Path) -> None:
     check_success(await demo(scratch))
+
+
+async def test_a_kept_demo_has_its_status_page_and_ends_by_the_command_that_it_prints(scratch: Path) -> None:
+    done = await demo(scratch, KEEP="1")
+    owner = re.search(r"^  kill (\d+)$", done.stdout, re.MULTILINE)
+    assert owner is not None, done.stdout + done.stderr
+    try:
+        check_success(done)
+        page = re.search(r"The status page is at (http://127\.0\.0\.1:\d+/)$", done.stdout, re.MULTILINE)
+        assert page is not None, done.stdout
+        async with aiohttp.ClientSession() as client, client.get(page[1]) as answer:
+            assert re.search(r'href="sets/vcpuset-demo-\d+/vm"', await answer.text())
+    finally:
+        os.kill(int(owner[1]), signal.SIGTERM)
+        await until(lambda: not Path(f"/proc/{owner[1]}").exists(), 60, "the demo to end")
 
 
 async def test_the_demo_uses_the_users_own_cluster_and_leaves_it_as_it_was(

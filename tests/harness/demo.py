@@ -323,7 +323,8 @@ def _say_how_to_play(cluster: Cluster, guest: Guest, operator: OperatorProcess) 
     vcpuset = shlex.quote(str(Path(sys.executable).with_name("vcpuset")))
     print(
         f"""
-Everything is still running. Try:
+Everything is still running. The status page is at {operator.url}/
+Try:
   export KUBECONFIG={shlex.quote(str(cluster.kubeconfig))}
   {kubectl} scale vcpuset vm --replicas=5
   {kubectl} get vcpuset vm --watch

@@ -1,4 +1,4 @@
-"""The HTTP side of the process: `/healthz`, `/readyz`, `/metrics`, and how busy a machine is."""
+"""The HTTP side of the process: `/healthz`, `/readyz`, `/metrics`, how busy a machine is, and the status page."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from vcpuset.app.page.pages import StatusPage
 from vcpuset.runtime.listening import serving
 
 __all__ = ["serve_http"]
@@ -23,6 +24,7 @@ async def serve_http(
     unhealthy_reason: Callable[[], str | None],
     exposition: Callable[[], Awaitable[bytes]],
     busy: Callable[[str, str], Awaitable[tuple[int, dict[str, Any]]]],
+    page: StatusPage,
 ) -> AsyncIterator[None]:
     """Serve as long as the context is open. Raises VCPUSetError if the address cannot be served.
 
@@ -30,6 +32,7 @@ async def serve_http(
     unhealthy_reason  why the process should be restarted; None: it is healthy
     exposition        the metrics in Prometheus' text format
     busy              HTTP status and JSON about the set with this namespace and name
+    page              its streams end with the context
     """
 
     async def healthz(_: web.Request) -> web.Response:
@@ -55,7 +58,11 @@ async def serve_http(
         web.get("/readyz", readyz),
         web.get("/metrics", metrics),
         web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", busy_vcpus),
+        *page.routes(),
     ]
     remedy = "set another address with --http-address, or an empty one to disable HTTP"
     async with serving(routes, address, "--http-address", remedy):
-        yield
+        try:
+            yield
+        finally:
+            page.close()

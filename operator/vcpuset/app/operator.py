@@ -26,6 +26,7 @@ from vcpuset.app.health import serve_http
 from vcpuset.app.history import History
 from vcpuset.app.liveness import unhealthy_reason
 from vcpuset.app.metrics import Metrics, measure_lag
+from vcpuset.app.page.pages import StatusPage
 from vcpuset.app.settings import Settings
 from vcpuset.controller import Controller
 from vcpuset.domain.backoff import ExponentialBackoff, jittered
@@ -130,6 +131,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
 
     def moved(before: VCPUSet | None, after: VCPUSet | None) -> None:
         history.moved(before, after)
+        page.journal.moved(before, after)
         if before is not None and (after is None or after.generation != before.generation):
             # A new spec, or none: its author may have fixed what failed, and need not wait behind all slow sets. Other
             # changes do not pass the others: a status, an annotation, an event.
@@ -175,6 +177,15 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     )
     guests = Guests(settings.socket_root, queue.add, permit=permit, meters=meters)
 
+    ready = asyncio.Event()
+
+    def absence() -> str:
+        if leadership is not None and not leadership.leading:
+            return "This replica is a standby. Another one is the leader and manages the VCPUSets; its page shows them."
+        return "This operator manages no VCPUSets." if ready.is_set() else "The VCPUSets have not been listed yet."
+
+    page = StatusPage(cache, meters, monitors.machine, scope, absence)
+
     controller = Controller(
         cache=cache,
         reporter=Reporter(cache, cluster, recorder, clock, queue.add),
@@ -196,7 +207,6 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
     if watcher is not None:
         owner.spawn(watcher.run(), "watcher of sockets")
     source = Source(settings.kubeconfig, scope, cache, changed, freshness, cluster.lists, metrics.requested)
-    ready = asyncio.Event()
 
     def unhealthy() -> str | None:
         return unhealthy_reason(queue.statistics(), settings.workers, freshness)
@@ -212,6 +222,7 @@ async def _serve(settings: Settings, cluster: Cluster, owner: TaskOwner, stop: a
             unhealthy_reason=unhealthy,
             exposition=exposition,
             busy=partial(busy, cache, meters),
+            page=page,
         )
         owner.spawn(measure_lag(metrics.lagged), "event loop's lag")
     owner.spawn(recorder.run(), "event recorder")

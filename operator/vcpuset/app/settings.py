@@ -65,7 +65,7 @@ class Settings:
     10 %. There is also a list whenever the watch could not continue from its last version."""
 
     http_address: tuple[str, int] | None = ("127.0.0.1", 8080)
-    """The address of `/healthz`, `/readyz` and `/metrics`; None: not served."""
+    """The address of the status page, `/healthz`, `/readyz` and `/metrics`; None: not served."""
 
     metrics_set_limit: int = 10_000
     """Up to so many sets, each has its own series; with more, only aggregates are exported. So a user who may create

@@ -169,7 +169,7 @@ main.add_command(plan)
     show_default=True,
     envvar="VCPUSET_HTTP_ADDRESS",
     show_envvar=True,
-    help="Address of /healthz, /readyz, /metrics and the busy vCPUs (/v1/…/busy). Empty: disabled.",
+    help="Address of the status page, /healthz, /readyz, /metrics and the busy vCPUs (/v1/…/busy). Empty: disabled.",
 )
 @click.option(
     "--metrics-set-limit",

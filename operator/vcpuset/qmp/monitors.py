@@ -18,6 +18,7 @@ from pathlib import Path
 from vcpuset.domain.backoff import ExponentialBackoff
 from vcpuset.domain.credentials import CredentialStore, NoCredentials
 from vcpuset.domain.errors import InvalidMonitor, UnsupportedSpec
+from vcpuset.domain.machine import Machine
 from vcpuset.domain.networks import Networks
 from vcpuset.domain.resource import TLS, UID, TCPMonitor, UnixMonitor, Unsupported, VCPUSet
 from vcpuset.qmp.meters import Meters
@@ -170,6 +171,11 @@ class Monitors:
         self._kept[uid] = (endpoint, session)
         self._opened_at[uid] = asyncio.get_running_loop().time()
         return session
+
+    def machine(self, uid: UID) -> Machine | None:
+        """The set's machine as last observed by this process; None: never."""
+        queries = self._queries.get(uid)
+        return None if queries is None else queries.machine
 
     async def end_turn(self, uid: UID) -> bool:
         """Close the set's session if it has lasted for its turn; returns whether it was closed.

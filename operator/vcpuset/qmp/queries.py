@@ -38,12 +38,13 @@ class Queries:
         self.stats = Command("query-stats", _STATS, read=replies.halts, optional=lambda _: True)
         self.chardev = Command("query-chardev", read=replies.connections, optional=lambda _: True)
         self._threads: Mapping[str, Sequence[int]] = {}
-        self._machine: Machine | None = None
+        self.machine: Machine | None = None
+        """As last observed."""
         self._uncounted: Hashable | None = None
 
     def counts(self) -> bool:
         """Whether the QEMU that was observed last may have counters of busy vCPUs."""
-        return self._machine is None or self._uncounted != (self._machine.process,)
+        return self.machine is None or self._uncounted != (self.machine.process,)
 
     def uncounted(self, machine: Machine) -> None:
         """This QEMU has none, and is not asked again."""
@@ -51,9 +52,9 @@ class Queries:
 
     def known(self, machine: Machine) -> Machine:
         """The machine that was observed before if it is equal: what follows from it is computed once."""
-        if machine != self._machine:
-            self._machine = machine
-        return self._machine
+        if machine != self.machine:
+            self.machine = machine
+        return self.machine
 
     def _read_cpus(self, result: object) -> replies.CPUs:
         found = replies.cpus(result)

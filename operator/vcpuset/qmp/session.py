@@ -254,7 +254,7 @@ class Session:
         `observe`."""
         cpus, slots = await self._execute(self._queries.cpus, self._queries.slots)
         self._place(slots)
-        return replace(machine, vcpus=cpus.count, slots=slots)
+        return self._queries.known(replace(machine, vcpus=cpus.count, slots=slots))
 
     def _place(self, slots: Sequence[Slot] | None) -> None:
         """Keep where the CPUs are."""

@@ -193,6 +193,7 @@ CLUSTER_REQUIREMENTS: Final = (
         "libvirt-client-qemu",
         _has_program("virt-qemu-qmp-proxy"),
     ),
+    Requirement("Chromium, to look at the status page", "chromium", "chromium", _has_program("chromium")),
     Requirement("mmdebstrap, to make base images", "mmdebstrap", "mmdebstrap", _has_program("mmdebstrap")),
 )
 """What `make test-cluster` needs besides."""

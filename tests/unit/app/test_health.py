@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from harness.processes import free_port
+from unit.app.pages import Pages
 from vcpuset.app.health import serve_http
 from vcpuset.domain.errors import VCPUSetError
 
@@ -39,6 +40,7 @@ class Served:
             unhealthy_reason=lambda: self.unhealthy_reason,
             exposition=self._exposition,
             busy=self._busy,
+            page=Pages().page,
         )
 
     async def _busy(self, namespace: str, name: str) -> tuple[int, dict[str, Any]]:
@@ -90,7 +92,7 @@ async def test_metrics_are_what_there_is_to_show(served: Served) -> None:
 
 
 async def test_another_path_is_not_found(served: Served) -> None:
-    assert (await served.get("/"))[0] == 404
+    assert (await served.get("/metric"))[0] == 404
 
 
 async def test_when_it_ends_the_port_is_free_again() -> None:
@@ -128,6 +130,7 @@ async def test_an_address_that_is_not_of_this_host_is_an_error(host: str, words:
         unhealthy_reason=lambda: None,
         exposition=asyncio.Future,
         busy=lambda *_: asyncio.Future(),
+        page=Pages().page,
     )
     with pytest.raises(VCPUSetError) as caught:
         await serving.__aenter__()
