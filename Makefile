@@ -23,8 +23,8 @@ WORKERS = $$((3 * $$(nproc)))
 
 # The parts of the set-up (tests/harness/setup) that the demo needs, and the tests, and the tests on a real node.
 to-run := system venv guest controlplane
-to-test := $(to-run) promtool controllermanager helm
-to-test-cluster := $(to-test) system-cluster node kuberouter images prometheus metricsserver keda flux argocd
+to-test := $(to-run) prometheus controllermanager helm
+to-test-cluster := $(to-test) system-cluster node kuberouter images metricsserver keda flux argocd
 
 # $(call set-up,part …)
 define set-up
@@ -49,7 +49,7 @@ test: ## Run all tests, or some: make test ARGS="tests/unit -k plan"
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-quick: ## Run the tests that need neither a cluster nor a guest
-	$(call set-up,system venv promtool)
+	$(call set-up,system venv prometheus)
 	VCPUSET_TEST_EFFORT=quick $(PY) -m pytest -n $$(($$(nproc) + 1)) tests/unit tests/qmp $(ARGS)
 
 test-long: ## Run all tests and search for longer, as before a release

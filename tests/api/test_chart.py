@@ -66,7 +66,7 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
         pytest.param("both", [], {}, id="both"),
         pytest.param(
             "both",
-            ["shards", "allow-tcp", "socket-group", *METRICS_API, "ipv6", "monitoring"],
+            ["shards", "allow-tcp", "socket-group", *METRICS_API, "ipv6", "monitoring", "monitoring/dashboard"],
             {
                 "controller.shards": ["b", "c"],
                 "controller.allowTCP": ["192.0.2.0/24"],
@@ -74,6 +74,7 @@ def without_helms_own(objects: list[Json]) -> list[Json]:
                 "listenAddress": "[::]",
                 "metricsAPI.enabled": True,
                 "monitoring.enabled": True,
+                "monitoring.dashboard.enabled": True,
             },
             id="both with components",
         ),
@@ -248,6 +249,8 @@ APPEARS: Final[list[tuple[str, object, str]]] = [
         "https://wiki.example.com/a/{alert}.html",
         "runbook_url: https://wiki.example.com/a/VCPUSetStalled.html\n",
     ),
+    ("monitoring.dashboard.enabled", True, "name: vcpuset-dashboard\n"),
+    ("monitoring.dashboard.labels", {"dashboards": "team"}, "    dashboards: team\n    grafana_dashboard: '1'\n"),
 ]
 """A value's path, another value than the default, and what is then in the objects and was not before."""
 
@@ -302,6 +305,8 @@ def beside(path: str) -> dict[str, object]:
         found["controller.allowTCP"] = ["192.0.2.0/24"]  # without a network there is no port in it
     if path == "metricsAPI.certificate.injectCAFrom":
         found["metricsAPI.certificate.secretName"] = "tls"
+    if path == "monitoring.dashboard.labels":
+        found["monitoring.dashboard.enabled"] = True
     for part in ("monitoring", "metricsAPI"):
         if path.startswith(f"{part}.") and path != f"{part}.enabled":
             found[f"{part}.enabled"] = True
@@ -422,6 +427,7 @@ async def test_other_namespaces_and_folders_leave_no_trace_of_the_shipped_ones()
         "metricsAPI.enabled": True,
         "metricsAPI.namespace.name": "numbers",
         "monitoring.enabled": True,
+        "monitoring.dashboard.enabled": True,
     }
     text = yaml.safe_dump_all(await render(*settings(values)))
     for shipped in (

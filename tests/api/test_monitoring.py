@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -31,13 +32,18 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 components:
 - monitoring
+- monitoring/dashboard
 patches:
 - target: {group: monitoring.coreos.com}
   patch: |-
     - {op: replace, path: /metadata/namespace, value: observability}
     - {op: add, path: /metadata/labels/release, value: kube-prometheus-stack}
+- target: {kind: ConfigMap, name: vcpuset-dashboard}
+  patch: |-
+    - {op: replace, path: /metadata/namespace, value: observability}
+    - {op: add, path: /metadata/labels/team, value: machines}
 """
-"""A user's own kustomization, with the patch that the component's comment advises."""
+"""A user's own kustomization, with the patches that the components' comments advise."""
 
 OF_PROMETHEUS: Final = {"up"}
 """What Prometheus itself adds to each target."""
@@ -72,6 +78,16 @@ async def test_the_component_is_accepted_and_an_overlay_may_change_its_namespace
         ["observability", "podmonitor.monitoring.coreos.com/vcpuset"],
         ["observability", "prometheusrule.monitoring.coreos.com/vcpuset"],
     ]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_dashboard_has_the_label_of_grafanas_sidecar_and_is_the_file_that_users_import(
+    cluster: ControlPlane,
+) -> None:
+    selector = "grafana_dashboard=1,team=machines"
+    got = await cluster.kubectl("get", "configmap", "-n", "observability", "-l", selector, "-o", "json")
+    (found,) = json.loads(got.stdout)["items"]
+    assert found["data"] == {"vcpuset.json": (COMPONENT / "dashboard" / "vcpuset.json").read_text()}
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -30,7 +30,7 @@ from harness.guest import Guest, GuestOptions
 from harness.keda import EXTERNAL_METRICS, USER, Keda
 from harness.operator import OperatorProcess
 from harness.processes import CommandFailed, run
-from harness.prometheus import Prometheus
+from harness.prometheus import PrometheusServer
 from harness.saved import saved_guest
 from harness.wait import until
 from harness.world import User
@@ -344,7 +344,10 @@ async def test_the_load_of_a_guest_drives_its_machine_through_the_answers_of_its
 async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
     agent: OperatorProcess, driven: Driven
 ) -> None:
-    async with machine(driven, agent=True) as running, Prometheus([f"{AGENT}:{PORT}"]) as prometheus:
+    # As the shipped PodMonitor: `namespace` is the set's.
+    job = {"job_name": "vcpuset", "honor_labels": True, "static_configs": [{"targets": [f"{AGENT}:{PORT}"]}]}
+    scraping = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [job]}
+    async with machine(driven, agent=True) as running, PrometheusServer(scraping, {}) as prometheus:
 
         def trigger(**metadata: Any) -> Manifest:
             """The page's, with this Prometheus, and a shorter range, so that the test need not take minutes."""
@@ -357,7 +360,11 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
 
         # The metric is there before the autoscaler.
         query = trigger()["spec"]["triggers"][0]["metadata"]["query"]
-        await until(lambda: prometheus.query(query), WAIT, "the guest's load in Prometheus")
+
+        async def is_known() -> bool:
+            return bool((await prometheus.ask("query", query=query))["result"])
+
+        await until(is_known, WAIT, "the guest's load in Prometheus")
         await driven.apply(trigger())
         await driven.works(BY_PROMETHEUS)
         await driven.settles(1)

@@ -34,6 +34,7 @@ SECONDS: Final = {
     "tests/api/test_metrics_api.py": 30,
     "tests/api/test_monitoring.py": 30,
     "tests/api/test_chart_releases.py": 30,
+    "tests/e2e/test_dashboard.py": 25,
     "tests/e2e/test_hung_monitors.py": 25,
     "tests/api/test_crd.py": 25,
     "tests/api/test_health.py": 25,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.cache import REPOSITORY
-from harness.promtool import promtool
+from harness.prometheus import program
 from unit.alertstories import NO_TROUBLE, TROUBLE, Story
 
 __all__: list[str] = []
@@ -30,7 +30,7 @@ def checked(folder: Path, *arguments: str) -> None:
     """Run promtool on `rules.yaml` in this folder."""
     (folder / "rules.yaml").write_text(yaml.safe_dump(RULES["spec"]))
     done = subprocess.run(
-        [promtool(), *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [program("promtool"), *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

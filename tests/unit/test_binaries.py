@@ -74,7 +74,7 @@ def test_a_target_does_not_wait_for_what_only_others_need() -> None:
         return set(found[1].split())
 
     assert parts("demo") == {"system", "venv", "controlplane", "guest"}
-    assert parts("demo") | {"promtool", "controllermanager", "helm"} == parts("test") == parts("setup")
+    assert parts("demo") | {"prometheus", "controllermanager", "helm"} == parts("test") == parts("setup")
     assert parts("test-cluster") == setup.PARTS.keys()
 
 

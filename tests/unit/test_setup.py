@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from harness import guestimage, promtool
+from harness import guestimage, prometheus
 from harness.binaries import BUILDS
 from harness.build.guest import packages
 from harness.build.guest.packages import Apt
@@ -257,24 +257,28 @@ def test_what_a_system_may_lack_comes_before_what_takes_long_to_build() -> None:
     assert list(setup.PARTS)[-len(BUILDS) :] == list(BUILDS)
 
 
-def mirror(folder: Path, release: str, package: str) -> str:
-    """A mirror of Debian in a folder, on which one release has one package, with promtool. Returns its address."""
-    control, programs = folder / "package" / "DEBIAN", folder / "package" / "usr" / "bin"
-    control.mkdir(parents=True)
-    programs.mkdir(parents=True)
-    written(programs, "promtool", f"#!/bin/sh\necho promtool of {package}\n")
-    fields = f"Package: {package}\nVersion: 6.1\nArchitecture: all\nMaintainer: Nobody <nobody@example.com>\n"
-    written(control, "control", f"{fields}Description: nothing\n")
-    file = f"{package}_6.1_all.deb"
-    subprocess.run(["dpkg-deb", "--build", folder / "package", folder / file], check=True, capture_output=True)
+def mirror(folder: Path, release: str, packages: Mapping[str, Sequence[str]]) -> str:
+    """A mirror of Debian in a folder, on which one release has packages with programs. Returns its address."""
     machine = subprocess.run(
         ["dpkg", "--print-architecture"], check=True, capture_output=True, text=True
     ).stdout.strip()
     lists = folder / "dists" / release / "main" / f"binary-{machine}"
     lists.mkdir(parents=True)
-    contents = (folder / file).read_bytes()
-    place = f"Filename: {file}\nSize: {len(contents)}\nSHA256: {hashlib.sha256(contents).hexdigest()}\n"
-    written(lists, "Packages", f"{fields}{place}Description: nothing\n")
+    entries = []
+    for package, names in packages.items():
+        control, programs = folder / package / "DEBIAN", folder / package / "usr" / "bin"
+        control.mkdir(parents=True)
+        programs.mkdir(parents=True)
+        for name in names:
+            written(programs, name, f"#!/bin/sh\necho {name} of {package}\n")
+        fields = f"Package: {package}\nVersion: 6.1\nArchitecture: all\nMaintainer: Nobody <nobody@example.com>\n"
+        written(control, "control", f"{fields}Description: nothing\n")
+        file = f"{package}_6.1_all.deb"
+        subprocess.run(["dpkg-deb", "--build", folder / package, folder / file], check=True, capture_output=True)
+        contents = (folder / file).read_bytes()
+        place = f"Filename: {file}\nSize: {len(contents)}\nSHA256: {hashlib.sha256(contents).hexdigest()}\n"
+        entries.append(f"{fields}{place}Description: nothing\n")
+    written(lists, "Packages", "\n".join(entries))
     return f"file:{folder}"
 
 
@@ -282,7 +286,7 @@ def mirror(folder: Path, release: str, package: str) -> str:
 def test_another_debian_fetches_the_guest_of_debian_12_from_its_own_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = mirror(tmp_path / "debian", "bookworm", "linux-image-6.1.0-77-cloud-amd64")
+    uri = mirror(tmp_path / "debian", "bookworm", {"linux-image-6.1.0-77-cloud-amd64": []})
     entry = written(tmp_path, "its.sources", f"Types: deb\nURIs: {uri}\nSuites: trixie\nTrusted: yes\n")
     monkeypatch.setattr(packages, "targets", lambda: [target(entry, "trixie", uri)])
     monkeypatch.setattr(platform, "freedesktop_os_release", lambda: DEBIAN_13)
@@ -295,12 +299,18 @@ def test_another_debian_fetches_the_guest_of_debian_12_from_its_own_mirror(
     assert apt.download([kernel])[kernel].read_bytes() == (tmp_path / "debian" / f"{kernel}_6.1_all.deb").read_bytes()
 
 
-@pytest.mark.skipif(shutil.which("apt-get") is None, reason="without apt, the package cannot be fetched")
-@pytest.mark.parametrize("package", ["promtool", "prometheus"])
-def test_promtool_comes_out_of_the_package_that_has_it_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="without apt, the packages cannot be fetched")
+@pytest.mark.parametrize(
+    "there",
+    [
+        pytest.param({"prometheus": ["prometheus", "promtool"]}, id="debian-12"),
+        pytest.param({"prometheus": ["prometheus"], "promtool": ["promtool"]}, id="debian-13"),
+    ],
+)
+def test_prometheus_and_promtool_come_out_of_the_packages_that_have_them_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, list[str]]
 ) -> None:
-    entry = f"Types: deb\nURIs: {mirror(tmp_path / 'debian', 'stable', package)}\nSuites: stable\nComponents: main\n"
+    entry = f"Types: deb\nURIs: {mirror(tmp_path / 'debian', 'stable', there)}\nSuites: stable\nComponents: main\n"
     (tmp_path / "sources").mkdir()
     written(tmp_path / "sources", "debian.sources", f"{entry}Trusted: yes\n")
 
@@ -309,12 +319,14 @@ def test_promtool_comes_out_of_the_package_that_has_it_here(
             super().__init__(folder, report)
             self._options += ["-o", "Dir::Etc::SourceList=/dev/null", "-o", f"Dir::Etc::SourceParts={tmp_path}/sources"]
 
-    monkeypatch.setattr(promtool, "Apt", OfThisMirror)
+    monkeypatch.setattr(prometheus, "Apt", OfThisMirror)
     monkeypatch.setenv("VCPUSET_CACHE", str(tmp_path / "cache"))
-    promtool.fetch("promtool", lambda step: None)
-    kept = tmp_path / "cache" / "promtool" / "promtool"
-    assert kept.read_text().endswith(f"echo promtool of {package}\n")
-    assert os.access(kept, os.X_OK)
+    prometheus.fetch(lambda step: None)
+    for package, names in there.items():
+        for name in names:
+            kept = tmp_path / "cache" / "prometheus" / name
+            assert kept.read_text().endswith(f"echo {name} of {package}\n")
+            assert os.access(kept, os.X_OK)
 
 
 def test_apt_asks_nothing_and_waits_for_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ done already, so that a repeated set-up takes a fraction of a second:
     system-cluster     those that only `make test-cluster` needs (containerd, buildah, …)
     venv               the virtual environment `.venv` with the pinned Python packages
     guest              kernel and initramfs of the test guest, in the cache folder
-    promtool           the tester of alerting rules, out of Debian's package of Prometheus; only tests need it
-    prometheus         Prometheus, out of the same package; only `make test-cluster` needs it
+    prometheus         Prometheus and its tester of rules, out of Debian's packages; only tests need them
     images             container images of the operator, and of QEMU with the guest; only `make test-cluster` needs them
     controlplane, …    each of harness.binaries.BUILDS: built from a pinned Go module into the cache folder
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
-from harness import guestimage, promtool
+from harness import guestimage, prometheus
 from harness.binaries import BUILDS
 from harness.build.guest.packages import PackageError
 from harness.cache import cache_dir
@@ -34,21 +34,22 @@ def ensure_images() -> None:
     run_visibly([VENV_PYTHON, "-m", "harness.containerimages"], seconds=3600)
 
 
-def ensure_fetched(name: str) -> None:
-    """Fetch a program of Prometheus, unless there is one.
+def ensure_prometheus() -> None:
+    """Fetch Prometheus and promtool, unless they are there.
 
     Raises:
-        NotPossible: it cannot be had here.
+        NotPossible: they cannot be had here.
     """
     try:
-        promtool.program(name)
-    except promtool.PromtoolMissing:
-        say(f"==> {name}, from Debian's prometheus package")
+        for name in prometheus.PROGRAMS:
+            prometheus.program(name)
+    except prometheus.PrometheusMissing:
+        say("==> Prometheus, from Debian's packages")
         try:
-            promtool.fetch(name, say)
+            prometheus.fetch(say)
         except PackageError as error:
             raise NotPossible(
-                f"{name}: {error}. Alternatively, put {name} from a Prometheus release into PATH"
+                f"Prometheus: {error}. Alternatively, put prometheus and promtool from a Prometheus release into PATH"
             ) from error
 
 
@@ -57,7 +58,7 @@ PARTS: Final[dict[str, Callable[[], None]]] = {
     "system-cluster": partial(install_missing, CLUSTER_REQUIREMENTS),
     "venv": ensure_venv,
     "guest": ensure_guest,
-    **{name: partial(ensure_fetched, name) for name in promtool.PROGRAMS},
+    "prometheus": ensure_prometheus,
     "images": ensure_images,
     **{name: partial(ensure_built, build) for name, build in BUILDS.items()},
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from sys import intern
 from typing import Final, NamedTuple
 
-from vcpuset.app.collectors import state_of
+from vcpuset.domain.report import state_of
 from vcpuset.domain.reasons import State
 from vcpuset.domain.resource import UID, VCPUSet
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Self
 from urllib.parse import quote, urlencode
 
-from vcpuset.app.collectors import state_of
+from vcpuset.domain.report import state_of
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube.cluster import Scope
