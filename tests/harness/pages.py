@@ -84,6 +84,8 @@ def health() -> str:
             groups.setdefault(verdicts(reason, state), []).append(f"`{reason}`")
     rows = [(", ".join(found), group.kstatus, group.expressions, group.argocd) for group, found in groups.items()]
     return _table(("reasons", "Flux", "Flux, with the expressions", "Argo CD, with the script"), rows)
+
+
 def reason_in_words(reason: Reason) -> str:
     """What the section of a reason begins with."""
     condition = _true_condition(reason)

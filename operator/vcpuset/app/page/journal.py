@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from sys import intern
 from typing import Final, NamedTuple
 
-from vcpuset.domain.report import state_of
 from vcpuset.domain.reasons import State
+from vcpuset.domain.report import state_of
 from vcpuset.domain.resource import UID, VCPUSet
 
 __all__ = ["ENTRIES", "KEPT_SECONDS", "MESSAGE_LIMIT", "Entry", "Journal"]

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, Self
 from urllib.parse import quote, urlencode
 
-from vcpuset.domain.report import state_of
 from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import state_of
 from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube.cluster import Scope
 
