@@ -11,8 +11,9 @@ import pytest_asyncio
 from harness.kubelet import install
 from harness.node import PODS, Cluster
 from harness.sandbox import is_entered
+from harness.world import User
 
-__all__ = ["cluster", "installed", "pytest_configure"]
+__all__ = ["cluster", "installed", "pytest_configure", "user"]
 
 ALLOW_PODS: Final = (
     {
@@ -45,3 +46,11 @@ async def installed(cluster: Cluster) -> Cluster:
     """The cluster with agent and controller, as shipped."""
     await install(cluster.control_plane, cluster, *ALLOW_PODS)
     return cluster
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def user(installed: Cluster) -> AsyncIterator[User]:
+    """A user with a namespace of their own, which is deleted with its machines after the module."""
+    namespace = await installed.control_plane.namespace()
+    yield User(installed.control_plane, namespace)
+    await installed.kubectl("delete", "namespace", namespace, "--timeout=90s", timeout=100)

@@ -20,10 +20,9 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600
 WAIT = 60.0
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def user(installed: Cluster) -> User:
-    """A user with a namespace of their own, in which a pod runs from which to connect."""
-    user = User(installed.control_plane, await installed.control_plane.namespace())
+@pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
+async def prober(installed: Cluster, user: User) -> None:
+    """A pod from which to connect."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -35,7 +34,6 @@ async def user(installed: Cluster) -> User:
     }
     await installed.kubectl("apply", "-f", "-", input=json.dumps(pod))
     await installed.kubectl("wait", "-n", user.namespace, "--for=condition=Ready", "--timeout=60s", "pod/prober")
-    return user
 
 
 async def fetches(cluster: Cluster, user: User, url: str) -> bool:
@@ -54,7 +52,12 @@ async def address(cluster: Cluster, namespace: str) -> str:
 @pytest.mark.parametrize("namespace", ["vcpuset-agent", "vcpuset-system"])
 async def test_metrics_are_read_from_labelled_namespaces_only(installed: Cluster, user: User, namespace: str) -> None:
     url = f"http://{await address(installed, namespace)}:8080/metrics"
-    assert not await fetches(installed, user, url)
+
+    async def is_refused() -> bool:
+        return not await fetches(installed, user, url)
+
+    # kube-router brings a policy into force some seconds after it was made.
+    await until(is_refused, WAIT, "the metrics to be refused", interval=0.5)
     await installed.kubectl("label", "namespace", user.namespace, "vcpuset.dev/metrics=allowed")
 
     async def is_open() -> bool:
@@ -62,10 +65,6 @@ async def test_metrics_are_read_from_labelled_namespaces_only(installed: Cluster
 
     await until(is_open, WAIT, "the metrics to be readable", interval=0.5)
     await installed.kubectl("label", "namespace", user.namespace, "vcpuset.dev/metrics-")
-
-    async def is_refused() -> bool:
-        return not await fetches(installed, user, url)
-
     await until(is_refused, WAIT, "the metrics to be refused", interval=0.5)
 
 

@@ -26,12 +26,6 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def user(installed: Cluster) -> User:
-    """A user with a namespace of their own."""
-    return User(installed.control_plane, await installed.control_plane.namespace())
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def vm(installed: Cluster, user: User) -> NodeVM:
     """A machine that has booted, and its VCPUSet `web`, Ready with 2."""
     made = NodeVM(installed, user.namespace, "web", "node-1")

@@ -161,8 +161,8 @@ class Node:
 
     async def is_ready(self) -> bool:
         """Whether the API server says so."""
-        for name in ("containerd", "kubelet"):
-            self._programs[name].require_running()
+        for child in self._programs.values():
+            child.require_running()
         node = (await self._control_plane.request("GET", f"/api/v1/nodes/{self.name}")).body
         conditions = {each["type"]: each["status"] for each in node.get("status", {}).get("conditions", ())}
         return conditions.get("Ready") == "True" and not node["spec"].get("taints")
@@ -189,7 +189,8 @@ class Node:
             await self.run("ip", *line.split())
         for each in others:
             await each.run("ip", "route", "replace", self.pods, "via", self.address)
-        await self.run("sysctl", "--quiet", "net.ipv4.ip_forward=1")
+        # As Kubernetes asks of a node: packets between its pods are filtered too.
+        await self.run("sysctl", "--quiet", "net.ipv4.ip_forward=1", "net.bridge.bridge-nf-call-iptables=1")
 
     def _configure(self) -> None:
         etc = self._var / "etc"
@@ -370,6 +371,8 @@ _KUBELET: Final[Manifest] = {
     "tlsPrivateKeyFile": "/var/etc/kubelet.key",
     "resolvConf": "",
     "evictionHard": {"memory.available": "50Mi"},
+    # So that tests know how much there is: two CPUs.
+    "systemReserved": {"cpu": str(max(0, (os.cpu_count() or 2) - 2))},
     # Often, since tests wait for what follows from a node's silence.
     "nodeStatusUpdateFrequency": "2s",
     "nodeStatusReportFrequency": "10s",
