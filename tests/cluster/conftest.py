@@ -27,6 +27,12 @@ ALLOW_PODS: Final = (
 )
 """deploy/components/allow-tcp, with the network of the pods."""
 
+IMPATIENT: Final = {
+    "target": {"kind": "Deployment", "name": "vcpuset-controller"},
+    "patch": "- {op: add, path: /spec/template/spec/containers/0/args/-, value: --agent-grace-seconds=10}",
+}
+"""Ten seconds in place of 60: the rest would be waiting."""
+
 
 def pytest_configure() -> None:
     """Do not begin where all of it would fail."""
@@ -44,7 +50,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def installed(cluster: Cluster) -> Cluster:
     """The cluster with agent and controller, as shipped."""
-    await install(cluster.control_plane, cluster, *ALLOW_PODS)
+    await install(cluster.control_plane, cluster, *ALLOW_PODS, IMPATIENT)
     return cluster
 
 

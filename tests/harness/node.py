@@ -332,6 +332,11 @@ class Cluster:
         await node.power_on([each for each in self.nodes.values() if each is not node])
         return node
 
+    async def remove(self, name: str) -> None:
+        """Take a node out of the cluster, without ado."""
+        await self.nodes.pop(name).power_off()
+        await self.kubectl("delete", "node", name)
+
     async def kubectl(self, *arguments: str | Path, **options: Any) -> Completed:
         """Run kubectl; see `ControlPlane.kubectl`."""
         return await self.control_plane.kubectl(*arguments, **options)

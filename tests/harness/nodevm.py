@@ -42,23 +42,26 @@ class NodeVM:
         self._namespace = namespace
         self._node = node
 
-    async def start(self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "") -> None:
+    async def start(
+        self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "", append: str = ""
+    ) -> None:
         """Make its directory as the administrator does, and start it; it boots then.
 
         monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
+        append    more options of the guest's kernel
         """
         directory = f"{SOCKET_ROOT}/{self._namespace}"
         node = self._cluster.nodes[self._node]
         await node.run("install", "-d", "-m", "0755", SOCKET_ROOT)
         paths = (directory, f"{directory}/{self.name}")
         await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
-        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp)
+        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, append=append)
         if monitor:
             (container,) = manifest["spec"]["template"]["spec"]["containers"]
             container["args"] = [re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", container["args"][0])]
         await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
 
-    def manifest(self, *, cpu: str, memory: int, smp: str) -> dict[str, Any]:
+    def manifest(self, *, cpu: str, memory: int, smp: str, append: str = "") -> dict[str, Any]:
         """The example, for this machine."""
         found: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
         made = copy.deepcopy(found)
@@ -75,7 +78,8 @@ class NodeVM:
         (script,) = container["args"]
         machine = (
             f"-machine q35,accel=tcg -m {memory} -smp {smp} -nodefaults -display none -serial stdio "
-            f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS}' -trace handle_qmp_command"
+            f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS} {append}' "
+            "-trace handle_qmp_command"
         )
         written = re.sub(r"-machine .*-nographic", lambda _: machine, script)
         assert written != script, f"{EXAMPLE} has another machine"
