@@ -88,6 +88,6 @@ async def test_the_controller_reaches_monitors_in_the_allowed_network_and_says_w
     await installed.kubectl("rollout", "restart", "-n", "vcpuset-system", "deployment/vcpuset-controller")
     await installed.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
     seen = await user.wait_reason("tcp", "MonitorUnreachable")
-    assert "NetworkPolic" in seen.message
+    assert "network policy" in seen.message
     await installed.kubectl("patch", *policy, "--type=merge", "-p", json.dumps({"spec": {"egress": before}}))
     await user.wait_ready("tcp")

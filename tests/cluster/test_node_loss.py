@@ -32,6 +32,7 @@ async def test_the_set_of_a_node_that_is_gone_is_not_ready_until_the_node_is_bac
     assert seen.vcpus == 3, "what was observed last"
 
     await node.power_on([installed.nodes["node-1"]])
+    await vm.make_directories()
     seen = await user.wait_ready("far")
     assert seen.vcpus == 3, "the new QEMU, which has booted with 2, gets its count"
     await user.delete("far")

@@ -89,6 +89,8 @@ async def test_a_size_for_which_the_node_has_no_room_is_deferred_until_it_has(in
 
 
 async def test_a_quota_that_refuses_the_size_is_told_in_its_words(installed: Cluster, user: User) -> None:
+    # The quota counts all machines of the namespace.
+    await installed.kubectl("delete", "deployments", "-n", user.namespace, "--all", "--timeout=60s", timeout=70)
     vm = NodeVM(installed, user.namespace, "bound", "node-1")
     await vm.start(cpu="250m")
     await vm.wait_online(2)

@@ -112,9 +112,10 @@ class Node:
         await self.start("containerd")
         for image in images():
             await self.load(image)
-        for name in ("kubelet", "kube-proxy", "kube-router"):
+        for name in ("kubelet", "kube-proxy"):
             await self.start(name)
         await until(self.is_ready, START_SECONDS, lambda: f"{self.name} to be Ready\n{self.said('kubelet')}")
+        await self.start("kube-router")  # ends if the node has no address yet
 
     async def power_off(self) -> None:
         """End all that runs on it, at once. Safe to call again."""

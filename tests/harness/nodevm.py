@@ -45,21 +45,25 @@ class NodeVM:
     async def start(
         self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "", append: str = ""
     ) -> None:
-        """Make its directory as the administrator does, and start it; it boots then.
+        """Make its directory, and start it; it boots then.
 
         monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
         append    more options of the guest's kernel
         """
-        directory = f"{SOCKET_ROOT}/{self._namespace}"
-        node = self._cluster.nodes[self._node]
-        await node.run("install", "-d", "-m", "0755", SOCKET_ROOT)
-        paths = (directory, f"{directory}/{self.name}")
-        await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
+        await self.make_directories()
         manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, append=append)
         if monitor:
             (container,) = manifest["spec"]["template"]["spec"]["containers"]
             container["args"] = [re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", container["args"][0])]
         await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
+
+    async def make_directories(self) -> None:
+        """Make its directory as the administrator does, also after each boot of the node: /run is empty then."""
+        directory = f"{SOCKET_ROOT}/{self._namespace}"
+        node = self._cluster.nodes[self._node]
+        await node.run("install", "-d", "-m", "0755", SOCKET_ROOT)
+        paths = (directory, f"{directory}/{self.name}")
+        await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
 
     def manifest(self, *, cpu: str, memory: int, smp: str, append: str = "") -> dict[str, Any]:
         """The example, for this machine."""
