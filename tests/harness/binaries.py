@@ -88,7 +88,9 @@ class Build:
         """
         path = self.folder / name
         if not os.access(path, os.X_OK):
-            raise BinariesMissing(f"{name} is not built ({path}): run `make setup`")
+            raise BinariesMissing(
+                f"{name} is not built ({path}): run `make setup`, or `make test-cluster` for its own programs"
+            )
         return path
 
 

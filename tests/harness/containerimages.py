@@ -59,12 +59,12 @@ class Image:
     path: Path
 
 
-def operator_image(repository: Path = REPOSITORY) -> Image:
-    """The image of a work tree, whether it is built or not."""
-    version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+def operator_image() -> Image:
+    """The image of this work tree, whether it is built or not."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     names = ("Dockerfile", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
-    files = [*(repository / name for name in names), *sorted((repository / "operator").rglob("*.py"))]
-    contents = [part for file in files for part in (str(file.relative_to(repository)), file.read_bytes())]
+    files = [*(REPOSITORY / name for name in names), *sorted((REPOSITORY / "operator").rglob("*.py"))]
+    contents = [part for file in files for part in (str(file.relative_to(REPOSITORY)), file.read_bytes())]
     return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))
 
 
@@ -91,7 +91,7 @@ def make_images() -> None:
         if not (pause.path.exists() and vm.path.exists()):
             builder.make_vm(pause, vm)
         if not operator.path.exists():
-            builder.make_operator(operator, REPOSITORY)
+            builder.make_operator(operator)
 
 
 def _path(name: str, key: str) -> Path:
@@ -129,7 +129,7 @@ class _Builder:
             shutil.copy2(guestimage.images() / name, guest / name)
         self._commit(root, vm, [])
 
-    def make_operator(self, image: Image, repository: Path) -> None:
+    def make_operator(self, image: Image) -> None:
         """The Dockerfile's image, as it stands."""
         base = _path("base", digest(_base_parts()))
         if not base.exists():
@@ -138,7 +138,7 @@ class _Builder:
         self._buildah(["pull", f"docker-archive:{base}"])
         command = ["bud", "--isolation=chroot", "--pull-never", "--build-arg=BASE=localhost/base:1"]
         command += [f"--volume={each}:{each}:ro" for each in _of_pip() if Path(each).exists()]
-        self._buildah([*command, f"--tag={image.reference}", str(repository)])
+        self._buildah([*command, f"--tag={image.reference}", str(REPOSITORY)])
         self._push(image)
 
     def _debian(self, name: str, packages: Sequence[str], hooks: Sequence[str] = ()) -> Path:

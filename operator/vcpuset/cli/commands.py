@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 import click
 
 from vcpuset.cli.observation import TIMEOUT_SECONDS, monitor_address, read_credentials
+from vcpuset.cli.options import ready_timeout_option
 from vcpuset.cli.outcome import Exit, Progress
 from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.assessment import sentence
@@ -132,8 +133,8 @@ def inspect(
 
     The exit status is 0 if the machine was observed, even if its guest agent did not answer, and 1 otherwise.
     """
-    from vcpuset.cli import inspect as inspection  # noqa: PLC0415 - imports rich: `run`, which imports this module too, would start 0.1 s later and keep it in memory without using it
-    from vcpuset.cli.render import show  # noqa: PLC0415 - imports rich: `run`, which imports this module too, would start 0.1 s later and keep it in memory without using it
+    from vcpuset.cli import inspect as inspection
+    from vcpuset.cli.render import show
 
     if tls_credentials is not None and isinstance(monitor, Path):
         raise click.UsageError(f"--tls-credentials requires a HOST:PORT monitor; {monitor} is a unix socket.")
@@ -196,8 +197,8 @@ def plan(
     The exit status is 0 if all machines were observed, even if something blocks the change. It is 1 if a machine
     could not be observed or the file is invalid.
     """
-    from vcpuset.cli import plan as planning  # noqa: PLC0415 - imports rich: `run`, which imports this module too, would start 0.1 s later and keep it in memory without using it
-    from vcpuset.cli.render import show  # noqa: PLC0415 - imports rich: `run`, which imports this module too, would start 0.1 s later and keep it in memory without using it
+    from vcpuset.cli import plan as planning
+    from vcpuset.cli.render import show
 
     if tls_server_name is not None and (monitor is None or tls_credentials is None):
         raise click.UsageError("--tls-server-name requires --monitor and --tls-credentials.")
@@ -233,14 +234,7 @@ def plan(
     is_flag=True,
     help="Also wait for the guest, and for a machine that cannot be reached or changed now.",
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.1, 86400),
-    default=120,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long the machine may take to be Ready.",
-)
+@ready_timeout_option
 @_output
 def apply(
     filename: BinaryIO,
@@ -263,7 +257,7 @@ def apply(
     The exit status is 0 if the machine is Ready, 1 if it cannot be (Stalled or suspended), 3 if it is not Ready yet,
     2 if the command line or the file is invalid, and 130 after Ctrl-C.
     """
-    from vcpuset.cli import apply as application  # noqa: PLC0415 - imports the reconciler, which most commands do not need
+    from vcpuset.cli import apply as application
 
     manifest = _only(_manifests(filename, namespace, Exit.UNUSABLE), Exit.UNUSABLE)
     vcpuset = manifest.vcpuset
@@ -287,7 +281,7 @@ def apply(
     except VCPUSetError as error:
         raise click.ClickException(sentence(str(error))) from error
     if output != "table":
-        from vcpuset.cli.render import show  # noqa: PLC0415 - imports rich
+        from vcpuset.cli.render import show
 
         show(output, done.document, [])
     reason = None if done.assessment is None else done.assessment.reason
@@ -306,8 +300,8 @@ def _only(manifests: list[Manifest], status: int = 1) -> Manifest:
 
 
 def _manifests(file: BinaryIO, namespace: str | None, status: int = 1) -> list[Manifest]:
-    from vcpuset.cli.manifests import InvalidManifest, read  # noqa: PLC0415 - imports PyYAML: every command without -f would start 0.1 s later
-    from vcpuset.cli.record import RecordFailed, remembered  # noqa: PLC0415 - imports PyYAML, likewise
+    from vcpuset.cli.manifests import InvalidManifest, read
+    from vcpuset.cli.record import RecordFailed, remembered
 
     name = str(getattr(file, "name", "<stdin>"))
     try:

@@ -21,6 +21,7 @@ __all__ = [
     "log_options",
     "not_empty",
     "own_namespace",
+    "ready_timeout_option",
 ]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})")
@@ -57,6 +58,17 @@ class EmptyCounts(click.Option):
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """The variable's value, also an empty one."""
         return os.environ.get(self.envvar) if isinstance(self.envvar, str) else super().resolve_envvar_value(ctx)
+
+
+ready_timeout_option: Final = click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 86400),
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the machine may take to be Ready.",
+)
+"""Of the commands that wait for that."""
 
 
 def not_empty(ctx: click.Context, param: click.Parameter, value: _T) -> _T:

@@ -158,7 +158,7 @@ class StatusPage:
         headers = {**SECURITY, "Cache-Control": "no-cache"}
         return web.Response(text=self._files[name], content_type=_FILES[name], charset="utf-8", headers=headers)
 
-    def _parts(self) -> Any:  # noqa: ANN401 - jinja2's module has the template's macros as attributes
+    def _parts(self) -> Any:  # noqa: ANN401 - jinja2 sets a template's macros as attributes at run time, so no type has them
         return self._jinja.get_template("parts.html").module
 
     def _asked(self, request: web.Request) -> VCPUSet | None:

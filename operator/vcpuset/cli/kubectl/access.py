@@ -55,8 +55,8 @@ def access_options(command: _Command) -> _Command:
 @contextlib.asynccontextmanager
 async def connected(access: Access) -> AsyncIterator[tuple[UserAPI, str]]:
     """The API server, and the namespace. Raises APIError."""
-    from vcpuset.kube.login import namespace_of_context  # noqa: PLC0415 - imports kubernetes, which --help and errors of the command line do not need
-    from vcpuset.kube.user import UserAPI  # noqa: PLC0415 - likewise
+    from vcpuset.kube.login import namespace_of_context
+    from vcpuset.kube.user import UserAPI
 
     named = access.namespace or namespace_of_context(access.kubeconfig, access.context)
     async with await UserAPI.connect(access.kubeconfig, access.context) as api:

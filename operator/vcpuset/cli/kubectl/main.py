@@ -19,6 +19,7 @@ from click.shell_completion import ShellComplete
 
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.kubectl.access import Access, access_options, complete_name, connected, execute
+from vcpuset.cli.options import ready_timeout_option
 from vcpuset.cli.outcome import Exit, Progress, verdict
 from vcpuset.cli.program import Program
 from vcpuset.cli.values import Name
@@ -103,8 +104,8 @@ def status(all_namespaces: bool, watch: bool, output: Output, **access: Any) -> 
     """
     if watch and output in {"json", "yaml"}:
         raise click.UsageError("--watch prints a table: leave out --output, or set it to wide.")
-    from vcpuset.cli.kubectl import status as view  # noqa: PLC0415 - imports rich: --help and completion would start later
-    from vcpuset.cli.render import show  # noqa: PLC0415 - likewise
+    from vcpuset.cli.kubectl import status as view
+    from vcpuset.cli.render import show
 
     wide = output == "wide"
 
@@ -132,8 +133,8 @@ def top(all_namespaces: bool, output: DocumentOutput, **access: Any) -> None:
 
     This needs the metrics API of this project in the cluster (docs/metrics-api.md).
     """
-    from vcpuset.cli.kubectl import status as view  # noqa: PLC0415 - imports rich: --help and completion would start later
-    from vcpuset.cli.render import show  # noqa: PLC0415 - likewise
+    from vcpuset.cli.kubectl import status as view
+    from vcpuset.cli.render import show
 
     async def run() -> None:
         async with connected(Access(**access)) as (api, own):
@@ -157,8 +158,8 @@ def top(all_namespaces: bool, output: DocumentOutput, **access: Any) -> None:
 @_output("json", "yaml")
 def explain(name: str, output: DocumentOutput, **access: Any) -> None:
     """Show what the operator does with a VCPUSet, what it waits for, and what helps."""
-    from vcpuset.cli.kubectl import explain as explaining  # noqa: PLC0415 - imports rich: --help and completion would start later
-    from vcpuset.cli.render import show  # noqa: PLC0415 - likewise
+    from vcpuset.cli.kubectl import explain as explaining
+    from vcpuset.cli.render import show
 
     async def run() -> None:
         async with connected(Access(**access)) as (api, namespace):
@@ -185,14 +186,7 @@ def explain(name: str, output: DocumentOutput, **access: Any) -> None:
 @click.argument("count", type=click.IntRange(1, 4096))
 @access_options
 @click.option("--wait", is_flag=True, help="Wait until the VCPUSet is Ready, or cannot be.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.1, 86400),
-    default=120,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait, with --wait.",
-)
+@ready_timeout_option
 def set_count(name: str, count: int, wait: bool, timeout: float, **access: Any) -> None:
     """Declare the vCPU count of a VCPUSet, through its scale subresource, as kubectl scale does.
 
@@ -214,7 +208,7 @@ def set_count(name: str, count: int, wait: bool, timeout: float, **access: Any) 
 
 
 async def _wait(api: UserAPI, namespace: str, name: str, count: int, seconds: float, progress: Progress) -> NoReturn:
-    from vcpuset.cli.kubectl.follow import follow  # noqa: PLC0415 - imports kubernetes
+    from vcpuset.cli.kubectl.follow import follow
 
     reason: str | None = None
     with contextlib.suppress(TimeoutError):
