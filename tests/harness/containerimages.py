@@ -63,7 +63,9 @@ def operator_image() -> Image:
     """The image of this work tree, whether it is built or not."""
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     names = ("Dockerfile", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
-    files = [*(REPOSITORY / name for name in names), *sorted((REPOSITORY / "operator").rglob("*.py"))]
+    made = {"__pycache__", "vcpuset.egg-info"}
+    sources = (path for path in (REPOSITORY / "operator").rglob("*") if path.is_file() and not made & set(path.parts))
+    files = [*(REPOSITORY / name for name in names), *sorted(sources)]
     contents = [part for file in files for part in (str(file.relative_to(REPOSITORY)), file.read_bytes())]
     return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))
 
