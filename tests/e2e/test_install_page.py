@@ -68,13 +68,13 @@ class Followed:
         }
 
     def blocks(self) -> Iterator[Block]:
-        """What the page has somebody type or write who goes this way, but the image."""
+        """What the page has somebody type or write who goes this way, but the image and a roll-back."""
         other = {"kustomize", "helm"} - {self.way}
         for block in PAGE.blocks():
             if (
                 block.language != "text"
                 and not other & set(block.marks)
-                and not {"variables", "image"} & set(block.marks)
+                and not {"variables", "image", "rollback"} & set(block.marks)
             ):
                 yield block
 

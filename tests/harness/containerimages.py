@@ -2,7 +2,7 @@
 
     pause      what containerd keeps a pod's namespaces with
     vm         QEMU of Debian 13, and the test guest below /guest
-    vcpuset    the operator, built from the repository's Dockerfile by buildah
+    vcpuset    the operator, built from the repository's Dockerfile by buildah; and that of `BEFORE`
 
 Only the Dockerfile's base image is replaced, since a registry cannot be counted on: its stand-in holds Python 3.13 and
 pip, too, but those of Debian 13, in /usr in place of /usr/local.
@@ -30,10 +30,13 @@ from harness.cache import REPOSITORY, cache_dir, digest
 from harness.setup.aptsources import own_source, source_text, targets
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
-__all__ = ["PAUSE", "VM", "Image", "images", "make_images", "operator_image"]
+__all__ = ["PAUSE", "VM", "Image", "before", "checkout_before", "images", "make_images", "operator_image"]
 
 SUITE: Final = "trixie"
 MAKE_SECONDS: Final = 1800.0
+
+BEFORE: Final = "7a1c7f688bb76ad21c6462ca331fe830f5de575b"
+"""The commit from which tests upgrade: the last release, once there is one."""
 
 PYTHON: Final = ("python3", "python3-venv", "python3-pip-whl", "ca-certificates")
 TO_BASE: Final = (
@@ -70,6 +73,23 @@ def operator_image() -> Image:
     return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))
 
 
+def before() -> Image:
+    """The image of the version before, whether it is built or not."""
+    return Image("vcpuset:before", _path("vcpuset", digest([BEFORE, *_base_parts()])))
+
+
+def checkout_before(folder: Path) -> None:
+    """Write the version before into a folder.
+
+    Raises:
+        SetupFailed: this is no clone with its history; git's message has been shown.
+    """
+    archive = folder / "before.tar"
+    run_visibly(["git", "-C", REPOSITORY, "archive", f"--output={archive}", BEFORE], seconds=60)
+    run_visibly(["tar", "-x", "-f", archive, "-C", folder], seconds=60)
+    archive.unlink()
+
+
 def images() -> list[Image]:
     """What a node needs, whether it is built or not."""
     vm = digest([SUITE, *QEMU, guestimage.digest(guestimage.images())])
@@ -84,7 +104,7 @@ def make_images() -> None:
         SetupFailed: a step failed; its output has been shown.
     """
     pause, vm, operator = images()
-    missing = [each for each in (pause, vm, operator) if not each.path.exists()]
+    missing = [each for each in (pause, vm, operator, before()) if not each.path.exists()]
     if not missing:
         return
     say(f"==> Images {', '.join(each.reference for each in missing)}, into {pause.path.parent}")
@@ -93,7 +113,12 @@ def make_images() -> None:
         if not (pause.path.exists() and vm.path.exists()):
             builder.make_vm(pause, vm)
         if not operator.path.exists():
-            builder.make_operator(operator)
+            builder.make_operator(operator, REPOSITORY)
+        if not before().path.exists():
+            tree = Path(folder) / "before"
+            tree.mkdir()
+            checkout_before(tree)
+            builder.make_operator(before(), tree)
 
 
 def _path(name: str, key: str) -> Path:
@@ -131,16 +156,16 @@ class _Builder:
             shutil.copy2(guestimage.images() / name, guest / name)
         self._commit(root, vm, [])
 
-    def make_operator(self, image: Image) -> None:
-        """The Dockerfile's image, as it stands."""
+    def make_operator(self, image: Image, tree: Path) -> None:
+        """The image of the Dockerfile in a folder, as it stands."""
         base = _path("base", digest(_base_parts()))
         if not base.exists():
             root = self._debian("base", PYTHON, hooks=(TO_BASE,))
             self._commit(root, Image("localhost/base:1", base), [])
-        self._buildah(["pull", f"docker-archive:{base}"])
+        self._buildah(["pull", "--quiet", f"docker-archive:{base}"])
         command = ["bud", "--isolation=chroot", "--pull-never", "--build-arg=BASE=localhost/base:1"]
         command += [f"--volume={each}:{each}:ro" for each in _of_pip() if Path(each).exists()]
-        self._buildah([*command, f"--tag={image.reference}", str(REPOSITORY)])
+        self._buildah([*command, f"--tag={image.reference}", str(tree)])
         self._push(image)
 
     def _debian(self, name: str, packages: Sequence[str], hooks: Sequence[str] = ()) -> Path:

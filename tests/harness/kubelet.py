@@ -241,14 +241,17 @@ async def install(
     *patches: Manifest,
     overlay: str = "both",
     components: Sequence[str] = (),
+    tree: Path = REPOSITORY,
 ) -> None:
     """Install an overlay as shipped, but for components and a user's own patches, and wait until all pods are ready.
+
+    tree   the folder with `deploy/` and `crds/`
 
     Raises:
         CommandFailed: not in time; the message has what the pods said.
     """
     with tempfile.TemporaryDirectory(prefix="vcpuset-install-") as folder:
-        _write_kustomization(Path(folder), overlay, components, patches)
+        _write_kustomization(Path(folder), tree, overlay, components, patches)
         await control_plane.kubectl("apply", "--server-side", "-k", folder)
     ours = "--selector=app.kubernetes.io/part-of=vcpuset"
     workloads = await control_plane.kubectl("get", "daemonset,deployment", "--all-namespaces", ours, "--output=json")
@@ -256,10 +259,12 @@ async def install(
         await nodes.rolled_out(each["metadata"]["namespace"], f"{each['kind'].lower()}/{each['metadata']['name']}")
 
 
-def _write_kustomization(folder: Path, overlay: str, components: Sequence[str], patches: Sequence[Manifest]) -> None:
+def _write_kustomization(
+    folder: Path, tree: Path, overlay: str, components: Sequence[str], patches: Sequence[Manifest]
+) -> None:
     """Lay out a user's kustomization with a copy of the shipped ones beside it."""
     for shipped in ("deploy", "crds"):
-        shutil.copytree(REPOSITORY / shipped, folder / shipped)
+        shutil.copytree(tree / shipped, folder / shipped)
     own = {
         "resources": [f"deploy/overlays/{overlay}"],
         "components": [f"deploy/components/{each}" for each in components],

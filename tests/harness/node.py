@@ -49,6 +49,8 @@ LAN: Final = "192.168.100"
 PODS: Final = "10.244"
 """The pods' network. Its third byte is the number of the node."""
 
+SERVICES: Final = "10.96.0.0/24"
+
 START_SECONDS: Final = 120.0
 ROLLOUT_SECONDS: Final = 180.0
 CONTAINERD: Final = "/run/containerd/containerd.sock"
@@ -247,7 +249,7 @@ class Node:
             "--run-router=false",
             "--run-service-proxy=false",
             "--run-loadbalancer=false",
-            "--service-cluster-ip-range=10.96.0.0/24",
+            f"--service-cluster-ip-range={SERVICES}",
         ]
 
     async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
@@ -329,6 +331,9 @@ class Cluster:
         spec = {"podCIDR": node.pods, "podCIDRs": [node.pods]}
         made = await self.control_plane.request("POST", "/api/v1/nodes", {"metadata": {"name": name}, "spec": spec})
         assert made.status == 201, made
+        if not self.nodes:
+            # The API server, which runs on no node, reaches Services through the first.
+            await run(["ip", "route", "replace", SERVICES, "via", node.address])
         self.nodes[name] = node
         await node.power_on([each for each in self.nodes.values() if each is not node])
         return node

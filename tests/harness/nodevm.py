@@ -24,11 +24,15 @@ from harness.guestimage import INITRAMFS, KERNEL
 from harness.node import Cluster
 from harness.wait import until
 
-__all__ = ["NodeVM"]
+__all__ = ["SOCKET_ROOT", "NodeVM"]
 
 EXAMPLE: Final = REPOSITORY / "deploy" / "examples" / "vm-pod.yaml"
 SOCKET_ROOT: Final = "/run/vcpuset"
 AGENT_GROUP: Final = "65532"
+GUEST_AGENT: Final = (
+    "-chardev socket,id=agent,path=/run/monitor/ga.sock,server=on,wait=off -device virtio-serial-pci "
+    "-device virtserialport,chardev=agent,name=org.qemu.guest_agent.0"
+)
 BOOT_SECONDS: Final = 180.0
 WAIT: Final = 60.0
 
@@ -43,18 +47,23 @@ class NodeVM:
         self._node = node
 
     async def start(
-        self, *, cpu: str = "1", memory: int = 192, smp: str = "2,maxcpus=64", monitor: str = "", append: str = ""
+        self,
+        *,
+        cpu: str = "1",
+        memory: int = 192,
+        smp: str = "2,maxcpus=64",
+        monitor: str = "",
+        append: str = "",
+        agent: bool = False,
     ) -> None:
         """Make its directory, and start it; it boots then.
 
         monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
         append    more options of the guest's kernel
+        agent     run the guest agent, with its socket at NAME/ga.sock
         """
         await self.make_directories()
-        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, append=append)
-        if monitor:
-            (container,) = manifest["spec"]["template"]["spec"]["containers"]
-            container["args"] = [re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", container["args"][0])]
+        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, monitor=monitor, append=append, agent=agent)
         await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
 
     async def make_directories(self) -> None:
@@ -65,8 +74,10 @@ class NodeVM:
         paths = (directory, f"{directory}/{self.name}")
         await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
 
-    def manifest(self, *, cpu: str, memory: int, smp: str, append: str = "") -> dict[str, Any]:
-        """The example, for this machine."""
+    def manifest(
+        self, *, cpu: str, memory: int, smp: str, monitor: str = "", append: str = "", agent: bool = False
+    ) -> dict[str, Any]:
+        """The example, for this machine; see `start`."""
         found: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
         made = copy.deepcopy(found)
         made["metadata"] = {"name": self.name, "namespace": self._namespace}
@@ -80,13 +91,18 @@ class NodeVM:
         container["image"] = VM
         container["resources"] = {"limits": {"cpu": cpu, "memory": f"{memory + 256}Mi"}}
         (script,) = container["args"]
+        options = f"{append} ga=1" if agent else append
         machine = (
             f"-machine q35,accel=tcg -m {memory} -smp {smp} -nodefaults -display none -serial stdio "
-            f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS} {append}' "
+            f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS} {options}' "
             "-trace handle_qmp_command"
         )
+        if agent:
+            machine += f" {GUEST_AGENT}"
         written = re.sub(r"-machine .*-nographic", lambda _: machine, script)
         assert written != script, f"{EXAMPLE} has another machine"
+        if monitor:
+            written = re.sub(r"-qmp unix:[^,]+", f"-qmp {monitor}", written)
         container["args"] = [written]
         return made
 

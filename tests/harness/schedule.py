@@ -25,7 +25,6 @@ SECONDS: Final = {
     "tests/e2e/test_leader_election.py": 50,
     "tests/chaos/test_compacted_version.py": 45,
     "tests/api/test_chart.py": 40,
-    "tests/e2e/test_image.py": 40,
     "tests/e2e/test_install_page.py": 40,
     "tests/e2e/test_disturbed_pods.py": 35,
     "tests/chaos/test_one_process.py": 30,

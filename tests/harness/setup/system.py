@@ -177,6 +177,7 @@ CLUSTER_REQUIREMENTS: Final = (
     Requirement("nft, for kube-proxy", "nftables", "nftables", _has_program("nft")),
     Requirement("ipset, for network policies", "ipset", "ipset", _has_program("ipset")),
     Requirement("conntrack, for kube-proxy", "conntrack", "conntrack-tools", _has_program("conntrack")),
+    Requirement("git, for the version from which tests upgrade", "git", "git", _has_program("git")),
     Requirement("buildah, to build the image", "buildah", "buildah", _has_program("buildah")),
     Requirement("sysctl, to let a node forward packets", "procps", "procps-ng", _has_program("sysctl")),
     Requirement("libvirtd, to run machines", "libvirt-daemon", "libvirt-daemon", _has_program("libvirtd")),

@@ -1,0 +1,56 @@
+"""docs/metrics-api.md on a node: the API server reaches the metrics API through its Service, and it the agents."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import pytest
+
+from cluster.conftest import ALLOW_PODS, IMPATIENT
+from harness.cache import REPOSITORY
+from harness.docpage import Page
+from harness.kubelet import install
+from harness.metricsapi import API, REGISTRATION, available
+from harness.node import Cluster
+from harness.nodevm import NodeVM
+from harness.wait import until
+from harness.world import User
+
+__all__: list[str] = []
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+
+PAGE: Final = Page(REPOSITORY / "docs" / "metrics-api.md")
+COMPONENTS: Final = ("metrics-api", "metrics-api/agent", "metrics-api/controller")
+
+
+async def test_an_autoscaler_gets_the_busy_vcpus_of_a_machine_in_a_pod(installed: Cluster, user: User) -> None:
+    plane = installed.control_plane
+    await install(plane, installed, *ALLOW_PODS, IMPATIENT, components=COMPONENTS)
+    try:
+        await available(plane)
+        vm = NodeVM(installed, user.namespace, "web", "node-1")
+        await vm.start(agent=True)
+        await vm.wait_online(2)
+        agent = {"unix": {"path": "web/ga.sock"}}
+        await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1", guestAgent=agent)
+        await user.wait_ready("web")
+        hpa: dict[str, Any] = PAGE.manifest("HorizontalPodAutoscaler", "web")
+        await installed.kubectl("apply", "-n", user.namespace, "-f", "-", input=json.dumps(hpa))
+        path = f"/apis/autoscaling/v2/namespaces/{user.namespace}/horizontalpodautoscalers/web"
+        last: dict[str, Any] = {}
+
+        async def is_measured() -> bool:
+            nonlocal last
+            last = (await plane.request("GET", path)).body["status"]
+            active = [each["status"] for each in last.get("conditions", ()) if each["type"] == "ScalingActive"]
+            return active == ["True"]
+
+        await until(is_measured, 90, lambda: f"the autoscaler to have its metric: {last}")
+        answer = await plane.request("GET", f"{API}/namespaces/{user.namespace}/vcpusets.vcpuset.dev/web/busy_vcpus")
+        assert answer.status == 200, answer.body
+    finally:
+        # While it is registered and gone, no namespace can be deleted.
+        await plane.request("DELETE", REGISTRATION)
+        await installed.kubectl("delete", "namespace", "vcpuset-metrics-api", "--timeout=90s", timeout=100)
