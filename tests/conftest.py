@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ __all__ = ["control_plane", "folder", "namespace", "socket_root", "user"]
 def pytest_configure() -> None:
     """Have no event loop but the tests' own, no connection outlive it, and let no busy host fail a property.
 
+    Scripts start jobs in the background with SIGINT ignored, and so would be all programs that tests start.
     looptime would otherwise make a loop before a first test that needs none. It would never be closed: an error here.
     aiohttp closes the connection of a cancelled request by a TLS shutdown, and does not wait for the server's part.
     This may come after the end of a test's loop, and the connection would never be closed either.
     """
     ResponseHandler.close = ResponseHandler.abort  # type: ignore[method-assign]
     asyncio.set_event_loop(None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("busy host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy host")
 

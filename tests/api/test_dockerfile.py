@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Final
@@ -68,7 +69,7 @@ async def test_all_dependencies_are_ready_made_for_the_images_python(tmp_path: P
     ]
     await run(
         [
-            *(REPOSITORY / ".venv" / "bin" / "python", "-m", "pip", "install", "--dry-run", "--ignore-installed"),
+            *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"),
             *("--only-binary=:all:", f"--python-version={version[1]}", *platforms, f"--target={tmp_path}"),
             *("--quiet", f"--constraint={REPOSITORY / 'constraints.txt'}", *PROJECT["project"]["dependencies"]),
         ],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Final
 
 import pytest
 import pytest_asyncio
+import yaml
 
+from harness.cache import REPOSITORY
 from harness.kubelet import install
 from harness.node import PODS, Cluster
 from harness.sandbox import is_entered
 from harness.world import User
 
-__all__ = ["cluster", "installed", "pytest_configure", "user"]
+__all__ = ["cluster", "installed", "pytest_configure", "rights", "temporary_namespace", "user"]
 
 ALLOW_PODS: Final = (
     {
@@ -57,6 +61,21 @@ async def installed(cluster: Cluster) -> Cluster:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def user(installed: Cluster) -> AsyncIterator[User]:
     """A user with a namespace of their own, which is deleted with its machines after the module."""
-    namespace = await installed.control_plane.namespace()
-    yield User(installed.control_plane, namespace)
-    await installed.kubectl("delete", "namespace", namespace, "--timeout=90s", timeout=100)
+    async with temporary_namespace(installed) as name:
+        yield User(installed.control_plane, name)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def rights(installed: Cluster, user: User) -> None:
+    """The agents may resize the pods of the user's namespace."""
+    binding = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
+    binding["metadata"]["namespace"] = user.namespace
+    await installed.kubectl("apply", "-f", "-", input=json.dumps(binding))
+
+
+@contextlib.asynccontextmanager
+async def temporary_namespace(cluster: Cluster, prefix: str = "test") -> AsyncIterator[str]:
+    """A namespace, which is deleted with all that is in it."""
+    name = await cluster.control_plane.namespace(prefix)
+    yield name
+    await cluster.kubectl("delete", "namespace", name, "--timeout=90s", timeout=100)

@@ -6,7 +6,6 @@ import json
 from typing import Any, Final
 
 import pytest
-import yaml
 
 from harness.cache import REPOSITORY
 from harness.docpage import Page
@@ -17,16 +16,13 @@ from harness.world import User
 
 __all__: list[str] = []
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600), pytest.mark.usefixtures("rights")]
 
 PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
 WAIT: Final = 120.0
 
 
 async def test_the_cpu_usage_of_qemus_container_drives_the_count(installed: Cluster, user: User) -> None:
-    rights = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
-    rights["metadata"]["namespace"] = user.namespace
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(rights))
     async with PodMetrics(installed.control_plane) as metrics:
         vm = NodeVM(installed, user.namespace, "web", "node-1")
         # A guest that polls while it is idle keeps QEMU's threads busy, up to the limit of the container.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
-import yaml
 
-from harness.cache import REPOSITORY
 from harness.node import Cluster
 from harness.nodevm import NodeVM
 from harness.wait import until
@@ -17,19 +13,11 @@ from harness.world import User
 
 __all__: list[str] = []
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600), pytest.mark.usefixtures("rights")]
 
 WAIT = 60.0
 PERIOD = 100_000
 """Microseconds, of the kernel's scheduler."""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
-async def rights(installed: Cluster, user: User) -> None:
-    """The agents may resize the pods of the user's namespace."""
-    binding = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
-    binding["metadata"]["namespace"] = user.namespace
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(binding))
 
 
 def pod_of(vm: NodeVM) -> dict[str, object]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 
+from cluster.conftest import temporary_namespace
 from harness.containerimages import VM
 from harness.node import Cluster
 from harness.nodevm import SOCKET_ROOT, NodeVM
@@ -27,7 +29,7 @@ FILTERED: Final = "2"
 async def victim(installed: Cluster, user: User) -> NodeVM:
     """The machine of somebody else, in `user`'s namespace, and its VCPUSet `web`, Ready with 2."""
     made = NodeVM(installed, user.namespace, "web", "node-1")
-    await made.start()
+    await made.start(cpu="500m")
     await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
     await user.wait_ready("web")
     await made.wait_online(2)
@@ -35,16 +37,18 @@ async def victim(installed: Cluster, user: User) -> NodeVM:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def tenant(installed: Cluster, victim: NodeVM) -> User:
+async def tenant(installed: Cluster, victim: NodeVM) -> AsyncIterator[User]:
     """The tenant: they may write VCPUSets, and their pod `shell` has the directory of their namespace."""
-    namespace = await installed.control_plane.namespace("tenant")
-    await NodeVM(installed, namespace, "web", "node-1").make_directories()
-    for role in ("vcpuset-view", "vcpuset-edit"):
-        account = f"--serviceaccount={namespace}:default"
-        await installed.kubectl("create", "rolebinding", role, "-n", namespace, f"--clusterrole={role}", account)
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(namespace, f"{SOCKET_ROOT}/{namespace}")))
-    await installed.kubectl("wait", "-n", namespace, "--for=condition=Ready", "--timeout=60s", "pod/shell")
-    return User(installed.control_plane, namespace)
+    async with temporary_namespace(installed, "tenant") as own:
+        await NodeVM(installed, own, "web", "node-1").make_directories()
+        for role in ("vcpuset-view", "vcpuset-edit"):
+            account = f"--serviceaccount={own}:default"
+            await installed.kubectl("create", "rolebinding", role, "-n", own, f"--clusterrole={role}", account)
+        await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, f"{SOCKET_ROOT}/{own}")))
+        await installed.kubectl("wait", "-n", own, "--for=condition=Ready", "--timeout=60s", "pod/shell")
+        found = User(installed.control_plane, own)
+        await found.create("own", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
+        yield found
 
 
 def pod(namespace: str, directory: str) -> dict[str, Any]:
@@ -129,9 +133,9 @@ async def test_the_token_of_a_tenants_pod_does_not_open(
 async def test_pod_security_keeps_a_baseline_tenant_from_the_directories_of_the_node(
     installed: Cluster, tenant: User
 ) -> None:
-    namespace = await installed.control_plane.namespace("baseline")
-    await installed.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=baseline")
-    refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(namespace, SOCKET_ROOT)), check=False)
+    async with temporary_namespace(installed, "baseline") as own:
+        await installed.kubectl("label", "namespace", own, "pod-security.kubernetes.io/enforce=baseline")
+        refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, SOCKET_ROOT)), check=False)
     assert 'violates PodSecurity "baseline:latest": hostPath volumes' in refused.stderr
 
 
@@ -162,19 +166,19 @@ async def test_a_privileged_pod_is_refused_in_the_operators_namespaces(installed
 
 
 async def test_a_machine_in_a_restricted_namespace_is_reached_over_tcp(installed: Cluster, tenant: User) -> None:
-    namespace = await installed.control_plane.namespace("restricted")
-    await installed.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-    vm = NodeVM(installed, namespace, "web", "node-1")
-    manifest = vm.manifest(cpu="1", memory=192, smp="2,maxcpus=64", monitor="tcp:0.0.0.0:4444")
-    spec = manifest["spec"]["template"]["spec"]
-    del spec["volumes"], spec["containers"][0]["volumeMounts"]
-    spec["securityContext"] |= {"runAsUser": 1000, "runAsGroup": 1000, "runAsNonRoot": True}
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(manifest))
-    await vm.wait_online(2)
-    user = User(installed.control_plane, namespace)
-    await user.create("web", vcpus=3, monitor=((await vm.pod())["status"]["podIP"], 4444))
-    await user.wait_ready("web")
-    await vm.wait_online(3)
+    async with temporary_namespace(installed, "restricted") as own:
+        await installed.kubectl("label", "namespace", own, "pod-security.kubernetes.io/enforce=restricted")
+        vm = NodeVM(installed, own, "web", "node-1")
+        manifest = vm.manifest(cpu="500m", memory=192, smp="2,maxcpus=64", monitor="tcp:0.0.0.0:4444")
+        spec = manifest["spec"]["template"]["spec"]
+        del spec["volumes"], spec["containers"][0]["volumeMounts"]
+        spec["securityContext"] |= {"runAsUser": 1000, "runAsGroup": 1000, "runAsNonRoot": True}
+        await installed.kubectl("apply", "-f", "-", input=json.dumps(manifest))
+        await vm.wait_online(2)
+        user = User(installed.control_plane, own)
+        await user.create("web", vcpus=3, monitor=((await vm.pod())["status"]["podIP"], 4444))
+        await user.wait_ready("web")
+        await vm.wait_online(3)
 
 
 def _processes(uid: str) -> list[Path]:

@@ -30,7 +30,7 @@ BEFORE_IMAGE: Final = {
     "patch": f"- {{op: replace, path: /spec/template/spec/containers/0/image, value: {before().reference}}}",
 }
 WORKLOADS: Final = (("vcpuset-agent", "daemonset/vcpuset-agent"), ("vcpuset-system", "deployment/vcpuset-controller"))
-POD: Final = {"selector": {"matchLabels": {"vm": "web"}}}
+POD: Final = {"selector": {"matchLabels": {"vm": "web"}}, "timeoutSeconds": 60}
 """A field that the version before does not have."""
 
 
@@ -52,14 +52,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def machines(installed: Cluster, user: User) -> Machines:
+async def machines(installed: Cluster, user: User, rights: None) -> Machines:
     """The machines: one Ready with 2, and one with an unplug request that stays open."""
     await installed.nodes["node-1"].load(before())
     web, mute = (NodeVM(installed, user.namespace, name, "node-1") for name in ("web", "mute"))
     await web.start(cpu="500m")
-    await mute.start(cpu="500m", append="acpi=off")
+    await mute.start(cpu="500m", append="rdinit=/bin/busybox panic=0")  # its kernel ends in a panic
     await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1", pod=POD)
-    await user.create("mute", vcpus=3, monitor="mute/qmp.sock", nodeName="node-1")
+    await user.create("mute", vcpus=3, monitor="mute/qmp.sock", nodeName="node-1", unplug={"timeoutSeconds": 3600})
     await web.wait_online(2)
     await user.wait_ready("web")
     await user.wait_ready("mute")

@@ -121,7 +121,11 @@ class NodeVM:
             done = await self._cluster.kubectl(*arguments, check=False)
             return done.stdout if done.returncode == 0 else None  # the kubelet has just been started, for example
 
-        return await until(read, WAIT, f"the log of {self.name}", interval=0.5) or ""
+        try:
+            return await until(read, WAIT, f"the log of {self.name}", interval=0.5) or ""
+        except TimeoutError as error:
+            described = await self._cluster.kubectl("describe", "pods", "-n", self._namespace, "-l", f"vm={self.name}")
+            raise TimeoutError(f"{error}\n{described.stdout[-3000:]}") from error
 
     async def online(self) -> int:
         """How many CPUs the guest uses; 0 before it has booted."""
