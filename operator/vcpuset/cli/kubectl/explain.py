@@ -13,7 +13,7 @@ from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Heading, Lines
 from vcpuset.cli.text import age, count, monitor
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import AGENT, UNREPORTED, state_of
-from vcpuset.domain.resource import Request, VCPUSet
+from vcpuset.domain.resource import Request, Unsupported, VCPUSet
 
 if TYPE_CHECKING:
     from vcpuset.kube.user import Busy, Event
@@ -99,7 +99,8 @@ def page(found: Explanation) -> list[Block]:
 def _facts(found: Explanation) -> Iterator[tuple[str, Cell]]:
     vcpuset = found.vcpuset
     spec, status = vcpuset.spec, vcpuset.status
-    yield "Monitor", monitor(vcpuset)
+    if not isinstance(spec.monitor, Unsupported):  # its message says why there is none
+        yield "Monitor", monitor(vcpuset)
     yield "Managed by", "the central controller" if vcpuset.node_name is None else f"the agent on {vcpuset.node_name}"
     bounds = (
         "" if (spec.min_vcpus, spec.max_vcpus) == (1, 4096) else f" (allowed: {spec.min_vcpus} to {spec.max_vcpus})"
