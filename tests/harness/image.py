@@ -33,6 +33,11 @@ _KEPT: Final = ("HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE"
 """Of the user's environment, for pip: where its settings and the package index are."""
 
 
+def pip_environment() -> dict[str, str]:
+    """What pip needs of the environment of whoever runs the tests."""
+    return {name: text for name, text in os.environ.items() if name in _KEPT or name.startswith("PIP_")}
+
+
 @dataclass
 class Image:
     """What the Dockerfile says of a container of the image, and where its files are.
@@ -121,10 +126,8 @@ class _Builder:
             case "COPY":
                 self._copy(shlex.split(self._expand(value)))
             case "RUN":
-                env = {name: text for name, text in os.environ.items() if name in _KEPT or name.startswith("PIP_")}
-                await run(
-                    ["sh", "-ec", value], env={**env, **self.image.env, **self._args}, cwd=self._folder, timeout=600
-                )
+                env = {**pip_environment(), **self.image.env, **self._args}
+                await run(["sh", "-ec", value], env=env, cwd=self._folder, timeout=600)
             case "USER":
                 self.image.user = value
             case "EXPOSE":
