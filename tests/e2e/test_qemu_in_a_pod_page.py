@@ -53,12 +53,19 @@ async def test_an_api_server_accepts_each_manifest_of_the_page(reader: Reader, c
         applied = await reader.run(f"{block.text.strip()} --warnings-as-errors --dry-run=server")
         assert "deployment.apps/web created" in applied.stdout
         assert applied.stderr == ""
-    plain, with_pod = PAGE.blocks("yaml")
+    plain, with_pod = PAGE.blocks("yaml", "vcpuset")
     for example in (plain, with_pod):
         applied = await control_plane.kubectl("create", "--dry-run=server", "-f", "-", input=example.text)
         assert applied.stdout.startswith("vcpuset.vcpuset.dev/web created")
     cpu, limits = with_pod.document()["spec"]["pod"]["cpu"], container()["resources"]["limits"]
     assert (cpu, limits["cpu"]) == ({"perVCPU": 1, "overhead": "500m"}, "2500m"), "that of the 2 vCPUs at the start"
+
+
+def test_the_page_shows_what_the_manifest_adds_to_the_container() -> None:
+    shown, found = PAGE.block("yaml", "container").document(), container()
+    assert shown.pop("command") == found["command"]
+    for name, entries in shown.items():
+        assert [each for each in entries if each not in found[name]] == []
 
 
 async def test_qemu_with_the_smp_and_qmp_of_the_manifest_is_brought_to_the_count_of_the_page(
@@ -86,7 +93,7 @@ async def test_qemu_with_the_smp_and_qmp_of_the_manifest_is_brought_to_the_count
     assert socket.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP, "the group may connect, and no others"
 
     async with OperatorProcess(control_plane, socket_root=socket_root):
-        spec = PAGE.blocks("yaml")[0].document()["spec"]
+        spec = PAGE.blocks("yaml", "vcpuset")[0].document()["spec"]
         await user.create("web", spec["vcpus"], spec["monitor"]["unix"]["path"])
         assert (await user.wait_ready("web")).vcpus == spec["vcpus"]
         most = int(variables["SMP"].rpartition("maxcpus=")[2])
