@@ -5,21 +5,18 @@ The verdicts are written down here once: docs/gitops.md shows them, and the test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from harness.examples import GENERATION, NOW, examples
 from harness.world import manifest
-from vcpuset.domain.assessment import Assessment, RequeuePolicy
+from unit.domain.builders import a_set
 from vcpuset.domain.reasons import Reason, State
-from vcpuset.domain.report import status_of, unserved_status
-from vcpuset.domain.resource import UID, Spec, Status, UnixMonitor, VCPUSet
+from vcpuset.domain.report import unserved_status
+from vcpuset.domain.resource import Status
 from vcpuset.kube.codec import encode_status
 
 __all__ = ["Verdicts", "cases", "verdicts"]
-
-GENERATION: Final = 3
-NOW: Final = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,25 @@ def cases() -> dict[str, tuple[dict[str, Any], Verdicts]]:
 
     One for each reason in each of its states, and those whose present spec has not been observed.
     """
-    found = {
-        f"{reason}-{state.value}": (_reported(reason, state), verdicts(reason, state))
-        for reason in Reason
-        for state in reason.states
-    }
+    found = {}
+    reported = examples()
+    for reason in Reason:
+        for state in reason.states:
+            body = _body(reported[reason, state].status)
+            if reason is Reason.TERMINATING:
+                body["metadata"] |= {"deletionTimestamp": "2026-01-02T12:00:00Z", "finalizers": ["example.com/kept"]}
+            found[f"{reason}-{state.value}"] = (body, verdicts(reason, state))
     (in_progress, unknown) = (_BY_STATE[State.RECONCILING], _BY_STATE[State.UNKNOWN])
-    found["new"] = (_body(Status()), in_progress)
-    found["new-without-agent"] = (_body(unserved_status(_vcpuset(), NOW)), unknown)
-    found["changed"] = (_reported(Reason.CONVERGED, State.READY), in_progress)
-    found["changed"][0]["metadata"]["generation"] += 1
-    found["changed-after-stalled"] = (_reported(Reason.INVALID_MONITOR, State.STALLED), in_progress)
-    found["changed-after-stalled"][0]["metadata"]["generation"] += 1
+    new = replace(a_set(generation=GENERATION), node_name="node-1")
+    found["new"] = (_body(new.status), in_progress)
+    found["new-without-agent"] = (_body(unserved_status(new, NOW)), unknown)
+    for name, (before, _) in {
+        "changed": found["Converged-Ready"],
+        "changed-after-stalled": found["InvalidMonitor-Stalled"],
+    }.items():
+        changed = {**before["metadata"], "generation": GENERATION + 1}
+        found[name] = ({**before, "metadata": changed}, in_progress)
     return found
-
-
-def _vcpuset(observed: int = -1) -> VCPUSet:
-    spec, status = Spec(2, UnixMonitor("web.sock")), Status(observed_generation=observed)
-    return VCPUSet(UID("1"), "default", "web", GENERATION, "1", NOW, spec, status, node_name="node-1")
 
 
 def _body(status: Status) -> dict[str, Any]:
@@ -84,15 +82,4 @@ def _body(status: Status) -> dict[str, Any]:
     body["metadata"]["generation"] = GENERATION
     # It is encoded as a merge patch, which deletes what is null.
     body["status"] = {name: value for name, value in encode_status(status).items() if value is not None}
-    return body
-
-
-def _reported(reason: Reason, state: State) -> dict[str, Any]:
-    """The object after this reason was reported for its present spec."""
-    if state is State.UNKNOWN:  # all was well until the agent was gone
-        return _body(unserved_status(_vcpuset(observed=GENERATION), NOW))
-    assessment = Assessment(reason, reason.meaning, state, RequeuePolicy.RESYNC)
-    body = _body(status_of(_vcpuset(), assessment, None, NOW))
-    if reason is Reason.TERMINATING:
-        body["metadata"] |= {"deletionTimestamp": "2026-01-02T12:00:00Z", "finalizers": ["example.com/kept"]}
     return body

@@ -12,25 +12,33 @@ from __future__ import annotations
 import argparse
 import functools
 import html
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 import yaml
 from prometheus_client.core import Metric
+from rich.console import Console
 
 from harness import reference
 from harness.cache import REPOSITORY
+from harness.examples import NOW, examples
 from harness.gitops import Verdicts, verdicts
+from unit.domain.builders import a_set
 from vcpuset.app.collectors import Snapshot
 from vcpuset.app.history import History
 from vcpuset.app.metrics import QMP_COMMANDS, Metrics
+from vcpuset.cli.kubectl import explain
+from vcpuset.cli.render import Facts, Heading, Lines, renderable
 from vcpuset.domain.guest import AgentReason
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason, State
+from vcpuset.domain.report import UNREPORTED
 from vcpuset.domain.resource import UID, Spec, Status, UnixMonitor, VCPUSet
 from vcpuset.kube.freshness import Freshness
 from vcpuset.runtime.workqueue import QueueStatistics
@@ -48,6 +56,7 @@ __all__ = [
     "reasons",
     "renewed",
     "set_metrics",
+    "unreported",
 ]
 
 DOCS: Final = REPOSITORY / "docs"
@@ -57,6 +66,9 @@ PAGES: Final = (
 )
 
 RULES: Final = REPOSITORY / "deploy" / "components" / "monitoring" / "rules.yaml"
+
+EXPLAIN_COLUMNS: Final = 90
+"""The width of the terminal on which `kubectl vcpuset explain` is shown."""
 
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end of generated: \2 -->\n)", re.DOTALL)
 _MARK = re.compile(r"<!-- (?:end of )?generated: ")
@@ -91,7 +103,32 @@ def reason_in_words(reason: Reason) -> str:
     condition = _true_condition(reason)
     states = "All three conditions are False" if condition == "none" else f"True condition: {condition}"
     remedy = "Nothing." if reason is Reason.CONVERGED else reason.remedy
-    return f"{states}. {reason.meaning}\n\n**What to do:** {remedy}"
+    example = examples()[reason, reason.states[-1]]
+    return f"{states}. {reason.meaning}\n\n{_explained(example)}\n\n**What to do:** {remedy}"
+
+
+def unreported() -> str:
+    """What the section of a VCPUSet without a report begins with."""
+    return _explained(a_set())
+
+
+def _explained(vcpuset: VCPUSet) -> str:
+    """What `kubectl vcpuset explain` prints two seconds after the report, without what says nothing of the reason."""
+    console = Console(file=io.StringIO(), width=EXPLAIN_COLUMNS, highlight=False, markup=False, emoji=False)
+    for block in explain.page(explain.Explanation(vcpuset, None, None, NOW + timedelta(seconds=2))):
+        match block:
+            case Heading():
+                continue
+            case Facts(rows):
+                shown = Facts([(name, value) for name, value in rows if name not in {"Monitor", "Managed by"}])
+                console.print(renderable(shown))
+            case Lines(lines, indent) if indent:  # the message; then the remedy, and the address of this section
+                console.print(renderable(replace(block, lines=lines[:1])))
+            case _:
+                console.print(renderable(block))
+    assert isinstance(console.file, io.StringIO)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return f"`kubectl vcpuset explain` prints:\n\n```text\n{text}\n```"
 
 
 def agent() -> str:
@@ -184,6 +221,7 @@ _PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "alerts": alerts,
     "api": reference.api,
     "values": reference.values,
+    UNREPORTED: unreported,
     **{str(reason): functools.partial(reason_in_words, reason) for reason in Reason},
 }
 

@@ -27,6 +27,7 @@ SECONDS: Final = {
     "tests/api/test_chart.py": 40,
     "tests/e2e/test_install_page.py": 40,
     "tests/e2e/test_disturbed_pods.py": 35,
+    "tests/e2e/test_readme.py": 35,
     "tests/chaos/test_one_process.py": 30,
     "tests/e2e/test_pods.py": 30,
     "tests/api/test_deploy.py": 30,

@@ -50,11 +50,15 @@ def test_the_reasons_page_has_a_section_for_each_reason_which_says_more_than_the
     text = (REPOSITORY / "docs" / "reasons.md").read_text()
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     assert list(sections) == [*map(str, Reason), UNREPORTED]
+    assert f"\n{UNREPORTED}\n" in sections[UNREPORTED]
     assert "operator" in sections.pop(UNREPORTED)
     for name, section in sections.items():
         generated, _, by_hand = section.partition(f"<!-- end of generated: {name} -->")
         assert f"<!-- generated: {name} -->" in generated
         assert "**What to do:** " in generated
+        assert re.search(rf"^```text\nDesired +.*\nCurrent .*\n{name}(, | \()", generated, re.MULTILINE | re.DOTALL), (
+            name
+        )
         assert len(by_hand.split()) > 10, name
 
 

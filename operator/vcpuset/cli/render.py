@@ -52,6 +52,9 @@ _PROSE_WIDTH: Final = 40
 _GAP: Final = 2
 """Between two columns."""
 
+_NOTHING: Final = "-"
+"""A cell that has nothing to say."""
+
 _DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """The one in C, if PyYAML has it, is ten times as fast."""
 
@@ -102,7 +105,10 @@ class Grid:
 class Listing:
     """A table as kubectl prints one, whose words are never broken.
 
-    labels  how many of the first columns name a row. On a terminal that is too narrow, they are a line of their own
+    On a terminal that is too narrow, columns in which no row has anything are left out. If this is not enough, what
+    names a row and what is prose are lines of their own.
+
+    labels  how many of the first columns name a row
     prose   the last column has sentences, which a narrow terminal breaks into lines
     """
 
@@ -226,34 +232,56 @@ class _Fitted:
         self._listing = listing
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        listing = self._listing
-        rows = [[plain(cell) for cell in row] for row in listing.rows]
-        widths = [max(map(cell_len, column)) for column in zip(listing.header, *rows, strict=True)]
-        if listing.prose:
-            widths[-1] = min(widths[-1], _PROSE_WIDTH)
-        if sum(widths) + _GAP * (len(widths) - 1) <= options.max_width:
-            table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-            for place, title in enumerate(listing.header, 1):
-                table.add_column(title, no_wrap=not (listing.prose and place == len(widths)))
-            for row in listing.rows:
-                table.add_row(*map(_rich_text, row))
-            yield table
-        else:
-            yield from self._stacked(widths)
+        for listing in (self._listing, _without_empty_columns(self._listing)):
+            widths = _widths(listing)
+            if sum(widths) + _GAP * (len(widths) - 1) <= options.max_width:
+                yield _table(listing)
+                return
+        yield from _stacked(listing, widths)
 
-    def _stacked(self, widths: Sequence[int]) -> RenderResult:
-        listing = self._listing
-        cells = slice(listing.labels, len(widths) - listing.prose)
-        yield _line([Styled(title, "bold") for title in listing.header[cells]], widths[cells])
-        for row in listing.rows:
+
+def _widths(listing: Listing) -> list[int]:
+    rows = [[plain(cell) for cell in row] for row in listing.rows]
+    widths = [max(map(cell_len, column)) for column in zip(listing.header, *rows, strict=True)]
+    if listing.prose:
+        widths[-1] = min(widths[-1], _PROSE_WIDTH)
+    return widths
+
+
+def _without_empty_columns(listing: Listing) -> Listing:
+    shown = [
+        place
+        for place, column in enumerate(zip(*listing.rows, strict=True))
+        if place < listing.labels or any(plain(cell) != _NOTHING for cell in column)
+    ]
+    prose = listing.prose and len(listing.header) - 1 in shown
+    rows = [[row[place] for place in shown] for row in listing.rows]
+    return Listing([listing.header[place] for place in shown], rows, listing.labels, prose) if rows else listing
+
+
+def _table(listing: Listing) -> Table:
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for place, title in enumerate(listing.header, 1):
+        table.add_column(title, no_wrap=not (listing.prose and place == len(listing.header)))
+    for row in listing.rows:
+        table.add_row(*map(_rich_text, row))
+    return table
+
+
+def _stacked(listing: Listing, widths: Sequence[int]) -> RenderResult:
+    cells = slice(listing.labels, len(widths) - listing.prose)
+    indent = _GAP if listing.labels else 0
+    titles = [Styled(title, "bold") for title in listing.header]
+    for row in (titles, *listing.rows):
+        if listing.labels:
             yield Text("/".join(map(plain, row[: listing.labels])), style="bold", overflow="fold")
-            yield _line(row[cells], widths[cells])
-            if listing.prose:
-                yield Padding(_rich_text(row[-1]), (0, 0, 0, _GAP))
+        yield _line(row[cells], widths[cells], indent)
+        if listing.prose and row is not titles and plain(row[-1]) != _NOTHING:
+            yield Padding(_rich_text(row[-1]), (0, 0, 0, _GAP))
 
 
-def _line(cells: Sequence[Cell], widths: Sequence[int]) -> Text:
-    line = Text(" " * _GAP, overflow="fold")
+def _line(cells: Sequence[Cell], widths: Sequence[int], indent: int) -> Text:
+    line = Text(" " * indent, overflow="fold")
     for cell, width in zip(cells, widths, strict=True):
         line.append_text(_rich_text(cell)).append(" " * (width + _GAP - cell_len(plain(cell))))
     line.rstrip()

@@ -343,11 +343,7 @@ class Session:
         command = commands[len(exchange.results)].name
         match error:
             case TimeoutError():
-                late = "" if command.startswith("query-") else "; it may still execute it"
-                return "timeout", MonitorTimeout(
-                    f"{self._where} has not answered {translate.named(command)} within {self._command_seconds:g} s"
-                    f"{late}: check whether the QEMU process is stopped, waits for storage or has too little CPU time"
-                )
+                return "timeout", translate.unanswered(self._where, command, self._command_seconds)
             case ExecuteError():
                 return "refused", translate.refusal(command, error)
             case QMPError():

@@ -25,6 +25,7 @@ from vcpuset.domain.errors import (
     Migrating,
     MonitorBusy,
     MonitorError,
+    MonitorTimeout,
     MonitorUnreachable,
     PermanentError,
     Preconfig,
@@ -43,6 +44,7 @@ __all__ = [
     "refusal",
     "says_no_hotplug",
     "strip",
+    "unanswered",
 ]
 
 _BY_TEXT: tuple[tuple[re.Pattern[str], type[CommandError]], ...] = tuple(
@@ -135,6 +137,15 @@ def busy(where: str, what: str = "does not greet") -> MonitorBusy:
     return MonitorBusy(
         f"{where} {what}: another client holds this monitor, QEMU hangs, or this is not a QMP monitor (but a guest "
         "agent's channel or a serial port); give the operator a dedicated monitor"
+    )
+
+
+def unanswered(where: str, command: str, seconds: float) -> MonitorTimeout:
+    """A session is established, and QEMU has not replied to `command` in time."""
+    late = "" if command.startswith("query-") else "; it may still execute it"
+    return MonitorTimeout(
+        f"{where} has not answered {named(command)} within {seconds:g} s{late}: check whether the QEMU process is "
+        "stopped, waits for storage or has too little CPU time"
     )
 
 

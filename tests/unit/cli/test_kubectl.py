@@ -19,7 +19,7 @@ from unit.domain.builders import NOW, a_set, a_spec
 from vcpuset.cli.kubectl import explain, status
 from vcpuset.cli.kubectl.main import main
 from vcpuset.cli.outcome import remedy
-from vcpuset.cli.render import Block, renderable, show
+from vcpuset.cli.render import Block, Listing, renderable, show
 from vcpuset.cli.text import age
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import Reason, State
@@ -107,6 +107,22 @@ def test_a_table_that_is_wide_enough_has_names_and_counts_in_one_line() -> None:
     assert f"{LONG}" in screen(table(), 80)
 
 
+def test_columns_in_which_no_row_has_anything_are_the_first_to_go_on_a_narrow_terminal() -> None:
+    vcpuset = replace(SETS[0].vcpuset, name="web-frontend", status=replace(SETS[0].vcpuset.status, online_vcpus=None))
+    blocks = status.status_page([status.Row(vcpuset, None)], NOW, everywhere=True, wide=False)
+    header = ["NAMESPACE", "NAME", "DESIRED", "CURRENT", "ONLINE", "BUSY", "READY", "REASON", "SINCE"]
+    assert screen(blocks, 90)[0].split() == header
+    header.remove("ONLINE")
+    header.remove("BUSY")
+    lines = screen(blocks, 75)
+    assert [line.split() for line in lines] == [
+        header,
+        ["default", "web-frontend", "4", "8", "True", "Converged", "5m"],
+    ]
+    assert screen(blocks, 60)[0] == "NAMESPACE/NAME"
+    assert screen([Listing(header, [], 2)], 20)[0] == "NAMESPACE/NAME", "a table without rows has all columns"
+
+
 def test_colours_only_repeat_what_is_there_in_words() -> None:
     (line,) = [line for line in screen(table(), 200, colours=True) if "UnplugRefused" in line]
     assert "\x1b[31mUnplugRefused" in line
@@ -176,6 +192,27 @@ def test_the_page_about_a_set_says_what_what_for_and_what_helps(capsys: pytest.C
         "2h ago     Warning  UnplugRefused  4      the guest refused",
     ):
         assert line in lines
+
+
+def test_slots_in_a_row_with_the_same_answer_are_one_line_about_their_requests() -> None:
+    busy = [Request(slot, "", slot, NOW, 2, Answer.BUSY) for slot in (9, 8, 3, 2, 1)]
+    vcpuset = a_reported("web", State.STALLED, Reason.UNPLUG_REFUSED, pending_unplugs=(Request(7, "", 7, NOW), *busy))
+    lines = screen(explain.page(explained(vcpuset=vcpuset)), 80)
+    table = lines[lines.index("SLOT  REQUESTED  TIMES  ANSWER                 ") + 1 :]
+    assert [line.split()[0] for line in table[:3]] == ["1-3", "7", "8-9"]
+
+
+def test_events_are_aligned_whatever_the_width_and_their_messages_are_whole() -> None:
+    events = [
+        Event(NOW - timedelta(minutes=minutes), 1, "Warning", reason, MESSAGE)
+        for minutes, reason in ((4, "UnplugRefused"), (90, "Contested"))
+    ]
+    for width in (80, 200):
+        lines = [line.rstrip() for line in screen(explain.page(explained(events=events)), width)]
+        first = next(place for place, line in enumerate(lines) if line.startswith("LAST SEEN  TYPE     REASON"))
+        rows = [line for line in lines[first:] if " ago" in line]
+        assert [(line.split()[0], line.index("Warning")) for line in rows] == [("4m", 11), ("1h30m", 11)]
+        assert " ".join(" ".join(lines[first:]).split()).count("the guest refused to unplug slot 7") == 6
 
 
 def test_of_a_set_without_a_report_the_page_says_what_may_be_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from vcpuset.cli.render import STATE_COLOURS, Block, Cell, Facts, Heading, Lines
 from vcpuset.cli.text import age, count, monitor
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import AGENT, UNREPORTED, state_of
-from vcpuset.domain.resource import Request, VCPUSet
+from vcpuset.domain.resource import Request, Unsupported, VCPUSet
 
 if TYPE_CHECKING:
     from vcpuset.kube.user import Busy, Event
@@ -85,21 +85,21 @@ def page(found: Explanation) -> list[Block]:
     blocks: list[Block] = [Heading(f"VCPUSet {vcpuset}"), Facts(list(_facts(found))), *_reason(found)]
     if requests := vcpuset.status.pending_unplugs:
         blocks.append(Lines(["", Styled("Unplug requests", "bold")]))
-        rows = [_request(each, now) for each in requests]
-        blocks.append(Listing(["SLOT", "REQUESTED", "TIMES", "ANSWER"], rows))
+        blocks.append(Listing(["SLOT", "REQUESTED", "TIMES", "ANSWER"], _requests(requests, now)))
     if found.events is None:
         return blocks
     blocks.append(Lines(["", Styled("Events", "bold")] if found.events else ["", "No Events."]))
     if found.events:
         rows = [_event(each, now) for each in found.events]
-        blocks.append(Listing(["LAST SEEN", "TYPE", "REASON", "COUNT", "MESSAGE"], rows, prose=True))
+        blocks.append(Listing(["LAST SEEN", "TYPE", "REASON", "COUNT", "MESSAGE"], rows, labels=0, prose=True))
     return blocks
 
 
 def _facts(found: Explanation) -> Iterator[tuple[str, Cell]]:
     vcpuset = found.vcpuset
     spec, status = vcpuset.spec, vcpuset.status
-    yield "Monitor", monitor(vcpuset)
+    if not isinstance(spec.monitor, Unsupported):  # its message says why there is none
+        yield "Monitor", monitor(vcpuset)
     yield "Managed by", "the central controller" if vcpuset.node_name is None else f"the agent on {vcpuset.node_name}"
     bounds = (
         "" if (spec.min_vcpus, spec.max_vcpus) == (1, 4096) else f" (allowed: {spec.min_vcpus} to {spec.max_vcpus})"
@@ -154,11 +154,23 @@ def _reason(found: Explanation) -> Iterator[Block]:
     yield Lines([message, *helps, f"See {documentation(reason)} in the project's documentation."], indent=2)
 
 
+def _requests(requests: Sequence[Request], now: datetime) -> list[Sequence[Cell]]:
+    """A row for each slot; one for slots in a row of which there is the same to say."""
+    found: list[tuple[list[int], Sequence[Cell]]] = []
+    for each in sorted(requests, key=lambda request: request.slot):
+        said = _request(each, now)
+        if found and (found[-1][0][-1] + 1, found[-1][1]) == (each.slot, said):
+            found[-1][0].append(each.slot)
+        else:
+            found.append(([each.slot], said))
+    return [[str(slots[0]) if len(slots) == 1 else f"{slots[0]}-{slots[-1]}", *said] for slots, said in found]
+
+
 def _request(request: Request, now: datetime) -> Sequence[Cell]:
     answer: Cell = Styled("none yet", "yellow")
     if request.answer is not None:
         answer = Styled(request.answer.words, "red" if request.answer.refused else "yellow")
-    return [str(request.slot), f"{age(request.requested_at, now)} ago", str(request.attempts), answer]
+    return [f"{age(request.requested_at, now)} ago", str(request.attempts), answer]
 
 
 def _event(event: Event, now: datetime) -> Sequence[Cell]:
