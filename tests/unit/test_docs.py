@@ -19,7 +19,6 @@ from vcpuset.domain.report import UNREPORTED
 NOT_RUN: Final = {
     "docs/replicas.md": "`ss --kill` needs a host of QEMU whose kernel allows it",
     "docs/scale.md": "a label; tests/e2e/test_moves.py moves VCPUSets in this way",
-    "docs/status-page.md": "`kubectl port-forward` needs a kubelet",
     "RELEASING.md": "needs GitHub and a registry",
     "deploy/helm/vcpuset/README.md": "the command is that of docs/install.md, with other values",
 }
