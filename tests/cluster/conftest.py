@@ -1,81 +1,15 @@
-"""The cluster that most tests of this folder share: one node. Runs in `harness.sandbox`."""
+"""All tests of this folder run in `harness.sandbox`."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import AsyncIterator
-from typing import Final
-
 import pytest
-import pytest_asyncio
-import yaml
 
-from harness.cache import REPOSITORY
-from harness.kubelet import install
-from harness.node import PODS, Cluster
 from harness.sandbox import is_entered
-from harness.world import User
 
-__all__ = ["cluster", "installed", "pytest_configure", "rights", "temporary_namespace", "user"]
-
-ALLOW_PODS: Final = (
-    {
-        "target": {"kind": "Deployment", "name": "vcpuset-controller"},
-        "patch": f"- {{op: add, path: /spec/template/spec/containers/0/args/-, value: --allow-tcp={PODS}.0.0/16}}",
-    },
-    {
-        "target": {"kind": "NetworkPolicy", "name": "vcpuset-controller"},
-        "patch": f"- {{op: add, path: /spec/egress/-, value: {{to: [{{ipBlock: {{cidr: {PODS}.0.0/16}}}}]}}}}",
-    },
-)
-"""deploy/components/allow-tcp, with the network of the pods."""
-
-IMPATIENT: Final = {
-    "target": {"kind": "Deployment", "name": "vcpuset-controller"},
-    "patch": "- {op: add, path: /spec/template/spec/containers/0/args/-, value: --agent-grace-seconds=10}",
-}
-"""Ten seconds in place of 60: the rest would be waiting."""
+__all__ = ["pytest_configure"]
 
 
 def pytest_configure() -> None:
     """Do not begin where all of it would fail."""
     if not is_entered():
         raise pytest.UsageError("tests/cluster runs in namespaces of its own: make test-cluster")
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def cluster() -> AsyncIterator[Cluster]:
-    """The cluster, with nothing installed."""
-    async with Cluster("node-1", more=["node-2"]) as made:
-        yield made
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def installed(cluster: Cluster) -> Cluster:
-    """The cluster with agent and controller, as shipped."""
-    await install(cluster.control_plane, cluster, *ALLOW_PODS, IMPATIENT)
-    return cluster
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def user(installed: Cluster) -> AsyncIterator[User]:
-    """A user with a namespace of their own, which is deleted with its machines after the module."""
-    async with temporary_namespace(installed) as name:
-        yield User(installed.control_plane, name)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def rights(installed: Cluster, user: User) -> None:
-    """The agents may resize the pods of the user's namespace."""
-    binding = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
-    binding["metadata"]["namespace"] = user.namespace
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(binding))
-
-
-@contextlib.asynccontextmanager
-async def temporary_namespace(cluster: Cluster, prefix: str = "test") -> AsyncIterator[str]:
-    """A namespace, which is deleted with all that is in it."""
-    name = await cluster.control_plane.namespace(prefix)
-    yield name
-    await cluster.kubectl("delete", "namespace", name, "--timeout=90s", timeout=100)

@@ -1,6 +1,6 @@
 """docs/qemu-in-a-pod.md as far as it goes without a node: its manifests, and QEMU as the image qemux/qemu starts it.
 
-tests/cluster/test_node.py runs deploy/examples/vm-pod.yaml on a real kubelet.
+tests/cluster/node/test_node.py runs deploy/examples/vm-pod.yaml on a real kubelet.
 """
 
 from __future__ import annotations

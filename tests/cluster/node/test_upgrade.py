@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 import pytest_asyncio
 
-from cluster.conftest import ALLOW_PODS, IMPATIENT
+from cluster.node.conftest import ALLOW_PODS, IMPATIENT
 from harness.cache import REPOSITORY
 from harness.containerimages import before, checkout_before, operator_image
 from harness.docpage import Page

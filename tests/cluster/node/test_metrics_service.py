@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from cluster.conftest import ALLOW_PODS, IMPATIENT
+from cluster.node.conftest import ALLOW_PODS, IMPATIENT
 from harness.cache import REPOSITORY
 from harness.docpage import Page
 from harness.kubelet import install

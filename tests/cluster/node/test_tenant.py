@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import pytest_asyncio
 
-from cluster.conftest import temporary_namespace
+from cluster.node.conftest import temporary_namespace
 from harness.containerimages import VM
 from harness.node import Cluster
 from harness.nodevm import SOCKET_ROOT, NodeVM
