@@ -34,6 +34,8 @@ __all__ = ["PAUSE", "VM", "Image", "before", "checkout_before", "images", "make_
 
 SUITE: Final = "trixie"
 MAKE_SECONDS: Final = 1800.0
+KEPT: Final = 2
+"""How many images of other work trees stay: each has 350 MB, and each change of the sources makes one."""
 
 BEFORE: Final = "7a1c7f688bb76ad21c6462ca331fe830f5de575b"
 """The commit from which tests upgrade: the last release, once there is one."""
@@ -119,6 +121,9 @@ def make_images() -> None:
             tree.mkdir()
             checkout_before(tree)
             builder.make_operator(before(), tree)
+    others = set(operator.path.parent.glob("vcpuset-*.tar")) - {operator.path, before().path}
+    for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        old.unlink()
 
 
 def _path(name: str, key: str) -> Path:

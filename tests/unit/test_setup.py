@@ -20,7 +20,7 @@ from harness.build.guest.packages import Apt
 from harness.cache import REPOSITORY
 from harness.setup import __main__ as setup
 from harness.setup import system
-from harness.setup.aptsources import Target, backports_source, has_suite
+from harness.setup.aptsources import Target, backports_source, has_suite, targets
 from harness.setup.console import NotPossible, SetupFailed
 from harness.setup.golang import find_go
 
@@ -133,6 +133,29 @@ def test_before_the_first_update_the_path_tells_debians_source(tmp_path: Path) -
     file = written(tmp_path, "sources.list", "")
     stranger = target(file, uri="http://stranger.example/", origin="")
     assert "URIs: http://mirror.example/debian/" in backports_source([stranger, target(file, origin="")], "bookworm")
+
+
+def test_where_nothing_was_ever_fetched_the_lists_are_fetched_for_the_question_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # apt lists no target whose file is not there (seen with apt 2.6).
+    program = written(
+        tmp_path,
+        "apt-get",
+        """#!/bin/sh
+for word in "$@"; do
+  case $word in -oDir::State::Lists=*) lists=${word#*=} ;; esac
+done
+[ -n "$lists" ] || exit 0
+case " $* " in
+  *" update "*) touch "$lists/fetched" ;;
+  *) [ -e "$lists/fetched" ] && printf 'bookworm\\tmain\\thttp://mirror.example/debian/\\tDebian\\t/file:1\\n' ;;
+esac
+""",
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert targets() == [target(Path("/file"))]
 
 
 @pytest.mark.parametrize(

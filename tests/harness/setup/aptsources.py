@@ -6,14 +6,18 @@ read from its file, in either of the two formats (sources.list(5)).
 """
 
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from harness.setup.console import NotPossible, probe
+from harness.setup.console import NotPossible, probe, run_visibly
 
 __all__ = ["Target", "backports_source", "entry_options", "has_suite", "own_source", "source_text", "targets"]
+
+FETCH_SECONDS: Final = 300
 
 FIELDS: Final = ("RELEASE", "COMPONENT", "REPO_URI", "ORIGIN", "SOURCESENTRY")
 
@@ -36,9 +40,26 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """The package lists of the machine's apt sources."""
+    """The package lists of the machine's apt sources.
+
+    Raises:
+        SetupFailed: they were never fetched, as in the image of a container, and cannot be.
+    """
+    found = _listed()
+    if not found and shutil.which("apt-get"):
+        # What has not been fetched is not listed. This needs no root, and leaves the machine as it is.
+        with tempfile.TemporaryDirectory(prefix="vcpuset-apt-") as folder:
+            lists = [f"-oDir::State::Lists={folder}", f"-oDir::Cache={folder}", "-oAPT::Sandbox::User=root"]
+            run_visibly(
+                ["apt-get", "-qq", *lists, "update"], seconds=FETCH_SECONDS, shown="apt-get update, temporarily"
+            )
+            found = _listed(lists)
+    return found
+
+
+def _listed(options: Sequence[str] = ()) -> list[Target]:
     form = "\t".join(f"$({field})" for field in FIELDS)
-    listed = probe(["apt-get", "indextargets", "--format", form, "Created-By: Packages"]) or ""
+    listed = probe(["apt-get", *options, "indextargets", "--format", form, "Created-By: Packages"]) or ""
     found = []
     for line in listed.splitlines():
         values = ["" if value.startswith("$(") else value for value in line.split("\t")]
