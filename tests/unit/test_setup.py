@@ -1,6 +1,7 @@
 """Set-up's decisions: which apt source is followed, which lines result, which Go builds, what the pins cover."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from harness import guestimage, prometheus
 from harness.binaries import BUILDS
@@ -442,3 +444,10 @@ def test_every_dependency_is_pinned() -> None:
 
     required = {plain(re.split(r"[<>=!~;\[ ]", requirement)[0]) for requirement in wanted}
     assert required <= {plain(name) for name in pinned}
+
+
+def test_all_pins_suit_the_python_of_debian_12() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
+    needs = {name: importlib.metadata.metadata(name)["Requires-Python"] for name in pinned}
+    assert {name: need for name, need in needs.items() if need and not SpecifierSet(need).contains("3.11.2")} == {}
