@@ -58,7 +58,7 @@ test-long: ## Run all tests and search for longer, as before a release
 
 test-cluster: ## Run the tests with a real node, Flux, KEDA and libvirt
 	$(call set-up,$(to-test-cluster))
-	$(PY) -m harness.sandbox $(PY) -m pytest tests/cluster $(ARGS)
+	$(PY) -m harness.sandbox $(PY) -m pytest -o testpaths=tests/cluster $(ARGS)
 
 check: ## Check formatting, lint, types, import contracts, generated pages and the documentation site
 	$(call set-up,system venv)
