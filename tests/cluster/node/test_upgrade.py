@@ -18,6 +18,7 @@ from harness.helm import run_helm
 from harness.kubelet import install
 from harness.node import PODS, Cluster
 from harness.nodevm import NodeVM
+from harness.wait import until
 from harness.world import User
 
 __all__: list[str] = []
@@ -30,6 +31,7 @@ BEFORE_IMAGE: Final = {
     "patch": f"- {{op: replace, path: /spec/template/spec/containers/0/image, value: {before().reference}}}",
 }
 WORKLOADS: Final = (("vcpuset-agent", "daemonset/vcpuset-agent"), ("vcpuset-system", "deployment/vcpuset-controller"))
+WAIT: Final = 120.0
 POD: Final = {"selector": {"matchLabels": {"vm": "web"}}, "timeoutSeconds": 60}
 """A field that the version before does not have."""
 
@@ -58,6 +60,7 @@ async def machines(installed: Cluster, user: User, rights: None) -> Machines:
     web, mute = (NodeVM(installed, user.namespace, name, "node-1") for name in ("web", "mute"))
     await web.start(cpu="500m")
     await mute.start(cpu="500m", append="rdinit=/bin/busybox panic=0")  # its kernel ends in a panic
+    await until(lambda: has_panicked(mute), WAIT, "the panic")
     await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1", pod=POD)
     await user.create("mute", vcpus=3, monitor="mute/qmp.sock", nodeName="node-1", unplug={"timeoutSeconds": 3600})
     await web.wait_online(2)
@@ -66,6 +69,11 @@ async def machines(installed: Cluster, user: User, rights: None) -> Machines:
     await user.scale("mute", 2)
     await user.wait_reason("mute", "UnplugPending")
     return Machines(user, web, mute)
+
+
+async def has_panicked(vm: NodeVM) -> bool:
+    """Whether the kernel has said so."""
+    return "Kernel panic" in await vm.log()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
