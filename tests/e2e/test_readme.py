@@ -109,5 +109,4 @@ def test_the_start_page_has_no_other_commands_than_those_and_the_demo() -> None:
 
 
 def test_the_start_page_installs_the_program_as_the_readme_does() -> None:
-    *made, path = START.block("sh", "install").text.replace("environment", ".venv").splitlines()
-    assert " && ".join([*made, path]) == PAGE.block("sh", "install").text.strip()
+    assert START.block("sh", "install").text == PAGE.block("sh", "install").text

@@ -70,6 +70,19 @@ def test_a_release_is_only_published_after_all_checks_and_the_long_tests() -> No
     assert release["site"]["needs"] == ["publish"]
 
 
+def test_all_that_a_release_ships_names_the_version_of_the_program() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    deploy = REPOSITORY / "deploy"
+    images = [
+        image
+        for file in deploy.rglob("*.yaml")
+        for image in re.findall(r"^ *image: vcpuset:(.+)$", file.read_text(), re.MULTILINE)
+    ]
+    assert set(images) == {version}
+    assert yaml.safe_load((deploy / "krew" / "vcpuset.yaml").read_text())["spec"]["version"] == f"v{version}"
+    assert f"\n## {version} (" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
 def test_the_image_installs_by_hash_the_versions_of_the_tests_and_nothing_else() -> None:
     def pins(name: str) -> dict[str, str]:
         lines = (REPOSITORY / name).read_text().splitlines()

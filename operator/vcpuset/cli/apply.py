@@ -104,7 +104,7 @@ async def apply(
     tell  called with each assessment
 
     The first cancellation ends this in good order: the reconciliation in progress is completed, and all requests that
-    were sent are in the record. Raises RecordFailed.
+    were sent are in the record. Raises RecordFailed, and OSError that `tell` has raised, likewise.
     """
     queue: WorkQueue[UID] = WorkQueue(_BACKOFF, slow_at_once=1)
     cache = Cache()
@@ -131,13 +131,17 @@ async def apply(
     )
     last: Assessment | None = None
     reported = False
-    failure: RecordFailed | None = None
+    failure: RecordFailed | OSError | None = None
     status = Exit.NOT_YET
 
     def heard(assessment: Assessment) -> None:
-        nonlocal last, reported
+        nonlocal failure, last, reported
         last, reported = assessment, True
-        tell(assessment)
+        try:
+            tell(assessment)
+        except OSError as error:  # nothing reads the output, or a disk is full: only the pass in progress is completed
+            failure = failure or error
+            queue.shut_down()
 
     async def reconcile(uid: UID) -> Result:
         nonlocal failure, status, reported

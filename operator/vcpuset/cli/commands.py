@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 import click
 
 from vcpuset.cli.observation import TIMEOUT_SECONDS, monitor_address, read_credentials
-from vcpuset.cli.options import ready_timeout_option
+from vcpuset.cli.options import Timeout, ready_timeout_option
 from vcpuset.cli.outcome import Exit, Progress
+from vcpuset.cli.text import printable
 from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.assessment import sentence
 from vcpuset.domain.errors import MonitorBusy, VCPUSetError
@@ -52,6 +53,17 @@ class _Monitor(click.ParamType[Path | TCPEndpoint]):
             self.fail(str(error), param, ctx)
 
 
+class _File(click.File):
+    """A file with manifests."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as that of click.File
+        """As click's, but without a traceback where standard input is closed."""
+        try:
+            return super().convert(value, param, ctx)
+        except RuntimeError:
+            self.fail("there is no standard input", param, ctx)
+
+
 _output = click.option(
     "--output",
     "-o",
@@ -62,7 +74,7 @@ _output = click.option(
 )
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 3600),
+    type=Timeout(0.1, 3600),
     default=TIMEOUT_SECONDS,
     show_default=True,
     metavar="SECONDS",
@@ -101,7 +113,7 @@ _socket_root = click.option(
 @click.option(
     "-f",
     "--filename",
-    type=click.File("rb"),
+    type=_File("rb"),
     help="The VCPUSet of this machine as printed by kubectl ('-': standard input), to show its unplug requests.",
 )
 @_tls_credentials
@@ -158,7 +170,7 @@ def inspect(
 @click.option(
     "-f",
     "--filename",
-    type=click.File("rb"),
+    type=_File("rb"),
     required=True,
     help="One or more VCPUSets, as a manifest or as printed by kubectl ('-': standard input).",
 )
@@ -222,7 +234,7 @@ def plan(
 @click.option(
     "-f",
     "--filename",
-    type=click.File("rb"),
+    type=_File("rb"),
     required=True,
     help="One VCPUSet, as a manifest or as printed by kubectl ('-': standard input).",
 )
@@ -305,9 +317,13 @@ def _manifests(file: BinaryIO, namespace: str | None, status: int = 1) -> list[M
 
     name = str(getattr(file, "name", "<stdin>"))
     try:
-        return [remembered(each) for each in read(file.read().decode(), namespace or None, datetime.now(UTC))]
+        return [
+            remembered(each) for each in read(file.read().decode("utf-8-sig"), namespace or None, datetime.now(UTC))
+        ]
     except UnicodeDecodeError:
         _end([f"{name} is not valid UTF-8: pass a VCPUSet in YAML or JSON."], status)
+    except OSError as error:
+        _end([f"{name} cannot be read: {error.strerror}."], status)
     except InvalidManifest as error:
         _end([f"{name}: {problem}" for problem in error.problems], status)
     except RecordFailed as error:
@@ -316,5 +332,5 @@ def _manifests(file: BinaryIO, namespace: str | None, status: int = 1) -> list[M
 
 def _end(problems: list[str], status: int = 1) -> NoReturn:
     for problem in problems:
-        click.echo(f"Error: {problem}", err=True)
+        click.echo(f"Error: {printable(problem)}", err=True)
     raise SystemExit(status)

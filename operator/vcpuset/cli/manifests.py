@@ -1,8 +1,8 @@
 """VCPUSets from a file, as written by hand or as kubectl prints them.
 
 The API server checks every manifest against the schema, which an installed program does not have. Simple checks are
-made here with the same meaning, and all errors are reported at once; the API server checks more (the form of names,
-hosts and paths).
+made here with the same meaning, and all errors are reported at once; the API server checks more (the form of hosts
+and paths).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import yaml
 
+from vcpuset.cli.text import printable
+from vcpuset.cli.values import NAMESPACE, VCPUSET
 from vcpuset.domain.resource import VCPUSet
 from vcpuset.kube.codec import API_VERSION, KIND, InvalidObject, decode
 from vcpuset.kube.quantity import millicores
@@ -127,6 +129,14 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
 
     Raises InvalidManifest with all errors.
     """
+    try:
+        return _read(text, namespace, now)
+    except RecursionError as error:
+        words = "The file is nested too deeply, or a YAML alias in it is a part of its own anchor."
+        raise InvalidManifest([words]) from error
+
+
+def _read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
     found: list[Manifest] = []
     problems: list[str] = []
     bodies = list(_bodies(_documents(text)))
@@ -138,7 +148,7 @@ def read(text: str, namespace: str | None, now: datetime) -> list[Manifest]:
             wrong = list(_spec_problems(body["spec"]))
         if wrong:
             name = _name_of(body)
-            problems += [f"{name or where}: {each}" for each in wrong]
+            problems += [printable(f"{name or where}: {each}") for each in wrong]
             continue
         try:
             found.append(_manifest(body, namespace, len(found), now))
@@ -181,7 +191,7 @@ def _documents(text: str) -> list[Any]:
         mark = error.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         raise InvalidManifest([f"The file is not YAML (or JSON): {error.problem or error.context}{where}."]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         words = " ".join(str(error).split())
         raise InvalidManifest([f"The file is not YAML (or JSON): {words}."]) from error
 
@@ -215,9 +225,13 @@ def _envelope_problems(body: object, namespace: str | None) -> Iterator[str]:
         yield "metadata.name is missing: set a name."
     elif not isinstance(metadata["name"], str):
         yield _no_text("metadata.name", metadata["name"])
-    elif not isinstance(metadata.get("namespace", ""), str):
+    elif (fault := VCPUSET.fault(metadata["name"])) is not None:
+        yield f"metadata.name: {fault}."
+    elif not isinstance(metadata.get("namespace") or "", str):
         yield _no_text("metadata.namespace", metadata["namespace"])
-    elif namespace and metadata.get("namespace", namespace) != namespace:
+    elif metadata.get("namespace") and (fault := NAMESPACE.fault(metadata["namespace"])) is not None:
+        yield f"metadata.namespace: {fault}."
+    elif namespace and (metadata.get("namespace") or namespace) != namespace:
         yield f"metadata.namespace is {metadata['namespace']!r} and --namespace is {namespace!r}: leave one out."
     if not isinstance(body.get("spec"), dict):
         yield "spec is missing: set at least spec.monitor."
@@ -351,11 +365,11 @@ def _manifest(body: Mapping[str, Any], namespace: str | None, number: int, now: 
         "resourceVersion": "0",
         "generation": 1,
         "creationTimestamp": (created or now.astimezone(UTC).isoformat()),
-        "namespace": namespace or "default",
     }
+    placed = {"namespace": metadata.get("namespace") or namespace or "default"}
     spec = without_nulls(body["spec"])
     vcpuset = decode({
-        "metadata": given | without_nulls(metadata), "spec": spec, "status": body.get("status") or {},
+        "metadata": given | without_nulls(metadata) | placed, "spec": spec, "status": body.get("status") or {},
     })  # fmt: skip
     return Manifest(vcpuset, created is not None, spec.get("nodeName"), body)
 

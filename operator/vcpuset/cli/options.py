@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from vcpuset.cli.logs import configure
 __all__ = [
     "Address",
     "EmptyCounts",
+    "Timeout",
     "configure_logs",
     "kubeconfig_option",
     "log_options",
@@ -60,9 +62,20 @@ class EmptyCounts(click.Option):
         return os.environ.get(self.envvar) if isinstance(self.envvar, str) else super().resolve_envvar_value(ctx)
 
 
+class Timeout(click.FloatRange):
+    """A time in seconds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as that of click.FloatRange
+        """The same; NaN is in no range, but click takes it."""
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return found
+
+
 ready_timeout_option: Final = click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 86400),
+    type=Timeout(0.1, 86400),
     default=120,
     show_default=True,
     metavar="SECONDS",

@@ -65,7 +65,7 @@ class Progress:
         """A report; one that is the same as the last is not printed again."""
         if (reason, message) != self._last:
             self._last = (reason, message)
-            click.echo(f"{self._name}: {reason}: {printable(message)}", err=self._to_stderr)
+            click.echo(printable(f"{self._name}: {reason}: {message}"), err=self._to_stderr)
 
     def end(self, status: Exit, reason: str | None, *, waited: float | None = None, hint: str = "") -> NoReturn:
         """End the command with this status; if the set is not Ready, say why, and what helps.

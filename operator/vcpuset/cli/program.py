@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Any, Final
 
 import click
+
+from vcpuset.cli.outcome import Exit
 
 __all__ = ["Program"]
 
@@ -17,8 +20,17 @@ _CANNOT_WRITE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno
 class Program(click.Group):
     """A command line whose output cannot always be written, for example to a file on a full disk."""
 
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as that of click.Group
+        """As click's, but Ctrl-C ends the process with the status that a shell has for it, without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(Exit.INTERRUPTED) from None
+
     def main(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - overrides click.Group.main, which has these types
         """As click's (which exits silently if nothing reads the output), but without a traceback."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a terminal can lack a letter
         try:
             return super().main(*arguments, **options)
         except OSError as error:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
 from vcpuset.cli.manifests import InvalidManifest, Manifest, read, without_nulls
 from vcpuset.domain.errors import Unavailable, VCPUSetError
@@ -24,6 +23,7 @@ from vcpuset.kube.codec import API_VERSION, KIND, encode_status
 
 __all__ = ["LocalSet", "RecordFailed", "remembered"]
 
+_REMEDY: Final = "set XDG_STATE_HOME to a directory that you may write to"
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -32,10 +32,13 @@ class RecordFailed(VCPUSetError):
 
 
 def _path(vcpuset: VCPUSet) -> Path:
-    """In the place for the state of a user's programs (XDG Base Directory Specification)."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    # No name can lead out of the folder: a quoted one has no "/".
-    return Path(state).expanduser() / "vcpuset" / f"{quote(vcpuset.namespace, '')}.{quote(vcpuset.name, '')}.json"
+    """In the place for the state of a user's programs (XDG Base Directory Specification). Raises RecordFailed."""
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    except RuntimeError as error:
+        raise RecordFailed(f"there is no home directory for the record of unplug requests: {_REMEDY}") from error
+    # No name can lead out of the folder: a valid one has no "/".
+    return state / "vcpuset" / f"{vcpuset.namespace}.{vcpuset.name}.json"
 
 
 def remembered(manifest: Manifest) -> Manifest:
@@ -50,7 +53,7 @@ def remembered(manifest: Manifest) -> Manifest:
     except FileNotFoundError:
         return manifest
     except OSError as error:
-        raise RecordFailed(f"the record {path} cannot be read: {error.strerror}") from error
+        raise RecordFailed(f"the record {path} cannot be read: {error.strerror}; {_REMEDY}") from error
     except (InvalidManifest, ValueError) as error:
         raise RecordFailed(f"the record {path} is damaged; delete it, which forgets its unplug requests") from error
     if _latest(kept.vcpuset.status) <= _latest(vcpuset.status):
@@ -134,5 +137,5 @@ class LocalSet:
         except OSError as error:
             raise RecordFailed(
                 f"unplug requests must be recorded before they are sent, and {self._path} cannot be written: "
-                f"{error.strerror}. Set XDG_STATE_HOME to a directory that you may write to"
+                f"{error.strerror}; {_REMEDY}"
             ) from error

@@ -6,6 +6,7 @@ Only imported by the commands that print results: the operator does not need ric
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ _PROSE_WIDTH: Final = 40
 _GAP: Final = 2
 """Between two columns."""
 
+_UNKNOWN_SIZE: Final = frozenset({("COLUMNS", "0"), ("LINES", "0")})
 _NOTHING: Final = "-"
 """A cell that has nothing to say."""
 
@@ -152,13 +154,14 @@ def show(output: Output, document: Mapping[str, Any], page: Sequence[Block]) -> 
 
 def terminal() -> Console:
     """Standard output, which is a terminal."""
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    # Some programs set COLUMNS=0 where they do not know the width; rich would print nothing.
+    known = {name: value for name, value in os.environ.items() if (name, value) not in _UNKNOWN_SIZE}
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, _environ=known)
 
 
 def _print_plain(block: Block) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
     for line in _plain(block):
-        click.echo(line.rstrip().encode(encoding, "backslashreplace").decode(encoding))
+        click.echo(line.rstrip())
 
 
 def plain(cell: Cell) -> str:

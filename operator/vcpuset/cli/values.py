@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-__all__ = ["LEASE", "NAMESPACE", "NODE", "SERVICE", "Name", "repeat"]
+__all__ = ["LEASE", "NAMESPACE", "NODE", "SERVICE", "VCPUSET", "Name", "repeat"]
 
 _LABEL: Final = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
@@ -32,9 +32,15 @@ class Name(click.ParamType[str]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The same, if it is a valid name."""
-        if value and (len(value) > 253 or self._pattern.fullmatch(value) is None):
-            self.fail(f"{value!r} cannot be the name of {self._what}: {self._words}{repeat(value, param)}", param, ctx)
+        if value and (fault := self.fault(value)) is not None:
+            self.fail(f"{fault}{repeat(value, param)}", param, ctx)
         return value
+
+    def fault(self, value: str) -> str | None:
+        """Why this cannot be the name, with the remedy; None: it can."""
+        if len(value) <= 253 and self._pattern.fullmatch(value) is not None:
+            return None
+        return f"{value!r} cannot be the name of {self._what}: {self._words}"
 
 
 NAMESPACE: Final = Name("a namespace", _LABEL, "use up to 63 lower-case letters, digits and '-'")
@@ -42,6 +48,9 @@ _SUBDOMAIN: Final = rf"{_LABEL}(\.{_LABEL})*"
 _SUBDOMAIN_WORDS: Final = "use up to 253 lower-case letters, digits, '-' and '.'"
 NODE: Final = Name("a node", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 SERVICE: Final = Name("a Service", _LABEL, "use up to 63 lower-case letters, digits and '-'")
+VCPUSET: Final = Name(
+    "a VCPUSet", r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", "use up to 63 lower-case letters, digits, '-' and '.'"
+)
 LEASE: Final = Name("a Lease", _SUBDOMAIN, _SUBDOMAIN_WORDS)
 
 

@@ -36,6 +36,11 @@ _load_incluster_config: Any = load_incluster_config
 
 _REMEDY: Final = "pass --kubeconfig FILE, set KUBECONFIG, or run in a pod with a service account"
 
+_UNUSABLE: Final = (
+    ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError
+)  # fmt: skip
+"""What the loaders raise for files that are missing or wrong."""
+
 _errors: ContextVar[list[str] | None] = ContextVar("_errors", default=None)
 """The errors that the loader has logged in this login."""
 
@@ -68,7 +73,7 @@ async def load_configuration(kubeconfig: Path | None, context: str | None = None
             _load_incluster_config(client_configuration=configuration)
         else:
             raise APIError(f"no Kubernetes credentials found: {_REMEDY}")
-    except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except _UNUSABLE as error:
         source = "of the service account" if files is None else f"in {files}"
         raise APIError(f"cannot use the Kubernetes credentials {source}: {_words(error)}; {_REMEDY}") from error
     if configuration.tls_server_name:
@@ -146,7 +151,7 @@ def namespace_of_context(kubeconfig: Path | None, context: str | None) -> str | 
         return None
     try:
         return _context(files, context).namespace
-    except (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except _UNUSABLE as error:
         raise APIError(f"cannot use the kubeconfig {files}: {_words(error)}; {_REMEDY}") from error
 
 
@@ -171,7 +176,7 @@ def _context(files: str, name: str | None) -> _Context:
 
 def _words(error: Exception) -> str:
     match error:
-        case TypeError() | AttributeError() | KeyError() | UnicodeDecodeError():
+        case TypeError() | AttributeError() | KeyError() | UnicodeDecodeError() | RecursionError():
             # The loader does not check what it has read, and Python's error messages do not help a user.
             return "it is not a kubeconfig, or a field is missing or has the wrong type"
         case _:

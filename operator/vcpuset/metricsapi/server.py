@@ -28,7 +28,7 @@ from vcpuset.metricsapi.certificates import Certificate, CertificateSource, File
 from vcpuset.metricsapi.frontproxy import CONFIG_MAP, FrontProxy, InvalidFrontProxy
 from vcpuset.metricsapi.settings import Settings
 from vcpuset.metricsapi.sources import Sources
-from vcpuset.runtime.listening import cannot_listen, serving
+from vcpuset.runtime.listening import SERVER_LOG, cannot_listen, serving
 from vcpuset.runtime.tasks import TaskOwner
 
 __all__ = ["REREAD_SECONDS", "run"]
@@ -120,7 +120,7 @@ class Listener:
 
     async def _start(self, context: ssl.SSLContext, front_proxy: FrontProxy) -> web.AppRunner:
         application = MetricsAPI(self._cluster, self._access, self._sources, front_proxy).application()
-        runner = web.AppRunner(application, access_log=None, shutdown_timeout=GRACE_SECONDS)
+        runner = web.AppRunner(application, access_log=None, logger=SERVER_LOG, shutdown_timeout=GRACE_SECONDS)
         await runner.setup()
         await web.SockSite(runner, self._socket.dup(), ssl_context=context).start()
         return runner

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 
 from vcpuset.domain.errors import VCPUSetError
 
-__all__ = ["cannot_listen", "serving"]
+__all__ = ["SERVER_LOG", "cannot_listen", "serving"]
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """As aiohttp's, but a request that is not HTTP is a line of the level DEBUG, and no traceback.
+
+    Any client can send many of them.
+    """
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **options: Any) -> None:  # noqa: ANN401 - as that of logging.LoggerAdapter
+        """A handler has failed, or a request cannot be parsed."""
+        if isinstance(exc_info, HttpProcessingError):
+            self.debug(f"{msg}: %s", *args, " ".join(str(exc_info).split()))
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **options)
+
+
+SERVER_LOG: Final = _ServerLog(server_logger)
+"""The `logger` of a server."""
 
 
 @contextlib.asynccontextmanager
@@ -20,7 +42,7 @@ async def serving(
     """Serve HTTP as long as the context is open. Raises VCPUSetError, with the remedy, if this is not possible."""
     application = web.Application()
     application.add_routes(routes)
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(application, access_log=None, logger=SERVER_LOG)
     await runner.setup()
     try:
         try:

@@ -19,6 +19,7 @@ from harness.wait import until
 from unit.app.pages import Pages
 from unit.domain.builders import a_machine, a_request
 from vcpuset.app.page import feed
+from vcpuset.app.page import pages as page_module
 from vcpuset.app.page.pages import AT_ONCE, ROWS
 from vcpuset.domain.busy import Used
 from vcpuset.domain.machine import Answer
@@ -339,6 +340,19 @@ async def test_a_page_can_be_asked_for_by_head_and_not_written_to(pages: Pages, 
         assert (refused.status, refused.headers["Allow"]) == (405, "GET,HEAD")
 
 
+async def test_a_request_that_is_not_http_is_refused_without_a_traceback_in_the_log(
+    pages: Pages, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(pages.url.rpartition(":")[2])
+    for request in ("GET / HTTP/1.1\r\n\r\n", "GET * HTTP/1.1\r\nHost: x\r\n\r\n", "\x16\x03\x01\x02"):
+        incoming, outgoing = await asyncio.open_connection("127.0.0.1", port)
+        outgoing.write(request.encode())
+        async with asyncio.timeout(WAIT):
+            assert b" 400 " in await incoming.readline()
+        outgoing.close()
+    assert [record for record in caplog.records if record.levelname != "DEBUG"] == []
+
+
 @pytest.mark.parametrize("path", ["/events", "/sets/default/web/events"])
 async def test_events_have_no_head(pages: Pages, reader: Reader, path: str) -> None:
     pages.put("web")
@@ -368,6 +382,26 @@ async def test_a_sets_page_is_told_of_its_own_set_only(pages: Pages, reader: Rea
         data = (await stream.read())["data"]
     assert data.startswith('<div id="live"')
     assert "<dd>8</dd>" in data
+
+
+async def test_a_change_is_rendered_once_however_many_pages_are_open(
+    pages: Pages, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages.put("web")
+    rendered: list[str] = []
+
+    def counted(text: str) -> str:
+        rendered.append(text)
+        return text
+
+    monkeypatch.setattr(page_module, "_line", counted)
+    async with contextlib.AsyncExitStack() as stack:
+        paths = ["/events"] * 3 + ["/sets/default/web/events"] * 3
+        streams = [await stack.enter_async_context(reader.stream(path)) for path in paths]
+        pages.put("web", 4)
+        received = {(await stream.read())["data"] for stream in streams}
+    assert len(received) == 2, "the row, and what is on the set's page"
+    assert len(rendered) == 2
 
 
 async def test_a_change_that_the_page_does_not_show_is_not_sent(pages: Pages, reader: Reader) -> None:

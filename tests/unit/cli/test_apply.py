@@ -39,9 +39,10 @@ def status_with_request(time: str) -> dict[str, Any]:
         ("a: [", ["--socket-root=."], "The file is not YAML (or JSON)"),
         (f"{json.dumps(a_manifest())}\n---\n{json.dumps(a_manifest())}", ["--socket-root=."], "contains 2 VCPUSets"),
         (json.dumps(a_manifest()), ["--socket-root=.", "--timeout=0"], "0.0 is not in the range"),
+        (json.dumps(a_manifest()), ["--socket-root=.", "--timeout=nan"], "'nan' is not a number of seconds"),
         (json.dumps(a_manifest()), ["--socket-root=/nowhere", "--tls-credentials=/nowhere"], "does not exist"),
     ],
-    ids=["no-root", "count", "no-yaml", "two", "timeout", "credentials"],
+    ids=["no-root", "count", "no-yaml", "two", "timeout", "nan", "credentials"],
 )
 def test_what_cannot_be_used_ends_with_2(text: str, options: list[str], words: str) -> None:
     result = CliRunner().invoke(main, ["apply", "-f", "-", *options], input=text)
@@ -92,8 +93,38 @@ def test_a_damaged_record_is_told_with_its_path(record: Path, text: str) -> None
         remembered(parsed())
 
 
-def test_no_name_leads_out_of_the_folder_of_the_records(record: Path) -> None:
-    outside = record.parent.parent / "x.json"
-    outside.write_text(json.dumps(a_manifest(**status_with_request("2026-01-02T11:00:00Z"))))
-    (evil,) = read(json.dumps(a_manifest(metadata={"name": "x", "namespace": "../a/.."})), None, NOW)
-    assert remembered(evil) == evil
+def test_without_a_home_directory_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")  # as of a user without an entry in /etc/passwd
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(RecordFailed, match=r"no home directory .* set XDG_STATE_HOME"):
+        remembered(parsed())
+
+
+@pytest.mark.parametrize("command", ["plan", "apply"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order-mark"])
+@pytest.mark.usefixtures("record")
+def test_a_file_of_an_editor_for_windows_is_read(tmp_path: Path, command: str, mark: bytes) -> None:
+    file = tmp_path / "web.json"
+    file.write_bytes(mark + json.dumps(a_manifest(), indent="\t").replace("\n", "\r\n").encode())
+    result = CliRunner().invoke(main, [command, "-f", str(file), "--socket-root", str(tmp_path)])
+    assert "MonitorUnreachable" in result.output
+
+
+@pytest.mark.parametrize("command", ["plan", "apply"])
+def test_a_file_that_cannot_be_read_is_told_by_its_name(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "-f", "/proc/self/mem", "--socket-root=."])
+    assert result.stderr == "Error: /proc/self/mem cannot be read: Input/output error.\n"
+
+
+def test_no_error_is_more_than_a_line(tmp_path: Path) -> None:
+    (tmp_path / "default").mkdir()
+    manifest = {**a_manifest(), "spec": {"vcpus": 2, "monitor": {"unix": {"path": "a\nb"}}}}
+    for command in ("plan", "apply"):
+        arguments = [command, "-f", "-", "--socket-root", str(tmp_path)]
+        result = CliRunner().invoke(main, arguments, input=json.dumps(manifest))
+        assert result.stderr.startswith("Error: ")
+        assert result.stderr.count("\n") == 1
+        assert "default/a?b" in result.output

@@ -139,6 +139,8 @@ def test_of_sets_that_are_not_created_yet_the_first_is_the_senior_and_those_that
 def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
     assert manifest(BY_HAND, "team-b").vcpuset.namespace == "team-b"
     assert manifest(PRINTED, "team-a").vcpuset.namespace == "team-a"
+    for unset in ('""', "~"):
+        assert manifest(BY_HAND.replace("name: web", f"name: web\n  namespace: {unset}")).vcpuset.namespace == "default"
     (problem,) = problems(PRINTED, "team-b")
     assert "metadata.namespace is 'team-a' and --namespace is 'team-b'" in problem
 
@@ -176,6 +178,23 @@ def test_the_namespace_is_the_manifests_else_the_options_else_default() -> None:
             "metadata.namespace must be a string, but is 7: quote it.",
             id="a-number-as-namespace",
         ),
+        pytest.param(
+            BY_HAND.replace("name: web", 'name: "a\\e[31m\\n"'),
+            r"'a\x1b[31m\n' cannot be the name of a VCPUSet",
+            id="escape",
+        ),
+        pytest.param(BY_HAND.replace("name: web", f"name: {'x' * 64}"), "use up to 63 lower-case letters", id="long"),
+        pytest.param(
+            BY_HAND.replace("name: web", "name: web\n  namespace: ../x"),
+            "metadata.namespace: '../x' cannot be the name of a namespace",
+            id="a-path-as-namespace",
+        ),
+        pytest.param('{"a":' * 100_000, "nested too deeply", id="deep-json"),
+        pytest.param("[" * 100_000, "nested too deeply", id="deep-yaml"),
+        pytest.param(
+            "&a\nkind: List\nitems: [*a]", "a YAML alias in it is a part of its own anchor", id="endless-list"
+        ),
+        pytest.param(BY_HAND.replace("metadata:", "metadata: &m\n  labels: *m"), "its own anchor", id="endless-labels"),
         pytest.param(BY_HAND.split("spec:", maxsplit=1)[0], "spec is missing", id="no-spec"),
         pytest.param(changed(monitor=None), "spec.monitor is missing", id="no-monitor"),
         pytest.param(changed(vcpus=0), "spec.vcpus is 0: declare from 1 to 4096", id="too-few"),

@@ -53,6 +53,8 @@ class Feed:
         self._process = token_hex(4)
         self._count = 0
         self._closed = False
+        # Each is rendered once, for all who listen to the same.
+        self._messages: dict[tuple[UID | None, tuple[UID, ...]], str] = {}
 
     @property
     def version(self) -> str:
@@ -62,6 +64,7 @@ class Feed:
     def changed(self, uid: UID) -> None:
         """What the page shows of a set has changed."""
         self._count += 1
+        self._messages.clear()
         for listener in self._listeners:
             if listener.uid in {None, uid}:
                 listener.dirty[uid] = None
@@ -110,7 +113,12 @@ class Feed:
                 await listener.woken.wait()
         listener.woken.clear()
         dirty, listener.dirty = list(listener.dirty), {}
-        return self._message(render(dirty)) if dirty else ": \n\n"
+        if not dirty:
+            return ": \n\n"
+        known = (listener.uid, tuple(dirty))
+        if known not in self._messages:
+            self._messages[known] = self._message(render(dirty))
+        return self._messages[known]
 
     async def _send(self, response: web.StreamResponse, listener: _Listener, text: str) -> None:
         async with asyncio.timeout(WRITE_SECONDS):

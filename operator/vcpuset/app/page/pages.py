@@ -18,6 +18,7 @@ from vcpuset.app.page.feed import Feed
 from vcpuset.app.page.journal import Journal
 from vcpuset.app.page.views import STATES, Query, Row, clock_time, count, duration, scope_words
 from vcpuset.domain.machine import Machine
+from vcpuset.domain.report import state_of
 from vcpuset.domain.resource import UID, VCPUSet
 from vcpuset.kube.cache import Cache
 from vcpuset.kube.cluster import Scope
@@ -123,7 +124,7 @@ class StatusPage:
             if len(sets) < len(dirty) or len(sets) > AT_ONCE:
                 return None
             parts, now = self._parts(), datetime.now(UTC)
-            counts = Counter(row.state for row in self._rows(list(self._cache)))
+            counts = Counter(state_of(vcpuset)[0] for vcpuset in self._cache)
             numbers = "".join(parts.number(state, counts) for state in STATES)
             return _line(f"{numbers}<table>{''.join(parts.row(row, now) for row in self._rows(sets))}</table>")
 

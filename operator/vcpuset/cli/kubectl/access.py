@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from vcpuset.cli.outcome import Exit
 from vcpuset.cli.values import NAMESPACE
 from vcpuset.domain.assessment import sentence
 from vcpuset.domain.errors import NoAnswer, Unavailable, VCPUSetError
@@ -67,8 +66,6 @@ def execute(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a command to its end; its errors end the program, with one line that has cause and remedy."""
     try:
         return asyncio.run(work)
-    except KeyboardInterrupt:
-        raise SystemExit(Exit.INTERRUPTED) from None
     except VCPUSetError as error:
         remedy = f"; {_CHECK}" if isinstance(error, Unavailable | NoAnswer) else ""
         raise click.ClickException(sentence(f"{error}{remedy}")) from error

@@ -22,7 +22,7 @@ from vcpuset.cli.kubectl.access import Access, access_options, complete_name, co
 from vcpuset.cli.options import ready_timeout_option
 from vcpuset.cli.outcome import Exit, Progress, verdict
 from vcpuset.cli.program import Program
-from vcpuset.cli.values import Name
+from vcpuset.cli.values import VCPUSET
 from vcpuset.domain.errors import APIError, ObjectGone, VCPUSetError
 from vcpuset.domain.report import UNREPORTED, state_of
 
@@ -38,23 +38,22 @@ _NO_FILES: Final = 4
 """Cobra's ShellCompDirectiveNoFileComp."""
 
 
-class _SetName(Name):
-    """The name of a VCPUSet."""
-
-    def __init__(self) -> None:
-        words = "use up to 63 lower-case letters, digits, '-' and '.'"
-        super().__init__("a VCPUSet", r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", words)
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The same; no name can be empty."""
-        if not value:
-            self.fail("the name is empty", param, ctx)
-        return super().convert(value, param, ctx)
+def _not_empty(ctx: click.Context, param: click.Parameter, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if "" in ((value,) if isinstance(value, str) else value):
+        raise click.BadParameter("the name is empty", ctx, param)
+    return value
 
 
-_NAME: Final = _SetName()
-_name = click.argument("name", type=_NAME, shell_complete=complete_name)
-_names = click.argument("names", metavar="NAME...", type=_NAME, nargs=-1, required=True, shell_complete=complete_name)
+_name = click.argument("name", type=VCPUSET, callback=_not_empty, shell_complete=complete_name)
+_names = click.argument(
+    "names",
+    metavar="NAME...",
+    type=VCPUSET,
+    nargs=-1,
+    required=True,
+    callback=_not_empty,
+    shell_complete=complete_name,
+)
 
 
 def _say(words: str) -> None:
