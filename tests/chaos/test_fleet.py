@@ -132,7 +132,7 @@ class Fleet:
             if machine.declared is None:
                 continue
             seen = await self.user.get(machine.name)
-            # A request of a process that was killed may not have been sent: this cannot be known, and the status says so.
+            # A request of a process that was killed may not have been sent: that cannot be known, and is said.
             is_reported = not seen.pending or "may still unplug" in seen.message
             if not (seen.ready and machine.vcpus == machine.declared == seen.vcpus and is_reported):
                 wrong.append(f"{machine} {json.dumps(seen.status)}")
