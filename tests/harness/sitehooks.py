@@ -35,7 +35,7 @@ PAGES: Final = {
 
 _PLACES: Final = {page: path for path, page in PAGES.items()}
 
-_LINK: Final = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|`[^`]*`)*)\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK: Final = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]`]|`[^`]*`)*)\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 _CODE: Final = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 _MARKS: Final = re.compile(r"(^ *```\w+) .+$", re.MULTILINE)
 _FOREIGN: Final = re.compile(

@@ -49,6 +49,12 @@ def test_links_of_the_repository_become_links_of_the_site(page: str, link: str, 
     assert shown(f"See {link}.", page) == f"See {expected}."
 
 
+def test_a_bracket_that_is_no_link_takes_no_time_whatever_code_follows() -> None:
+    # Each span of code once doubled the time.
+    text = "[" + "`code` " * 60
+    assert shown(text, "install.md") == text
+
+
 def test_a_file_that_is_no_page_is_linked_to_where_the_repository_is() -> None:
     link = shown("[a](../deploy/examples)", "install.md", REPOSITORY_URL)
     assert link == "[a](https://git.example.com/acme/vcpuset/blob/HEAD/deploy/examples)"
