@@ -22,6 +22,8 @@ __all__: list[str] = []
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
 PAGE: Final = Page(REPOSITORY / "docs" / "metrics-api.md")
+AGENT: Final = "GuestAgentConnected"
+WAIT: Final = 180.0
 COMPONENTS: Final = ("metrics-api", "metrics-api/agent", "metrics-api/controller")
 
 
@@ -35,6 +37,8 @@ async def test_an_autoscaler_gets_the_busy_vcpus_of_a_machine_in_a_pod(installed
         await vm.wait_online(2)
         agent = {"unix": {"path": "web/ga.sock"}}
         await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1", guestAgent=agent)
+        # An agent that starts after the first observation is queried at the next resync.
+        await user.wait("web", lambda seen: seen.condition(AGENT).get("status") == "True", "the guest agent", WAIT)
         await user.wait_ready("web")
         hpa: dict[str, Any] = PAGE.manifest("HorizontalPodAutoscaler", "web")
         await installed.kubectl("apply", "-n", user.namespace, "-f", "-", input=json.dumps(hpa))
@@ -47,7 +51,7 @@ async def test_an_autoscaler_gets_the_busy_vcpus_of_a_machine_in_a_pod(installed
             active = [each["status"] for each in last.get("conditions", ()) if each["type"] == "ScalingActive"]
             return active == ["True"]
 
-        await until(is_measured, 90, lambda: f"the autoscaler to have its metric: {last}")
+        await until(is_measured, WAIT, lambda: f"the autoscaler to have its metric: {last}")
         answer = await plane.request("GET", f"{API}/namespaces/{user.namespace}/vcpusets.vcpuset.dev/web/busy_vcpus")
         assert answer.status == 200, answer.body
     finally:
