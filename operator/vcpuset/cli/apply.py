@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vcpuset.cli.manifests import Manifest
 from vcpuset.cli.observation import Given
-from vcpuset.cli.outcome import Exit, verdict
+from vcpuset.cli.outcome import Exit, exit_status
 from vcpuset.cli.record import LocalSet, RecordFailed
 from vcpuset.controller import Controller
 from vcpuset.domain.assessment import Assessment
@@ -154,7 +154,7 @@ async def apply(
             return Done()
         if reported and last is not None:
             # Otherwise the next one reports it: this one waits for the guest's agent, or CPUs came or went.
-            status = verdict(last.state)
+            status = exit_status(last.state)
             if status is not Exit.NOT_YET or not (wait or last.reason in _IN_PROGRESS):
                 queue.shut_down()
         return result

@@ -6,9 +6,10 @@ What they need for printing (rich, yaml) is imported when they run: `vcpuset run
 from __future__ import annotations
 
 import asyncio
+import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
 import click
 
@@ -56,7 +57,9 @@ class _Monitor(click.ParamType[Path | TCPEndpoint]):
 class _File(click.File):
     """A file with manifests."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as that of click.File
+    def convert(
+        self, value: str | os.PathLike[str] | IO[Any], param: click.Parameter | None, ctx: click.Context | None
+    ) -> IO[Any]:
         """As click's, but without a traceback where standard input is closed."""
         try:
             return super().convert(value, param, ctx)

@@ -65,9 +65,9 @@ class EmptyCounts(click.Option):
 class Timeout(click.FloatRange):
     """A time in seconds."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - as that of click.FloatRange
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The same; NaN is in no range, but click takes it."""
-        found = super().convert(value, param, ctx)
+        found: float = super().convert(value, param, ctx)
         if math.isnan(found):
             self.fail(f"{value!r} is not a number of seconds", param, ctx)
         return found

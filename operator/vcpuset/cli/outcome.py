@@ -11,7 +11,7 @@ from vcpuset.cli.text import printable
 from vcpuset.domain.reasons import Reason, State
 from vcpuset.domain.report import UNREPORTED
 
-__all__ = ["Exit", "Progress", "remedy", "verdict"]
+__all__ = ["Exit", "Progress", "exit_status", "remedy"]
 
 _UNREPORTED_REMEDY: Final = (
     "Wait. If this stays: check that an operator runs that manages this VCPUSet (spec.nodeName, namespace, labels), "
@@ -32,7 +32,7 @@ class Exit(enum.IntEnum):
     """As a shell has it for a command that SIGINT has ended."""
 
 
-def verdict(state: State) -> Exit:
+def exit_status(state: State) -> Exit:
     """How a change in this state has ended, if it has."""
     match state:
         case State.READY:

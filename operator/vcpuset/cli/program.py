@@ -20,7 +20,7 @@ _CANNOT_WRITE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno
 class Program(click.Group):
     """A command line whose output cannot always be written, for example to a file on a full disk."""
 
-    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as that of click.Group
+    def invoke(self, ctx: click.Context) -> object:
         """As click's, but Ctrl-C ends the process with the status that a shell has for it, without a word."""
         try:
             return super().invoke(ctx)

@@ -20,7 +20,7 @@ from click.shell_completion import ShellComplete
 from vcpuset.cli.commands import inspect, plan
 from vcpuset.cli.kubectl.access import Access, access_options, complete_name, connected, execute
 from vcpuset.cli.options import ready_timeout_option
-from vcpuset.cli.outcome import Exit, Progress, verdict
+from vcpuset.cli.outcome import Exit, Progress, exit_status
 from vcpuset.cli.program import Program
 from vcpuset.cli.values import VCPUSET
 from vcpuset.domain.errors import APIError, ObjectGone, VCPUSetError
@@ -224,7 +224,7 @@ async def _wait(api: UserAPI, namespace: str, name: str, count: int, seconds: fl
                 if (ready := vcpuset.status.ready) is None or reason == UNREPORTED:
                     continue
                 progress.tell(reason, ready.message)
-                if (ended := verdict(state)) is not Exit.NOT_YET:
+                if (ended := exit_status(state)) is not Exit.NOT_YET:
                     progress.end(ended, reason)
     progress.end(Exit.NOT_YET, reason, waited=seconds)
 
