@@ -117,9 +117,7 @@ async def browser() -> AsyncIterator[Tab]:
     ]
     child = Child.start(["chromium", *flags, "about:blank"], name="chromium", log=profile / "log")
     try:
-        port, path = await until(
-            lambda: _address(child, profile), 60, lambda: f"chromium; it said:\n{child.log_tail()}\n"
-        )
+        port, path = await child.until(lambda: _address(profile), 60)
         async with (
             aiohttp.ClientSession() as client,
             client.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0) as socket,
@@ -138,9 +136,8 @@ async def browser() -> AsyncIterator[Tab]:
         await until(lambda: _removed(profile), 30, f"{profile} to be removed")
 
 
-def _address(child: Child, profile: Path) -> list[str]:
+async def _address(profile: Path) -> list[str]:
     """Port and path of its socket, once it has written them."""
-    child.require_running()
     found = profile / "DevToolsActivePort"
     lines = found.read_text().splitlines() if found.exists() else []
     return lines if len(lines) == 2 else []

@@ -12,18 +12,18 @@ import os
 import shutil
 import ssl
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
 from harness.pki import Authority, Credentials
 from harness.processes import Child, Completed, ReservedPort, run
+from harness.runnable import Runnable
 from harness.wait import until
 
 __all__ = ["FRONT_PROXY", "KUBELET_CLIENT", "Answer", "ControlPlane"]
@@ -46,7 +46,7 @@ class Answer:
     body: Any
 
 
-class ControlPlane:
+class ControlPlane(Runnable):
     """An API server of one's own.
 
     async with ControlPlane() as control_plane:
@@ -102,21 +102,10 @@ class ControlPlane:
         self._connections: list[http.client.HTTPSConnection] = []
         """Those that no request uses at present."""
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start both servers and wait until the API server says that it is ready.
-
-        When it fails or is cancelled, nothing is left behind.
 
         Raises:
             BinariesMissing: `make setup` has not been run.
@@ -129,14 +118,10 @@ class ControlPlane:
         self.kubeconfig = self.directory / "admin.kubeconfig"
         self.audit_log = self.directory / "audit.log"
         self.audit_log.touch()
-        try:
-            await self._start_etcd(self._binaries.etcd)
-            await self._prepare_apiserver(self._binaries.kube_apiserver)
-            await self.start_apiserver()
-            self.write_kubeconfig(self.kubeconfig, self.token)
-        except BaseException:
-            await self.stop()
-            raise
+        await self._start_etcd(self._binaries.etcd)
+        await self._prepare_apiserver(self._binaries.kube_apiserver)
+        await self.start_apiserver()
+        self.write_kubeconfig(self.kubeconfig, self.token)
 
     async def stop(self) -> None:
         """End both servers and remove the folder. Safe to call again."""
@@ -158,7 +143,7 @@ class ControlPlane:
             self._apiserver_argv, name="kube-apiserver", log=self.directory / "kube-apiserver.log", cwd=self.directory
         )
         self._apiserver = child
-        await self._until_up(child, self._is_ready)
+        await child.until(self._is_ready, START_SECONDS)
 
     async def stop_apiserver(self, *, kill: bool = False) -> None:
         """End the API server, politely or with SIGKILL; clients then get "connection refused". etcd stays."""
@@ -307,7 +292,7 @@ class ControlPlane:
             await writer.wait_closed()
             return True
 
-        await self._until_up(child, listening)
+        await child.until(listening, START_SECONDS)
 
     async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
         # In a cluster the port is known, since NetworkPolicies name it.
@@ -375,13 +360,6 @@ class ControlPlane:
         port = ReservedPort()
         self._ports.append(port)
         return port
-
-    async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
-        async def up() -> bool:
-            child.require_running()
-            return await is_up()
-
-        await until(up, START_SECONDS, lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n", interval=0.1)
 
     async def _is_ready(self) -> bool:
         try:

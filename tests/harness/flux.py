@@ -27,12 +27,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from harness.binaries import FLUX
 from harness.controlplane import ControlPlane
 from harness.processes import Child
+from harness.runnable import Runnable
 from harness.wait import until
 
 __all__ = ["Delivery", "KustomizeController", "Sources"]
@@ -46,7 +46,7 @@ WAIT_SECONDS: Final = 120.0
 Manifest = dict[str, Any]
 
 
-class KustomizeController:
+class KustomizeController(Runnable):
     """The controller, with the rights that `flux install` gives it; ends before the control plane."""
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -67,36 +67,31 @@ class KustomizeController:
             await self._control_plane.install_crd(FLUX.program(folder))
         kubeconfig = await self._account()
         self._directory = Path(tempfile.mkdtemp(prefix="vcpuset-flux-"))
-        try:
-            child = self._child = Child.start(
-                [
-                    program,
-                    "--metrics-addr=0",
-                    "--health-addr=0",
-                    "--log-encoding=console",
-                    "--feature-gates=ExternalArtifact=true,CancelHealthCheckOnNewRevision=true",
-                    "--interval-jitter-percentage=0",
-                ],
-                name="kustomize-controller",
-                log=self._directory / "log",
-                # It deletes what others left in the folder for temporary files.
-                env={
-                    **os.environ,
-                    "KUBECONFIG": str(kubeconfig),
-                    "RUNTIME_NAMESPACE": NAMESPACE,
-                    "TMPDIR": str(self._directory),
-                },
-                cwd=self._directory,
-            )
+        child = self._child = Child.start(
+            [
+                program,
+                "--metrics-addr=0",
+                "--health-addr=0",
+                "--log-encoding=console",
+                "--feature-gates=ExternalArtifact=true,CancelHealthCheckOnNewRevision=true",
+                "--interval-jitter-percentage=0",
+            ],
+            name="kustomize-controller",
+            log=self._directory / "log",
+            # It deletes what others left in the folder for temporary files.
+            env={
+                **os.environ,
+                "KUBECONFIG": str(kubeconfig),
+                "RUNTIME_NAMESPACE": NAMESPACE,
+                "TMPDIR": str(self._directory),
+            },
+            cwd=self._directory,
+        )
 
-            def works() -> bool:
-                child.require_running()
-                return "Starting workers" in child.log.read_text(errors="replace")
+        async def works() -> bool:
+            return "Starting workers" in child.log.read_text(errors="replace")
 
-            await until(works, START_SECONDS, lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n")
-        except BaseException:
-            await self.stop()
-            raise
+        await child.until(works, START_SECONDS)
 
     async def _account(self) -> Path:
         """The kubeconfig of the controller's service account, which may do everything."""
@@ -127,15 +122,6 @@ class KustomizeController:
             self._child = None
         if self._directory != Path():
             shutil.rmtree(self._directory, ignore_errors=True)
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
 
 class Sources:
@@ -172,9 +158,7 @@ class Sources:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._thread.join(timeout=30)
         self._server.server_close()
@@ -284,9 +268,7 @@ class Delivery:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _until(self, holds: Callable[[Manifest], bool], what: str) -> Manifest:

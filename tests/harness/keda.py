@@ -18,8 +18,7 @@ import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import yaml
 
@@ -28,8 +27,8 @@ from harness.binaries import KEDA
 from harness.controlplane import ControlPlane
 from harness.pki import Authority, Credentials
 from harness.processes import Child, free_port
+from harness.runnable import Runnable
 from harness.sandbox import is_entered
-from harness.wait import until
 
 __all__ = ["EXTERNAL_METRICS", "USER", "Keda"]
 
@@ -57,7 +56,7 @@ MANIFESTS: Final = (
 START_SECONDS: Final = 120.0
 
 
-class Keda:
+class Keda(Runnable):
     """KEDA of a control plane; ends before it."""
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -70,8 +69,6 @@ class Keda:
 
     async def start(self) -> None:
         """Install and start it, and wait until the API server serves its metrics.
-
-        When that fails or is cancelled, nothing runs on.
 
         Raises:
             BinariesMissing: the set-up for `make test-cluster` has not been run.
@@ -87,16 +84,12 @@ class Keda:
         names = [f"{name}.{NAMESPACE}.svc" for name in (ADAPTER, WEBHOOK)]
         server = Authority().server("localhost", "127.0.0.1", *names)
         await asyncio.to_thread(_write, self._folder, server.data())
-        try:
-            await asyncio.gather(self.start_operator(), self._start_webhook(server))
-            self.start_adapter()
-            await lead(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
-            await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
-            self._is_registered = True
-            await until_served(control_plane, EXTERNAL_METRICS)
-        except BaseException:
-            await self.stop()
-            raise
+        await asyncio.gather(self.start_operator(), self._start_webhook(server))
+        self.start_adapter()
+        await lead(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
+        await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
+        self._is_registered = True
+        await until_served(control_plane, EXTERNAL_METRICS)
 
     async def start_operator(self) -> None:
         """Start the operator (again) and wait until it says that it is ready."""
@@ -130,15 +123,6 @@ class Keda:
         while self._children:
             await self._children.popitem()[1].stop()
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
     async def _start_webhook(self, server: Credentials) -> None:
         await self._start_ready("webhooks", f"--port={self._webhook_port}")
         await lead(self._control_plane, NAMESPACE, WEBHOOK, self._webhook_port)
@@ -155,15 +139,13 @@ class Keda:
         child = self._start(program, *more, *arguments)
 
         def ready() -> bool:
-            child.require_running()
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{health}/readyz", timeout=5) as answer:
                     return bool(answer.status == 200)
             except OSError:
                 return False
 
-        said = lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n"  # noqa: E731
-        await until(lambda: asyncio.to_thread(ready), START_SECONDS, said, interval=0.1)
+        await child.until(lambda: asyncio.to_thread(ready), START_SECONDS)
 
     def _start(self, program: str, *arguments: str) -> Child:
         directory, name = self._control_plane.directory, f"keda-{program}"

@@ -16,16 +16,16 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from harness.binaries import KUBE_ROUTER, NODE
 from harness.containerimages import Image, images
 from harness.controllermanager import CLUSTER, ControllerManager
 from harness.controlplane import KUBELET_CLIENT, ControlPlane
 from harness.processes import Child, CommandFailed, Completed, run
+from harness.runnable import Runnable
 from harness.sandbox import enter, joining, own_cgroups, remove_cgroups
 from harness.wait import until
 
@@ -108,7 +108,7 @@ class Node:
         async def is_prepared() -> bool:
             return ready.exists()
 
-        await self._until_up(self._holder, is_prepared)
+        await self._holder.until(is_prepared, START_SECONDS)
         await self._connect(others)
         self._configure()
         await self.start("containerd")
@@ -147,7 +147,7 @@ class Node:
                 asked = await self.run("ctr", "--address", CONTAINERD, "version", check=False)
                 return asked.returncode == 0
 
-            await self._until_up(child, answers)
+            await child.until(answers, START_SECONDS)
 
     async def stop(self, name: str, *, kill: bool = False) -> None:
         """End one of them; containers go on."""
@@ -252,70 +252,48 @@ class Node:
             f"--service-cluster-ip-range={SERVICES}",
         ]
 
-    async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
-        async def up() -> bool:
-            child.require_running()
-            return await is_up()
 
-        await until(up, START_SECONDS, lambda: f"{child.name} to be up; its log ends with:\n{child.log_tail()}\n")
-
-
-class Cluster:
+class Cluster(Runnable):
     """A control plane with scheduler, controllers and nodes with these names.
 
     more   nodes that `add` may join later
     """
 
-    def __init__(self, *names: str, more: Sequence[str] = (), status_in_audit: bool = False) -> None:
+    def __init__(self, *names: str, more: Sequence[str] = ()) -> None:
         self._first = names
-        self.control_plane: Final = ControlPlane(
-            service_accounts=True,
-            status_in_audit=status_in_audit,
-            address=f"{LAN}.1",
-            kubelets=[*names, *more],
-        )
+        self.control_plane: Final = ControlPlane(service_accounts=True, address=f"{LAN}.1", kubelets=[*names, *more])
         self._numbers = {name: number for number, name in enumerate([*names, *more], 1)}
         self.nodes: Final[dict[str, Node]] = {}
         options = ("--node-monitor-period=1s", "--node-monitor-grace-period=8s")
         self._controllers = ControllerManager(self.control_plane, CONTROLLERS, options)
         self._scheduler: Child | None = None
 
-    async def __aenter__(self) -> Self:
-        try:
-            await run(["ip", "link", "add", BRIDGE, "type", "bridge"])
-            await run(["ip", "address", "add", f"{LAN}.1/24", "dev", BRIDGE])
-            await run(["ip", "link", "set", BRIDGE, "up"])
-            await self.control_plane.start()
-            await self._controllers.start()
-            directory = self.control_plane.directory
-            self._scheduler = Child.start(
-                [
-                    NODE.program("kube-scheduler"),
-                    f"--kubeconfig={self.control_plane.kubeconfig}",
-                    "--leader-elect=false",
-                    "--bind-address=127.0.0.1",
-                    f"--cert-dir={directory / 'scheduler'}",
-                ],
-                name="kube-scheduler",
-                log=directory / "kube-scheduler.log",
-            )
-            reader = f"--user={KUBELET_CLIENT}"
-            await self.kubectl(
-                "create", "clusterrolebinding", "kubelets", "--clusterrole=system:kubelet-api-admin", reader
-            )
-            for name in self._first:
-                await self.add(name)
-        except BaseException:
-            await self._end()
-            raise
-        return self
+    async def start(self) -> None:
+        """Start all of it, and wait until the nodes are Ready."""
+        await run(["ip", "link", "add", BRIDGE, "type", "bridge"])
+        await run(["ip", "address", "add", f"{LAN}.1/24", "dev", BRIDGE])
+        await run(["ip", "link", "set", BRIDGE, "up"])
+        await self.control_plane.start()
+        await self._controllers.start()
+        directory = self.control_plane.directory
+        self._scheduler = Child.start(
+            [
+                NODE.program("kube-scheduler"),
+                f"--kubeconfig={self.control_plane.kubeconfig}",
+                "--leader-elect=false",
+                "--bind-address=127.0.0.1",
+                f"--cert-dir={directory / 'scheduler'}",
+            ],
+            name="kube-scheduler",
+            log=directory / "kube-scheduler.log",
+        )
+        reader = f"--user={KUBELET_CLIENT}"
+        await self.kubectl("create", "clusterrolebinding", "kubelets", "--clusterrole=system:kubelet-api-admin", reader)
+        for name in self._first:
+            await self.add(name)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._end()
-
-    async def _end(self) -> None:
+    async def stop(self) -> None:
+        """End all of it. Safe to call again."""
         for node in self.nodes.values():
             await node.power_off()
         if self._scheduler is not None:
