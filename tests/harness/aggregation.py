@@ -56,23 +56,18 @@ async def register(control_plane: ControlPlane, api: str, namespace: str, name: 
 
 
 async def until_served(control_plane: ControlPlane, api: str) -> None:
-    """Wait until the API server has taken an API up.
+    """Wait until the API server serves an API.
 
     Raises:
-        TimeoutError: it has not within two minutes; the message has its reason.
+        TimeoutError: not in time; the message has its reason.
     """
-    conditions: list[Mapping[str, Any]] = []
+    await control_plane.until_condition(registration(api), "Available", "True")
 
     async def served() -> bool:
-        nonlocal conditions
-        answer = await control_plane.request("GET", registration(api))
-        conditions = answer.body.get("status", {}).get("conditions", [])
-        if not any((each["type"], each["status"]) == ("Available", "True") for each in conditions):
-            return False
-        # The condition comes first, and the paths a moment later.
         return (await control_plane.request("GET", f"/apis/{api}")).status == 200
 
-    await until(served, SERVED_SECONDS, lambda: f"the API server to serve {api}; it says {conditions}")
+    # The paths follow the condition by a moment.
+    await until(served, SERVED_SECONDS, f"the API server to serve {api}")
 
 
 async def _create(control_plane: ControlPlane, path: str, body: Mapping[str, Any]) -> None:

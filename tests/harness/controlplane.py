@@ -37,6 +37,9 @@ KUBELET_CLIENT: Final = "kube-apiserver-kubelet-client"
 START_SECONDS: Final = 240.0
 """How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
 
+OBJECT_SECONDS: Final = 120.0
+"""How long to wait for the condition or the deletion of an object."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -191,6 +194,10 @@ class ControlPlane(Runnable):
         env.pop("KUBECONFIG", None)
         return await run(argv, input=input, env=env, check=check, timeout=timeout)
 
+    async def apply(self, manifest: Mapping[str, Any], *arguments: str, check: bool = True) -> Completed:
+        """Run `kubectl apply` for one object; see `kubectl`."""
+        return await self.kubectl("apply", "--filename=-", *arguments, input=json.dumps(manifest), check=check)
+
     async def request(
         self,
         method: str,
@@ -208,6 +215,43 @@ class ControlPlane(Runnable):
             OSError: no connection, or no answer within 10 s.
         """
         return await asyncio.to_thread(self._request, method, path, body, accept, headers or {})
+
+    async def until_condition(
+        self, path: str, kind: str, status: str, reason: str | None = None, words: str = ""
+    ) -> str:
+        """Wait until an object has a condition with this status, reason and words; returns the condition's message.
+
+        Raises:
+            TimeoutError: not within two minutes; the message has the object's conditions.
+        """
+        last: list[Mapping[str, str]] = []
+
+        async def found() -> list[str]:
+            nonlocal last
+            answer = await self.request("GET", path)
+            last = answer.body.get("status", {}).get("conditions", []) if answer.status == 200 else []
+            return [
+                each.get("message", "")
+                for each in last
+                if (each["type"], each["status"]) == (kind, status)
+                and reason in (None, each.get("reason"))
+                and words in each.get("message", "")
+            ]
+
+        what = f"{path} to have {kind}={status} {reason or ''} {words}"
+        return (await until(found, OBJECT_SECONDS, lambda: f"{what}; it had {last}"))[0]
+
+    async def until_gone(self, path: str) -> None:
+        """Wait until an object is deleted.
+
+        Raises:
+            TimeoutError: not within two minutes.
+        """
+
+        async def gone() -> bool:
+            return (await self.request("GET", path)).status == http.client.NOT_FOUND
+
+        await until(gone, OBJECT_SECONDS, f"the deletion of {path}")
 
     async def install_crd(self, folder: Path = REPOSITORY / "crds") -> None:
         """Apply the definitions in `folder` and wait until the API server serves them and tells kubectl so."""

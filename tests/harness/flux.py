@@ -9,7 +9,7 @@
 Sources are ExternalArtifacts: archives that are served over HTTP on loopback, and announced in the object's status as
 source-controller does for a Git repository. source-controller itself does not run.
 
-The controller looks at the health at once, and then every 5 s. A timeout below 30 s counts as 30 s.
+The controller checks health at once, and then every 5 s. A timeout below 30 s counts as 30 s.
 """
 
 from __future__ import annotations
@@ -219,15 +219,15 @@ class Delivery:
         await self._ok("PATCH", self._kustomization, {"metadata": {"annotations": annotations}})
 
         def is_done(status: Manifest) -> bool:
-            return status.get("lastHandledReconcileAt") == stamp and _condition(status, "Reconciling") is None
+            return status.get("lastHandledReconcileAt") == stamp and not _condition(status, "Reconciling")
 
         await self._until(is_done, "reconciled")
 
     async def delivered(self) -> None:
-        """Wait until the last commit is applied, and healthy if that is looked at."""
+        """Wait until the last commit is applied, and healthy if the Kustomization waits for health."""
 
         def is_ready(status: Manifest) -> bool:
-            ready = _condition(status, "Ready") or {}
+            ready = _condition(status, "Ready")
             return ready.get("status") == "True" and status.get("lastAppliedRevision") == self._revision
 
         await self._until(is_ready, "ready")
@@ -236,34 +236,22 @@ class Delivery:
         """Wait until the last commit is reported as failed for this reason; returns the message."""
 
         def has_failed(status: Manifest) -> bool:
-            ready = _condition(status, "Ready") or {}
+            ready = _condition(status, "Ready")
             failed = (ready.get("status"), ready.get("reason")) == ("False", reason)
             return failed and status.get("lastAttemptedRevision") == self._revision
 
         status = await self._until(has_failed, f"failed, {reason}")
-        return str((_condition(status, "Ready") or {})["message"])
+        return str(_condition(status, "Ready")["message"])
 
-    async def progress(self, words: str) -> str:
-        """Wait until it says that it does this; returns the message."""
-
-        def says(status: Manifest) -> bool:
-            return words in (_condition(status, "Reconciling") or {}).get("message", "")
-
-        return str((_condition(await self._until(says, f"in progress, {words}"), "Reconciling") or {})["message"])
-
-    async def condition(self, kind: str) -> Manifest | None:
-        """A condition of the Kustomization as it is now; None: it is not there."""
-        return _condition((await self._get()).get("status", {}), kind)
+    async def progress(self, words: str) -> None:
+        """Wait until the message of Reconciling has these words."""
+        await self._control_plane.until_condition(self._kustomization, "Reconciling", "True", words=words)
 
     async def close(self) -> None:
         """Delete both and wait until they are gone, and with them what was applied."""
         for path in (self._kustomization, self._source):
             await self._control_plane.request("DELETE", path)
-
-            async def gone(path: str = path) -> bool:
-                return (await self._control_plane.request("GET", path)).status == 404
-
-            await until(gone, WAIT_SECONDS, f"the end of {path}")
+            await self._control_plane.until_gone(path)
 
     async def __aenter__(self) -> Self:
         return self
@@ -275,17 +263,13 @@ class Delivery:
         """Wait until this holds for the status; returns the status as it was then."""
         last: Manifest = {}
 
-        async def look() -> bool:
+        async def check() -> bool:
             nonlocal last
-            last = (await self._get()).get("status", {})
+            last = (await self._ok("GET", self._kustomization)).get("status", {})
             return holds(last)
 
-        await until(look, WAIT_SECONDS, lambda: f"{self._namespace}/{self.name}: {what}; its status was {last}")
+        await until(check, WAIT_SECONDS, lambda: f"{self._namespace}/{self.name}: {what}; its status was {last}")
         return last
-
-    async def _get(self) -> Manifest:
-        found: Manifest = await self._ok("GET", self._kustomization)
-        return found
 
     async def _create(self, path: str, version: str, kind: str, spec: Mapping[str, Any]) -> None:
         metadata = {"name": self.name, "namespace": self._namespace}
@@ -298,5 +282,6 @@ class Delivery:
         return answer.body
 
 
-def _condition(status: Mapping[str, Any], kind: str) -> Manifest | None:
-    return next((each for each in status.get("conditions", []) if each["type"] == kind), None)
+def _condition(status: Mapping[str, Any], kind: str) -> Manifest:
+    """A condition; empty if it is not there."""
+    return next((each for each in status.get("conditions", []) if each["type"] == kind), {})

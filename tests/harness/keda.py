@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import os
 import urllib.request
 from collections.abc import Mapping
@@ -131,7 +130,7 @@ class Keda(Runnable):
         for each in configuration["webhooks"]:
             each["clientConfig"]["caBundle"] = base64.b64encode(server.ca.encode()).decode()
             each["clientConfig"]["service"]["port"] = self._webhook_port
-        await self._control_plane.kubectl("apply", "--filename=-", input=json.dumps(configuration))
+        await self._control_plane.apply(configuration)
 
     async def _start_ready(self, program: str, *arguments: str) -> None:
         health = free_port()

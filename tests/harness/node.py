@@ -325,6 +325,16 @@ class Cluster(Runnable):
         """Run kubectl; see `ControlPlane.kubectl`."""
         return await self.control_plane.kubectl(*arguments, **options)
 
+    async def apply(self, manifest: Manifest, *arguments: str, check: bool = True) -> Completed:
+        """Apply one object; see `ControlPlane.apply`."""
+        return await self.control_plane.apply(manifest, *arguments, check=check)
+
+    async def pods(self, namespace: str, selector: str = "") -> list[dict[str, Any]]:
+        """The pods of a namespace that have these labels and are not being deleted."""
+        path = f"/api/v1/namespaces/{namespace}/pods?labelSelector={selector}"
+        items = (await self.control_plane.request("GET", path)).body["items"]
+        return [each for each in items if "deletionTimestamp" not in each["metadata"]]
+
     async def rolled_out(self, namespace: str, workload: str) -> None:
         """Wait until a Deployment or DaemonSet, such as `daemonset/NAME`, has all its pods ready.
 

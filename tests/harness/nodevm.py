@@ -64,7 +64,7 @@ class NodeVM:
         """
         await self.make_directories()
         manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, monitor=monitor, append=append, agent=agent)
-        await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
+        await self._cluster.apply(manifest, "--server-side")
 
     async def make_directories(self) -> None:
         """Make its directory as the administrator does, also after each boot of the node: /run is empty then."""
@@ -108,10 +108,8 @@ class NodeVM:
 
     async def pod(self) -> dict[str, Any]:
         """Its one pod that is not being deleted."""
-        path = f"/api/v1/namespaces/{self._namespace}/pods?labelSelector=vm={self.name}"
-        items = (await self._cluster.control_plane.request("GET", path)).body["items"]
-        (found,) = [each for each in items if "deletionTimestamp" not in each["metadata"]]
-        return dict(found)
+        (found,) = await self._cluster.pods(self._namespace, f"vm={self.name}")
+        return found
 
     async def log(self) -> str:
         """What QEMU and the guest have said."""

@@ -186,9 +186,7 @@ class User:
             shown = None if last is None else json.dumps(last.status, indent=1)
             return f"{self.namespace}/{name}: {what}; its status was {shown}"
 
-        found = await until(look, timeout, described, interval=0.05)
-        assert found is not None
-        return found
+        return await until(look, timeout, described)
 
     async def wait_ready(self, name: str, timeout: float = WAIT_SECONDS) -> Seen:
         """Wait until a set is Ready for its spec as it stands."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -62,7 +61,7 @@ async def rights(installed: Cluster, user: User) -> None:
     """The agents may resize the pods of the user's namespace."""
     binding = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
     binding["metadata"]["namespace"] = user.namespace
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(binding))
+    await installed.apply(binding)
 
 
 @contextlib.asynccontextmanager

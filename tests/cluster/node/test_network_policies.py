@@ -44,9 +44,8 @@ async def fetches(cluster: Cluster, user: User, url: str) -> bool:
 
 async def address(cluster: Cluster, namespace: str) -> str:
     """The address of a pod of ours."""
-    path = f"/api/v1/namespaces/{namespace}/pods?labelSelector=app.kubernetes.io/part-of=vcpuset"
-    pods = (await cluster.control_plane.request("GET", path)).body["items"]
-    return str(next(each["status"]["podIP"] for each in pods if "deletionTimestamp" not in each["metadata"]))
+    pods = await cluster.pods(namespace, "app.kubernetes.io/part-of=vcpuset")
+    return str(pods[0]["status"]["podIP"])
 
 
 @pytest.mark.parametrize("namespace", ["vcpuset-agent", "vcpuset-system"])

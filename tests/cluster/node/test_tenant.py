@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +43,7 @@ async def tenant(installed: Cluster, victim: NodeVM) -> AsyncIterator[User]:
         for role in ("vcpuset-view", "vcpuset-edit"):
             account = f"--serviceaccount={own}:default"
             await installed.kubectl("create", "rolebinding", role, "-n", own, f"--clusterrole={role}", account)
-        await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, f"{SOCKET_ROOT}/{own}")))
+        await installed.apply(pod(own, f"{SOCKET_ROOT}/{own}"))
         await installed.kubectl("wait", "-n", own, "--for=condition=Ready", "--timeout=60s", "pod/shell")
         found = User(installed.control_plane, own)
         await found.create("own", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
@@ -135,7 +134,7 @@ async def test_pod_security_keeps_a_baseline_tenant_from_the_directories_of_the_
 ) -> None:
     async with temporary_namespace(installed, "baseline") as own:
         await installed.kubectl("label", "namespace", own, "pod-security.kubernetes.io/enforce=baseline")
-        refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, SOCKET_ROOT)), check=False)
+        refused = await installed.apply(pod(own, SOCKET_ROOT), check=False)
     assert 'violates PodSecurity "baseline:latest": hostPath volumes' in refused.stderr
 
 
@@ -143,14 +142,11 @@ async def test_pod_security_keeps_a_baseline_tenant_from_the_directories_of_the_
 async def test_what_pod_security_asks_of_the_operators_pods_is_true_of_their_processes(
     installed: Cluster, namespace: str
 ) -> None:
-    path = f"/api/v1/namespaces/{namespace}/pods?labelSelector=app.kubernetes.io/part-of=vcpuset"
-    pods = (await installed.control_plane.request("GET", path)).body["items"]
-    uids = [each["metadata"]["uid"] for each in pods if "deletionTimestamp" not in each["metadata"]]
-    assert uids
-    for uid in uids:
-        (status,) = (
-            _status(process) for process in _processes(uid) if b"vcpuset" in (process / "cmdline").read_bytes()
-        )
+    pods = await installed.pods(namespace, "app.kubernetes.io/part-of=vcpuset")
+    assert pods
+    for each in pods:
+        processes = _processes(each["metadata"]["uid"])
+        (status,) = (_status(one) for one in processes if b"vcpuset" in (one / "cmdline").read_bytes())
         assert set(status["Uid"].split()) == {"65532"}
         assert {status[each] for each in ("CapInh", "CapPrm", "CapEff", "CapBnd")} == {NO_CAPABILITIES}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", FILTERED)
@@ -160,7 +156,7 @@ async def test_a_privileged_pod_is_refused_in_the_operators_namespaces(installed
     for namespace, words in (("vcpuset-system", 'PodSecurity "restricted'), ("vcpuset-agent", "vcpuset-agent-pods")):
         body = pod(namespace, "/")
         body["spec"]["containers"][0]["securityContext"] = {"privileged": True}
-        refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(body), check=False)
+        refused = await installed.apply(body, check=False)
         assert refused.returncode != 0
         assert words in refused.stderr
 
@@ -173,7 +169,7 @@ async def test_a_machine_in_a_restricted_namespace_is_reached_over_tcp(installed
         spec = manifest["spec"]["template"]["spec"]
         del spec["volumes"], spec["containers"][0]["volumeMounts"]
         spec["securityContext"] |= {"runAsUser": 1000, "runAsGroup": 1000, "runAsNonRoot": True}
-        await installed.kubectl("apply", "-f", "-", input=json.dumps(manifest))
+        await installed.apply(manifest)
         await vm.wait_online(2)
         user = User(installed.control_plane, own)
         await user.create("web", vcpus=3, monitor=((await vm.pod())["status"]["podIP"], 4444))
