@@ -1,7 +1,7 @@
 """Debian's libvirt with machines of its own, for a test: the daemon as root, as on a host, without systemd.
 
     async with Libvirt() as libvirt:
-        machine = libvirt.machine("web", XML)        # as `virsh define`; its guest is that of harness.guestimage
+        machine = await libvirt.machine("web", XML)  # as `virsh define`; its guest is that of harness.guestimage
         await machine.start()
         await machine.wait_online(2)
         await libvirt.virsh("setvcpus", "web", "4", "--live")
@@ -15,14 +15,13 @@ that it finds for all that it can do, which takes seconds.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from harness.guest import KERNEL_OPTIONS, parse_cpu_list
+from harness.guest import KERNEL_OPTIONS, reported_online
 from harness.guestimage import INITRAMFS, KERNEL, images
 from harness.processes import Child, Completed, run
 from harness.runnable import Runnable
@@ -84,7 +83,7 @@ class Libvirt(Runnable):
         self._enter: list[str] = []
 
     async def start(self) -> None:
-        """Start the daemon, and wait until it answers."""
+        """Make the namespaces, start the daemon in them, and wait until it answers."""
         for folder in ("etc", "log", "bin"):
             (self.directory / folder).mkdir()
         for name, text in _CONFIGURATION.items():
@@ -109,7 +108,7 @@ class Libvirt(Runnable):
         return (self.directory / "ready").exists()
 
     async def start_daemon(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the daemon alone, and wait until it answers."""
         daemon = ["libvirtd", "--daemon", "--config=/etc/libvirt/libvirtd.conf", "--pid-file=/run/libvirtd.pid"]
         await self.inside("env", f"PATH={self.directory}/bin:/usr/sbin:/sbin", *daemon)
 
@@ -214,10 +213,8 @@ class Machine:
         return ElementTree.fromstring((await self.virsh("dumpxml", *options)).stdout)  # noqa: S314 - libvirt's
 
     def online(self) -> frozenset[int]:
-        """The CPUs that the guest last said it uses."""
-        text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        reports = re.findall(r"guest: \w+ online=([\d,-]*)", text)
-        return parse_cpu_list(reports[-1]) if reports else frozenset()
+        """The CPUs that the guest last reported to be online."""
+        return reported_online(self._console.read_text(errors="replace") if self._console.exists() else "")
 
     async def qmp(self, command: str) -> Any:  # noqa: ANN401 - each command answers in a form of its own
         """The result of a QMP command, which libvirt sends."""

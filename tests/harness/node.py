@@ -5,8 +5,8 @@
         await cluster.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
 
 Each node has a network, a host name, mounts and a cgroup of its own; /run and /var are empty. The nodes and the API
-server are on one bridge, on which the test's own process is too, so that it reaches pods. Images are those of
-`harness.containerimages`. kube-router obeys NetworkPolicies, as nothing else does here.
+server are on one bridge, and so is the test's own process, which reaches pods. The images are those of
+`harness.containerimages`. kube-router enforces NetworkPolicies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from harness.runnable import Runnable
 from harness.sandbox import enter, joining, own_cgroups, remove_cgroups
 from harness.wait import until
 
-__all__ = ["PODS", "Cluster", "Node"]
+__all__ = ["PODS", "Cluster", "Node", "processes"]
 
 CONTROLLERS: Final = (
     *CLUSTER,
@@ -74,10 +74,11 @@ class Node:
         self._holder: Child | None = None
         self._programs: dict[str, Child] = {}
 
-    def path(self, path: str) -> Path:
-        """Where a path of the node is for the test, such as /run/vcpuset."""
-        assert self._holder is not None
-        return Path(f"/proc/{self._holder.pid}/root{path}")
+    def cgroup(self, controller: str, pod: Manifest) -> Path:
+        """The folder of a pod's cgroup, for the test."""
+        uid = pod["metadata"]["uid"]
+        (found,) = Path("/sys/fs/cgroup", controller, self.name, "kubepods").rglob(f"pod{uid}")
+        return found
 
     def command(self, words: Sequence[str | Path]) -> list[str]:
         """The command line that runs a program on the node."""
@@ -129,7 +130,7 @@ class Node:
         self._holder = None
 
         def is_empty() -> bool:
-            left = {int(pid) for folder in own_cgroups() for pid in _processes(folder / self.name)}
+            left = {pid for folder in own_cgroups() for pid in processes(folder / self.name)}
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             return not left
@@ -150,7 +151,7 @@ class Node:
             await child.until(answers, START_SECONDS)
 
     async def stop(self, name: str, *, kill: bool = False) -> None:
-        """End one of them; containers go on."""
+        """End one of them; containers keep running."""
         child = self._programs.pop(name)
         if kill:
             child.kill()
@@ -163,7 +164,7 @@ class Node:
         await self.run(*words, timeout=300)
 
     async def is_ready(self) -> bool:
-        """Whether the API server says so."""
+        """Whether the API server reports it Ready and without taints."""
         for child in self._programs.values():
             child.require_running()
         node = (await self._control_plane.request("GET", f"/api/v1/nodes/{self.name}")).body
@@ -171,7 +172,7 @@ class Node:
         return conditions.get("Ready") == "True" and not node["spec"].get("taints")
 
     def said(self, name: str) -> str:
-        """The end of what a program has said."""
+        """The end of a program's log."""
         return self._programs[name].log_tail() if name in self._programs else ""
 
     async def _connect(self, others: Sequence[Node]) -> None:
@@ -317,7 +318,7 @@ class Cluster(Runnable):
         return node
 
     async def remove(self, name: str) -> None:
-        """Take a node out of the cluster, without ado."""
+        """Power a node off, and delete it from the cluster."""
         await self.nodes.pop(name).power_off()
         await self.kubectl("delete", "node", name)
 
@@ -348,9 +349,9 @@ class Cluster(Runnable):
             raise CommandFailed(Completed(done.argv, done.returncode, described.stdout, done.stderr))
 
 
-def _processes(folder: Path) -> list[str]:
-    """The processes of a cgroup and those below it."""
-    return [pid for file in folder.rglob("cgroup.procs") for pid in file.read_text().split()]
+def processes(cgroup: Path) -> list[int]:
+    """The ids of the processes of a cgroup and those below it."""
+    return [int(pid) for file in cgroup.rglob("cgroup.procs") for pid in file.read_text().split()]
 
 
 _KUBELET: Final[Manifest] = {
