@@ -27,8 +27,8 @@ __all__ = [
     "GONE",
     "OTHER",
     "PAGE",
-    "PLAYED",
     "PORT",
+    "SIMULATED",
     "USUAL",
     "WAIT",
     "Agents",
@@ -42,10 +42,10 @@ __all__ = [
 PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
 SERVICE: Final = REPOSITORY / "deploy" / "parts" / "agent" / "service.yaml"
 
-AGENT, OTHER, PLAYED, GONE = "10.20.0.1", "10.20.0.2", "10.20.0.3", "10.20.0.4"
+AGENT, OTHER, SIMULATED, GONE = "10.20.0.1", "10.20.0.2", "10.20.0.3", "10.20.0.4"
 """The addresses of agents: of the node that the page's set names, of another node, of none, of a node that is gone."""
 
-USUAL: Final = (AGENT, OTHER, PLAYED)
+USUAL: Final = (AGENT, OTHER, SIMULATED)
 
 PORT: Final = 8080
 WAIT: Final = 90.0
@@ -57,9 +57,9 @@ Manifest = dict[str, Any]
 
 
 class Agents:
-    """The endpoints of the agents' Service; one of them is played.
+    """The endpoints of the agents' Service; one of them is simulated.
 
-    numbers  what the played agent answers, by namespace and set; for all others it answers 404
+    numbers  what the simulated agent answers, by namespace and set; for all others it answers 404
     """
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -70,10 +70,10 @@ class Agents:
         self.numbers: dict[tuple[str, str], float] = {}
 
     async def busy(self, request: web.Request) -> web.Response:
-        """The played agent's answer."""
+        """The simulated agent's answer."""
         number = self.numbers.get((request.match_info["namespace"], request.match_info["name"]))
         if number is None:
-            return web.json_response({"reason": "NotServed", "message": "played"}, status=404)
+            return web.json_response({"reason": "NotServed", "message": "simulated"}, status=404)
         return web.json_response({"busyVCPUs": number})
 
     async def install(self) -> None:
@@ -107,7 +107,7 @@ def _endpoints(addresses: Sequence[str]) -> Manifest:
 class Driven(Scaled):
     """The page's machine and set in one namespace, and the ScaledObject that drives it.
 
-    busy  what the played agent says; None: it does not know the set
+    busy  what the simulated agent says; None: it does not know the set
     """
 
     def __init__(self, user: User, folder: Path, agents: Agents) -> None:

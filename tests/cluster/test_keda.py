@@ -1,9 +1,9 @@
 """KEDA drives sets by the manifests of docs/autoscaling.md.
 
-All of it is real: KEDA's operator, metrics adapter and webhook, the autoscaler's controller, Prometheus, the agents of
-two nodes, QEMU. Where the load of a guest is no matter, a third agent is played, whose answers a test sets. The agents
-have addresses as pods do, on the loopback interface of the sandbox (`harness.sandbox`), in the EndpointSlice of the
-shipped Service.
+KEDA's operator, metrics adapter and webhook, the autoscaler's controller, Prometheus, the agents of two nodes and QEMU
+are real. Where the load of a guest does not matter, a third agent is simulated, and the test sets its answers. As pods
+do, the agents have addresses of their own, on the loopback interface of the sandbox (`harness.sandbox`); they are in
+the EndpointSlice of the shipped Service.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cluster.driven import (
     GONE,
     OTHER,
     PAGE,
-    PLAYED,
     PORT,
+    SIMULATED,
     USUAL,
     WAIT,
     Agents,
@@ -46,7 +46,7 @@ from harness.prometheus import PrometheusServer
 from harness.wait import until
 from harness.world import User
 
-# The played agent answers in the module's event loop.
+# The simulated agent answers in the module's event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -60,21 +60,21 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def agents(control_plane: ControlPlane) -> AsyncIterator[Agents]:
-    """The agents' Service, and the played one of them."""
+    """The agents' Service, and the simulated agent."""
     agents = Agents(control_plane)
-    for address in (AGENT, OTHER, PLAYED, GONE):
+    for address in (AGENT, OTHER, SIMULATED, GONE):
         await run(["ip", "address", "add", f"{address}/32", "dev", "lo"])
     application = web.Application()
     application.add_routes([web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", agents.busy)])
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, PLAYED, PORT).start()
+    await web.TCPSite(runner, SIMULATED, PORT).start()
     await agents.install()
     # The kernel takes connections, and nothing ever answers.
     with socket.create_server((GONE, PORT), backlog=4096):
         yield agents
     await runner.cleanup()
-    for address in (AGENT, OTHER, PLAYED, GONE):
+    for address in (AGENT, OTHER, SIMULATED, GONE):
         await run(["ip", "address", "delete", f"{address}/32", "dev", "lo"])
 
 
@@ -102,7 +102,7 @@ async def keda(control_plane: ControlPlane, agents: Agents) -> AsyncIterator[Ked
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def driven(keda: Keda, agent: OperatorProcess, agents: Agents, folder: Path, user: User) -> AsyncIterator[Driven]:
-    """The page's set, without a machine as yet."""
+    """The page's set, still without a machine."""
     driven = Driven(user, folder, agents)
     yield driven
     driven.busy = None
@@ -174,7 +174,7 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
         await driven.fails(BY_PROMETHEUS)
         await driven.reports("Ready", "False", "TriggerError", BY_PROMETHEUS)
         before = (await driven.user.get("web")).body["spec"]["vcpus"]
-        assert before >= 2, "it has followed what Prometheus made of an agent that is gone"
+        assert before >= 2, "the last data of an agent that is gone do not lower the count"
         await driven.keeps(before)
         # The trap: without the setting, KEDA takes no data for 0.
         await driven.apply(trigger(ignoreNullValues=None))
@@ -192,7 +192,7 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
 # --- by numbers that a test sets ----------------------------------------------------------------------------------
 
 
-async def test_agents_that_do_not_know_the_set_or_do_not_answer_do_not_matter_unless_all_are_so(
+async def test_agents_that_do_not_know_the_set_or_do_not_answer_are_skipped_while_one_agent_knows_it(
     agents: Agents, driven: Driven
 ) -> None:
     async with machine(driven):
@@ -302,7 +302,7 @@ async def test_a_count_outside_of_the_sets_bounds_is_refused_and_keda_does_not_s
         await driven.settles(3)
 
 
-async def test_a_set_that_has_no_count_yet_is_taken_up_once_it_has_one(driven: Driven) -> None:
+async def test_a_set_without_a_count_is_scaled_once_it_has_one(driven: Driven) -> None:
     driven.busy = 2.3
     await driven.apply(PAGE.manifest("VCPUSet", "web"))
     await driven.apply(driven.scaled_object(BY_AGENT))

@@ -1,7 +1,7 @@
-"""Aggregated APIs: registering them with an API server that has no pods to lead to.
+"""The registration of aggregated APIs that are served on this host.
 
-A control plane without nodes has no kube-proxy. The way to a server on this host is a Service of type ExternalName: no
-other kind ends on a loopback address.
+A control plane without nodes has no kube-proxy. The Service is of type ExternalName, because no other type leads to a
+loopback address.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 from harness.controlplane import ControlPlane
 from harness.wait import until
 
-__all__ = ["lead", "register", "registration", "until_served"]
+__all__ = ["create_service", "register", "registration", "until_served"]
 
 SERVED_SECONDS: Final = 120.0
 
@@ -26,8 +26,8 @@ def registration(api: str) -> str:
     return f"{_REGISTRATIONS}/{version}.{group}"
 
 
-async def lead(control_plane: ControlPlane, namespace: str, name: str, port: int) -> None:
-    """Make a Service that leads the API server to a port on loopback."""
+async def create_service(control_plane: ControlPlane, namespace: str, name: str, port: int) -> None:
+    """Create a Service for a port on loopback."""
     service = {
         "metadata": {"name": name},
         "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
@@ -36,7 +36,7 @@ async def lead(control_plane: ControlPlane, namespace: str, name: str, port: int
 
 
 async def register(control_plane: ControlPlane, api: str, namespace: str, name: str, port: int, ca: str) -> None:
-    """Make the APIService of an API that this Service serves; the server's certificate is for NAME.NAMESPACE.svc.
+    """Create the APIService of an API that this Service serves; the server's certificate is for NAME.NAMESPACE.svc.
 
     ca  what the API server verifies the certificate with, as PEM
     """

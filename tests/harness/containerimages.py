@@ -1,13 +1,13 @@
 """Container images for the tests' node, as archives in the cache folder; made by `make test-cluster`.
 
-    pause      what containerd keeps a pod's namespaces with
+    pause      the container with which containerd keeps a pod's namespaces
     vm         QEMU of Debian 13, and the test guest below /guest
     vcpuset    the operator, built from the repository's Dockerfile by buildah; and that of `BEFORE`
 
-Only the Dockerfile's base image is replaced, since a registry cannot be counted on: its stand-in holds Python 3.13 and
-pip, too, but those of Debian 13, in /usr in place of /usr/local.
+Only the Dockerfile's base image is replaced, because a registry may not be reachable: its stand-in has the Python 3.13
+and pip of Debian 13, in /usr in place of /usr/local.
 
-    python -m harness.containerimages      makes those that are missing
+    python -m harness.containerimages      builds those that are missing
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["VM", "Image", "before", "checkout_before", "images", "make_images", 
 SUITE: Final = "trixie"
 MAKE_SECONDS: Final = 1800.0
 KEPT: Final = 2
-"""How many images of other work trees stay: each has 350 MB, and each change of the sources makes one."""
+"""How many images of other sources are kept: each has 350 MB, and each change of the sources makes one."""
 
 BEFORE: Final = "7a1c7f688bb76ad21c6462ca331fe830f5de575b"
 """The commit from which tests upgrade: the last release, once there is one."""
@@ -106,7 +106,7 @@ def make_images() -> None:
     """Make those that are missing.
 
     Raises:
-        NotPossible: Debian's packages cannot be had here.
+        NotPossible: Debian's packages are not available here.
         SetupFailed: a step failed; its output has been shown.
     """
     pause, vm, operator = images()
@@ -221,7 +221,7 @@ class _Builder:
     def _push(self, image: Image) -> None:
         """Write the image to its file, which appears when it is complete."""
         temporary = image.path.with_suffix(f".{os.getpid()}")
-        # What a kubelet takes a name without a registry for.
+        # A kubelet expands a name without a registry like this.
         full = image.reference if "/" in image.reference else f"docker.io/library/{image.reference}"
         try:
             self._buildah(["push", "--quiet", image.reference, f"docker-archive:{temporary}:{full}"])

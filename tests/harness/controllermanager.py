@@ -6,9 +6,8 @@
             ...
 
 Each controller acts as the service account that it has in a cluster (such as `HPA_USER`), with the rights of
-Kubernetes' own bootstrap roles and no others. What the autoscaler is to scale and the metrics it is to read should be
-served before it starts: it asks the API server what there is at its start, and after a miss not again for half a
-minute.
+Kubernetes' own bootstrap roles and no others. Serve what the autoscaler scales and the metrics that it reads before it
+starts: it discovers the APIs at its start, and after a miss not again for half a minute.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ CLUSTER: Final = (
     "root-ca-certificate-publisher-controller",
     "serviceaccount-controller",
 )
-"""What makes pods of Deployments and DaemonSets, gives them accounts, and cleans up after what is deleted."""
+"""The controllers that create the pods of Deployments and DaemonSets and their accounts, and clean up deletions."""
 
 HPA_USER: Final = "system:serviceaccount:kube-system:horizontal-pod-autoscaler"
-"""The name under which the controller's requests stand in the audit log."""
+"""The user of the autoscaler's requests in the audit log."""
 
 START_SECONDS: Final = 120.0
 
 SYNC_MILLISECONDS: Final = 200
-"""How often each HorizontalPodAutoscaler is looked at; every 15 s in a cluster."""
+"""How often each HorizontalPodAutoscaler is reconciled; every 15 s in a cluster."""
 
 
 class ControllerManager(Runnable):
@@ -63,7 +62,7 @@ class ControllerManager(Runnable):
         self._child: Child | None = None
 
     async def start(self) -> None:
-        """Start it and wait until it says that it is healthy.
+        """Start it and wait until it is healthy.
 
         Raises:
             BinariesMissing: `make setup` has not been run.
@@ -83,7 +82,7 @@ class ControllerManager(Runnable):
                 f"--service-account-private-key-file={self._control_plane.service_account_key}",
                 f"--root-ca-file={self._control_plane.certificate}",
                 f"--horizontal-pod-autoscaler-sync-period={SYNC_MILLISECONDS}ms",
-                # How long a wish to go down must last, unless an autoscaler says that itself; 5 min in a cluster.
+                # The default stabilization window for scaling down; 5 min in a cluster.
                 "--horizontal-pod-autoscaler-downscale-stabilization=1s",
                 "--bind-address=127.0.0.1",
                 f"--secure-port={self._port.number}",

@@ -78,7 +78,7 @@ class KustomizeController(Runnable):
             ],
             name="kustomize-controller",
             log=self._directory / "log",
-            # It deletes what others left in the folder for temporary files.
+            # It deletes other files in the folder for temporary files.
             env={
                 **os.environ,
                 "KUBECONFIG": str(kubeconfig),
@@ -138,7 +138,7 @@ class Sources:
         """Serve the objects as one file of a repository; returns the `status.artifact` of their source."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            # YAML, and so is JSON: but the controller passes over files that are not called so.
+            # JSON is YAML, but the controller skips files with another suffix.
             text = "\n---\n".join(json.dumps(each) for each in objects).encode()
             entry = tarfile.TarInfo("machines.yaml")
             entry.size = len(text)
@@ -202,7 +202,7 @@ class Delivery:
         self._revision = artifact["revision"]
 
     async def create(self, **spec: Any) -> None:
-        """Create the Kustomization; `spec` holds fields besides those that it needs."""
+        """Create the Kustomization; `spec` holds further fields."""
         needed = {
             "interval": "1h",
             "retryInterval": "3s",

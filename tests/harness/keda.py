@@ -6,7 +6,7 @@
             ...
 
 They are KEDA's own programs, act as the account that KEDA has in a cluster, and find each other on loopback. The
-adapter and the webhook listen on all addresses, which cannot be changed: it all runs inside `harness.sandbox`.
+adapter and the webhook always listen on all addresses, so it all runs inside `harness.sandbox`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 import yaml
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.binaries import KEDA
 from harness.controlplane import ControlPlane
 from harness.pki import Authority, Credentials
@@ -36,7 +36,7 @@ EXTERNAL_METRICS: Final = "external.metrics.k8s.io/v1beta1"
 NAMESPACE: Final = "keda"
 ACCOUNT: Final = "keda-operator"
 USER: Final = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
-"""The name under which the requests of KEDA's operator stand in the audit log."""
+"""The user of the KEDA operator's requests in the audit log."""
 
 ADAPTER: Final = "keda-metrics-apiserver"
 WEBHOOK: Final = "keda-admission-webhooks"
@@ -85,13 +85,13 @@ class Keda(Runnable):
         await asyncio.to_thread(_write, self._folder, server.data())
         await asyncio.gather(self.start_operator(), self._start_webhook(server))
         self.start_adapter()
-        await lead(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
+        await create_service(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
         await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
         self._is_registered = True
         await until_served(control_plane, EXTERNAL_METRICS)
 
     async def start_operator(self) -> None:
-        """Start the operator (again) and wait until it says that it is ready."""
+        """Start the operator (again) and wait until it is ready."""
         flags = ["--enable-cert-rotation=false", f"--metrics-service-bind-address=127.0.0.1:{self._operator_port}"]
         await self._start_ready("operator", *flags)
 
@@ -115,8 +115,8 @@ class Keda(Runnable):
         self._children[program].kill()
 
     async def stop(self) -> None:
-        """Take the API away and end all. Safe to call again."""
-        if self._is_registered:  # first: an API that is registered and not served is in everyone's way
+        """Remove the APIService and end all processes. Safe to call again."""
+        if self._is_registered:  # first: a registered API that is not served breaks discovery
             self._is_registered = False
             await self._control_plane.request("DELETE", registration(EXTERNAL_METRICS))
         while self._children:
@@ -124,7 +124,7 @@ class Keda(Runnable):
 
     async def _start_webhook(self, server: Credentials) -> None:
         await self._start_ready("webhooks", f"--port={self._webhook_port}")
-        await lead(self._control_plane, NAMESPACE, WEBHOOK, self._webhook_port)
+        await create_service(self._control_plane, NAMESPACE, WEBHOOK, self._webhook_port)
         shipped = KEDA.program("config") / "webhooks" / "validation_webhooks.yaml"
         configuration = yaml.safe_load(await asyncio.to_thread(shipped.read_text))
         for each in configuration["webhooks"]:

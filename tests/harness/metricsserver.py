@@ -21,7 +21,7 @@ from typing import Final
 
 from aiohttp import web
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.controlplane import ControlPlane
 from harness.processes import run
 from harness.runnable import Runnable
@@ -83,7 +83,7 @@ class MetricsServer(Runnable):
         """Take the APIs away and stop serving. Safe to call again."""
         if self._runner is None:
             return
-        for api in (CUSTOM, EXTERNAL, PODS):  # first: an API that is registered and not served is in everyone's way
+        for api in (CUSTOM, EXTERNAL, PODS):  # first: a registered API that is not served breaks discovery
             await self._control_plane.request("DELETE", registration(api))
         await self._runner.cleanup()
         self._runner = None
@@ -118,7 +118,7 @@ class MetricsServer(Runnable):
         return port
 
     async def _register(self, namespace: str, port: int, certificate: bytes) -> None:
-        await lead(self._control_plane, namespace, "metrics", port)
+        await create_service(self._control_plane, namespace, "metrics", port)
         for api in (CUSTOM, EXTERNAL, PODS):
             await register(self._control_plane, api, namespace, "metrics", port, certificate.decode())
         for api in (CUSTOM, EXTERNAL, PODS):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.binaries import METRICS_SERVER
 from harness.controlplane import ControlPlane
 from harness.pki import Authority
@@ -35,8 +35,7 @@ class PodMetrics(Runnable):
     """The metrics-server of a control plane, on loopback; ends before it.
 
     It asks the kubelet of each node, at the node's InternalIP and the port in its status, and verifies the certificate
-    with `ControlPlane.kubelet_authority`. The kubelets have to ask the API server whose the token is that it shows them
-    (authentication and authorization by webhook). The API server has to find it on loopback.
+    with `ControlPlane.kubelet_authority`. The kubelets need authentication and authorization by webhook.
     """
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -45,7 +44,7 @@ class PodMetrics(Runnable):
         self._is_registered = False
 
     async def start(self) -> None:
-        """Install and start it, and wait until the API server serves it. Of a pod, it may know nothing as yet.
+        """Install and start it, and wait until the API server serves its API, before it has measured any pod.
 
         Raises:
             BinariesMissing: the set-up for `make test-cluster` has not been run.
@@ -74,7 +73,7 @@ class PodMetrics(Runnable):
             "--metric-resolution=10s",
         ]
         self._child = Child.start(argv, name=NAME, log=directory / f"{NAME}.log", cwd=directory)
-        await lead(control_plane, NAMESPACE, NAME, port)
+        await create_service(control_plane, NAMESPACE, NAME, port)
         await register(control_plane, POD_METRICS, NAMESPACE, NAME, port, server.ca)
         self._is_registered = True
         await until_served(control_plane, POD_METRICS)
@@ -95,8 +94,8 @@ class PodMetrics(Runnable):
         await self._child.until(is_measured, MEASURED_SECONDS, f"to measure {namespace}/{pod}")
 
     async def stop(self) -> None:
-        """Take the API away and end it. Safe to call again."""
-        if self._is_registered:  # first: an API that is registered and not served is in everyone's way
+        """Remove the APIService and end the process. Safe to call again."""
+        if self._is_registered:  # first: a registered API that is not served breaks discovery
             self._is_registered = False
             await self._control_plane.request("DELETE", registration(POD_METRICS))
         if self._child is not None:

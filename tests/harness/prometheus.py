@@ -54,13 +54,13 @@ def fetch(report: Callable[[str], None]) -> None:
     """Put the programs into the cache folder.
 
     Raises:
-        PackageError: they cannot be had, or not here; says why.
+        PackageError: they are not available; the message says why.
     """
     with tempfile.TemporaryDirectory(prefix="vcpuset-prometheus-") as work:
         apt = Apt(Path(work), report)
         try:
             found = _download(apt)
-        except PackageError:  # if it is no matter of the lists, the second try says so
+        except PackageError:  # unless the package lists are the cause, the second try fails, too
             apt.use_fresh_lists()
             found = _download(apt)
     _kept().mkdir(exist_ok=True)

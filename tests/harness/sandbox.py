@@ -1,4 +1,4 @@
-"""Namespaces and cgroups of one's own, in which a whole cluster runs and of which nothing is left when it has ended.
+"""Namespaces and cgroups in which a whole cluster runs, and which end with it.
 
     python -m harness.sandbox COMMAND ARGUMENT…
 
@@ -7,7 +7,7 @@ IPC of its own, and in cgroups below those of the caller. When the command ends,
 It needs root, and cgroup v1 (Debian 12: `systemd.unified_cgroup_hierarchy=0` as a kernel parameter): the tests' node
 has not been tried with v2.
 
-`enter` is the part of it that a node needs too: it makes namespaces inside those of the test.
+`enter` is the part of it that a node needs, too.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def remove_cgroups(name: str) -> None:
                     break
                 if time.monotonic() > end:
                     raise TimeoutError(f"{each} cannot be removed: a process is left in it")
-                time.sleep(0.05)  # the kernel tells of no cgroup (v1) that has become empty
+                time.sleep(0.05)  # cgroup v1 has no event for a cgroup that becomes empty
 
 
 def main(command: Sequence[str]) -> int:

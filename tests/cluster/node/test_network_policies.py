@@ -1,4 +1,4 @@
-"""The NetworkPolicies as shipped, obeyed: what the documentation says is open is open, and the rest is refused."""
+"""The shipped NetworkPolicies, enforced: what the documentation says is open is open, and the rest is refused."""
 
 from __future__ import annotations
 

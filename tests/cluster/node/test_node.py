@@ -37,7 +37,7 @@ async def vm(installed: Cluster, user: User) -> NodeVM:
 
 
 async def agent_process() -> int:
-    """The process of the agent, once it runs. All of the node's are seen here."""
+    """The process of the agent, once it runs. The test sees the processes of the node."""
 
     def found() -> int | None:
         pids = [
@@ -87,7 +87,7 @@ async def disturb_by_sigkill(cluster: Cluster) -> None:
 
 
 async def disturb_by_memory(cluster: Cluster) -> None:
-    """Have the kernel kill it: its cgroup is filled by another process, and it is the one that is preferred."""
+    """Have the kernel kill it: another process fills its cgroup, and the agent has the highest OOM score."""
     pid = await agent_process()
     _prefer(pid)
     group = Path("/sys/fs/cgroup/memory") / _memory_cgroup(pid).lstrip("/")
