@@ -21,7 +21,7 @@ from typing import Any, Final
 from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
-from harness.pki import Authority, Credentials
+from harness.pki import Authority
 from harness.processes import Child, Completed, ReservedPort, run
 from harness.runnable import Runnable
 from harness.wait import until
@@ -348,8 +348,8 @@ class ControlPlane(Runnable):
         tokens.touch(mode=0o600)
         nodes = [f"{token},system:node:{name},{name},system:nodes\n" for name, token in self.kubelet_tokens.items()]
         tokens.write_text("".join([f'{self.token},admin,admin,"system:masters"\n', *nodes]))
-        self._write_client("front-proxy", self.front_proxy.client(FRONT_PROXY))
-        self._write_client("kubelet-client", self.kubelet_authority.client(KUBELET_CLIENT))
+        self.front_proxy.client(FRONT_PROXY).write_pem(self.directory, "front-proxy")
+        self.kubelet_authority.client(KUBELET_CLIENT).write_pem(self.directory, "kubelet-client")
         policy = self.directory / "audit-policy.json"
         first = [STATUS_IN_AUDIT] if self._status_in_audit else []
         policy.write_text(json.dumps({**AUDIT_POLICY, "rules": [*first, *AUDIT_POLICY["rules"]]}))
@@ -386,10 +386,6 @@ class ControlPlane(Runnable):
             "--allow-privileged",  # as in a cluster: admission decides
             "--profiling=false",
         ]
-
-    def _write_client(self, name: str, client: Credentials) -> None:
-        for kind, text in (("ca", client.ca), ("crt", client.certificate), ("key", client.key)):
-            (self.directory / f"{name}.{kind}").write_text(text)
 
     def _kubelet_flags(self) -> list[str]:
         return [

@@ -64,7 +64,6 @@ class Keda(Runnable):
         self._kubeconfig = Path()
         self._operator_port, self._adapter_port, self._webhook_port = free_port(), free_port(), free_port()
         self._children: dict[str, Child] = {}
-        self._is_registered = False
 
     async def start(self) -> None:
         """Install and start it, and wait until the API server serves its metrics.
@@ -87,7 +86,6 @@ class Keda(Runnable):
         self.start_adapter()
         await create_service(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
         await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
-        self._is_registered = True
         await until_served(control_plane, EXTERNAL_METRICS)
 
     async def start_operator(self) -> None:
@@ -116,9 +114,8 @@ class Keda(Runnable):
 
     async def stop(self) -> None:
         """Remove the APIService and end all processes. Safe to call again."""
-        if self._is_registered:  # first: a registered API that is not served breaks discovery
-            self._is_registered = False
-            await self._control_plane.request("DELETE", registration(EXTERNAL_METRICS))
+        # First: a registered API that is not served breaks discovery.
+        await self._control_plane.request("DELETE", registration(EXTERNAL_METRICS))
         while self._children:
             await self._children.popitem()[1].stop()
 

@@ -198,10 +198,7 @@ class Node:
 
     def _configure(self) -> None:
         etc = self._var / "etc"
-        certificate = self._control_plane.kubelet_authority.server(self.address, self.name)
-        (etc / "kubelet.ca").write_text(certificate.ca)
-        (etc / "kubelet.crt").write_text(certificate.certificate)
-        (etc / "kubelet.key").write_text(certificate.key)
+        self._control_plane.kubelet_authority.server(self.address, self.name).write_pem(etc, "kubelet")
         token = self._control_plane.kubelet_tokens[self.name]
         self._control_plane.write_kubeconfig(etc / "kubelet.kubeconfig", token)
         (etc / "kubelet.json").write_text(json.dumps(_KUBELET))

@@ -41,7 +41,6 @@ class PodMetrics(Runnable):
     def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
         self._child: Child | None = None
-        self._is_registered = False
 
     async def start(self) -> None:
         """Install and start it, and wait until the API server serves its API, before it has measured any pod.
@@ -55,8 +54,7 @@ class PodMetrics(Runnable):
         await control_plane.kubectl("apply", "--server-side", f"--filename={roles}")
         kubeconfig = await control_plane.service_account_kubeconfig(NAMESPACE, NAME)
         server = Authority().server(f"{NAME}.{NAMESPACE}.svc")
-        for kind, text in (("crt", server.certificate), ("key", server.key)):
-            (directory / f"{NAME}.{kind}").write_text(text)
+        server.write_pem(directory, NAME)
         argv: list[str | Path] = [
             METRICS_SERVER.program("metrics-server"),
             f"--kubeconfig={kubeconfig}",
@@ -75,7 +73,6 @@ class PodMetrics(Runnable):
         self._child = Child.start(argv, name=NAME, log=directory / f"{NAME}.log", cwd=directory)
         await create_service(control_plane, NAMESPACE, NAME, port)
         await register(control_plane, POD_METRICS, NAMESPACE, NAME, port, server.ca)
-        self._is_registered = True
         await until_served(control_plane, POD_METRICS)
 
     async def until_measured(self, namespace: str, pod: str) -> None:
@@ -95,9 +92,8 @@ class PodMetrics(Runnable):
 
     async def stop(self) -> None:
         """Remove the APIService and end the process. Safe to call again."""
-        if self._is_registered:  # first: a registered API that is not served breaks discovery
-            self._is_registered = False
-            await self._control_plane.request("DELETE", registration(POD_METRICS))
+        # First: a registered API that is not served breaks discovery.
+        await self._control_plane.request("DELETE", registration(POD_METRICS))
         if self._child is not None:
             await self._child.stop()
             self._child = None
