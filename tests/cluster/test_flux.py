@@ -57,13 +57,6 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
             yield running
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
-    """The operator of all sets without a node."""
-    async with OperatorProcess(control_plane, socket_root=socket_root) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
 def sources() -> Iterator[Sources]:
     """Where the archives are served."""

@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 
 from harness.cache import REPOSITORY
-from harness.controlplane import ControlPlane
 from harness.docpage import Page
 from harness.libvirt import QEMU_USER, Libvirt, Machine
 from harness.operator import OperatorProcess
@@ -32,12 +31,6 @@ OPERATOR_GROUP: Final = 65532
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def libvirt() -> AsyncIterator[Libvirt]:
     async with Libvirt() as running:
-        yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
-    async with OperatorProcess(control_plane, socket_root=socket_root) as running:
         yield running
 
 
