@@ -83,8 +83,7 @@ class Agents:
         metadata = {"name": "agents", "labels": {"kubernetes.io/service-name": self._service["metadata"]["name"]}}
         ports = [{"name": each["name"], "port": each["port"]} for each in self._service["spec"]["ports"]]
         body = {"metadata": metadata, "addressType": "IPv4", "ports": ports, **_endpoints(USUAL)}
-        made = await self._control_plane.request("POST", self._path, body)
-        assert made.status == 201, made
+        await self._control_plane.ok("POST", self._path, body)
 
     @contextlib.asynccontextmanager
     async def endpoints(self, *addresses: str) -> AsyncIterator[None]:
@@ -96,8 +95,7 @@ class Agents:
             await self._change(USUAL)
 
     async def _change(self, addresses: Sequence[str]) -> None:
-        patched = await self._control_plane.request("PATCH", f"{self._path}/agents", _endpoints(addresses))
-        assert patched.status == 200, patched
+        await self._control_plane.ok("PATCH", f"{self._path}/agents", _endpoints(addresses))
 
 
 def _endpoints(addresses: Sequence[str]) -> Manifest:

@@ -99,7 +99,7 @@ def machine(folder: Path, name: str = "web") -> Guest:
 async def least(user: User) -> int:
     """`minReplicas` of the autoscaler."""
     path = f"/apis/autoscaling/v2/namespaces/{user.namespace}/horizontalpodautoscalers/web"
-    return int((await user.control_plane.request("GET", path)).body["spec"]["minReplicas"])
+    return int((await user.control_plane.ok("GET", path))["spec"]["minReplicas"])
 
 
 async def declared(user: User, vcpus: int) -> Seen:
@@ -182,26 +182,22 @@ async def test_what_is_never_healthy_fails_after_the_timeout_with_its_cause(
             assert f"timeout waiting for: [VCPUSet/{user.namespace}/elsewhere status: 'InProgress'" in message
 
     async def applied_by_a_tenant() -> None:
-        await account("tenant", "vcpuset-edit")
+        await create("serviceaccount", "tenant")
+        await bind("vcpuset-edit")
         async with Delivery(control_plane, sources, user.namespace, "tenant") as delivery:
             await delivery.commit(manifest(user.namespace, "tenants", 2, "tenants.sock"))
             await delivery.create(wait=True, timeout=SHORTEST, serviceAccountName="tenant")
             message = await delivery.fails("HealthCheckFailed")
             assert 'cannot get resource "vcpusets"' in message
             assert (await user.get("tenants")).ready, "it is applied and fine"
-            await bind("tenant", "vcpuset-view")
+            await bind("vcpuset-view")
             await delivery.delivered()
 
-    async def account(name: str, role: str) -> None:
-        path = f"/api/v1/namespaces/{user.namespace}/serviceaccounts"
-        answer = await control_plane.request("POST", path, {"metadata": {"name": name}})
-        assert answer.status == 201, answer.body
-        await bind(name, role)
+    async def create(*words: str) -> None:
+        await control_plane.kubectl("--namespace", user.namespace, "create", *words)
 
-    async def bind(name: str, role: str) -> None:
-        account = f"--serviceaccount={user.namespace}:{name}"
-        words = ("create", "rolebinding", f"{name}-{role}", f"--clusterrole={role}", account)
-        await control_plane.kubectl("--namespace", user.namespace, *words)
+    async def bind(role: str) -> None:
+        await create("rolebinding", role, f"--clusterrole={role}", f"--serviceaccount={user.namespace}:tenant")
 
     async with machine(folder), machine(folder, "tenants"):
         await asyncio.gather(suspended(), without_an_operator(), applied_by_a_tenant())

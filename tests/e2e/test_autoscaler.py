@@ -112,9 +112,7 @@ class Scaled:
 
     async def hpa(self, name: str) -> Manifest:
         """An autoscaler as it is now."""
-        answer = await self.user.control_plane.request("GET", self.hpa_path(name))
-        assert answer.status == 200, answer.body
-        found: Manifest = answer.body
+        found: Manifest = await self.user.control_plane.ok("GET", self.hpa_path(name))
         return found
 
     async def says(self, name: str, kind: str, status: str, reason: str, words: str = "") -> str:

@@ -7,8 +7,7 @@ loopback address.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from harness.controlplane import ControlPlane
 from harness.wait import until
@@ -32,7 +31,7 @@ async def create_service(control_plane: ControlPlane, namespace: str, name: str,
         "metadata": {"name": name},
         "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
     }
-    await _create(control_plane, f"/api/v1/namespaces/{namespace}/services", service)
+    await control_plane.ok("POST", f"/api/v1/namespaces/{namespace}/services", service)
 
 
 async def register(control_plane: ControlPlane, api: str, namespace: str, name: str, port: int, ca: str) -> None:
@@ -52,7 +51,7 @@ async def register(control_plane: ControlPlane, api: str, namespace: str, name: 
             "versionPriority": 100,
         },
     }
-    await _create(control_plane, _REGISTRATIONS, body)
+    await control_plane.ok("POST", _REGISTRATIONS, body)
 
 
 async def until_served(control_plane: ControlPlane, api: str) -> None:
@@ -68,9 +67,3 @@ async def until_served(control_plane: ControlPlane, api: str) -> None:
 
     # The paths follow the condition by a moment.
     await until(served, SERVED_SECONDS, f"the API server to serve {api}")
-
-
-async def _create(control_plane: ControlPlane, path: str, body: Mapping[str, Any]) -> None:
-    answer = await control_plane.request("POST", path, body)
-    if answer.status not in (200, 201):
-        raise RuntimeError(f"POST {path}: {answer.status}: {answer.body}")

@@ -216,6 +216,12 @@ class ControlPlane(Runnable):
         """
         return await asyncio.to_thread(self._request, method, path, body, accept, headers or {})
 
+    async def ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+        """The body of the answer to a request that has to succeed; see `request`."""
+        answer = await self.request(method, path, body)
+        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
+        return answer.body
+
     async def until_condition(
         self, path: str, kind: str, status: str, reason: str | None = None, words: str = ""
     ) -> str:
@@ -273,9 +279,7 @@ class ControlPlane(Runnable):
     async def namespace(self, prefix: str = "test") -> str:
         """Create a namespace with a name that no other has, and return the name."""
         name = f"{prefix}-{token_hex(5)}"
-        answer = await self.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        if answer.status != http.client.CREATED:
-            raise RuntimeError(f"cannot create namespace {name}: {answer.status} {answer.body}")
+        await self.ok("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         return name
 
     async def service_account_kubeconfig(self, namespace: str, name: str, pod: str | None = None) -> Path:

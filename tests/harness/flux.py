@@ -95,24 +95,13 @@ class KustomizeController(Runnable):
 
     async def _account(self) -> Path:
         """The kubeconfig of the controller's service account, which may do everything."""
-        for path, body in (
-            ("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}}),
-            (f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", {"metadata": {"name": ACCOUNT}}),
-            (
-                "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-                {
-                    "metadata": {"name": "cluster-reconciler-flux-system"},
-                    "roleRef": {
-                        "apiGroup": "rbac.authorization.k8s.io",
-                        "kind": "ClusterRole",
-                        "name": "cluster-admin",
-                    },
-                    "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": NAMESPACE}],
-                },
-            ),
+        rights = ("--clusterrole=cluster-admin", f"--serviceaccount={NAMESPACE}:{ACCOUNT}")
+        for words in (
+            ("namespace", NAMESPACE),
+            ("serviceaccount", ACCOUNT, "--namespace", NAMESPACE),
+            ("clusterrolebinding", "cluster-reconciler-flux-system", *rights),
         ):
-            answer = await self._control_plane.request("POST", path, body)
-            assert answer.status == 201, answer.body
+            await self._control_plane.kubectl("create", *words)
         return await self._control_plane.service_account_kubeconfig(NAMESPACE, ACCOUNT)
 
     async def stop(self) -> None:
@@ -198,7 +187,9 @@ class Delivery:
         }
         if not self._revision:
             await self._create(self._source, "source.toolkit.fluxcd.io/v1", "ExternalArtifact", {})
-        await self._ok("PATCH", f"{self._source}/status", {"status": {"artifact": artifact, "conditions": [condition]}})
+        await self._control_plane.ok(
+            "PATCH", f"{self._source}/status", {"status": {"artifact": artifact, "conditions": [condition]}}
+        )
         self._revision = artifact["revision"]
 
     async def create(self, **spec: Any) -> None:
@@ -216,7 +207,7 @@ class Delivery:
         """Have it applied again now, as `flux reconcile` does, and wait until that is done."""
         stamp = f"again-{next(self._numbers)}"
         annotations = {"reconcile.fluxcd.io/requestedAt": stamp}
-        await self._ok("PATCH", self._kustomization, {"metadata": {"annotations": annotations}})
+        await self._control_plane.ok("PATCH", self._kustomization, {"metadata": {"annotations": annotations}})
 
         def is_done(status: Manifest) -> bool:
             return status.get("lastHandledReconcileAt") == stamp and not _condition(status, "Reconciling")
@@ -265,7 +256,7 @@ class Delivery:
 
         async def check() -> bool:
             nonlocal last
-            last = (await self._ok("GET", self._kustomization)).get("status", {})
+            last = (await self._control_plane.ok("GET", self._kustomization)).get("status", {})
             return holds(last)
 
         await until(check, WAIT_SECONDS, lambda: f"{self._namespace}/{self.name}: {what}; its status was {last}")
@@ -274,12 +265,7 @@ class Delivery:
     async def _create(self, path: str, version: str, kind: str, spec: Mapping[str, Any]) -> None:
         metadata = {"name": self.name, "namespace": self._namespace}
         body = {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
-        await self._ok("POST", path.rpartition("/")[0], body)
-
-    async def _ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
-        answer = await self._control_plane.request(method, path, body)
-        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
-        return answer.body
+        await self._control_plane.ok("POST", path.rpartition("/")[0], body)
 
 
 def _condition(status: Mapping[str, Any], kind: str) -> Manifest:

@@ -305,8 +305,7 @@ class Cluster(Runnable):
         node = Node(self.control_plane, name, self._numbers[name])
         # Its part of the pods' network, which in most clusters a controller hands out.
         spec = {"podCIDR": node.pods, "podCIDRs": [node.pods]}
-        made = await self.control_plane.request("POST", "/api/v1/nodes", {"metadata": {"name": name}, "spec": spec})
-        assert made.status == 201, made
+        await self.control_plane.ok("POST", "/api/v1/nodes", {"metadata": {"name": name}, "spec": spec})
         if not self.nodes:
             # The API server, which runs on no node, reaches Services through the first.
             await run(["ip", "route", "replace", SERVICES, "via", node.address])
@@ -330,7 +329,7 @@ class Cluster(Runnable):
     async def pods(self, namespace: str, selector: str = "") -> list[dict[str, Any]]:
         """The pods of a namespace that have these labels and are not being deleted."""
         path = f"/api/v1/namespaces/{namespace}/pods?labelSelector={selector}"
-        items = (await self.control_plane.request("GET", path)).body["items"]
+        items = (await self.control_plane.ok("GET", path))["items"]
         return [each for each in items if "deletionTimestamp" not in each["metadata"]]
 
     async def rolled_out(self, namespace: str, workload: str) -> None:

@@ -1,4 +1,4 @@
-"""The base of what a test starts and stops, mostly in a context."""
+"""The base class of what tests start and stop."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ async def test_the_message_quotes_the_resource_quota_that_refuses_the_size(insta
 
     async def is_counted() -> bool:
         path = f"/api/v1/namespaces/{user.namespace}/resourcequotas/small"
-        status = (await installed.control_plane.request("GET", path)).body.get("status", {})
-        return bool(status.get("used", {}).get("limits.cpu") == "250m")
+        used = (await installed.control_plane.ok("GET", path)).get("status", {}).get("used", {})
+        return bool(used.get("limits.cpu") == "250m")
 
     await until(is_counted, WAIT, "the quota to be counted")
     await user.create("bound", vcpus=4, monitor="bound/qmp.sock", nodeName="node-1", pod=pod_of(vm))
