@@ -102,7 +102,8 @@ async def test_a_server_that_cannot_start_is_reported_with_its_log_and_leaves_no
     monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path / "bin"))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     with pytest.raises(Exception, match=r"(?s)etcd ended with status 3.*no disk left"):
-        await ControlPlane().start()
+        async with ControlPlane():
+            pass
     assert list(temporary.iterdir()) == []
 
 

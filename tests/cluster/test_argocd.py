@@ -1,6 +1,6 @@
-"""Argo CD's own libraries run the shipped customizations: their verdicts, their tests, and what the actions make.
+"""Argo CD's own libraries run the shipped customizations: health, actions, and their tests.
 
-`tests/unit/test_argocd.py` has the same, for each of the scripts, in another interpreter.
+`tests/unit/test_argocd.py` runs the same scripts in another interpreter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from harness.world import manifest
 Manifest = Mapping[str, Any]
 
 PENDING_DELETION: Final = {"status": "Progressing", "message": "Pending deletion"}
-"""What Argo CD says of each object that is being deleted."""
+"""The health that Argo CD gives to each object that is being deleted."""
 
 
 async def asked(objects: Sequence[Manifest], **more: Any) -> list[Manifest]:
-    """What Argo CD makes of each object: `health`, `actions`, and `results` by the names of the actions.
+    """Argo CD's answer for each object: `health`, `actions`, and `results` by the names of the actions.
 
-    more  what is asked besides: `git`, the manifest, and `ignoreDifferences`; the answer has `outOfSync` then
+    more  `git`, the manifest, and `ignoreDifferences`: the answer has `outOfSync`, too
     """
     text = "".join(f"{json.dumps({'live': each, **more})}\n" for each in objects)
     done = await run([ARGOCD.program("argocd"), PATCH], input=text)
@@ -40,7 +40,7 @@ async def test_each_reason_has_the_health_that_the_page_says() -> None:
     assert found == {name: verdicts.argocd for name, (_, verdicts) in cases.items()}
 
 
-async def test_a_set_that_is_being_deleted_is_so_for_argo_cd_itself() -> None:
+async def test_argo_cd_itself_reports_the_deletion_of_a_set() -> None:
     obj, _ = gitops.cases()["Terminating-Held"]
     (answer,) = await asked([obj])
     assert answer["health"] == PENDING_DELETION
@@ -77,13 +77,13 @@ async def test_what_an_action_has_set_is_out_of_sync_only_if_the_manifest_says_o
         assert answer["outOfSync"] is out_of_sync
 
 
-async def test_its_own_tests_of_the_health_pass() -> None:
+async def test_argo_cds_own_tests_of_the_health_pass() -> None:
     tests = read("health_test.yaml")["tests"]
     answers = await asked([read(test["inputPath"]) for test in tests])
     assert [answer["health"] for answer in answers] == [test["healthStatus"] for test in tests]
 
 
-async def test_its_own_tests_of_the_actions_pass() -> None:
+async def test_argo_cds_own_tests_of_the_actions_pass() -> None:
     tests = read("actions/action_test.yaml")
     discovered = tests["discoveryTests"]
     answers = await asked([read(f"actions/{test['inputPath']}") for test in discovered])

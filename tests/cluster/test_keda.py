@@ -1,106 +1,53 @@
 """KEDA drives sets by the manifests of docs/autoscaling.md.
 
-All of it is real: KEDA's operator, metrics adapter and webhook, the autoscaler's controller, Prometheus, the agents of
-two nodes, QEMU. Where the load of a guest is no matter, a third agent is played, whose answers a test sets. The agents
-have addresses as pods do, on the loopback interface of the sandbox (`harness.sandbox`), in the EndpointSlice of the
-shipped Service.
+KEDA's operator, metrics adapter and webhook, the autoscaler's controller, Prometheus, the agents of two nodes and QEMU
+are real. Where the load of a guest does not matter, a third agent is simulated, and the test sets its answers. As pods
+do, the agents have addresses of their own, on the loopback interface of the sandbox (`harness.sandbox`); they are in
+the EndpointSlice of the shipped Service.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
-import yaml
 from aiohttp import web
 
-from e2e.test_autoscaler import Scaled
+from cluster.driven import (
+    AGENT,
+    BY_AGENT,
+    BY_PROMETHEUS,
+    GONE,
+    OTHER,
+    PAGE,
+    PORT,
+    SIMULATED,
+    USUAL,
+    WAIT,
+    Agents,
+    Driven,
+    Manifest,
+    load,
+    machine,
+    without_none,
+)
 from harness.aggregation import registration
-from harness.cache import REPOSITORY
 from harness.controllermanager import AUTOSCALER, ControllerManager
 from harness.controlplane import ControlPlane
-from harness.docpage import Page
-from harness.guest import Guest, GuestOptions
+from harness.guest import Guest
 from harness.keda import EXTERNAL_METRICS, USER, Keda
 from harness.operator import OperatorProcess
 from harness.processes import CommandFailed, run
 from harness.prometheus import PrometheusServer
-from harness.saved import saved_guest
 from harness.wait import until
 from harness.world import User
 
-# The played agent answers in the module's event loop.
+# The simulated agent answers in the module's event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-PAGE: Final = Page(REPOSITORY / "docs" / "autoscaling.md")
-SERVICE: Final = REPOSITORY / "deploy" / "parts" / "agent" / "service.yaml"
-
-AGENT, OTHER, PLAYED, GONE = "10.20.0.1", "10.20.0.2", "10.20.0.3", "10.20.0.4"
-"""The addresses of agents: of the node that the page's set names, of another node, of none, of a node that is gone."""
-
-USUAL: Final = (AGENT, OTHER, PLAYED)
-
-PORT: Final = 8080
-WAIT: Final = 90.0
-
-BY_AGENT, BY_PROMETHEUS = "web-by-busy-vcpus", "web"
-"""The page's ScaledObjects."""
-
-Manifest = dict[str, Any]
-
-
-class Agents:
-    """The endpoints of the agents' Service; one of them is played.
-
-    numbers  what the played agent answers, by namespace and set; for all others it answers 404
-    """
-
-    def __init__(self, control_plane: ControlPlane) -> None:
-        self._control_plane = control_plane
-        self._service = yaml.safe_load(SERVICE.read_text())
-        namespace = self._service["metadata"]["namespace"]
-        self._path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
-        self.numbers: dict[tuple[str, str], float] = {}
-
-    async def busy(self, request: web.Request) -> web.Response:
-        """The played agent's answer."""
-        number = self.numbers.get((request.match_info["namespace"], request.match_info["name"]))
-        if number is None:
-            return web.json_response({"reason": "NotServed", "message": "played"}, status=404)
-        return web.json_response({"busyVCPUs": number})
-
-    async def install(self) -> None:
-        """Apply the shipped Service, with all agents but the one that is gone."""
-        namespace, service = (f"--filename={SERVICE.with_name(name)}" for name in ("namespace.yaml", SERVICE.name))
-        await self._control_plane.kubectl("apply", "--server-side", namespace, service)
-        metadata = {"name": "agents", "labels": {"kubernetes.io/service-name": self._service["metadata"]["name"]}}
-        ports = [{"name": each["name"], "port": each["port"]} for each in self._service["spec"]["ports"]]
-        body = {"metadata": metadata, "addressType": "IPv4", "ports": ports, **_endpoints(USUAL)}
-        made = await self._control_plane.request("POST", self._path, body)
-        assert made.status == 201, made
-
-    @contextlib.asynccontextmanager
-    async def being(self, *addresses: str) -> AsyncIterator[None]:
-        """Have these endpoints and no others."""
-        await self._change(*addresses)
-        try:
-            yield
-        finally:
-            await self._change(*USUAL)
-
-    async def _change(self, *addresses: str) -> None:
-        patched = await self._control_plane.request("PATCH", f"{self._path}/agents", _endpoints(addresses))
-        assert patched.status == 200, patched
-
-
-def _endpoints(addresses: Sequence[str]) -> Manifest:
-    return {"endpoints": [{"addresses": [each], "conditions": {"ready": True}} for each in addresses]}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -113,21 +60,21 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def agents(control_plane: ControlPlane) -> AsyncIterator[Agents]:
-    """The agents' Service, and the played one of them."""
+    """The agents' Service, and the simulated agent."""
     agents = Agents(control_plane)
-    for address in (AGENT, OTHER, PLAYED, GONE):
+    for address in (AGENT, OTHER, SIMULATED, GONE):
         await run(["ip", "address", "add", f"{address}/32", "dev", "lo"])
     application = web.Application()
     application.add_routes([web.get("/v1/namespaces/{namespace}/vcpusets/{name}/busy", agents.busy)])
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, PLAYED, PORT).start()
+    await web.TCPSite(runner, SIMULATED, PORT).start()
     await agents.install()
     # The kernel takes connections, and nothing ever answers.
     with socket.create_server((GONE, PORT), backlog=4096):
         yield agents
     await runner.cleanup()
-    for address in (AGENT, OTHER, PLAYED, GONE):
+    for address in (AGENT, OTHER, SIMULATED, GONE):
         await run(["ip", "address", "delete", f"{address}/32", "dev", "lo"])
 
 
@@ -153,160 +100,13 @@ async def keda(control_plane: ControlPlane, agents: Agents) -> AsyncIterator[Ked
         yield running
 
 
-class Driven(Scaled):
-    """The page's machine and set in one namespace, and the ScaledObject that drives it.
-
-    busy  what the played agent says; None: it does not know the set
-    """
-
-    def __init__(self, user: User, folder: Path, agents: Agents) -> None:
-        super().__init__(user, folder)
-        self._agents = agents
-
-    @property
-    def busy(self) -> float | None:
-        return self._agents.numbers.get((self.user.namespace, self.name))
-
-    @busy.setter
-    def busy(self, number: float | None) -> None:
-        self._agents.numbers.pop((self.user.namespace, self.name), None)
-        if number is not None:
-            self._agents.numbers[self.user.namespace, self.name] = number
-
-    def scaled_object(self, name: str, trigger: Mapping[str, str] | None = None, **spec: Any) -> Manifest:
-        """The page's ScaledObject for this namespace, with other fields of the trigger and of the spec; None: without.
-
-        KEDA refreshes the conditions every second, in place of 30.
-        """
-        manifest = PAGE.manifest("ScaledObject", name)
-        (its,) = manifest["spec"]["triggers"]
-        for field, changes in (("url", ("/default/", "/{}/")), ("query", ('"default"', '"{}"'))):
-            if field in its["metadata"]:
-                old, new = changes
-                assert old in its["metadata"][field]
-                its["metadata"][field] = its["metadata"][field].replace(old, new.format(self.user.namespace))
-        its["metadata"] = _without_none({**its["metadata"], **(trigger or {})})
-        manifest["spec"] = _without_none({**manifest["spec"], "pollingInterval": 1, **spec})
-        return manifest
-
-    async def drive(self, name: str = BY_AGENT, trigger: Mapping[str, str] | None = None, **spec: Any) -> None:
-        """Apply the page's ScaledObject, and wait until the autoscaler that KEDA makes of it has a metric."""
-        await self.apply(self.scaled_object(name, trigger, **spec))
-        await self.works(name)
-
-    async def works(self, name: str = BY_AGENT) -> None:
-        """Wait until the autoscaler has a metric."""
-        await self.says(f"keda-hpa-{name}", "ScalingActive", "True", "ValidMetricFound")
-
-    async def fails(self, name: str = BY_AGENT) -> str:
-        """Wait until the autoscaler has no metric; returns its message."""
-        return await self.says(f"keda-hpa-{name}", "ScalingActive", "False", "FailedGetExternalMetric")
-
-    async def annotate(self, key: str, value: str | None, name: str = BY_AGENT) -> None:
-        """Set an annotation of KEDA on the ScaledObject; None: remove it."""
-        annotations = {f"autoscaling.keda.sh/{key}": value}
-        await self.patch({"metadata": {"annotations": annotations}}, name)
-
-    async def patch(self, patch: Manifest, name: str = BY_AGENT) -> None:
-        await self.kubectl("patch", "scaledobject", name, "--type=merge", f"--patch={json.dumps(patch)}")
-
-    async def conditions(self, name: str = BY_AGENT) -> Mapping[str, Mapping[str, str]]:
-        """The conditions of the ScaledObject by their types."""
-        path = f"/apis/keda.sh/v1alpha1/namespaces/{self.user.namespace}/scaledobjects/{name}"
-        answer = await self.user.control_plane.request("GET", path)
-        assert answer.status == 200, answer
-        return {each["type"]: each for each in answer.body.get("status", {}).get("conditions", [])}
-
-    async def reports(self, kind: str, status: str, reason: str | None = None, name: str = BY_AGENT) -> str:
-        """Wait until the ScaledObject has a condition with this status and reason; returns its message."""
-        last: Mapping[str, Mapping[str, str]] = {}
-
-        async def reported() -> Mapping[str, str] | None:
-            nonlocal last
-            last = await self.conditions(name)
-            found = last.get(kind, {})
-            return found if found.get("status") == status and reason in (None, found.get("reason")) else None
-
-        found = await until(reported, WAIT, lambda: f"{name} {kind}={status} {reason}; it was {last}")
-        assert found is not None
-        return found.get("message", "")
-
-    async def hpa(self, name: str) -> Manifest:
-        """An autoscaler as it is now; empty if there is none."""
-        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
-        answer = await self.user.control_plane.request("GET", path)
-        found: Manifest = answer.body
-        return found if answer.status == 200 else {}
-
-    async def autoscaler_is_gone(self, name: str = BY_AGENT) -> None:
-        """Wait until KEDA has deleted the autoscaler."""
-
-        async def gone() -> bool:
-            return not await self.hpa(f"keda-hpa-{name}")
-
-        await until(gone, WAIT, f"the end of keda-hpa-{name}")
-
-    async def autoscaler_only_adds(self, name: str = BY_AGENT) -> None:
-        """Wait until KEDA has disabled scale-down."""
-
-        async def only_adds() -> bool:
-            behavior = (await self.hpa(f"keda-hpa-{name}"))["spec"].get("behavior", {})
-            return bool(behavior.get("scaleDown", {}).get("selectPolicy") == "Disabled")
-
-        await until(only_adds, WAIT, f"keda-hpa-{name} without scale-down")
-
-    async def at_least(self, vcpus: int) -> None:
-        """Wait until so many are declared."""
-        await self.user.wait(
-            self.name, lambda seen: bool(seen.body["spec"]["vcpus"] >= vcpus), f"spec.vcpus {vcpus} or more", WAIT
-        )
-
-    def writers(self) -> set[str]:
-        """Who has changed the count by the scale subresource."""
-        return {
-            each.user
-            for each in self.user.control_plane.audit_events(self.since)
-            if (each.namespace, each.name, each.subresource) == (self.user.namespace, self.name, "scale")
-            and each.is_write
-            and each.code == 200
-        }
-
-
-def _without_none(fields: Mapping[str, Any]) -> Manifest:
-    return {key: value for key, value in fields.items() if value is not None}
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def driven(keda: Keda, agent: OperatorProcess, agents: Agents, folder: Path, user: User) -> AsyncIterator[Driven]:
-    """The page's set, without a machine as yet."""
+    """The page's set, still without a machine."""
     driven = Driven(user, folder, agents)
     yield driven
     driven.busy = None
     await driven.kubectl("delete", "scaledobjects", "--all")
-
-
-@contextlib.asynccontextmanager
-async def machine(driven: Driven, *, agent: bool = False, **spec: Any) -> AsyncIterator[Guest]:
-    """A Linux guest of 2 vCPUs, and the page's set for it, changed by `spec`.
-
-    agent  it has a guest agent, which the set names: KVM's counters are not at hand
-    """
-    path = driven.monitor.with_name("ga.sock")
-    hardware: GuestOptions = {"smp": "2,maxcpus=64", "monitor_paths": [driven.monitor]}
-    if agent:
-        hardware |= {"agent": True, "agent_path": path}
-        spec["guestAgent"] = {"unix": {"path": f"{driven.name}/{path.name}"}}
-    async with saved_guest(**hardware) as running:
-        driven.control = running.control
-        await driven.create(**spec)
-        yield running
-
-
-async def load(guest: Guest, loops: int) -> None:
-    """Have so many busy loops run in the guest, and no others."""
-    await guest.shell("[ ! -f /run/load ] || kill $(cat /run/load); rm -f /run/load")
-    for _ in range(loops):
-        await guest.shell("(while :; do :; done) & echo $! >> /run/load")
 
 
 # --- by a guest's load --------------------------------------------------------------------------------------------
@@ -329,8 +129,7 @@ async def test_the_load_of_a_guest_drives_its_machine_through_the_answers_of_its
 
         agent.kill()
         await driven.fails()
-        message = await driven.reports("Ready", "False", "TriggerError")
-        assert message
+        await driven.reports("Ready", "False", "TriggerError")
         before = (await driven.user.get("web")).body["spec"]["vcpus"]
         await driven.keeps(before)
         await load(running, 0)
@@ -355,7 +154,7 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
             its = made["spec"]["triggers"][0]["metadata"]
             assert "[2m]" in its["query"]
             its["query"] = its["query"].replace("[2m]", "[10s]")
-            made["spec"]["triggers"][0]["metadata"] = _without_none({**its, **metadata})
+            made["spec"]["triggers"][0]["metadata"] = without_none({**its, **metadata})
             return made
 
         # The metric is there before the autoscaler.
@@ -375,7 +174,7 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
         await driven.fails(BY_PROMETHEUS)
         await driven.reports("Ready", "False", "TriggerError", BY_PROMETHEUS)
         before = (await driven.user.get("web")).body["spec"]["vcpus"]
-        assert before >= 2, "it has followed what Prometheus made of an agent that is gone"
+        assert before >= 2, "the last data of an agent that is gone do not lower the count"
         await driven.keeps(before)
         # The trap: without the setting, KEDA takes no data for 0.
         await driven.apply(trigger(ignoreNullValues=None))
@@ -393,14 +192,14 @@ async def test_prometheus_drives_the_machine_and_without_data_the_count_stays(
 # --- by numbers that a test sets ----------------------------------------------------------------------------------
 
 
-async def test_agents_that_do_not_know_the_set_or_do_not_answer_do_not_matter_unless_all_are_so(
+async def test_agents_that_do_not_know_the_set_or_do_not_answer_are_skipped_while_one_agent_knows_it(
     agents: Agents, driven: Driven
 ) -> None:
     async with machine(driven):
         driven.busy = 2.3
         await driven.drive()
         await driven.settles(4)
-        async with agents.being(*USUAL, GONE):
+        async with agents.endpoints(*USUAL, GONE):
             driven.busy = 3.5
             await driven.declared(6)
         driven.busy = None
@@ -409,7 +208,7 @@ async def test_agents_that_do_not_know_the_set_or_do_not_answer_do_not_matter_un
         await driven.keeps(6)
         driven.busy = 1.1
         await driven.settles(2)
-        async with agents.being():
+        async with agents.endpoints():
             await driven.fails()
             await driven.keeps(2)
         await driven.works()
@@ -463,7 +262,7 @@ async def test_with_a_fallback_the_count_is_the_fallbacks_or_stays_until_the_met
         driven.busy = None
         await driven.settles(5)
         await driven.reports("Fallback", "True")
-        assert (await driven.conditions())["Ready"]["status"] == "True"
+        await driven.reports("Ready", "True")
         driven.busy = 1.1
         await driven.settles(2)
         await driven.reports("Fallback", "False")
@@ -498,12 +297,12 @@ async def test_a_count_outside_of_the_sets_bounds_is_refused_and_keda_does_not_s
         assert "vcpus must be at most maxVCPUs" in message
         await driven.settles(2)
         await driven.reports("Active", "True")
-        assert (await driven.conditions())["Ready"]["status"] == "True"
+        await driven.reports("Ready", "True")
         await driven.patch({"spec": {"maxReplicaCount": 3}})
         await driven.settles(3)
 
 
-async def test_a_set_that_has_no_count_yet_is_taken_up_once_it_has_one(driven: Driven) -> None:
+async def test_a_set_without_a_count_is_scaled_once_it_has_one(driven: Driven) -> None:
     driven.busy = 2.3
     await driven.apply(PAGE.manifest("VCPUSet", "web"))
     await driven.apply(driven.scaled_object(BY_AGENT))
@@ -545,9 +344,8 @@ async def test_without_kedas_operator_or_adapter_the_count_stays_whatever_the_fa
         path = f"/apis/{EXTERNAL_METRICS}/namespaces/{driven.user.namespace}/s0-metric-api-busyVCPUs"
         with pytest.raises(OSError, match="timed out"):
             await control_plane.request("GET", f"{path}?labelSelector=scaledobject.keda.sh%2Fname%3D{BY_AGENT}")
-        # The autoscaler waits for the same, or has seen the connection break; the API's registration says nothing.
-        service = (await control_plane.request("GET", registration(EXTERNAL_METRICS))).body
-        assert ("Available", "True") in [(each["type"], each["status"]) for each in service["status"]["conditions"]]
+        # The API's registration still reports Available.
+        await control_plane.until_condition(registration(EXTERNAL_METRICS), "Available", "True")
         assert (await driven.user.get("web")).body["spec"]["vcpus"] == 4
         await keda.start_operator()
         await driven.settles(6)

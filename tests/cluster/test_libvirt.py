@@ -1,4 +1,4 @@
-"""libvirt beside the operator, according to docs/libvirt.md: who sees what, and what may not be mixed."""
+"""libvirt beside the operator, according to docs/libvirt.md: what each of them sees, and what must not be mixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import pytest_asyncio
 
 from harness.cache import REPOSITORY
-from harness.controlplane import ControlPlane
 from harness.docpage import Page
 from harness.libvirt import QEMU_USER, Libvirt, Machine
 from harness.operator import OperatorProcess
@@ -32,12 +31,6 @@ OPERATOR_GROUP: Final = 65532
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def libvirt() -> AsyncIterator[Libvirt]:
     async with Libvirt() as running:
-        yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def operator(control_plane: ControlPlane, socket_root: Path) -> AsyncIterator[OperatorProcess]:
-    async with OperatorProcess(control_plane, socket_root=socket_root) as running:
         yield running
 
 
@@ -75,7 +68,7 @@ async def enabled(machine: Machine, *options: str) -> int:
 
 
 async def paths(machine: Machine) -> dict[int, str]:
-    """The CPUs of the machine by their slots, according to QEMU, which libvirt asks."""
+    """The QOM paths of the machine's CPUs by their slots."""
     found = await machine.qmp("query-hotpluggable-cpus")
     return {each["props"]["socket-id"]: each["qom-path"] for each in found if "qom-path" in each}
 
@@ -102,7 +95,7 @@ async def test_libvirt_learns_of_the_operators_changes_when_its_daemon_is_restar
 async def test_each_start_succeeds_while_the_operator_waits_for_the_machine(
     machine: Machine, user: User, operator: OperatorProcess
 ) -> None:
-    """libvirt gives up the start of a machine that gets CPUs before it runs."""
+    """libvirt fails to start a machine that gets CPUs before it runs."""
     await user.create("web", 4, MONITOR)
     for _ in range(5):
         await machine.virsh("start")
@@ -220,7 +213,7 @@ async def test_a_saved_machine_can_only_be_restored_with_the_count_that_it_had(
     assert (await user.wait_ready("web")).vcpus == 5
 
 
-async def test_a_machine_without_a_second_monitor_is_steered_through_the_proxy_of_libvirt(
+async def test_a_machine_without_a_second_monitor_is_resized_through_libvirts_proxy(
     machine: Machine, user: User, monitor: Path, operator: OperatorProcess
 ) -> None:
     proxy = monitor.with_name("proxy.sock")

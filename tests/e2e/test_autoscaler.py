@@ -7,7 +7,7 @@ subresource, the autoscaler, the operator, QEMU, and where a guest's part matter
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,12 +92,11 @@ class Scaled:
         self.control = Path()
         self.since = user.control_plane.audit_offset()
 
-    async def kubectl(self, *arguments: str, manifest: Manifest | None = None) -> None:
-        text = json.dumps(manifest) if manifest else None
-        await self.user.control_plane.kubectl("--namespace", self.user.namespace, *arguments, input=text)
+    async def kubectl(self, *arguments: str) -> None:
+        await self.user.control_plane.kubectl("--namespace", self.user.namespace, *arguments)
 
-    async def apply(self, manifest: Manifest) -> None:
-        await self.kubectl("apply", "--filename=-", manifest=manifest)
+    async def apply(self, manifest: Manifest, *arguments: str) -> None:
+        await self.user.control_plane.apply(manifest, "--namespace", self.user.namespace, *arguments)
 
     async def create(self, **spec: Any) -> Seen:
         """Apply the page's set, changed by `spec`, and wait until it is Ready."""
@@ -107,30 +106,18 @@ class Scaled:
         await self.apply(manifest)
         return await self.user.wait_ready(self.name)
 
+    def hpa_path(self, name: str) -> str:
+        """The path of an autoscaler."""
+        return f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
+
     async def hpa(self, name: str) -> Manifest:
         """An autoscaler as it is now."""
-        path = f"/apis/autoscaling/v2/namespaces/{self.user.namespace}/horizontalpodautoscalers/{name}"
-        answer = await self.user.control_plane.request("GET", path)
-        assert answer.status == 200, answer.body
-        found: Manifest = answer.body
+        found: Manifest = await self.user.control_plane.ok("GET", self.hpa_path(name))
         return found
 
     async def says(self, name: str, kind: str, status: str, reason: str, words: str = "") -> str:
-        """Wait until an autoscaler's condition is so, and has these words; returns its message."""
-        last: Manifest = {}
-
-        async def said() -> Mapping[str, str] | None:
-            nonlocal last
-            last = await self.hpa(name)
-            wanted = (kind, status, reason)
-            conditions = last.get("status", {}).get("conditions", [])
-            has = ((each, (each["type"], each["status"], each["reason"])) for each in conditions)
-            return next((each for each, states in has if states == wanted and words in each["message"]), None)
-
-        what = f"{name} {kind}={status} {reason} {words}"
-        found = await until(said, WAIT_SECONDS, lambda: f"{what}; it was {last.get('status')}")
-        assert found is not None
-        return found["message"]
+        """Wait until an autoscaler has a condition; see `ControlPlane.until_condition`."""
+        return await self.user.control_plane.until_condition(self.hpa_path(name), kind, status, reason, words)
 
     async def declared(self, vcpus: int) -> Seen:
         """Wait until the autoscaler has declared this count."""
@@ -280,7 +267,7 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
         web.control = machine.control
         manifest = PAGE.manifest("VCPUSet", "web")
         manifest["spec"]["vcpus"] = 2
-        await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+        await web.apply(manifest, "--server-side")
         await user.wait_ready("web")
         metrics.set_object(user.namespace, "web", "busy_vcpus", "2.3")
         autoscaler = PAGE.manifest("HorizontalPodAutoscaler", "web")
@@ -289,10 +276,10 @@ async def test_an_apply_that_names_the_count_conflicts_with_the_autoscaler_and_o
         await web.settles(4)
 
         with pytest.raises(CommandFailed, match=r'conflict with "kube-controller-manager".*\n?.*\.spec\.vcpus'):
-            await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+            await web.apply(manifest, "--server-side")
         del manifest["spec"]["vcpus"]
         manifest["spec"]["unplug"] = {"retrySeconds": 77}
-        await web.kubectl("apply", "--server-side", "--filename=-", manifest=manifest)
+        await web.apply(manifest, "--server-side")
         await web.settles(4)
         assert (await user.get("web")).body["spec"]["unplug"]["retrySeconds"] == 77
 

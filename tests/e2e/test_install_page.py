@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from harness.cache import REPOSITORY
 from harness.container import WHY_NOT
 from harness.controlplane import ControlPlane
 from harness.docpage import Block, Page, Reader
-from harness.guest import parse_cpu_list
+from harness.guest import reported_online
 from harness.guestimage import INITRAMFS, KERNEL, images
 from harness.kubelet import Node, Nodes, cluster
 from harness.processes import Child, CommandFailed, Completed, run
@@ -112,8 +111,7 @@ class Followed:
     def online(self) -> int:
         """How many CPUs the guest itself says that it uses."""
         text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        reports = re.findall(r"^guest: \w+ online=([\d,-]+)", text, re.MULTILINE)
-        return len(parse_cpu_list(reports[-1])) if reports else 0
+        return len(reported_online(text))
 
     async def has(self, vcpus: int) -> None:
         """Check that QEMU has so many CPUs, and wait until the guest says so too, a moment later."""

@@ -1,19 +1,18 @@
-"""Aggregated APIs: registering them with an API server that has no pods to lead to.
+"""The registration of aggregated APIs that are served on this host.
 
-A control plane without nodes has no kube-proxy. The way to a server on this host is a Service of type ExternalName: no
-other kind ends on a loopback address.
+A control plane without nodes has no kube-proxy. The Service is of type ExternalName, because no other type leads to a
+loopback address.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from harness.controlplane import ControlPlane
 from harness.wait import until
 
-__all__ = ["lead", "register", "registration", "until_served"]
+__all__ = ["create_service", "register", "registration", "until_served"]
 
 SERVED_SECONDS: Final = 120.0
 
@@ -26,17 +25,17 @@ def registration(api: str) -> str:
     return f"{_REGISTRATIONS}/{version}.{group}"
 
 
-async def lead(control_plane: ControlPlane, namespace: str, name: str, port: int) -> None:
-    """Make a Service that leads the API server to a port on loopback."""
+async def create_service(control_plane: ControlPlane, namespace: str, name: str, port: int) -> None:
+    """Create a Service for a port on loopback."""
     service = {
         "metadata": {"name": name},
         "spec": {"type": "ExternalName", "externalName": "localhost", "ports": [{"port": port}]},
     }
-    await _create(control_plane, f"/api/v1/namespaces/{namespace}/services", service)
+    await control_plane.ok("POST", f"/api/v1/namespaces/{namespace}/services", service)
 
 
 async def register(control_plane: ControlPlane, api: str, namespace: str, name: str, port: int, ca: str) -> None:
-    """Make the APIService of an API that this Service serves; the server's certificate is for NAME.NAMESPACE.svc.
+    """Create the APIService of an API that this Service serves; the server's certificate is for NAME.NAMESPACE.svc.
 
     ca  what the API server verifies the certificate with, as PEM
     """
@@ -52,30 +51,19 @@ async def register(control_plane: ControlPlane, api: str, namespace: str, name: 
             "versionPriority": 100,
         },
     }
-    await _create(control_plane, _REGISTRATIONS, body)
+    await control_plane.ok("POST", _REGISTRATIONS, body)
 
 
 async def until_served(control_plane: ControlPlane, api: str) -> None:
-    """Wait until the API server has taken an API up.
+    """Wait until the API server serves an API.
 
     Raises:
-        TimeoutError: it has not within two minutes; the message has its reason.
+        TimeoutError: not in time; the message has its reason.
     """
-    conditions: list[Mapping[str, Any]] = []
+    await control_plane.until_condition(registration(api), "Available", "True")
 
     async def served() -> bool:
-        nonlocal conditions
-        answer = await control_plane.request("GET", registration(api))
-        conditions = answer.body.get("status", {}).get("conditions", [])
-        if not any((each["type"], each["status"]) == ("Available", "True") for each in conditions):
-            return False
-        # The condition comes first, and the paths a moment later.
         return (await control_plane.request("GET", f"/apis/{api}")).status == 200
 
-    await until(served, SERVED_SECONDS, lambda: f"the API server to serve {api}; it says {conditions}")
-
-
-async def _create(control_plane: ControlPlane, path: str, body: Mapping[str, Any]) -> None:
-    answer = await control_plane.request("POST", path, body)
-    if answer.status not in (200, 201):
-        raise RuntimeError(f"POST {path}: {answer.status}: {answer.body}")
+    # The paths follow the condition by a moment.
+    await until(served, SERVED_SECONDS, f"the API server to serve {api}")

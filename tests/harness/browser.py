@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import itertools
 import json
@@ -27,10 +26,10 @@ _KEYS: Final = {"Tab": 9, "Enter": 13}
 
 
 class Tab:
-    """One page. `said` has what it wrote to the console, its errors, and what its policy has blocked."""
+    """One page. `problems` has what it wrote to the console, its errors, and what its policy has blocked."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self.said: list[str] = []
+        self.problems: list[str] = []
         self._socket = socket
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -51,7 +50,7 @@ class Tab:
             if (answer := self._answers.pop(received.get("id"), None)) is not None and not answer.done():
                 answer.set_result(received)
             if received.get("method") in {"Log.entryAdded", "Runtime.exceptionThrown"}:
-                self.said.append(json.dumps(received["params"]))
+                self.problems.append(json.dumps(received["params"]))
 
     async def go(self, url: str) -> None:
         """Load a page, and wait until its script has run."""
@@ -64,10 +63,10 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def look(self, width: int, height: int = 900, *, dark: bool = False, still: bool = False) -> None:
-        """Have a window of this size, in CSS pixels; `dark` and `still` (reduced motion) are what its user prefers."""
+    async def emulate(self, width: int, *, dark: bool = False, still: bool = False) -> None:
+        """Set the width of the window, in CSS pixels, and the user's preferences: dark colors, reduced motion."""
         await self._call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         features = {
             "prefers-color-scheme": "dark" if dark else "light",
@@ -83,11 +82,6 @@ class Tab:
         text = {"Enter": "\r", "Tab": ""}.get(key, key)
         await self._call("Input.dispatchKeyEvent", type="keyDown", **known, **({"text": text} if text else {}))
         await self._call("Input.dispatchKeyEvent", type="keyUp", **known)
-
-    async def picture(self) -> bytes:
-        """What is shown, as PNG."""
-        taken = await self._call("Page.captureScreenshot", format="png")
-        return base64.b64decode(taken["data"])
 
     async def _call(self, method: str, **params: object) -> Any:  # noqa: ANN401 - JSON
         number = next(self._numbers)
@@ -117,9 +111,7 @@ async def browser() -> AsyncIterator[Tab]:
     ]
     child = Child.start(["chromium", *flags, "about:blank"], name="chromium", log=profile / "log")
     try:
-        port, path = await until(
-            lambda: _address(child, profile), 60, lambda: f"chromium; it said:\n{child.log_tail()}\n"
-        )
+        port, path = await child.until(lambda: _address(profile), 60)
         async with (
             aiohttp.ClientSession() as client,
             client.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0) as socket,
@@ -138,9 +130,8 @@ async def browser() -> AsyncIterator[Tab]:
         await until(lambda: _removed(profile), 30, f"{profile} to be removed")
 
 
-def _address(child: Child, profile: Path) -> list[str]:
+async def _address(profile: Path) -> list[str]:
     """Port and path of its socket, once it has written them."""
-    child.require_running()
     found = profile / "DevToolsActivePort"
     lines = found.read_text().splitlines() if found.exists() else []
     return lines if len(lines) == 2 else []

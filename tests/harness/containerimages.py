@@ -1,19 +1,20 @@
 """Container images for the tests' node, as archives in the cache folder; made by `make test-cluster`.
 
-    pause      what containerd keeps a pod's namespaces with
+    pause      the container with which containerd keeps a pod's namespaces
     vm         QEMU of Debian 13, and the test guest below /guest
     vcpuset    the operator, built from the repository's Dockerfile by buildah; and that of `BEFORE`
 
-Only the Dockerfile's base image is replaced, since a registry cannot be counted on: its stand-in holds Python 3.13 and
-pip, too, but those of Debian 13, in /usr in place of /usr/local.
+Only the Dockerfile's base image is replaced, because a registry may not be reachable: its stand-in has the Python 3.13
+and pip of Debian 13, in /usr in place of /usr/local.
 
-    python -m harness.containerimages      makes those that are missing
+    python -m harness.containerimages      builds those that are missing
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,12 +31,12 @@ from harness.cache import REPOSITORY, cache_dir, digest
 from harness.setup.aptsources import own_source, source_text, targets
 from harness.setup.console import NotPossible, SetupFailed, probe, run_visibly, say
 
-__all__ = ["PAUSE", "VM", "Image", "before", "checkout_before", "images", "make_images", "operator_image"]
+__all__ = ["VM", "Image", "before", "checkout_before", "images", "make_images", "operator_image", "remove_old"]
 
 SUITE: Final = "trixie"
 MAKE_SECONDS: Final = 1800.0
 KEPT: Final = 2
-"""How many images of other work trees stay: each has 350 MB, and each change of the sources makes one."""
+"""How many images of other sources are kept: each has 350 MB, and each change of the sources makes one."""
 
 BEFORE: Final = "7a1c7f688bb76ad21c6462ca331fe830f5de575b"
 """The commit from which tests upgrade: the last release, once there is one."""
@@ -47,7 +48,10 @@ TO_BASE: Final = (
     'wheel=$(cd "$1" && ls usr/share/python-wheels/pip-*.whl) && '
     'chroot "$1" python "/$wheel/pip" install --no-index --root-user-action=ignore "/$wheel"'
 )
+BASE_PARTS: Final = (SUITE, *PYTHON, TO_BASE)
 QEMU: Final = ("qemu-system-x86", "busybox-static")
+OF_PIP: Final = ("/etc/pip.conf", "/etc/ssl/certs")
+"""Where the machine's owner configures pip's package index and the trusted authorities."""
 PAUSE: Final = "localhost/pause:1"
 VM: Final = "localhost/vm:1"
 
@@ -65,19 +69,19 @@ class Image:
 
 
 def operator_image() -> Image:
-    """The image of this work tree, whether it is built or not."""
+    """The image of this work tree, whether it is built or not; the file's name changes with the sources."""
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     names = ("Dockerfile", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
     made = {"__pycache__", "vcpuset.egg-info"}
     sources = (path for path in (REPOSITORY / "operator").rglob("*") if path.is_file() and not made & set(path.parts))
     files = [*(REPOSITORY / name for name in names), *sorted(sources)]
     contents = [part for file in files for part in (str(file.relative_to(REPOSITORY)), file.read_bytes())]
-    return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *_base_parts()])))
+    return Image(f"vcpuset:{version}", _path("vcpuset", digest([*contents, *BASE_PARTS])))
 
 
 def before() -> Image:
     """The image of the version before, whether it is built or not."""
-    return Image("vcpuset:before", _path("vcpuset", digest([BEFORE, *_base_parts()])))
+    return Image("vcpuset:before", _path("vcpuset", digest([BEFORE, *BASE_PARTS])))
 
 
 def checkout_before(folder: Path) -> None:
@@ -93,7 +97,7 @@ def checkout_before(folder: Path) -> None:
 
 
 def images() -> list[Image]:
-    """What a node needs, whether it is built or not."""
+    """The images that each node needs, whether they are built or not."""
     vm = digest([SUITE, *QEMU, guestimage.digest(guestimage.images())])
     return [Image(PAUSE, _path("pause", digest([SUITE, *QEMU]))), Image(VM, _path("vm", vm)), operator_image()]
 
@@ -102,26 +106,33 @@ def make_images() -> None:
     """Make those that are missing.
 
     Raises:
-        NotPossible: Debian's packages cannot be had here.
+        NotPossible: Debian's packages are not available here.
         SetupFailed: a step failed; its output has been shown.
     """
     pause, vm, operator = images()
-    missing = [each for each in (pause, vm, operator, before()) if not each.path.exists()]
+    earlier = before()
+    missing = [each for each in (pause, vm, operator, earlier) if not each.path.exists()]
     if not missing:
         return
     say(f"==> Images {', '.join(each.reference for each in missing)}, into {pause.path.parent}")
     with tempfile.TemporaryDirectory(prefix="vcpuset-images-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         builder = _Builder(Path(folder))
-        if not (pause.path.exists() and vm.path.exists()):
+        if pause in missing or vm in missing:
             builder.make_vm(pause, vm)
-        if not operator.path.exists():
+        if operator in missing:
             builder.make_operator(operator, REPOSITORY)
-        if not before().path.exists():
+        if earlier in missing:
             tree = Path(folder) / "before"
             tree.mkdir()
             checkout_before(tree)
-            builder.make_operator(before(), tree)
-    others = set(operator.path.parent.glob("vcpuset-*.tar")) - {operator.path, before().path}
+            builder.make_operator(earlier, tree)
+    remove_old()
+
+
+def remove_old() -> None:
+    """Remove operator images of other work trees and earlier sources, but for the newest `KEPT`."""
+    operator = operator_image().path
+    others = set(operator.parent.glob("vcpuset-*.tar")) - {operator, before().path}
     for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT]:
         old.unlink()
 
@@ -130,10 +141,6 @@ def _path(name: str, key: str) -> Path:
     folder = cache_dir() / "images"
     folder.mkdir(exist_ok=True)
     return folder / f"{name}-{key}.tar"
-
-
-def _base_parts() -> list[str]:
-    return [SUITE, *PYTHON, TO_BASE]
 
 
 class _Builder:
@@ -149,8 +156,6 @@ class _Builder:
     def make_vm(self, pause: Image, vm: Image) -> None:
         """QEMU with the guest; and busybox alone, as the pause container."""
         root = self._debian("vm", QEMU)
-        for file in ("bin", "etc/passwd"):
-            assert (root / file).exists(), f"{root} holds no Debian"
         empty = self._folder / "pause"
         empty.mkdir()
         shutil.copy2(root / "usr/bin/busybox", empty / "busybox")
@@ -163,20 +168,19 @@ class _Builder:
 
     def make_operator(self, image: Image, tree: Path) -> None:
         """The image of the Dockerfile in a folder, as it stands."""
-        base = _path("base", digest(_base_parts()))
+        base = _path("base", digest(BASE_PARTS))
         if not base.exists():
             root = self._debian("base", PYTHON, hooks=(TO_BASE,))
             self._commit(root, Image("localhost/base:1", base), [])
         self._buildah(["pull", "--quiet", f"docker-archive:{base}"])
         command = ["bud", "--isolation=chroot", "--pull-never", "--build-arg=BASE=localhost/base:1"]
-        command += [f"--volume={each}:{each}:ro" for each in _of_pip() if Path(each).exists()]
+        command += [f"--volume={each}:{each}:ro" for each in OF_PIP if Path(each).exists()]
         self._buildah([*command, f"--tag={image.reference}", str(tree)])
         self._push(image)
 
     def _debian(self, name: str, packages: Sequence[str], hooks: Sequence[str] = ()) -> Path:
         """A root file system with these packages."""
-        release = probe(["sh", "-c", '. /etc/os-release; echo "$VERSION_CODENAME"']) or ""
-        source = own_source(targets(), SUITE) or own_source(targets(), release.strip())
+        source = own_source(targets(), SUITE, platform.freedesktop_os_release().get("VERSION_CODENAME", ""))
         if source is None:
             raise NotPossible(f"no apt source of Debian found (apt-get indextargets), for packages of {SUITE}")
         file = self._folder / "debian.sources"
@@ -217,7 +221,7 @@ class _Builder:
     def _push(self, image: Image) -> None:
         """Write the image to its file, which appears when it is complete."""
         temporary = image.path.with_suffix(f".{os.getpid()}")
-        # What a kubelet takes a name without a registry for.
+        # A kubelet expands a name without a registry like this.
         full = image.reference if "/" in image.reference else f"docker.io/library/{image.reference}"
         try:
             self._buildah(["push", "--quiet", image.reference, f"docker-archive:{temporary}:{full}"])
@@ -245,11 +249,6 @@ class _Builder:
             sys.stdout.write(done.stdout)
             raise SetupFailed(f"exit status {done.returncode} (see above): buildah {' '.join(arguments)}")
         return done.stdout
-
-
-def _of_pip() -> list[str]:
-    """Where the machine's owner has said where pip finds its packages, and which authorities are to be trusted."""
-    return ["/etc/pip.conf", "/etc/ssl/certs"]
 
 
 if __name__ == "__main__":

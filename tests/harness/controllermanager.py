@@ -6,9 +6,8 @@
             ...
 
 Each controller acts as the service account that it has in a cluster (such as `HPA_USER`), with the rights of
-Kubernetes' own bootstrap roles and no others. What the autoscaler is to scale and the metrics it is to read should be
-served before it starts: it asks the API server what there is at its start, and after a miss not again for half a
-minute.
+Kubernetes' own bootstrap roles and no others. Serve what the autoscaler scales and the metrics that it reads before it
+starts: it discovers the APIs at its start, and after a miss not again for half a minute.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ import asyncio
 import http.client
 import ssl
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from harness.binaries import controller_manager
 from harness.controlplane import ControlPlane
 from harness.processes import Child, ReservedPort
-from harness.wait import until
+from harness.runnable import Runnable
 
 __all__ = ["AUTOSCALER", "CLUSTER", "HPA_USER", "ControllerManager"]
 
@@ -40,18 +38,18 @@ CLUSTER: Final = (
     "root-ca-certificate-publisher-controller",
     "serviceaccount-controller",
 )
-"""What makes pods of Deployments and DaemonSets, gives them accounts, and cleans up after what is deleted."""
+"""The controllers that create the pods of Deployments and DaemonSets and their accounts, and clean up deletions."""
 
 HPA_USER: Final = "system:serviceaccount:kube-system:horizontal-pod-autoscaler"
-"""The name under which the controller's requests stand in the audit log."""
+"""The user of the autoscaler's requests in the audit log."""
 
 START_SECONDS: Final = 120.0
 
 SYNC_MILLISECONDS: Final = 200
-"""How often each HorizontalPodAutoscaler is looked at; every 15 s in a cluster."""
+"""How often each HorizontalPodAutoscaler is reconciled; every 15 s in a cluster."""
 
 
-class ControllerManager:
+class ControllerManager(Runnable):
     """The controllers of a control plane; ends before it."""
 
     def __init__(
@@ -64,7 +62,7 @@ class ControllerManager:
         self._child: Child | None = None
 
     async def start(self) -> None:
-        """Start it and wait until it says that it is healthy. When that fails or is cancelled, nothing is left behind.
+        """Start it and wait until it is healthy.
 
         Raises:
             BinariesMissing: `make setup` has not been run.
@@ -74,40 +72,30 @@ class ControllerManager:
         directory = self._control_plane.directory
         program = controller_manager()
         self._port = ReservedPort()
-        try:
-            child = self._child = Child.start(
-                [
-                    program,
-                    f"--kubeconfig={self._control_plane.kubeconfig}",
-                    f"--controllers={','.join(self._controllers)}",
-                    "--leader-elect=false",
-                    "--use-service-account-credentials=true",
-                    f"--service-account-private-key-file={self._control_plane.service_account_key}",
-                    f"--root-ca-file={self._control_plane.certificate}",
-                    f"--horizontal-pod-autoscaler-sync-period={SYNC_MILLISECONDS}ms",
-                    # How long a wish to go down must last, unless an autoscaler says that itself; 5 min in a cluster.
-                    "--horizontal-pod-autoscaler-downscale-stabilization=1s",
-                    "--bind-address=127.0.0.1",
-                    f"--secure-port={self._port.number}",
-                    "--permit-port-sharing",  # see ReservedPort
-                    f"--cert-dir={directory / 'controller-manager'}",
-                    "--profiling=false",
-                    *self._options,
-                ],
-                name="kube-controller-manager",
-                log=directory / "kube-controller-manager.log",
-                cwd=directory,
-            )
-
-            async def healthy() -> bool:
-                child.require_running()
-                return await asyncio.to_thread(self._is_healthy)
-
-            said = lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n"  # noqa: E731
-            await until(healthy, START_SECONDS, said, interval=0.1)
-        except BaseException:
-            await self.stop()
-            raise
+        self._child = Child.start(
+            [
+                program,
+                f"--kubeconfig={self._control_plane.kubeconfig}",
+                f"--controllers={','.join(self._controllers)}",
+                "--leader-elect=false",
+                "--use-service-account-credentials=true",
+                f"--service-account-private-key-file={self._control_plane.service_account_key}",
+                f"--root-ca-file={self._control_plane.certificate}",
+                f"--horizontal-pod-autoscaler-sync-period={SYNC_MILLISECONDS}ms",
+                # The default stabilization window for scaling down; 5 min in a cluster.
+                "--horizontal-pod-autoscaler-downscale-stabilization=1s",
+                "--bind-address=127.0.0.1",
+                f"--secure-port={self._port.number}",
+                "--permit-port-sharing",  # see ReservedPort
+                f"--cert-dir={directory / 'controller-manager'}",
+                "--profiling=false",
+                *self._options,
+            ],
+            name="kube-controller-manager",
+            log=directory / "kube-controller-manager.log",
+            cwd=directory,
+        )
+        await self._child.until(lambda: asyncio.to_thread(self._is_healthy), START_SECONDS)
 
     async def stop(self) -> None:
         """End it. Safe to call again."""
@@ -131,12 +119,3 @@ class ControllerManager:
                 connection.close()
         except (OSError, http.client.HTTPException):  # no certificate yet, nobody listens yet, …
             return False
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()

@@ -12,18 +12,18 @@ import os
 import shutil
 import ssl
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from harness.audit import AUDIT_POLICY, STATUS_IN_AUDIT, AuditEvent, audit_log_end, read_audit_log
 from harness.binaries import Binaries, binaries
 from harness.cache import REPOSITORY
-from harness.pki import Authority, Credentials
+from harness.pki import Authority
 from harness.processes import Child, Completed, ReservedPort, run
+from harness.runnable import Runnable
 from harness.wait import until
 
 __all__ = ["FRONT_PROXY", "KUBELET_CLIENT", "Answer", "ControlPlane"]
@@ -37,6 +37,9 @@ KUBELET_CLIENT: Final = "kube-apiserver-kubelet-client"
 START_SECONDS: Final = 240.0
 """How long a server may take to be ready: it takes 5 s on an idle machine, and several times that on a loaded one."""
 
+OBJECT_SECONDS: Final = 120.0
+"""How long to wait for the condition or the deletion of an object."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -46,7 +49,7 @@ class Answer:
     body: Any
 
 
-class ControlPlane:
+class ControlPlane(Runnable):
     """An API server of one's own.
 
     async with ControlPlane() as control_plane:
@@ -102,21 +105,10 @@ class ControlPlane:
         self._connections: list[http.client.HTTPSConnection] = []
         """Those that no request uses at present."""
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start both servers and wait until the API server says that it is ready.
-
-        When it fails or is cancelled, nothing is left behind.
 
         Raises:
             BinariesMissing: `make setup` has not been run.
@@ -129,14 +121,10 @@ class ControlPlane:
         self.kubeconfig = self.directory / "admin.kubeconfig"
         self.audit_log = self.directory / "audit.log"
         self.audit_log.touch()
-        try:
-            await self._start_etcd(self._binaries.etcd)
-            await self._prepare_apiserver(self._binaries.kube_apiserver)
-            await self.start_apiserver()
-            self.write_kubeconfig(self.kubeconfig, self.token)
-        except BaseException:
-            await self.stop()
-            raise
+        await self._start_etcd(self._binaries.etcd)
+        await self._prepare_apiserver(self._binaries.kube_apiserver)
+        await self.start_apiserver()
+        self.write_kubeconfig(self.kubeconfig, self.token)
 
     async def stop(self) -> None:
         """End both servers and remove the folder. Safe to call again."""
@@ -158,7 +146,7 @@ class ControlPlane:
             self._apiserver_argv, name="kube-apiserver", log=self.directory / "kube-apiserver.log", cwd=self.directory
         )
         self._apiserver = child
-        await self._until_up(child, self._is_ready)
+        await child.until(self._is_ready, START_SECONDS)
 
     async def stop_apiserver(self, *, kill: bool = False) -> None:
         """End the API server, politely or with SIGKILL; clients then get "connection refused". etcd stays."""
@@ -206,6 +194,10 @@ class ControlPlane:
         env.pop("KUBECONFIG", None)
         return await run(argv, input=input, env=env, check=check, timeout=timeout)
 
+    async def apply(self, manifest: Mapping[str, Any], *arguments: str, check: bool = True) -> Completed:
+        """Run `kubectl apply` for one object; see `kubectl`."""
+        return await self.kubectl("apply", "--filename=-", *arguments, input=json.dumps(manifest), check=check)
+
     async def request(
         self,
         method: str,
@@ -223,6 +215,49 @@ class ControlPlane:
             OSError: no connection, or no answer within 10 s.
         """
         return await asyncio.to_thread(self._request, method, path, body, accept, headers or {})
+
+    async def ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+        """The body of the answer to a request that has to succeed; see `request`."""
+        answer = await self.request(method, path, body)
+        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
+        return answer.body
+
+    async def until_condition(
+        self, path: str, kind: str, status: str, reason: str | None = None, words: str = ""
+    ) -> str:
+        """Wait until an object has a condition with this status, reason and words; returns the condition's message.
+
+        Raises:
+            TimeoutError: not within two minutes; the message has the object's conditions.
+        """
+        last: list[Mapping[str, str]] = []
+
+        async def found() -> list[str]:
+            nonlocal last
+            answer = await self.request("GET", path)
+            last = answer.body.get("status", {}).get("conditions", []) if answer.status == 200 else []
+            return [
+                each.get("message", "")
+                for each in last
+                if (each["type"], each["status"]) == (kind, status)
+                and reason in (None, each.get("reason"))
+                and words in each.get("message", "")
+            ]
+
+        what = f"{path} to have {kind}={status} {reason or ''} {words}"
+        return (await until(found, OBJECT_SECONDS, lambda: f"{what}; it had {last}"))[0]
+
+    async def until_gone(self, path: str) -> None:
+        """Wait until an object is deleted.
+
+        Raises:
+            TimeoutError: not within two minutes.
+        """
+
+        async def gone() -> bool:
+            return (await self.request("GET", path)).status == http.client.NOT_FOUND
+
+        await until(gone, OBJECT_SECONDS, f"the deletion of {path}")
 
     async def install_crd(self, folder: Path = REPOSITORY / "crds") -> None:
         """Apply the definitions in `folder` and wait until the API server serves them and tells kubectl so."""
@@ -244,9 +279,7 @@ class ControlPlane:
     async def namespace(self, prefix: str = "test") -> str:
         """Create a namespace with a name that no other has, and return the name."""
         name = f"{prefix}-{token_hex(5)}"
-        answer = await self.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        if answer.status != http.client.CREATED:
-            raise RuntimeError(f"cannot create namespace {name}: {answer.status} {answer.body}")
+        await self.ok("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         return name
 
     async def service_account_kubeconfig(self, namespace: str, name: str, pod: str | None = None) -> Path:
@@ -307,7 +340,7 @@ class ControlPlane:
             await writer.wait_closed()
             return True
 
-        await self._until_up(child, listening)
+        await child.until(listening, START_SECONDS)
 
     async def _prepare_apiserver(self, kube_apiserver: Path) -> None:
         # In a cluster the port is known, since NetworkPolicies name it.
@@ -319,8 +352,8 @@ class ControlPlane:
         tokens.touch(mode=0o600)
         nodes = [f"{token},system:node:{name},{name},system:nodes\n" for name, token in self.kubelet_tokens.items()]
         tokens.write_text("".join([f'{self.token},admin,admin,"system:masters"\n', *nodes]))
-        self._write_client("front-proxy", self.front_proxy.client(FRONT_PROXY))
-        self._write_client("kubelet-client", self.kubelet_authority.client(KUBELET_CLIENT))
+        self.front_proxy.client(FRONT_PROXY).write_pem(self.directory, "front-proxy")
+        self.kubelet_authority.client(KUBELET_CLIENT).write_pem(self.directory, "kubelet-client")
         policy = self.directory / "audit-policy.json"
         first = [STATUS_IN_AUDIT] if self._status_in_audit else []
         policy.write_text(json.dumps({**AUDIT_POLICY, "rules": [*first, *AUDIT_POLICY["rules"]]}))
@@ -358,10 +391,6 @@ class ControlPlane:
             "--profiling=false",
         ]
 
-    def _write_client(self, name: str, client: Credentials) -> None:
-        for kind, text in (("ca", client.ca), ("crt", client.certificate), ("key", client.key)):
-            (self.directory / f"{name}.{kind}").write_text(text)
-
     def _kubelet_flags(self) -> list[str]:
         return [
             "--enable-admission-plugins=NodeRestriction",
@@ -375,13 +404,6 @@ class ControlPlane:
         port = ReservedPort()
         self._ports.append(port)
         return port
-
-    async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
-        async def up() -> bool:
-            child.require_running()
-            return await is_up()
-
-        await until(up, START_SECONDS, lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n", interval=0.1)
 
     async def _is_ready(self) -> bool:
         try:

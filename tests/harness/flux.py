@@ -9,7 +9,7 @@
 Sources are ExternalArtifacts: archives that are served over HTTP on loopback, and announced in the object's status as
 source-controller does for a Git repository. source-controller itself does not run.
 
-The controller looks at the health at once, and then every 5 s. A timeout below 30 s counts as 30 s.
+The controller checks health at once, and then every 5 s. A timeout below 30 s counts as 30 s.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from harness.binaries import FLUX
 from harness.controlplane import ControlPlane
 from harness.processes import Child
+from harness.runnable import Runnable
 from harness.wait import until
 
 __all__ = ["Delivery", "KustomizeController", "Sources"]
@@ -46,7 +46,7 @@ WAIT_SECONDS: Final = 120.0
 Manifest = dict[str, Any]
 
 
-class KustomizeController:
+class KustomizeController(Runnable):
     """The controller, with the rights that `flux install` gives it; ends before the control plane."""
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -67,57 +67,41 @@ class KustomizeController:
             await self._control_plane.install_crd(FLUX.program(folder))
         kubeconfig = await self._account()
         self._directory = Path(tempfile.mkdtemp(prefix="vcpuset-flux-"))
-        try:
-            child = self._child = Child.start(
-                [
-                    program,
-                    "--metrics-addr=0",
-                    "--health-addr=0",
-                    "--log-encoding=console",
-                    "--feature-gates=ExternalArtifact=true,CancelHealthCheckOnNewRevision=true",
-                    "--interval-jitter-percentage=0",
-                ],
-                name="kustomize-controller",
-                log=self._directory / "log",
-                # It deletes what others left in the folder for temporary files.
-                env={
-                    **os.environ,
-                    "KUBECONFIG": str(kubeconfig),
-                    "RUNTIME_NAMESPACE": NAMESPACE,
-                    "TMPDIR": str(self._directory),
-                },
-                cwd=self._directory,
-            )
+        child = self._child = Child.start(
+            [
+                program,
+                "--metrics-addr=0",
+                "--health-addr=0",
+                "--log-encoding=console",
+                "--feature-gates=ExternalArtifact=true,CancelHealthCheckOnNewRevision=true",
+                "--interval-jitter-percentage=0",
+            ],
+            name="kustomize-controller",
+            log=self._directory / "log",
+            # It deletes other files in the folder for temporary files.
+            env={
+                **os.environ,
+                "KUBECONFIG": str(kubeconfig),
+                "RUNTIME_NAMESPACE": NAMESPACE,
+                "TMPDIR": str(self._directory),
+            },
+            cwd=self._directory,
+        )
 
-            def works() -> bool:
-                child.require_running()
-                return "Starting workers" in child.log.read_text(errors="replace")
+        async def works() -> bool:
+            return "Starting workers" in child.log.read_text(errors="replace")
 
-            await until(works, START_SECONDS, lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n")
-        except BaseException:
-            await self.stop()
-            raise
+        await child.until(works, START_SECONDS)
 
     async def _account(self) -> Path:
         """The kubeconfig of the controller's service account, which may do everything."""
-        for path, body in (
-            ("/api/v1/namespaces", {"metadata": {"name": NAMESPACE}}),
-            (f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts", {"metadata": {"name": ACCOUNT}}),
-            (
-                "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-                {
-                    "metadata": {"name": "cluster-reconciler-flux-system"},
-                    "roleRef": {
-                        "apiGroup": "rbac.authorization.k8s.io",
-                        "kind": "ClusterRole",
-                        "name": "cluster-admin",
-                    },
-                    "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": NAMESPACE}],
-                },
-            ),
+        rights = ("--clusterrole=cluster-admin", f"--serviceaccount={NAMESPACE}:{ACCOUNT}")
+        for words in (
+            ("namespace", NAMESPACE),
+            ("serviceaccount", ACCOUNT, "--namespace", NAMESPACE),
+            ("clusterrolebinding", "cluster-reconciler-flux-system", *rights),
         ):
-            answer = await self._control_plane.request("POST", path, body)
-            assert answer.status == 201, answer.body
+            await self._control_plane.kubectl("create", *words)
         return await self._control_plane.service_account_kubeconfig(NAMESPACE, ACCOUNT)
 
     async def stop(self) -> None:
@@ -127,15 +111,6 @@ class KustomizeController:
             self._child = None
         if self._directory != Path():
             shutil.rmtree(self._directory, ignore_errors=True)
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
 
 class Sources:
@@ -152,7 +127,7 @@ class Sources:
         """Serve the objects as one file of a repository; returns the `status.artifact` of their source."""
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            # YAML, and so is JSON: but the controller passes over files that are not called so.
+            # JSON is YAML, but the controller skips files with another suffix.
             text = "\n---\n".join(json.dumps(each) for each in objects).encode()
             entry = tarfile.TarInfo("machines.yaml")
             entry.size = len(text)
@@ -172,9 +147,7 @@ class Sources:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._thread.join(timeout=30)
         self._server.server_close()
@@ -214,11 +187,13 @@ class Delivery:
         }
         if not self._revision:
             await self._create(self._source, "source.toolkit.fluxcd.io/v1", "ExternalArtifact", {})
-        await self._ok("PATCH", f"{self._source}/status", {"status": {"artifact": artifact, "conditions": [condition]}})
+        await self._control_plane.ok(
+            "PATCH", f"{self._source}/status", {"status": {"artifact": artifact, "conditions": [condition]}}
+        )
         self._revision = artifact["revision"]
 
     async def create(self, **spec: Any) -> None:
-        """Create the Kustomization; `spec` holds fields besides those that it needs."""
+        """Create the Kustomization; `spec` holds further fields."""
         needed = {
             "interval": "1h",
             "retryInterval": "3s",
@@ -232,18 +207,18 @@ class Delivery:
         """Have it applied again now, as `flux reconcile` does, and wait until that is done."""
         stamp = f"again-{next(self._numbers)}"
         annotations = {"reconcile.fluxcd.io/requestedAt": stamp}
-        await self._ok("PATCH", self._kustomization, {"metadata": {"annotations": annotations}})
+        await self._control_plane.ok("PATCH", self._kustomization, {"metadata": {"annotations": annotations}})
 
         def is_done(status: Manifest) -> bool:
-            return status.get("lastHandledReconcileAt") == stamp and _condition(status, "Reconciling") is None
+            return status.get("lastHandledReconcileAt") == stamp and not _condition(status, "Reconciling")
 
         await self._until(is_done, "reconciled")
 
     async def delivered(self) -> None:
-        """Wait until the last commit is applied, and healthy if that is looked at."""
+        """Wait until the last commit is applied, and healthy if the Kustomization waits for health."""
 
         def is_ready(status: Manifest) -> bool:
-            ready = _condition(status, "Ready") or {}
+            ready = _condition(status, "Ready")
             return ready.get("status") == "True" and status.get("lastAppliedRevision") == self._revision
 
         await self._until(is_ready, "ready")
@@ -252,69 +227,47 @@ class Delivery:
         """Wait until the last commit is reported as failed for this reason; returns the message."""
 
         def has_failed(status: Manifest) -> bool:
-            ready = _condition(status, "Ready") or {}
+            ready = _condition(status, "Ready")
             failed = (ready.get("status"), ready.get("reason")) == ("False", reason)
             return failed and status.get("lastAttemptedRevision") == self._revision
 
         status = await self._until(has_failed, f"failed, {reason}")
-        return str((_condition(status, "Ready") or {})["message"])
+        return str(_condition(status, "Ready")["message"])
 
-    async def progress(self, words: str) -> str:
-        """Wait until it says that it does this; returns the message."""
-
-        def says(status: Manifest) -> bool:
-            return words in (_condition(status, "Reconciling") or {}).get("message", "")
-
-        return str((_condition(await self._until(says, f"in progress, {words}"), "Reconciling") or {})["message"])
-
-    async def condition(self, kind: str) -> Manifest | None:
-        """A condition of the Kustomization as it is now; None: it is not there."""
-        return _condition((await self._get()).get("status", {}), kind)
+    async def progress(self, words: str) -> None:
+        """Wait until the message of Reconciling has these words."""
+        await self._control_plane.until_condition(self._kustomization, "Reconciling", "True", words=words)
 
     async def close(self) -> None:
         """Delete both and wait until they are gone, and with them what was applied."""
         for path in (self._kustomization, self._source):
             await self._control_plane.request("DELETE", path)
-
-            async def gone(path: str = path) -> bool:
-                return (await self._control_plane.request("GET", path)).status == 404
-
-            await until(gone, WAIT_SECONDS, f"the end of {path}")
+            await self._control_plane.until_gone(path)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _until(self, holds: Callable[[Manifest], bool], what: str) -> Manifest:
         """Wait until this holds for the status; returns the status as it was then."""
         last: Manifest = {}
 
-        async def look() -> bool:
+        async def check() -> bool:
             nonlocal last
-            last = (await self._get()).get("status", {})
+            last = (await self._control_plane.ok("GET", self._kustomization)).get("status", {})
             return holds(last)
 
-        await until(look, WAIT_SECONDS, lambda: f"{self._namespace}/{self.name}: {what}; its status was {last}")
+        await until(check, WAIT_SECONDS, lambda: f"{self._namespace}/{self.name}: {what}; its status was {last}")
         return last
-
-    async def _get(self) -> Manifest:
-        found: Manifest = await self._ok("GET", self._kustomization)
-        return found
 
     async def _create(self, path: str, version: str, kind: str, spec: Mapping[str, Any]) -> None:
         metadata = {"name": self.name, "namespace": self._namespace}
         body = {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
-        await self._ok("POST", path.rpartition("/")[0], body)
-
-    async def _ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
-        answer = await self._control_plane.request(method, path, body)
-        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
-        return answer.body
+        await self._control_plane.ok("POST", path.rpartition("/")[0], body)
 
 
-def _condition(status: Mapping[str, Any], kind: str) -> Manifest | None:
-    return next((each for each in status.get("conditions", []) if each["type"] == kind), None)
+def _condition(status: Mapping[str, Any], kind: str) -> Manifest:
+    """A condition; empty if it is not there."""
+    return next((each for each in status.get("conditions", []) if each["type"] == kind), {})

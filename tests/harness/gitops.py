@@ -1,6 +1,6 @@
-"""VCPUSets as GitOps controllers see them: an object for each row of the reasons, and what is to be made of it.
+"""VCPUSets as GitOps controllers see them: an object for each reason and state, and the expected verdicts.
 
-The verdicts are written down here once: docs/gitops.md shows them, and the tests hear them from the engines themselves.
+docs/gitops.md shows these verdicts, and the tests compare them with those of the real engines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Verdicts", "cases", "verdicts"]
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What is made of a VCPUSet.
+    """The verdicts about a VCPUSet.
 
     kstatus      by kstatus, and so by Flux as it is
     expressions  by Flux with the expressions of deploy/gitops/flux
@@ -47,12 +47,12 @@ _BY_REASON: Final = {
 
 
 def verdicts(reason: Reason, state: State) -> Verdicts:
-    """What is to be made of a VCPUSet with this reason."""
+    """The verdicts about a VCPUSet with this reason."""
     return _BY_REASON[reason] if reason in _BY_REASON else _BY_STATE[state]
 
 
 def cases() -> dict[str, tuple[dict[str, Any], Verdicts]]:
-    """Objects as the API server returns them, each with what is to be made of it, by words that tell them apart.
+    """Objects as the API server returns them, each with its verdicts, by names.
 
     One for each reason in each of its states, and those whose present spec has not been observed.
     """

@@ -39,7 +39,7 @@ from harness.qmp import raw
 from harness.sockets import LONGEST_PATH, listener, listening, option_value
 from harness.wait import until
 
-__all__ = ["Guest", "GuestError", "GuestOptions", "parse_cpu_list"]
+__all__ = ["Guest", "GuestError", "GuestOptions", "parse_cpu_list", "reported_online"]
 
 T = TypeVar("T")
 
@@ -86,6 +86,12 @@ def parse_cpu_list(text: str) -> frozenset[int]:
         first, _, last = part.partition("-")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)
+
+
+def reported_online(console: str) -> frozenset[int]:
+    """The CPUs that a guest last reported to be online; none before it has booted."""
+    reports = re.findall(r"guest: \w+ online=([\d,-]*)", console)
+    return parse_cpu_list(reports[-1]) if reports else frozenset()
 
 
 class Guest:

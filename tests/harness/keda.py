@@ -6,30 +6,28 @@
             ...
 
 They are KEDA's own programs, act as the account that KEDA has in a cluster, and find each other on loopback. The
-adapter and the webhook listen on all addresses, which cannot be changed: it all runs inside `harness.sandbox`.
+adapter and the webhook always listen on all addresses, so it all runs inside `harness.sandbox`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import yaml
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.binaries import KEDA
 from harness.controlplane import ControlPlane
 from harness.pki import Authority, Credentials
 from harness.processes import Child, free_port
+from harness.runnable import Runnable
 from harness.sandbox import is_entered
-from harness.wait import until
 
 __all__ = ["EXTERNAL_METRICS", "USER", "Keda"]
 
@@ -38,7 +36,7 @@ EXTERNAL_METRICS: Final = "external.metrics.k8s.io/v1beta1"
 NAMESPACE: Final = "keda"
 ACCOUNT: Final = "keda-operator"
 USER: Final = f"system:serviceaccount:{NAMESPACE}:{ACCOUNT}"
-"""The name under which the requests of KEDA's operator stand in the audit log."""
+"""The user of the KEDA operator's requests in the audit log."""
 
 ADAPTER: Final = "keda-metrics-apiserver"
 WEBHOOK: Final = "keda-admission-webhooks"
@@ -57,7 +55,7 @@ MANIFESTS: Final = (
 START_SECONDS: Final = 120.0
 
 
-class Keda:
+class Keda(Runnable):
     """KEDA of a control plane; ends before it."""
 
     def __init__(self, control_plane: ControlPlane) -> None:
@@ -66,12 +64,9 @@ class Keda:
         self._kubeconfig = Path()
         self._operator_port, self._adapter_port, self._webhook_port = free_port(), free_port(), free_port()
         self._children: dict[str, Child] = {}
-        self._is_registered = False
 
     async def start(self) -> None:
         """Install and start it, and wait until the API server serves its metrics.
-
-        When that fails or is cancelled, nothing runs on.
 
         Raises:
             BinariesMissing: the set-up for `make test-cluster` has not been run.
@@ -87,19 +82,14 @@ class Keda:
         names = [f"{name}.{NAMESPACE}.svc" for name in (ADAPTER, WEBHOOK)]
         server = Authority().server("localhost", "127.0.0.1", *names)
         await asyncio.to_thread(_write, self._folder, server.data())
-        try:
-            await asyncio.gather(self.start_operator(), self._start_webhook(server))
-            self.start_adapter()
-            await lead(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
-            await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
-            self._is_registered = True
-            await until_served(control_plane, EXTERNAL_METRICS)
-        except BaseException:
-            await self.stop()
-            raise
+        await asyncio.gather(self.start_operator(), self._start_webhook(server))
+        self.start_adapter()
+        await create_service(control_plane, NAMESPACE, ADAPTER, self._adapter_port)
+        await register(control_plane, EXTERNAL_METRICS, NAMESPACE, ADAPTER, self._adapter_port, server.ca)
+        await until_served(control_plane, EXTERNAL_METRICS)
 
     async def start_operator(self) -> None:
-        """Start the operator (again) and wait until it says that it is ready."""
+        """Start the operator (again) and wait until it is ready."""
         flags = ["--enable-cert-rotation=false", f"--metrics-service-bind-address=127.0.0.1:{self._operator_port}"]
         await self._start_ready("operator", *flags)
 
@@ -123,31 +113,21 @@ class Keda:
         self._children[program].kill()
 
     async def stop(self) -> None:
-        """Take the API away and end all. Safe to call again."""
-        if self._is_registered:  # first: an API that is registered and not served is in everyone's way
-            self._is_registered = False
-            await self._control_plane.request("DELETE", registration(EXTERNAL_METRICS))
+        """Remove the APIService and end all processes. Safe to call again."""
+        # First: a registered API that is not served breaks discovery.
+        await self._control_plane.request("DELETE", registration(EXTERNAL_METRICS))
         while self._children:
             await self._children.popitem()[1].stop()
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
     async def _start_webhook(self, server: Credentials) -> None:
         await self._start_ready("webhooks", f"--port={self._webhook_port}")
-        await lead(self._control_plane, NAMESPACE, WEBHOOK, self._webhook_port)
+        await create_service(self._control_plane, NAMESPACE, WEBHOOK, self._webhook_port)
         shipped = KEDA.program("config") / "webhooks" / "validation_webhooks.yaml"
         configuration = yaml.safe_load(await asyncio.to_thread(shipped.read_text))
         for each in configuration["webhooks"]:
             each["clientConfig"]["caBundle"] = base64.b64encode(server.ca.encode()).decode()
             each["clientConfig"]["service"]["port"] = self._webhook_port
-        await self._control_plane.kubectl("apply", "--filename=-", input=json.dumps(configuration))
+        await self._control_plane.apply(configuration)
 
     async def _start_ready(self, program: str, *arguments: str) -> None:
         health = free_port()
@@ -155,15 +135,13 @@ class Keda:
         child = self._start(program, *more, *arguments)
 
         def ready() -> bool:
-            child.require_running()
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{health}/readyz", timeout=5) as answer:
                     return bool(answer.status == 200)
             except OSError:
                 return False
 
-        said = lambda: f"{child.name}; its log ends with:\n{child.log_tail()}\n"  # noqa: E731
-        await until(lambda: asyncio.to_thread(ready), START_SECONDS, said, interval=0.1)
+        await child.until(lambda: asyncio.to_thread(ready), START_SECONDS)
 
     def _start(self, program: str, *arguments: str) -> Child:
         directory, name = self._control_plane.directory, f"keda-{program}"

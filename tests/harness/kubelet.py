@@ -135,16 +135,16 @@ class Nodes:
         root.mkdir()
         labels = {"kubernetes.io/os": "linux", "kubernetes.io/hostname": name}
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}}
-        await self._done("POST", "/api/v1/nodes", node)
+        await self._control_plane.ok("POST", "/api/v1/nodes", node)
         status = {
             "conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}],
             "addresses": [{"type": "InternalIP", "address": self._api.host}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._api.port}},
             "allocatable": {"cpu": "8", "memory": "16Gi", "pods": "110"},
         }
-        await self._done("PATCH", f"/api/v1/nodes/{name}/status", {"status": status})
+        await self._control_plane.ok("PATCH", f"/api/v1/nodes/{name}/status", {"status": status})
         # A new node is tainted as not ready until its first report; the node controller would take that away.
-        await self._done("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
+        await self._control_plane.ok("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
         self._nodes[name] = Node(name, root)
         return self._nodes[name]
 
@@ -207,10 +207,6 @@ class Nodes:
         }
         path = f"/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}/binding"
         await self._control_plane.request("POST", path, binding)  # 404, 409: gone meanwhile
-
-    async def _done(self, method: str, path: str, body: Manifest) -> None:
-        answer = await self._control_plane.request(method, path, body)
-        assert answer.status in {200, 201}, f"{method} {path}: {answer.status} {answer.body}"
 
     def _log_of(self, namespace: str, name: str) -> Path | None:
         found = (each for each in self._pods.values() if (each.namespace, each.name) == (namespace, name))

@@ -1,7 +1,7 @@
 """Debian's libvirt with machines of its own, for a test: the daemon as root, as on a host, without systemd.
 
     async with Libvirt() as libvirt:
-        machine = libvirt.machine("web", XML)        # as `virsh define`; its guest is that of harness.guestimage
+        machine = await libvirt.machine("web", XML)  # as `virsh define`; its guest is that of harness.guestimage
         await machine.start()
         await machine.wait_online(2)
         await libvirt.virsh("setvcpus", "web", "4", "--live")
@@ -15,21 +15,19 @@ that it finds for all that it can do, which takes seconds.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from xml.etree import ElementTree
 
-from harness.container import WHY_NOT
-from harness.guest import KERNEL_OPTIONS, parse_cpu_list
+from harness.guest import KERNEL_OPTIONS, reported_online
 from harness.guestimage import INITRAMFS, KERNEL, images
 from harness.processes import Child, Completed, run
+from harness.runnable import Runnable
 from harness.wait import until
 
-__all__ = ["QEMU_GROUP", "QEMU_USER", "WHY_NOT", "Libvirt", "Machine"]
+__all__ = ["QEMU_USER", "Libvirt", "Machine"]
 
 QEMU_USER: Final = 64055
 """Debian's `libvirt-qemu`."""
@@ -73,8 +71,8 @@ while :; do sleep 3600 & wait; done
 """
 
 
-class Libvirt:
-    """One daemon; `start`, and `close` in any case. Needs root."""
+class Libvirt(Runnable):
+    """One daemon. Needs root."""
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="vcpuset-libvirt-"))
@@ -84,8 +82,8 @@ class Libvirt:
         self._namespace: Child | None = None
         self._enter: list[str] = []
 
-    async def start(self) -> Self:
-        """Start the daemon, and wait until it answers."""
+    async def start(self) -> None:
+        """Make the namespaces, start the daemon in them, and wait until it answers."""
         for folder in ("etc", "log", "bin"):
             (self.directory / folder).mkdir()
         for name, text in _CONFIGURATION.items():
@@ -100,20 +98,17 @@ class Libvirt:
         script = _NAMESPACE.format(self.directory)
         words = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
         self._namespace = Child.start(words, name="the namespaces of libvirt", log=self._log)
-        await until(self._is_made, 60, "the namespaces of libvirt")
+        await self._namespace.until(self._is_made, 60)
         pid = str(self._namespace.pid)
         first = _read("/proc", pid, "task", pid, "children").split()[0]
         self._enter = ["nsenter", f"--target={first}", "--mount", "--pid", "--"]
         await self.start_daemon()
-        return self
 
-    def _is_made(self) -> bool:
-        assert self._namespace is not None
-        self._namespace.require_running()
+    async def _is_made(self) -> bool:
         return (self.directory / "ready").exists()
 
     async def start_daemon(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the daemon alone, and wait until it answers."""
         daemon = ["libvirtd", "--daemon", "--config=/etc/libvirt/libvirtd.conf", "--pid-file=/run/libvirtd.pid"]
         await self.inside("env", f"PATH={self.directory}/bin:/usr/sbin:/sbin", *daemon)
 
@@ -177,23 +172,11 @@ class Libvirt:
         await self.virsh("define", file)
         return Machine(self, name, console)
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """End the daemon, its machines and all else inside, and remove what they left. Safe to call again."""
         if self._namespace is not None:
             self._namespace.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    async def __aenter__(self) -> Self:
-        try:
-            return await self.start()
-        except BaseException:
-            await self.close()
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class Machine:
@@ -230,10 +213,8 @@ class Machine:
         return ElementTree.fromstring((await self.virsh("dumpxml", *options)).stdout)  # noqa: S314 - libvirt's
 
     def online(self) -> frozenset[int]:
-        """The CPUs that the guest last said it uses."""
-        text = self._console.read_text(errors="replace") if self._console.exists() else ""
-        reports = re.findall(r"guest: \w+ online=([\d,-]*)", text)
-        return parse_cpu_list(reports[-1]) if reports else frozenset()
+        """The CPUs that the guest last reported to be online."""
+        return reported_online(self._console.read_text(errors="replace") if self._console.exists() else "")
 
     async def qmp(self, command: str) -> Any:  # noqa: ANN401 - each command answers in a form of its own
         """The result of a QMP command, which libvirt sends."""

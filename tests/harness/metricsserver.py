@@ -17,14 +17,14 @@ import datetime
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from aiohttp import web
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.controlplane import ControlPlane
 from harness.processes import run
+from harness.runnable import Runnable
 
 __all__ = ["MetricsServer", "Series"]
 
@@ -43,7 +43,7 @@ class Series:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-class MetricsServer:
+class MetricsServer(Runnable):
     """Metrics for the autoscalers of a control plane; runs in the event loop that started it.
 
     Stop it before the control plane. A metric that has not been set is answered with 404.
@@ -74,32 +74,19 @@ class MetricsServer:
         Raises:
             TimeoutError: it has not within two minutes; the message has its reason.
         """
-        try:
-            namespace = await self._control_plane.namespace("metrics")
-            tls, certificate = await self._certificate(f"metrics.{namespace}.svc")
-            port = await self._serve(tls)
-            await self._register(namespace, port, certificate)
-        except BaseException:
-            await self.stop()
-            raise
+        namespace = await self._control_plane.namespace("metrics")
+        tls, certificate = await self._certificate(f"metrics.{namespace}.svc")
+        port = await self._serve(tls)
+        await self._register(namespace, port, certificate)
 
     async def stop(self) -> None:
         """Take the APIs away and stop serving. Safe to call again."""
         if self._runner is None:
             return
-        for api in (CUSTOM, EXTERNAL, PODS):  # first: an API that is registered and not served is in everyone's way
+        for api in (CUSTOM, EXTERNAL, PODS):  # first: a registered API that is not served breaks discovery
             await self._control_plane.request("DELETE", registration(api))
         await self._runner.cleanup()
         self._runner = None
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     # --- making ---------------------------------------------------------------------------------------------------
 
@@ -131,7 +118,7 @@ class MetricsServer:
         return port
 
     async def _register(self, namespace: str, port: int, certificate: bytes) -> None:
-        await lead(self._control_plane, namespace, "metrics", port)
+        await create_service(self._control_plane, namespace, "metrics", port)
         for api in (CUSTOM, EXTERNAL, PODS):
             await register(self._control_plane, api, namespace, "metrics", port, certificate.decode())
         for api in (CUSTOM, EXTERNAL, PODS):

@@ -5,8 +5,8 @@
         await cluster.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
 
 Each node has a network, a host name, mounts and a cgroup of its own; /run and /var are empty. The nodes and the API
-server are on one bridge, on which the test's own process is too, so that it reaches pods. Images are those of
-`harness.containerimages`. kube-router obeys NetworkPolicies, as nothing else does here.
+server are on one bridge, and so is the test's own process, which reaches pods. The images are those of
+`harness.containerimages`. kube-router enforces NetworkPolicies.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from harness.binaries import KUBE_ROUTER, NODE
 from harness.containerimages import Image, images
 from harness.controllermanager import CLUSTER, ControllerManager
 from harness.controlplane import KUBELET_CLIENT, ControlPlane
 from harness.processes import Child, CommandFailed, Completed, run
+from harness.runnable import Runnable
 from harness.sandbox import enter, joining, own_cgroups, remove_cgroups
 from harness.wait import until
 
-__all__ = ["PODS", "Cluster", "Node"]
+__all__ = ["PODS", "Cluster", "Node", "processes"]
 
 CONTROLLERS: Final = (
     *CLUSTER,
@@ -74,10 +74,11 @@ class Node:
         self._holder: Child | None = None
         self._programs: dict[str, Child] = {}
 
-    def path(self, path: str) -> Path:
-        """Where a path of the node is for the test, such as /run/vcpuset."""
-        assert self._holder is not None
-        return Path(f"/proc/{self._holder.pid}/root{path}")
+    def cgroup(self, controller: str, pod: Manifest) -> Path:
+        """The folder of a pod's cgroup, for the test."""
+        uid = pod["metadata"]["uid"]
+        (found,) = Path("/sys/fs/cgroup", controller, self.name, "kubepods").rglob(f"pod{uid}")
+        return found
 
     def command(self, words: Sequence[str | Path]) -> list[str]:
         """The command line that runs a program on the node."""
@@ -108,7 +109,7 @@ class Node:
         async def is_prepared() -> bool:
             return ready.exists()
 
-        await self._until_up(self._holder, is_prepared)
+        await self._holder.until(is_prepared, START_SECONDS)
         await self._connect(others)
         self._configure()
         await self.start("containerd")
@@ -129,7 +130,7 @@ class Node:
         self._holder = None
 
         def is_empty() -> bool:
-            left = {int(pid) for folder in own_cgroups() for pid in _processes(folder / self.name)}
+            left = {pid for folder in own_cgroups() for pid in processes(folder / self.name)}
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             return not left
@@ -147,10 +148,10 @@ class Node:
                 asked = await self.run("ctr", "--address", CONTAINERD, "version", check=False)
                 return asked.returncode == 0
 
-            await self._until_up(child, answers)
+            await child.until(answers, START_SECONDS)
 
     async def stop(self, name: str, *, kill: bool = False) -> None:
-        """End one of them; containers go on."""
+        """End one of them; containers keep running."""
         child = self._programs.pop(name)
         if kill:
             child.kill()
@@ -163,7 +164,7 @@ class Node:
         await self.run(*words, timeout=300)
 
     async def is_ready(self) -> bool:
-        """Whether the API server says so."""
+        """Whether the API server reports it Ready and without taints."""
         for child in self._programs.values():
             child.require_running()
         node = (await self._control_plane.request("GET", f"/api/v1/nodes/{self.name}")).body
@@ -171,7 +172,7 @@ class Node:
         return conditions.get("Ready") == "True" and not node["spec"].get("taints")
 
     def said(self, name: str) -> str:
-        """The end of what a program has said."""
+        """The end of a program's log."""
         return self._programs[name].log_tail() if name in self._programs else ""
 
     async def _connect(self, others: Sequence[Node]) -> None:
@@ -197,10 +198,7 @@ class Node:
 
     def _configure(self) -> None:
         etc = self._var / "etc"
-        certificate = self._control_plane.kubelet_authority.server(self.address, self.name)
-        (etc / "kubelet.ca").write_text(certificate.ca)
-        (etc / "kubelet.crt").write_text(certificate.certificate)
-        (etc / "kubelet.key").write_text(certificate.key)
+        self._control_plane.kubelet_authority.server(self.address, self.name).write_pem(etc, "kubelet")
         token = self._control_plane.kubelet_tokens[self.name]
         self._control_plane.write_kubeconfig(etc / "kubelet.kubeconfig", token)
         (etc / "kubelet.json").write_text(json.dumps(_KUBELET))
@@ -252,70 +250,48 @@ class Node:
             f"--service-cluster-ip-range={SERVICES}",
         ]
 
-    async def _until_up(self, child: Child, is_up: Callable[[], Awaitable[bool]]) -> None:
-        async def up() -> bool:
-            child.require_running()
-            return await is_up()
 
-        await until(up, START_SECONDS, lambda: f"{child.name} to be up; its log ends with:\n{child.log_tail()}\n")
-
-
-class Cluster:
+class Cluster(Runnable):
     """A control plane with scheduler, controllers and nodes with these names.
 
     more   nodes that `add` may join later
     """
 
-    def __init__(self, *names: str, more: Sequence[str] = (), status_in_audit: bool = False) -> None:
+    def __init__(self, *names: str, more: Sequence[str] = ()) -> None:
         self._first = names
-        self.control_plane: Final = ControlPlane(
-            service_accounts=True,
-            status_in_audit=status_in_audit,
-            address=f"{LAN}.1",
-            kubelets=[*names, *more],
-        )
+        self.control_plane: Final = ControlPlane(service_accounts=True, address=f"{LAN}.1", kubelets=[*names, *more])
         self._numbers = {name: number for number, name in enumerate([*names, *more], 1)}
         self.nodes: Final[dict[str, Node]] = {}
         options = ("--node-monitor-period=1s", "--node-monitor-grace-period=8s")
         self._controllers = ControllerManager(self.control_plane, CONTROLLERS, options)
         self._scheduler: Child | None = None
 
-    async def __aenter__(self) -> Self:
-        try:
-            await run(["ip", "link", "add", BRIDGE, "type", "bridge"])
-            await run(["ip", "address", "add", f"{LAN}.1/24", "dev", BRIDGE])
-            await run(["ip", "link", "set", BRIDGE, "up"])
-            await self.control_plane.start()
-            await self._controllers.start()
-            directory = self.control_plane.directory
-            self._scheduler = Child.start(
-                [
-                    NODE.program("kube-scheduler"),
-                    f"--kubeconfig={self.control_plane.kubeconfig}",
-                    "--leader-elect=false",
-                    "--bind-address=127.0.0.1",
-                    f"--cert-dir={directory / 'scheduler'}",
-                ],
-                name="kube-scheduler",
-                log=directory / "kube-scheduler.log",
-            )
-            reader = f"--user={KUBELET_CLIENT}"
-            await self.kubectl(
-                "create", "clusterrolebinding", "kubelets", "--clusterrole=system:kubelet-api-admin", reader
-            )
-            for name in self._first:
-                await self.add(name)
-        except BaseException:
-            await self._end()
-            raise
-        return self
+    async def start(self) -> None:
+        """Start all of it, and wait until the nodes are Ready."""
+        await run(["ip", "link", "add", BRIDGE, "type", "bridge"])
+        await run(["ip", "address", "add", f"{LAN}.1/24", "dev", BRIDGE])
+        await run(["ip", "link", "set", BRIDGE, "up"])
+        await self.control_plane.start()
+        await self._controllers.start()
+        directory = self.control_plane.directory
+        self._scheduler = Child.start(
+            [
+                NODE.program("kube-scheduler"),
+                f"--kubeconfig={self.control_plane.kubeconfig}",
+                "--leader-elect=false",
+                "--bind-address=127.0.0.1",
+                f"--cert-dir={directory / 'scheduler'}",
+            ],
+            name="kube-scheduler",
+            log=directory / "kube-scheduler.log",
+        )
+        reader = f"--user={KUBELET_CLIENT}"
+        await self.kubectl("create", "clusterrolebinding", "kubelets", "--clusterrole=system:kubelet-api-admin", reader)
+        for name in self._first:
+            await self.add(name)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._end()
-
-    async def _end(self) -> None:
+    async def stop(self) -> None:
+        """End all of it. Safe to call again."""
         for node in self.nodes.values():
             await node.power_off()
         if self._scheduler is not None:
@@ -329,8 +305,7 @@ class Cluster:
         node = Node(self.control_plane, name, self._numbers[name])
         # Its part of the pods' network, which in most clusters a controller hands out.
         spec = {"podCIDR": node.pods, "podCIDRs": [node.pods]}
-        made = await self.control_plane.request("POST", "/api/v1/nodes", {"metadata": {"name": name}, "spec": spec})
-        assert made.status == 201, made
+        await self.control_plane.ok("POST", "/api/v1/nodes", {"metadata": {"name": name}, "spec": spec})
         if not self.nodes:
             # The API server, which runs on no node, reaches Services through the first.
             await run(["ip", "route", "replace", SERVICES, "via", node.address])
@@ -339,13 +314,23 @@ class Cluster:
         return node
 
     async def remove(self, name: str) -> None:
-        """Take a node out of the cluster, without ado."""
+        """Power a node off, and delete it from the cluster."""
         await self.nodes.pop(name).power_off()
         await self.kubectl("delete", "node", name)
 
     async def kubectl(self, *arguments: str | Path, **options: Any) -> Completed:
         """Run kubectl; see `ControlPlane.kubectl`."""
         return await self.control_plane.kubectl(*arguments, **options)
+
+    async def apply(self, manifest: Manifest, *arguments: str, check: bool = True) -> Completed:
+        """Apply one object; see `ControlPlane.apply`."""
+        return await self.control_plane.apply(manifest, *arguments, check=check)
+
+    async def pods(self, namespace: str, selector: str = "") -> list[dict[str, Any]]:
+        """The pods of a namespace that have these labels and are not being deleted."""
+        path = f"/api/v1/namespaces/{namespace}/pods?labelSelector={selector}"
+        items = (await self.control_plane.ok("GET", path))["items"]
+        return [each for each in items if "deletionTimestamp" not in each["metadata"]]
 
     async def rolled_out(self, namespace: str, workload: str) -> None:
         """Wait until a Deployment or DaemonSet, such as `daemonset/NAME`, has all its pods ready.
@@ -360,9 +345,9 @@ class Cluster:
             raise CommandFailed(Completed(done.argv, done.returncode, described.stdout, done.stderr))
 
 
-def _processes(folder: Path) -> list[str]:
-    """The processes of a cgroup and those below it."""
-    return [pid for file in folder.rglob("cgroup.procs") for pid in file.read_text().split()]
+def processes(cgroup: Path) -> list[int]:
+    """The ids of the processes of a cgroup and those below it."""
+    return [int(pid) for file in cgroup.rglob("cgroup.procs") for pid in file.read_text().split()]
 
 
 _KUBELET: Final[Manifest] = {

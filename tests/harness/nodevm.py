@@ -9,7 +9,6 @@ QEMU writes each QMP command that it is given into the pod's log, and the guest 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ import yaml
 
 from harness.cache import REPOSITORY
 from harness.containerimages import VM
-from harness.guest import KERNEL_OPTIONS, parse_cpu_list
+from harness.guest import KERNEL_OPTIONS, reported_online
 from harness.guestimage import INITRAMFS, KERNEL
 from harness.node import Cluster
 from harness.wait import until
@@ -46,25 +45,15 @@ class NodeVM:
         self._namespace = namespace
         self._node = node
 
-    async def start(
-        self,
-        *,
-        cpu: str = "1",
-        memory: int = 192,
-        smp: str = "2,maxcpus=64",
-        monitor: str = "",
-        append: str = "",
-        agent: bool = False,
-    ) -> None:
-        """Make its directory, and start it; it boots then.
+    async def start(self, *, cpu: str = "1", monitor: str = "", append: str = "", agent: bool = False) -> None:
+        """Make its directory, and start it; `wait_online` waits until it has booted.
 
         monitor   where QEMU listens in place of the socket, such as `tcp:0.0.0.0:4444`
         append    more options of the guest's kernel
         agent     run the guest agent, with its socket at NAME/ga.sock
         """
         await self.make_directories()
-        manifest = self.manifest(cpu=cpu, memory=memory, smp=smp, monitor=monitor, append=append, agent=agent)
-        await self._cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(manifest))
+        await self._cluster.apply(self.manifest(cpu, monitor, append, agent=agent), "--server-side")
 
     async def make_directories(self) -> None:
         """Make its directory as the administrator does, also after each boot of the node: /run is empty then."""
@@ -74,12 +63,9 @@ class NodeVM:
         paths = (directory, f"{directory}/{self.name}")
         await node.run("install", "-d", "-m", "2770", "-g", AGENT_GROUP, *paths)
 
-    def manifest(
-        self, *, cpu: str, memory: int, smp: str, monitor: str = "", append: str = "", agent: bool = False
-    ) -> dict[str, Any]:
+    def manifest(self, cpu: str, monitor: str, append: str = "", *, agent: bool = False) -> dict[str, Any]:
         """The example, for this machine; see `start`."""
-        found: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
-        made = copy.deepcopy(found)
+        made: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
         made["metadata"] = {"name": self.name, "namespace": self._namespace}
         made["spec"]["selector"]["matchLabels"] = {"vm": self.name}
         template = made["spec"]["template"]
@@ -89,11 +75,11 @@ class NodeVM:
         template["spec"]["volumes"][0]["hostPath"]["path"] = f"{SOCKET_ROOT}/{self._namespace}/{self.name}"
         (container,) = template["spec"]["containers"]
         container["image"] = VM
-        container["resources"] = {"limits": {"cpu": cpu, "memory": f"{memory + 256}Mi"}}
+        container["resources"] = {"limits": {"cpu": cpu, "memory": "448Mi"}}
         (script,) = container["args"]
         options = f"{append} ga=1" if agent else append
         machine = (
-            f"-machine q35,accel=tcg -m {memory} -smp {smp} -nodefaults -display none -serial stdio "
+            "-machine q35,accel=tcg -m 192 -smp 2,maxcpus=64 -nodefaults -display none -serial stdio "
             f"-kernel /guest/{KERNEL} -initrd /guest/{INITRAMFS} -append '{KERNEL_OPTIONS} {options}' "
             "-trace handle_qmp_command"
         )
@@ -108,13 +94,11 @@ class NodeVM:
 
     async def pod(self) -> dict[str, Any]:
         """Its one pod that is not being deleted."""
-        path = f"/api/v1/namespaces/{self._namespace}/pods?labelSelector=vm={self.name}"
-        items = (await self._cluster.control_plane.request("GET", path)).body["items"]
-        (found,) = [each for each in items if "deletionTimestamp" not in each["metadata"]]
-        return dict(found)
+        (found,) = await self._cluster.pods(self._namespace, f"vm={self.name}")
+        return found
 
     async def log(self) -> str:
-        """What QEMU and the guest have said."""
+        """The output of QEMU and the guest."""
         arguments = ("logs", "-n", self._namespace, f"deployment/{self.name}")
 
         async def read() -> str | None:
@@ -128,18 +112,17 @@ class NodeVM:
             raise TimeoutError(f"{error}\n{described.stdout[-3000:]}") from error
 
     async def online(self) -> int:
-        """How many CPUs the guest uses; 0 before it has booted."""
-        return _online(await self.log())
+        """How many CPUs are online in the guest; 0 before it has booted."""
+        return len(reported_online(await self.log()))
 
     async def wait_online(self, cpus: int) -> None:
-        """Wait until the guest uses so many CPUs."""
-
+        """Wait until so many CPUs are online in the guest."""
         last = ""
 
         async def reached() -> bool:
             nonlocal last
             last = await self.log()
-            return _online(last) == cpus
+            return len(reported_online(last)) == cpus
 
         def described() -> str:
             return f"{cpus} CPUs online in {self.name}; its log ends with:\n{last[-2000:]}\n"
@@ -152,8 +135,3 @@ class NodeVM:
         given = [json.loads(line) for line in lines]
         # A device is deleted by its path.
         return Counter(each["arguments"]["id"].rpartition("/")[2] for each in given if each.get("execute") == name)
-
-
-def _online(log: str) -> int:
-    reports = re.findall(r"guest: \w+ online=([\d,-]*)", log)
-    return len(parse_cpu_list(reports[-1])) if reports else 0

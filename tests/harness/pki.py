@@ -64,6 +64,11 @@ class Credentials:
             (folder / file).write_text(text)
         return folder
 
+    def write_pem(self, folder: Path, name: str) -> None:
+        """Write NAME.ca, NAME.crt and NAME.key to a folder."""
+        for kind, text in (("ca", self.ca), ("crt", self.certificate), ("key", self.key)):
+            (folder / f"{name}.{kind}").write_text(text)
+
     def data(self) -> dict[str, bytes]:
         """What the Secret holds."""
         return {"ca.crt": self.ca.encode(), "tls.crt": self.certificate.encode(), "tls.key": self.key.encode()}

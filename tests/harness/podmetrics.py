@@ -9,19 +9,17 @@ stand-in whose numbers a test sets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final
 
-from harness.aggregation import lead, register, registration, until_served
+from harness.aggregation import create_service, register, registration, until_served
 from harness.binaries import METRICS_SERVER
 from harness.controlplane import ControlPlane
 from harness.pki import Authority
 from harness.processes import Child, free_port
-from harness.wait import until
+from harness.runnable import Runnable
 
-__all__ = ["POD_METRICS", "PodMetrics"]
+__all__ = ["PodMetrics"]
 
 POD_METRICS: Final = "metrics.k8s.io/v1beta1"
 
@@ -33,26 +31,19 @@ MEASURED_SECONDS: Final = 120.0
 """Two samples of each container are needed, 10 s apart at least: metrics-server takes no shorter interval."""
 
 
-class PodMetrics:
+class PodMetrics(Runnable):
     """The metrics-server of a control plane, on loopback; ends before it.
 
     It asks the kubelet of each node, at the node's InternalIP and the port in its status, and verifies the certificate
-    with `ControlPlane.kubelet_authority`. The kubelets have to ask the API server whose the token is that it shows them
-    (authentication and authorization by webhook). The API server has to find it on loopback.
-
-    arguments  more flags of metrics-server
+    with `ControlPlane.kubelet_authority`. The kubelets need authentication and authorization by webhook.
     """
 
-    def __init__(self, control_plane: ControlPlane, *arguments: str) -> None:
+    def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
-        self._arguments = arguments
         self._child: Child | None = None
-        self._is_registered = False
 
     async def start(self) -> None:
-        """Install and start it, and wait until the API server serves it. Of a pod, it may know nothing as yet.
-
-        When that fails or is cancelled, nothing runs on.
+        """Install and start it, and wait until the API server serves its API, before it has measured any pod.
 
         Raises:
             BinariesMissing: the set-up for `make test-cluster` has not been run.
@@ -63,8 +54,7 @@ class PodMetrics:
         await control_plane.kubectl("apply", "--server-side", f"--filename={roles}")
         kubeconfig = await control_plane.service_account_kubeconfig(NAMESPACE, NAME)
         server = Authority().server(f"{NAME}.{NAMESPACE}.svc")
-        for kind, text in (("crt", server.certificate), ("key", server.key)):
-            (directory / f"{NAME}.{kind}").write_text(text)
+        server.write_pem(directory, NAME)
         argv: list[str | Path] = [
             METRICS_SERVER.program("metrics-server"),
             f"--kubeconfig={kubeconfig}",
@@ -79,52 +69,31 @@ class PodMetrics:
             f"--kubelet-certificate-authority={directory / 'kubelet-client.ca'}",
             "--kubelet-request-timeout=5s",
             "--metric-resolution=10s",
-            *self._arguments,
         ]
-        try:
-            self._child = Child.start(argv, name=NAME, log=directory / f"{NAME}.log", cwd=directory)
-            await lead(control_plane, NAMESPACE, NAME, port)
-            await register(control_plane, POD_METRICS, NAMESPACE, NAME, port, server.ca)
-            self._is_registered = True
-            await until_served(control_plane, POD_METRICS)
-        except BaseException:
-            await self.stop()
-            raise
+        self._child = Child.start(argv, name=NAME, log=directory / f"{NAME}.log", cwd=directory)
+        await create_service(control_plane, NAMESPACE, NAME, port)
+        await register(control_plane, POD_METRICS, NAMESPACE, NAME, port, server.ca)
+        await until_served(control_plane, POD_METRICS)
 
-    async def until_measured(self, namespace: str, pod: str) -> Mapping[str, Any]:
-        """Wait until it knows a pod; returns the pod's PodMetrics.
+    async def until_measured(self, namespace: str, pod: str) -> None:
+        """Wait until it has measured a pod.
 
         Raises:
             ChildDied: it ended; the message has the end of its log.
             TimeoutError: not within two minutes; the same.
         """
-        child = self._child
-        assert child is not None, "it has been started"
+        assert self._child is not None, "it has not been started"
+        path = f"/apis/{POD_METRICS}/namespaces/{namespace}/pods/{pod}"
 
-        async def measured() -> Any:  # noqa: ANN401 - JSON
-            child.require_running()
-            path = f"/apis/{POD_METRICS}/namespaces/{namespace}/pods/{pod}"
-            answer = await self._control_plane.request("GET", path)
-            return answer.body if answer.status == 200 else None
+        async def is_measured() -> bool:
+            return (await self._control_plane.request("GET", path)).status == 200
 
-        said = lambda: f"metrics of {namespace}/{pod}; {NAME}'s log ends with:\n{child.log_tail()}\n"  # noqa: E731
-        found: Mapping[str, Any] = await until(measured, MEASURED_SECONDS, said, interval=0.5)
-        return found
+        await self._child.until(is_measured, MEASURED_SECONDS, f"to measure {namespace}/{pod}")
 
     async def stop(self) -> None:
-        """Take the API away and end it. Safe to call again."""
-        if self._is_registered:  # first: an API that is registered and not served is in everyone's way
-            self._is_registered = False
-            await self._control_plane.request("DELETE", registration(POD_METRICS))
+        """Remove the APIService and end the process. Safe to call again."""
+        # First: a registered API that is not served breaks discovery.
+        await self._control_plane.request("DELETE", registration(POD_METRICS))
         if self._child is not None:
             await self._child.stop()
             self._child = None
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()

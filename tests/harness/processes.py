@@ -19,14 +19,16 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from harness.wait import until
 
 __all__ = ["Child", "ChildDied", "CommandFailed", "Completed", "ReservedPort", "free_port", "run"]
+
+T = TypeVar("T")
 
 
 class ChildDied(Exception):
@@ -168,6 +170,21 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens if the process has ended."""
         self._process.send_signal(number)
+
+    async def until(self, predicate: Callable[[], Awaitable[T | None]], timeout: float, what: str = "to be up") -> T:
+        """Wait as `harness.wait.until` does, but only while the process runs; `what` goes after its name.
+
+        Raises:
+            ChildDied: it ended; the message has the end of its log.
+            TimeoutError: not within `timeout` seconds; the same.
+        """
+
+        async def checked() -> T | None:
+            self.require_running()
+            return await predicate()
+
+        said = lambda: f"{self.name} {what}; its log ends with:\n{self.log_tail()}\n"  # noqa: E731
+        return await until(checked, timeout, said, interval=0.1)
 
     async def wait(self, timeout: float) -> int:
         """Wait for the end and return the exit status.

@@ -16,13 +16,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from harness.build.guest.packages import Apt, PackageError, files
 from harness.cache import cache_dir
 from harness.processes import Child, free_port
-from harness.wait import until
+from harness.runnable import Runnable
 
 __all__ = ["PROGRAMS", "PrometheusMissing", "PrometheusServer", "QueryFailed", "fetch", "program"]
 
@@ -55,13 +54,13 @@ def fetch(report: Callable[[str], None]) -> None:
     """Put the programs into the cache folder.
 
     Raises:
-        PackageError: they cannot be had, or not here; says why.
+        PackageError: they are not available; the message says why.
     """
     with tempfile.TemporaryDirectory(prefix="vcpuset-prometheus-") as work:
         apt = Apt(Path(work), report)
         try:
             found = _download(apt)
-        except PackageError:  # if it is no matter of the lists, the second try says so
+        except PackageError:  # unless the package lists are the cause, the second try fails, too
             apt.use_fresh_lists()
             found = _download(apt)
     _kept().mkdir(exist_ok=True)
@@ -99,7 +98,7 @@ class QueryFailed(Exception):
     """The server rejected a query; the message is the server's."""
 
 
-class PrometheusServer:
+class PrometheusServer(Runnable):
     """A server in a folder of its own.
 
     configuration  what prometheus.yml contains
@@ -112,31 +111,22 @@ class PrometheusServer:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._child: Child | None = None
 
-    async def __aenter__(self) -> Self:
+    async def start(self) -> None:
+        """Start it and wait until it answers queries."""
         # JSON is YAML.
         (self._folder / "prometheus.yml").write_text(json.dumps(self._configuration))
         (self._folder / "rules.yml").write_text(json.dumps(self._rules))
-        try:
-            self._child = Child.start(
-                [
-                    program("prometheus"),
-                    f"--config.file={self._folder}/prometheus.yml",
-                    f"--storage.tsdb.path={self._folder}/data",
-                    f"--web.listen-address={self.url.removeprefix('http://')}",
-                ],
-                name="prometheus",
-                log=self._folder / "log",
-            )
-            await until(self._is_ready, 60, lambda: f"Prometheus; its log ends with:\n{self.tail()}")
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
+        self._child = Child.start(
+            [
+                program("prometheus"),
+                f"--config.file={self._folder}/prometheus.yml",
+                f"--storage.tsdb.path={self._folder}/data",
+                f"--web.listen-address={self.url.removeprefix('http://')}",
+            ],
+            name="prometheus",
+            log=self._folder / "log",
+        )
+        await self._child.until(lambda: asyncio.to_thread(self._is_ready), 60)
 
     async def stop(self) -> None:
         """End it, and remove its data. Safe to call again."""
@@ -165,8 +155,6 @@ class PrometheusServer:
             raise QueryFailed(error.read().decode()) from error
 
     def _is_ready(self) -> bool:
-        assert self._child is not None, "the server has not been started"
-        self._child.require_running()
         try:
             with urllib.request.urlopen(f"{self.url}/-/ready", timeout=SECONDS) as answer:  # noqa: S310 - our own URL
                 return bool(answer.status == 200)

@@ -1,4 +1,4 @@
-"""Namespaces and cgroups of one's own, in which a whole cluster runs and of which nothing is left when it has ended.
+"""Namespaces and cgroups in which a whole cluster runs, and which end with it.
 
     python -m harness.sandbox COMMAND ARGUMENT…
 
@@ -7,7 +7,7 @@ IPC of its own, and in cgroups below those of the caller. When the command ends,
 It needs root, and cgroup v1 (Debian 12: `systemd.unified_cgroup_hierarchy=0` as a kernel parameter): the tests' node
 has not been tried with v2.
 
-`enter` is the part of it that a node needs too: it makes namespaces inside those of the test.
+`enter` is the part of it that a node needs, too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["WHY_NOT", "enter", "is_entered", "joining", "own_cgroups", "remove_cgroups"]
+__all__ = ["cgroup_folders", "enter", "hierarchies", "is_entered", "joining", "own_cgroups", "remove_cgroups"]
 
 MARK: Final = "VCPUSET_SANDBOX"
 """Set in the environment of what runs inside."""
 
+MOUNTS: Final = Path("/proc/self/mountinfo")
 NAMESPACES: Final = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup")
 END_SECONDS: Final = 30.0
 
@@ -38,31 +39,37 @@ def is_entered() -> bool:
 
 def own_cgroups() -> list[Path]:
     """The folder of the cgroup that this process is in, in each hierarchy that is mounted."""
+    return cgroup_folders(Path("/proc/self/cgroup").read_text(), MOUNTS.read_text())
+
+
+def cgroup_folders(cgroups: str, mounts: str) -> list[Path]:
+    """The folders of the cgroups in the text of /proc/PID/cgroup, according to that of /proc/PID/mountinfo."""
     paths: dict[str, str] = {}
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in cgroups.splitlines():
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
     folders = []
-    for place, root, options in _hierarchies():
-        # Those of v2 have no controllers, neither here nor there.
-        path_of_one = next((paths[each] for each in options if each in paths), paths.get("") if not options else None)
-        if path_of_one is not None:
-            folders.append(place / os.path.relpath(path_of_one, root))
+    for place, root, options in hierarchies(mounts):
+        # v2 has no controllers, neither there nor among the options.
+        path = next((paths[each] for each in options or [""] if each in paths), "")
+        if path:
+            folders.append(place / os.path.relpath(path, root))
     return folders
 
 
-def _hierarchies() -> Iterator[tuple[Path, str, list[str]]]:
-    """Where each hierarchy is mounted, the cgroup that is its root there, and what it is mounted with."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+def hierarchies(mounts: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Where each hierarchy is mounted, the cgroup that is its root there, and its mount options (v2: none)."""
+    for line in mounts.splitlines():
         fields, _, rest = line.partition(" - ")
-        root, place = fields.split()[3:5]
-        kind, _, options = rest.split()
+        root, place = fields.split(" ")[3:5]
+        kind, *_, options = rest.split(" ")
         if kind in {"cgroup", "cgroup2"}:
             chosen = [each for each in options.split(",") if each not in {"rw", "ro"}] if kind == "cgroup" else []
             yield Path(place), root, chosen
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
+    """Why there can be no sandbox here; None: there can."""
     if os.geteuid() != 0:
         return "root is needed, to make namespaces and cgroups: run it as root, or with sudo"
     if not any((folder / "cgroup.clone_children").exists() for folder in own_cgroups()):
@@ -71,10 +78,6 @@ def _why_not() -> str | None:
         ["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, timeout=60, check=False
     )
     return None if tried.returncode == 0 else f"namespaces cannot be made here: {tried.stderr.strip()}"
-
-
-WHY_NOT: Final = _why_not()
-"""Why there can be no sandbox here; None: there can."""
 
 
 def joining(name: str) -> list[str]:
@@ -96,7 +99,7 @@ def enter(name: str, script: str, namespaces: Sequence[str] = NAMESPACES) -> lis
     The script sees the cgroup as the root of each hierarchy, and an empty /run. The cgroup is the caller's to remove.
     """
     remounting = []
-    for folder, _, options in _hierarchies():
+    for folder, _, options in hierarchies(MOUNTS.read_text()):
         place, kind = shlex.quote(str(folder)), f"cgroup -o {','.join(options)}" if options else "cgroup2"
         remounting += [f"umount {place}", f"mount -t {kind} cgroup {place}"]
     is_init = "--pid" in namespaces
@@ -127,13 +130,13 @@ def remove_cgroups(name: str) -> None:
                     break
                 if time.monotonic() > end:
                     raise TimeoutError(f"{each} cannot be removed: a process is left in it")
-                time.sleep(0.05)  # the kernel tells of no cgroup (v1) that has become empty
+                time.sleep(0.05)  # cgroup v1 has no event for a cgroup that becomes empty
 
 
 def main(command: Sequence[str]) -> int:
     """Run a command inside, and return its exit status."""
-    if WHY_NOT is not None:
-        sys.stderr.write(f"{WHY_NOT}\n")
+    if (reason := why_not()) is not None:
+        sys.stderr.write(f"{reason}\n")
         return 2
     name = f"vcpuset-tests-{os.getpid()}"
     try:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @overload
 async def until(
-    predicate: Callable[[], Awaitable[T]],
+    predicate: Callable[[], Awaitable[T | None]],
     timeout: float,
     what: str | Callable[[], str],
     interval: float = 0.05,
@@ -21,7 +21,7 @@ async def until(
 
 @overload
 async def until(
-    predicate: Callable[[], T],
+    predicate: Callable[[], T | None],
     timeout: float,
     what: str | Callable[[], str],
     interval: float = 0.05,
@@ -29,7 +29,7 @@ async def until(
 
 
 async def until(
-    predicate: Callable[[], Awaitable[T] | T],
+    predicate: Callable[[], Awaitable[T | None] | T | None],
     timeout: float,
     what: str | Callable[[], str],
     interval: float = 0.05,
@@ -52,7 +52,7 @@ async def until(
         async with asyncio.timeout_at(deadline) as limit:
             while True:
                 answer = predicate()
-                value = cast(T, await answer if inspect.isawaitable(answer) else answer)
+                value = cast(T | None, await answer if inspect.isawaitable(answer) else answer)
                 if value:
                     return value
                 seen = value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.controlplane import Answer, ControlPlane
+from harness.controlplane import ControlPlane
 from harness.wait import until
 
 __all__ = ["API", "Seen", "User", "manifest"]
@@ -134,11 +134,11 @@ class User:
     ) -> Seen:
         """Create a set, as `manifest` makes it."""
         body = manifest(self.namespace, name, vcpus, monitor, labels, **spec)
-        return Seen(await self._ok("POST", self._path, body))
+        return Seen(await self.control_plane.ok("POST", self._path, body))
 
     async def get(self, name: str) -> Seen:
         """A set as it is now."""
-        return Seen(await self._ok("GET", f"{self._path}/{name}"))
+        return Seen(await self.control_plane.ok("GET", f"{self._path}/{name}"))
 
     async def change(self, name: str, **spec: Any) -> Seen:
         """Change fields of a set's spec (merge-patch: None removes a field)."""
@@ -146,11 +146,11 @@ class User:
 
     async def patch(self, name: str, patch: Mapping[str, Any]) -> Seen:
         """Change a set by a merge-patch."""
-        return Seen(await self._ok("PATCH", f"{self._path}/{name}", patch))
+        return Seen(await self.control_plane.ok("PATCH", f"{self._path}/{name}", patch))
 
     async def scale(self, name: str, vcpus: int) -> None:
         """Change the count by the scale subresource, as `kubectl scale` does."""
-        await self._ok("PATCH", f"{self._path}/{name}/scale", {"spec": {"replicas": vcpus}})
+        await self.control_plane.ok("PATCH", f"{self._path}/{name}/scale", {"spec": {"replicas": vcpus}})
 
     async def label(self, name: str, **labels: str) -> Seen:
         """Set labels of a set."""
@@ -171,7 +171,7 @@ class User:
 
     async def delete(self, name: str) -> None:
         """Delete a set; it is gone at once, unless it was given a finalizer."""
-        await self._ok("DELETE", f"{self._path}/{name}")
+        await self.control_plane.ok("DELETE", f"{self._path}/{name}")
 
     async def wait(self, name: str, holds: Callable[[Seen], bool], what: str, timeout: float = WAIT_SECONDS) -> Seen:
         """Wait until something holds for a set; returns the set as it was then."""
@@ -186,9 +186,7 @@ class User:
             shown = None if last is None else json.dumps(last.status, indent=1)
             return f"{self.namespace}/{name}: {what}; its status was {shown}"
 
-        found = await until(look, timeout, described, interval=0.05)
-        assert found is not None
-        return found
+        return await until(look, timeout, described)
 
     async def wait_ready(self, name: str, timeout: float = WAIT_SECONDS) -> Seen:
         """Wait until a set is Ready for its spec as it stands."""
@@ -206,11 +204,6 @@ class User:
 
     async def events(self, name: str) -> list[Mapping[str, Any]]:
         """The Events about a set, oldest first."""
-        found = await self._ok("GET", f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events")
+        found = await self.control_plane.ok("GET", f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events")
         mine = [each for each in found["items"] if each["regarding"].get("name") == name]
         return sorted(mine, key=lambda each: str(each["eventTime"]))
-
-    async def _ok(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
-        answer: Answer = await self.control_plane.request(method, path, body)
-        assert 200 <= answer.status < 300, f"{method} {path}: {answer.status}: {answer.body}"
-        return answer.body

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
 
 import pytest_asyncio
 import yaml
 
 from harness.cache import REPOSITORY
+from harness.containerimages import VM
 from harness.kubelet import install
 from harness.node import PODS, Cluster
 from harness.world import User
 
-__all__ = ["cluster", "installed", "rights", "temporary_namespace", "user"]
+__all__ = [
+    "ALLOW_PODS",
+    "IMPATIENT",
+    "cluster",
+    "idle_pod",
+    "installed",
+    "rights",
+    "start_pod",
+    "temporary_namespace",
+    "user",
+]
 
 ALLOW_PODS: Final = (
     {
@@ -62,7 +72,25 @@ async def rights(installed: Cluster, user: User) -> None:
     """The agents may resize the pods of the user's namespace."""
     binding = yaml.safe_load((REPOSITORY / "deploy" / "examples" / "pod-rights.yaml").read_text())
     binding["metadata"]["namespace"] = user.namespace
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(binding))
+    await installed.apply(binding)
+
+
+def idle_pod(namespace: str, name: str) -> dict[str, Any]:
+    """A pod in which tests run commands."""
+    container = {"name": name, "image": VM, "command": ["sleep", "infinity"]}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"terminationGracePeriodSeconds": 0, "containers": [container]},
+    }
+
+
+async def start_pod(cluster: Cluster, pod: Mapping[str, Any]) -> None:
+    """Create a pod, and wait until it is Ready."""
+    await cluster.apply(pod)
+    name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+    await cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "--timeout=60s", f"pod/{name}")
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 import pytest
@@ -37,15 +36,14 @@ async def test_the_cpu_usage_of_qemus_container_drives_the_count(installed: Clus
         hpa["spec"]["maxReplicas"] = 4
         target = hpa["spec"]["metrics"][0]["containerResource"]["target"]
         target["averageValue"] = "200m"
-        apply = ("apply", "-n", user.namespace, "--server-side", "-f", "-")
-        await installed.kubectl(*apply, input=json.dumps(hpa))
+        await installed.apply(hpa, "-n", user.namespace, "--server-side")
         await user.wait("web", lambda seen: seen.body["spec"]["vcpus"] == 4, "4 vCPUs declared", WAIT)
         await user.wait_ready("web")
         await vm.wait_online(4)
 
         target["averageValue"] = "3"
         hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] = 0
-        await installed.kubectl(*apply, input=json.dumps(hpa))
+        await installed.apply(hpa, "-n", user.namespace, "--server-side")
         await user.wait("web", lambda seen: seen.body["spec"]["vcpus"] == 1, "1 vCPU declared", WAIT)
         await user.wait_ready("web")
         await vm.wait_online(1)

@@ -1,4 +1,4 @@
-"""The image that buildah made of the Dockerfile, as it runs in the agent's pod."""
+"""The image that buildah built from the Dockerfile, in the agent's pod."""
 
 from __future__ import annotations
 
@@ -48,31 +48,31 @@ async def inside(installed: Cluster) -> Inside:
     return run
 
 
-async def test_the_program_says_its_version(inside: Inside) -> None:
+async def test_the_program_prints_its_version(inside: Inside) -> None:
     assert (await inside("vcpuset", "--version")).stdout == f"vcpuset, version {VERSION}\n"
 
 
-async def test_every_module_is_there(inside: Inside) -> None:
+async def test_every_module_can_be_imported(inside: Inside) -> None:
     found = await inside("python", "-W", "error", "-c", IMPORT_ALL)
     assert int(found.stdout) == len(list((REPOSITORY / "operator" / "vcpuset").rglob("*.py")))
 
 
-async def test_bytecode_of_all_that_is_loaded_is_in_the_image_that_of_the_standard_library_too(inside: Inside) -> None:
-    said = (await inside("python", "-v", "-c", IMPORT_ALL)).stderr
-    loaded = re.findall(r"^# code object from '?(.+?)'?$", said, re.MULTILINE)
-    assert len(loaded) > 100, "it is told where each module comes from: a source file that is compiled, or bytecode"
+async def test_every_module_is_loaded_from_bytecode_including_the_standard_library(inside: Inside) -> None:
+    log = (await inside("python", "-v", "-c", IMPORT_ALL)).stderr
+    loaded = re.findall(r"^# code object from '?(.+?)'?$", log, re.MULTILINE)
+    assert len(loaded) > 100, "python -v prints the file of each module: its source or its bytecode"
     assert not [path for path in loaded if Path(path).suffix != ".pyc"]
 
 
-async def test_it_holds_the_pinned_versions_and_nothing_that_only_tests_or_builds_need(inside: Inside) -> None:
+async def test_the_image_has_the_pinned_versions_and_nothing_that_only_tests_or_builds_need(inside: Inside) -> None:
     def plain(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned = {plain(name): version for name, version in pins.items()} | {"vcpuset": VERSION}
-    said = (await inside("python", "-c", DISTRIBUTIONS)).stdout
-    found = {plain(name): version for name, version in json.loads(said).items()}
+    installed = json.loads((await inside("python", "-c", DISTRIBUTIONS)).stdout)
+    found = {plain(name): version for name, version in installed.items()}
     assert found == {name: pinned.get(name) for name in found}
     assert not found.keys() & {"pip", "setuptools", "pytest", "mypy", "hypothesis"}
     assert {plain(re.split(r"[<>=]", each)[0]) for each in PROJECT["project"]["dependencies"]} <= found.keys()

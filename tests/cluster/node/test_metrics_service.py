@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 import pytest
@@ -14,7 +13,6 @@ from harness.kubelet import install
 from harness.metricsapi import API, REGISTRATION, available
 from harness.node import Cluster
 from harness.nodevm import NodeVM
-from harness.wait import until
 from harness.world import User
 
 __all__: list[str] = []
@@ -41,19 +39,10 @@ async def test_an_autoscaler_gets_the_busy_vcpus_of_a_machine_in_a_pod(installed
         await user.wait("web", lambda seen: seen.condition(AGENT).get("status") == "True", "the guest agent", WAIT)
         await user.wait_ready("web")
         hpa: dict[str, Any] = PAGE.manifest("HorizontalPodAutoscaler", "web")
-        await installed.kubectl("apply", "-n", user.namespace, "-f", "-", input=json.dumps(hpa))
+        await installed.apply(hpa, "-n", user.namespace)
         path = f"/apis/autoscaling/v2/namespaces/{user.namespace}/horizontalpodautoscalers/web"
-        last: dict[str, Any] = {}
-
-        async def is_measured() -> bool:
-            nonlocal last
-            last = (await plane.request("GET", path)).body["status"]
-            active = [each["status"] for each in last.get("conditions", ()) if each["type"] == "ScalingActive"]
-            return active == ["True"]
-
-        await until(is_measured, WAIT, lambda: f"the autoscaler to have its metric: {last}")
-        answer = await plane.request("GET", f"{API}/namespaces/{user.namespace}/vcpusets.vcpuset.dev/web/busy_vcpus")
-        assert answer.status == 200, answer.body
+        await plane.until_condition(path, "ScalingActive", "True")
+        await plane.ok("GET", f"{API}/namespaces/{user.namespace}/vcpusets.vcpuset.dev/web/busy_vcpus")
     finally:
         # While it is registered and gone, no namespace can be deleted.
         await plane.request("DELETE", REGISTRATION)

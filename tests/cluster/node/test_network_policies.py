@@ -1,4 +1,4 @@
-"""The NetworkPolicies as shipped, obeyed: what the documentation says is open is open, and the rest is refused."""
+"""The shipped NetworkPolicies, enforced: what the documentation says is open is open, and the rest is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import pytest_asyncio
 
-from harness.containerimages import VM
+from cluster.node.conftest import idle_pod, start_pod
 from harness.node import Cluster
 from harness.nodevm import NodeVM
 from harness.wait import until
@@ -23,17 +23,7 @@ WAIT = 60.0
 @pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
 async def prober(installed: Cluster, user: User) -> None:
     """A pod from which to connect."""
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "prober", "namespace": user.namespace},
-        "spec": {
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{"name": "prober", "image": VM, "command": ["sleep", "infinity"]}],
-        },
-    }
-    await installed.kubectl("apply", "-f", "-", input=json.dumps(pod))
-    await installed.kubectl("wait", "-n", user.namespace, "--for=condition=Ready", "--timeout=60s", "pod/prober")
+    await start_pod(installed, idle_pod(user.namespace, "prober"))
 
 
 async def fetches(cluster: Cluster, user: User, url: str) -> bool:
@@ -43,10 +33,9 @@ async def fetches(cluster: Cluster, user: User, url: str) -> bool:
 
 
 async def address(cluster: Cluster, namespace: str) -> str:
-    """The address of a pod of ours."""
-    path = f"/api/v1/namespaces/{namespace}/pods?labelSelector=app.kubernetes.io/part-of=vcpuset"
-    pods = (await cluster.control_plane.request("GET", path)).body["items"]
-    return str(next(each["status"]["podIP"] for each in pods if "deletionTimestamp" not in each["metadata"]))
+    """The address of one of the operator's pods."""
+    pods = await cluster.pods(namespace, "app.kubernetes.io/part-of=vcpuset")
+    return str(pods[0]["status"]["podIP"])
 
 
 @pytest.mark.parametrize("namespace", ["vcpuset-agent", "vcpuset-system"])
@@ -56,14 +45,10 @@ async def test_metrics_are_read_from_labelled_namespaces_only(installed: Cluster
     async def is_refused() -> bool:
         return not await fetches(installed, user, url)
 
-    # kube-router brings a policy into force some seconds after it was made.
+    # kube-router enforces a policy some seconds after its creation.
     await until(is_refused, WAIT, "the metrics to be refused", interval=0.5)
     await installed.kubectl("label", "namespace", user.namespace, "vcpuset.dev/metrics=allowed")
-
-    async def is_open() -> bool:
-        return await fetches(installed, user, url)
-
-    await until(is_open, WAIT, "the metrics to be readable", interval=0.5)
+    await until(lambda: fetches(installed, user, url), WAIT, "the metrics to be readable", interval=0.5)
     await installed.kubectl("label", "namespace", user.namespace, "vcpuset.dev/metrics-")
     await until(is_refused, WAIT, "the metrics to be refused", interval=0.5)
 
@@ -84,7 +69,7 @@ async def test_the_controller_reaches_monitors_in_the_allowed_network_and_says_w
     await installed.kubectl(
         "patch", *policy, "--type=json", "-p", json.dumps([{"op": "remove", "path": "/spec/egress/2"}])
     )
-    # kube-router lets connections go on that are open: a new one is needed.
+    # kube-router does not interrupt open connections.
     await installed.kubectl("rollout", "restart", "-n", "vcpuset-system", "deployment/vcpuset-controller")
     await installed.rolled_out("vcpuset-system", "deployment/vcpuset-controller")
     seen = await user.wait_reason("tcp", "MonitorUnreachable")

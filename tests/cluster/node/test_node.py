@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import pytest_asyncio
@@ -36,14 +36,8 @@ async def vm(installed: Cluster, user: User) -> NodeVM:
     return made
 
 
-async def agents(cluster: Cluster) -> list[dict[str, Any]]:
-    """The agent pods that are not being deleted."""
-    pods = (await cluster.control_plane.request("GET", "/api/v1/namespaces/vcpuset-agent/pods")).body["items"]
-    return [each for each in pods if "deletionTimestamp" not in each["metadata"]]
-
-
 async def agent_process() -> int:
-    """The process of the agent, once it runs. All of the node's are seen here."""
+    """The process of the agent, once it runs. The test sees the processes of the node."""
 
     def found() -> int | None:
         pids = [
@@ -53,9 +47,7 @@ async def agent_process() -> int:
         ]
         return pids[0] if len(pids) == 1 else None
 
-    pid = await until(found, WAIT, "the agent to run")
-    assert pid is not None
-    return pid
+    return await until(found, WAIT, "the agent to run")
 
 
 def _read(file: Path) -> bytes:
@@ -84,7 +76,7 @@ async def disturb_by_rollout(cluster: Cluster) -> None:
 
 async def disturb_by_deletion(cluster: Cluster) -> None:
     """Delete the pod without waiting for the kubelet."""
-    (pod,) = await agents(cluster)
+    (pod,) = await cluster.pods("vcpuset-agent")
     name = pod["metadata"]["name"]
     await cluster.kubectl("delete", "pod", "-n", "vcpuset-agent", name, "--force", "--grace-period=0")
 
@@ -95,7 +87,7 @@ async def disturb_by_sigkill(cluster: Cluster) -> None:
 
 
 async def disturb_by_memory(cluster: Cluster) -> None:
-    """Have the kernel kill it: its cgroup is filled by another process, and it is the one that is preferred."""
+    """Have the kernel kill it: another process fills its cgroup, and the agent has the highest OOM score."""
     pid = await agent_process()
     _prefer(pid)
     group = Path("/sys/fs/cgroup/memory") / _memory_cgroup(pid).lstrip("/")
@@ -171,12 +163,12 @@ async def test_a_drained_node_keeps_its_agent_and_a_machine_that_comes_back_gets
 ) -> None:
     await user.scale("web", 3)
     await user.wait_ready("web")
-    (before,) = await agents(installed)
+    (before,) = await installed.pods("vcpuset-agent")
     drain = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", "--disable-eviction", "--timeout=60s")
     await installed.kubectl("drain", "node-1", *drain, timeout=90)
     await installed.kubectl("taint", "node", "node-1", "maintenance=yes:NoExecute")
     await user.wait_reason("web", "MonitorUnreachable")
-    (after,) = await agents(installed)
+    (after,) = await installed.pods("vcpuset-agent")
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     await installed.kubectl("taint", "node", "node-1", "maintenance-")
     await installed.kubectl("uncordon", "node-1")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from harness.node import Cluster
@@ -21,7 +19,7 @@ PERIOD = 100_000
 
 
 def pod_of(vm: NodeVM) -> dict[str, object]:
-    """`spec.pod`: 100m for each vCPU and 50m besides."""
+    """`spec.pod`: 100m for each vCPU, and 50m of overhead."""
     return {
         "selector": {"matchLabels": {"vm": vm.name}},
         "container": "qemu",
@@ -30,33 +28,27 @@ def pod_of(vm: NodeVM) -> dict[str, object]:
     }
 
 
-async def quota(vm: NodeVM) -> int:
+async def quota(cluster: Cluster, vm: NodeVM) -> int:
     """The thousandths of a CPU that the kernel gives the container."""
-    uid = (await vm.pod())["metadata"]["uid"]
-    return max(_quotas(uid)) * 1000 // PERIOD
-
-
-def _quotas(uid: str) -> list[int]:
-    """Those of the containers of a pod."""
-    files = Path("/sys/fs/cgroup/cpu/node-1/kubepods").rglob("cpu.cfs_quota_us")
-    return [int(file.read_text()) for file in files if file.parent.parent.name == f"pod{uid}"]
+    files = cluster.nodes["node-1"].cgroup("cpu", await vm.pod()).glob("*/cpu.cfs_quota_us")
+    return max(int(file.read_text()) for file in files) * 1000 // PERIOD
 
 
 async def test_the_containers_limit_follows_the_count_and_nothing_is_restarted(installed: Cluster, user: User) -> None:
     vm = NodeVM(installed, user.namespace, "grows", "node-1")
     await vm.start(cpu="250m")
     await vm.wait_online(2)
-    assert await quota(vm) == 250
+    assert await quota(installed, vm) == 250
     before = (await vm.pod())["status"]["containerStatuses"][0]["containerID"]
     await user.create("grows", vcpus=4, monitor="grows/qmp.sock", nodeName="node-1", pod=pod_of(vm))
     await user.wait_ready("grows")
-    assert await quota(vm) == 450
+    assert await quota(installed, vm) == 450
     await vm.wait_online(4)
     await user.scale("grows", 1)
     await user.wait_ready("grows")
 
     async def is_lowered() -> bool:
-        return await quota(vm) == 150
+        return await quota(installed, vm) == 150
 
     await until(is_lowered, WAIT, "the limit to be lowered")
     status = (await vm.pod())["status"]["containerStatuses"][0]
@@ -76,7 +68,7 @@ async def test_a_size_for_which_the_node_has_no_room_is_deferred_until_it_has(in
     await vm.wait_online(12)
 
 
-async def test_a_quota_that_refuses_the_size_is_told_in_its_words(installed: Cluster, user: User) -> None:
+async def test_the_message_quotes_the_resource_quota_that_refuses_the_size(installed: Cluster, user: User) -> None:
     # The quota counts all machines of the namespace.
     await installed.kubectl("delete", "deployments", "-n", user.namespace, "--all", "--timeout=60s", timeout=70)
     vm = NodeVM(installed, user.namespace, "bound", "node-1")
@@ -86,8 +78,8 @@ async def test_a_quota_that_refuses_the_size_is_told_in_its_words(installed: Clu
 
     async def is_counted() -> bool:
         path = f"/api/v1/namespaces/{user.namespace}/resourcequotas/small"
-        status = (await installed.control_plane.request("GET", path)).body.get("status", {})
-        return bool(status.get("used", {}).get("limits.cpu") == "250m")
+        used = (await installed.control_plane.ok("GET", path)).get("status", {}).get("used", {})
+        return bool(used.get("limits.cpu") == "250m")
 
     await until(is_counted, WAIT, "the quota to be counted")
     await user.create("bound", vcpus=4, monitor="bound/qmp.sock", nodeName="node-1", pod=pod_of(vm))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -10,9 +9,8 @@ from typing import Any, Final
 import pytest
 import pytest_asyncio
 
-from cluster.node.conftest import temporary_namespace
-from harness.containerimages import VM
-from harness.node import Cluster
+from cluster.node.conftest import idle_pod, start_pod, temporary_namespace
+from harness.node import Cluster, processes
 from harness.nodevm import SOCKET_ROOT, NodeVM
 from harness.world import User
 
@@ -27,7 +25,7 @@ FILTERED: Final = "2"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def victim(installed: Cluster, user: User) -> NodeVM:
-    """The machine of somebody else, in `user`'s namespace, and its VCPUSet `web`, Ready with 2."""
+    """The machine of another tenant, in `user`'s namespace, and its VCPUSet `web`, Ready with 2."""
     made = NodeVM(installed, user.namespace, "web", "node-1")
     await made.start(cpu="500m")
     await user.create("web", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
@@ -44,33 +42,19 @@ async def tenant(installed: Cluster, victim: NodeVM) -> AsyncIterator[User]:
         for role in ("vcpuset-view", "vcpuset-edit"):
             account = f"--serviceaccount={own}:default"
             await installed.kubectl("create", "rolebinding", role, "-n", own, f"--clusterrole={role}", account)
-        await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, f"{SOCKET_ROOT}/{own}")))
-        await installed.kubectl("wait", "-n", own, "--for=condition=Ready", "--timeout=60s", "pod/shell")
+        await start_pod(installed, pod(own, f"{SOCKET_ROOT}/{own}"))
         found = User(installed.control_plane, own)
         await found.create("own", vcpus=2, monitor="web/qmp.sock", nodeName="node-1")
         yield found
 
 
 def pod(namespace: str, directory: str) -> dict[str, Any]:
-    """A pod with a directory of the node, in which root of the container does what it likes."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "shell", "namespace": namespace},
-        "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": "node-1"},
-            "terminationGracePeriodSeconds": 0,
-            "containers": [
-                {
-                    "name": "shell",
-                    "image": VM,
-                    "command": ["sleep", "infinity"],
-                    "volumeMounts": [{"name": "monitors", "mountPath": "/monitors"}],
-                }
-            ],
-            "volumes": [{"name": "monitors", "hostPath": {"path": directory, "type": "Directory"}}],
-        },
-    }
+    """A pod that runs as root and mounts a directory of the node."""
+    made = idle_pod(namespace, "shell")
+    made["spec"]["nodeSelector"] = {"kubernetes.io/hostname": "node-1"}
+    made["spec"]["volumes"] = [{"name": "monitors", "hostPath": {"path": directory, "type": "Directory"}}]
+    made["spec"]["containers"][0]["volumeMounts"] = [{"name": "monitors", "mountPath": "/monitors"}]
+    return made
 
 
 async def test_no_link_of_a_tenants_pod_leads_the_agent_to_another_machine(
@@ -108,7 +92,7 @@ async def test_no_link_of_a_tenants_pod_leads_the_agent_to_another_machine(
         pytest.param(["create", "token", "-n", "vcpuset-agent", "vcpuset-agent"], id="token of the agents"),
         pytest.param(["exec", "-n", "vcpuset-agent", "daemonset/vcpuset-agent", "--", "id"], id="shell of the agent"),
         pytest.param(["delete", "lease", "-n", "vcpuset-system", "vcpuset-controller"], id="lease"),
-        pytest.param(["scale", "vcpuset", "web", "--replicas=3", "-n", "{victim}"], id="set of somebody else"),
+        pytest.param(["scale", "vcpuset", "web", "--replicas=3", "-n", "{victim}"], id="set of another tenant"),
         pytest.param(
             ["patch", "vcpuset", "own", "--subresource=status", "--type=merge", "-p", '{"status":{"vcpus":9}}'],
             id="status of their own set",
@@ -135,22 +119,20 @@ async def test_pod_security_keeps_a_baseline_tenant_from_the_directories_of_the_
 ) -> None:
     async with temporary_namespace(installed, "baseline") as own:
         await installed.kubectl("label", "namespace", own, "pod-security.kubernetes.io/enforce=baseline")
-        refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(pod(own, SOCKET_ROOT)), check=False)
+        refused = await installed.apply(pod(own, SOCKET_ROOT), check=False)
     assert 'violates PodSecurity "baseline:latest": hostPath volumes' in refused.stderr
 
 
 @pytest.mark.parametrize("namespace", ["vcpuset-agent", "vcpuset-system"])
-async def test_what_pod_security_asks_of_the_operators_pods_is_true_of_their_processes(
+async def test_the_operators_processes_have_no_capability_gain_no_privilege_and_have_a_seccomp_filter(
     installed: Cluster, namespace: str
 ) -> None:
-    path = f"/api/v1/namespaces/{namespace}/pods?labelSelector=app.kubernetes.io/part-of=vcpuset"
-    pods = (await installed.control_plane.request("GET", path)).body["items"]
-    uids = [each["metadata"]["uid"] for each in pods if "deletionTimestamp" not in each["metadata"]]
-    assert uids
-    for uid in uids:
-        (status,) = (
-            _status(process) for process in _processes(uid) if b"vcpuset" in (process / "cmdline").read_bytes()
-        )
+    pods = await installed.pods(namespace, "app.kubernetes.io/part-of=vcpuset")
+    assert pods
+    for each in pods:
+        pids = processes(installed.nodes["node-1"].cgroup("pids", each))
+        found = [Path(f"/proc/{pid}") for pid in pids]
+        (status,) = (_status(one) for one in found if b"vcpuset" in (one / "cmdline").read_bytes())
         assert set(status["Uid"].split()) == {"65532"}
         assert {status[each] for each in ("CapInh", "CapPrm", "CapEff", "CapBnd")} == {NO_CAPABILITIES}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", FILTERED)
@@ -160,7 +142,7 @@ async def test_a_privileged_pod_is_refused_in_the_operators_namespaces(installed
     for namespace, words in (("vcpuset-system", 'PodSecurity "restricted'), ("vcpuset-agent", "vcpuset-agent-pods")):
         body = pod(namespace, "/")
         body["spec"]["containers"][0]["securityContext"] = {"privileged": True}
-        refused = await installed.kubectl("apply", "-f", "-", input=json.dumps(body), check=False)
+        refused = await installed.apply(body, check=False)
         assert refused.returncode != 0
         assert words in refused.stderr
 
@@ -169,23 +151,16 @@ async def test_a_machine_in_a_restricted_namespace_is_reached_over_tcp(installed
     async with temporary_namespace(installed, "restricted") as own:
         await installed.kubectl("label", "namespace", own, "pod-security.kubernetes.io/enforce=restricted")
         vm = NodeVM(installed, own, "web", "node-1")
-        manifest = vm.manifest(cpu="500m", memory=192, smp="2,maxcpus=64", monitor="tcp:0.0.0.0:4444")
+        manifest = vm.manifest("500m", "tcp:0.0.0.0:4444")
         spec = manifest["spec"]["template"]["spec"]
         del spec["volumes"], spec["containers"][0]["volumeMounts"]
         spec["securityContext"] |= {"runAsUser": 1000, "runAsGroup": 1000, "runAsNonRoot": True}
-        await installed.kubectl("apply", "-f", "-", input=json.dumps(manifest))
+        await installed.apply(manifest)
         await vm.wait_online(2)
         user = User(installed.control_plane, own)
         await user.create("web", vcpus=3, monitor=((await vm.pod())["status"]["podIP"], 4444))
         await user.wait_ready("web")
         await vm.wait_online(3)
-
-
-def _processes(uid: str) -> list[Path]:
-    """Those of a pod. All of the node's are seen here."""
-    files = Path("/sys/fs/cgroup/pids/node-1/kubepods").rglob("cgroup.procs")
-    pids = [pid for file in files if f"pod{uid}" in file.parts for pid in file.read_text().split()]
-    return [Path("/proc") / pid for pid in pids]
 
 
 def _status(process: Path) -> dict[str, str]:

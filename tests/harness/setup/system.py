@@ -1,7 +1,7 @@
 """What must be installed on the machine itself, and installing it where that can be done unasked.
 
 On Debian 12, as root or with sudo, the missing packages are installed. Anywhere else, and for users without sudo, the
-command lines are printed for whoever may run them, and set-up ends with status 2.
+command lines are printed, to be run as root, and set-up ends with status 2.
 """
 
 import os
@@ -53,7 +53,7 @@ UNATTENDED: Final = (
     "apt-get() { DEBIAN_FRONTEND=noninteractive command apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "
     '-o Acquire::http::Timeout=60 -o Acquire::https::Timeout=60 "$@"; }; '
 )
-"""Goes before a line that is run here: nobody answers questions, and a lock or a mirror may be busy for a while."""
+"""Goes before a line that is run here: apt must not ask questions, and a lock or a mirror may be busy for a while."""
 
 INSTALL_SECONDS: Final = 1800
 UPDATE_TRIES: Final = 5
@@ -194,10 +194,10 @@ CLUSTER_REQUIREMENTS: Final = (
         "libvirt-client-qemu",
         _has_program("virt-qemu-qmp-proxy"),
     ),
-    Requirement("Chromium, to look at the status page", "chromium", "chromium", _has_program("chromium")),
+    Requirement("Chromium, to test the status page", "chromium", "chromium", _has_program("chromium")),
     Requirement("mmdebstrap, to make base images", "mmdebstrap", "mmdebstrap", _has_program("mmdebstrap")),
 )
-"""What `make test-cluster` needs besides."""
+"""What `make test-cluster` needs in addition."""
 
 
 def missing(requirements: Sequence[Requirement] = REQUIREMENTS) -> list[Requirement]:
@@ -209,7 +209,7 @@ def install_missing(requirements: Sequence[Requirement] = REQUIREMENTS) -> None:
     """Install what is missing.
 
     Raises:
-        NotPossible: this is not Debian 12, or nobody here may install; the message has the lines to run.
+        NotPossible: this is not Debian 12, or there is no sudo; the message has the lines to run.
         SetupFailed: an installation failed, or did not bring what was missing.
     """
     if not sys.platform.startswith("linux"):

@@ -11,10 +11,11 @@ from typing import Final
 from harness.cache import REPOSITORY, digest
 from harness.setup.console import probe, run_visibly, say
 
-__all__ = ["VENV", "VENV_PYTHON", "ensure_venv"]
+__all__ = ["PIP", "VENV", "VENV_PYTHON", "ensure_venv"]
 
 VENV: Final = REPOSITORY / ".venv"
 VENV_PYTHON: Final = VENV / "bin" / "python"
+PIP: Final[tuple[str | Path, ...]] = (VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input")
 STAMP: Final = VENV / ".set-up"
 """Written last; holds `_wanted()` of the environment that was made."""
 
@@ -38,10 +39,9 @@ def ensure_venv() -> None:
         # Not sys.executable: that may be the very environment which is being replaced, if it is active.
         base: str = getattr(sys, "_base_executable", sys.executable)
         run_visibly([base, "-m", "venv", "--clear", VENV], seconds=300)
-    pip: list[str | Path] = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     constraints = REPOSITORY / "constraints.txt"
     run_visibly(
-        [*pip, "install", "--constraint", constraints, "--editable", f"{REPOSITORY}[dev]"], seconds=INSTALL_SECONDS
+        [*PIP, "install", "--constraint", constraints, "--editable", f"{REPOSITORY}[dev]"], seconds=INSTALL_SECONDS
     )
     STAMP.write_text(wanted)
 

@@ -66,7 +66,7 @@ class Apt:
 
     def _follow(self, release: str) -> None:
         sources, installed = targets(), platform.freedesktop_os_release().get("VERSION_CODENAME", "")
-        base = own_source(sources, release) or own_source(sources, installed)
+        base = own_source(sources, release, installed)
         if base is None or installed == release:
             return
         parts, nothing = self._folder / "sources", self._folder / "nothing"
