@@ -59,7 +59,7 @@ async def test_busy_vcpus_are_told_and_what_nobody_measured_is_not_found(
 
         await until(measured, WAIT, "two samples")
         assert (answer["busyVCPUs"], answer["vcpus"], answer["source"]) == (1, 2, "KVM")
-        assert answer["windowSeconds"] >= 1
+        assert answer["windowSeconds"] >= 5
         assert answer["time"].endswith("Z")
 
         shown = Shown(operator, user, "kvm")

@@ -17,12 +17,13 @@ from harness.faultyagent import FaultyAgent, Returns
 from harness.guest import Guest
 from harness.qmp import execute
 from harness.wait import until
+from vcpuset.domain import busy
 from vcpuset.domain.busy import SHORTEST_SECONDS, Source
 from vcpuset.domain.machine import Machine
 from vcpuset.domain.resource import UID, GuestAgent, Spec, UnixMonitor, VCPUSet
 from vcpuset.qmp import replies
 from vcpuset.qmp.guests import Guests
-from vcpuset.qmp.meters import FRESH_SECONDS, OLDEST_SECONDS, Meters
+from vcpuset.qmp.meters import OLDEST_SECONDS, Meters
 from vcpuset.qmp.monitors import Monitors
 
 VM = UID("vm")
@@ -62,7 +63,8 @@ class World:
 
 
 @pytest.fixture
-async def world(namespace_folder: Path) -> AsyncIterator[World]:
+async def world(namespace_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    monkeypatch.setattr(busy, "SHORTEST_SECONDS", 1.0)
     world = World(namespace_folder)
     yield world
     await world.guests.close()
@@ -207,7 +209,7 @@ async def test_a_real_machine_with_kvm_has_kvms_counters(world: World, namespace
         await world.observe()
         assert world.meters.has_source(VM)
         await execute(guest.control, "cont")
-        await asyncio.sleep(SHORTEST_SECONDS + 0.1)
+        await asyncio.sleep(1.1)
         await world.observe()
         found = world.meters.last(VM)
         assert found is not None
@@ -238,9 +240,9 @@ class TestAsking:
     async def test_a_fresh_value_is_given_at_once(self) -> None:
         meters, observed = self.meters()
         self.sample(meters, 0)
-        await asyncio.sleep(2)
-        self.sample(meters, 1)
-        await asyncio.sleep(FRESH_SECONDS - 1)
+        await asyncio.sleep(8)
+        self.sample(meters, 4)
+        await asyncio.sleep(SHORTEST_SECONDS - 1)
         found = await meters.ask(VM)
         assert found is not None
         assert found.busy == pytest.approx(0.5)
@@ -249,7 +251,7 @@ class TestAsking:
     async def test_an_older_one_is_preceded_by_a_sample_which_all_who_ask_meanwhile_share(self) -> None:
         meters, observed = self.meters(halted=4)
         self.sample(meters, 0)
-        await asyncio.sleep(FRESH_SECONDS + 2.9)
+        await asyncio.sleep(SHORTEST_SECONDS + 2.9)
         values = await asyncio.gather(*(meters.ask(VM) for _ in range(5)))
         assert {value and round(value.seconds, 3) for value in values} == {8.0}
         assert {value and round(value.busy, 3) for value in values} == {0.5}
@@ -258,14 +260,14 @@ class TestAsking:
     async def test_without_a_new_sample_the_last_value_counts_for_a_minute(self) -> None:
         meters, _ = self.meters()
         self.sample(meters, 0)
-        await asyncio.sleep(2)
+        await asyncio.sleep(8)
         self.sample(meters, 0)
         await asyncio.sleep(OLDEST_SECONDS - 3)
         assert await meters.ask(VM) is not None
         await asyncio.sleep(4)
         assert await meters.ask(VM) is None
         total, now = meters.all()[VM]
-        assert total == pytest.approx(2)
+        assert total == pytest.approx(8)
         assert now is None
 
     async def test_a_machine_without_a_source_is_not_observed_because_somebody_asks(self) -> None:

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 __all__ = ["SHORTEST_SECONDS", "Activity", "Busy", "Halts", "Meter", "Sample", "Source", "Used"]
 
-SHORTEST_SECONDS = 1.0
-"""The shortest time between two samples that are compared. KVM counts a halt when it ends, the agent whole ticks."""
+SHORTEST_SECONDS = 5.0
+"""The shortest time between two samples that are compared. A plug or unplug keeps a guest busy for about a second: that
+alone must not make an autoscaler change the count."""
 
 
 class Source(enum.Enum):

@@ -13,14 +13,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from vcpuset.domain.busy import Activity, Busy, Halts, Meter, Sample, Source, Used
+from vcpuset.domain.busy import SHORTEST_SECONDS, Activity, Busy, Halts, Meter, Sample, Source, Used
 from vcpuset.domain.machine import Machine
 from vcpuset.domain.resource import UID
 
-__all__ = ["ASK_SECONDS", "FRESH_SECONDS", "OLDEST_SECONDS", "Meters"]
-
-FRESH_SECONDS = 5.0
-"""A younger sample is not taken again on request."""
+__all__ = ["ASK_SECONDS", "OLDEST_SECONDS", "Meters"]
 
 ASK_SECONDS = 2.0
 """How long a request waits for a new sample. KEDA waits 3 s for the answer."""
@@ -124,7 +121,7 @@ class Meters:
         sampled = known.meter.sampled
         if not self.has_source(uid):
             return None
-        if sampled is None or self._age(sampled) > FRESH_SECONDS:
+        if sampled is None or self._age(sampled) >= SHORTEST_SECONDS:
             known.asked = known.asked or asyncio.Event()
             self._observe(uid)
             # Without a new sample the last value counts, for as long as it is not too old.

@@ -21,6 +21,7 @@ from unit.domain.builders import a_machine, a_request
 from vcpuset.app.page import feed
 from vcpuset.app.page import pages as page_module
 from vcpuset.app.page.pages import AT_ONCE, ROWS
+from vcpuset.domain import busy
 from vcpuset.domain.busy import Used
 from vcpuset.domain.machine import Answer
 from vcpuset.domain.reasons import State
@@ -117,7 +118,10 @@ async def reader(pages: Pages) -> AsyncIterator[Reader]:
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 
-async def test_each_set_is_a_row_with_its_counts_state_and_reason(pages: Pages, reader: Reader) -> None:
+async def test_each_set_is_a_row_with_its_counts_state_and_reason(
+    pages: Pages, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(busy, "SHORTEST_SECONDS", 1.0)
     vcpuset = pages.put("web", 6, 4, State.RECONCILING, "Plugging", online=3)
     loop, machine = asyncio.get_running_loop(), a_machine(boot=range(4))
     pages.meters.from_agent(vcpuset.uid, machine, {0: Used(10.0), 1: Used(10.0)})

@@ -62,13 +62,13 @@ def test_a_vcpu_is_busy_while_kvm_does_not_keep_it_halted(before: Halts, after: 
 def test_busy_vcpus_are_added_and_the_value_says_what_it_is_about() -> None:
     meter = metered(
         halts(*[Halts(0, 0, halted_now=False)] * 3, at=2),
-        halts(Halts(9, 0, halted_now=False), Halts(9, 2, halted_now=False), Halts(0, 0, halted_now=False), at=6),
+        halts(Halts(9, 0, halted_now=False), Halts(9, 4, halted_now=False), Halts(0, 0, halted_now=False), at=10),
     )
     assert meter.last is not None
     assert busy(meter) == pytest.approx(2.5)
-    assert (meter.last.vcpus, meter.last.seconds) == (3, 4)
-    assert (meter.last.source, meter.last.at) == (Source.KVM, 6)
-    assert meter.last.time == START + timedelta(seconds=6)
+    assert (meter.last.vcpus, meter.last.seconds) == (3, 8)
+    assert (meter.last.source, meter.last.at) == (Source.KVM, 10)
+    assert meter.last.time == START + timedelta(seconds=10)
 
 
 def test_only_cpus_that_are_in_both_samples_count() -> None:
@@ -103,12 +103,12 @@ def test_the_total_only_grows_whatever_the_counters_say() -> None:
     meter = Meter()
     before = 0.0
     for at, sample in enumerate([Halts(9, 50, halted_now=True), Halts(9, 0, halted_now=False)] * 5):
-        meter.add(halts(sample, at=at * 2))
+        meter.add(halts(sample, at=at * 10))
         assert meter.total >= before
         before = meter.total
 
 
-def test_samples_that_follow_at_once_are_ignored() -> None:
+def test_a_sample_that_comes_soon_after_another_is_ignored() -> None:
     running = Halts(5, 0, halted_now=False)
     meter = metered(halts(running, at=0), halts(running, at=SHORTEST_SECONDS / 2))
     assert (meter.last, meter.sampled) == (None, 0)
