@@ -125,7 +125,8 @@ class Outcome:
     """What one way did with so many sets in one turn.
 
     observed         sets whose status was written within the time
-    startup_seconds  until then; `startup_cpu` is the CPU time of the process until then
+    startup_seconds  until then; `startup_cpu` is the CPU time of the process until then, and `startup_all` that of all
+                     processes of the host: also the API server, etcd and the machines
     quiet_seconds    until the last write that start-up has caused
     megabytes        resident memory while idle; `peak` is the highest until the end
     restart_seconds  from the start of the next process until it is connected to every monitor; its CPU time and memory
@@ -139,6 +140,7 @@ class Outcome:
     observed: int = 0
     startup_seconds: float = math.nan
     startup_cpu: float = math.nan
+    startup_all: float = math.nan
     quiet_seconds: float = math.nan
     bursts: list[Burst] = field(default_factory=list)
     idle: Idle | None = None
@@ -154,6 +156,12 @@ def cpu_seconds(pid: int) -> float:
     """CPU time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def all_cpu_seconds() -> float:
+    """CPU time that all processes of the host have used since it was booted."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(pid: int, line: str) -> float:
@@ -189,7 +197,7 @@ class Run:
     async def startup(self, begun: float) -> None:
         """Wait until every set has a status, and until nothing has been written for a while after that."""
         written: dict[str, float] = {}
-        last = begun
+        last, used = begun, all_cpu_seconds()
 
         def observed() -> bool:
             nonlocal last
@@ -204,7 +212,7 @@ class Run:
         outcome = self._outcome
         done = await self._until(observed)
         outcome.observed = len(written)
-        outcome.startup_cpu = cpu_seconds(self._serving.pid)
+        outcome.startup_cpu, outcome.startup_all = cpu_seconds(self._serving.pid), all_cpu_seconds() - used
         if done:
             outcome.startup_seconds = max(written.values(), default=begun) - begun
             self._say(f"start-up: all observed after {outcome.startup_seconds:.1f} s")

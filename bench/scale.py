@@ -8,7 +8,7 @@ ways to serve them take turns, twice, each time with an API server of its own:
     textbook            what a kopf tutorial makes of it: `bench/textbook.py`
 
     start-up  from the start of the process until the status of every set has been written; "quiet" is when the last
-              write that this caused was made
+              write that this caused was made. Its CPU time for each set, and that of all processes of the host
     idle      in the first turn: nothing changes for as long as a resync takes. 5,000 sets are observed every 300 s;
               fewer sets are observed more often, so that the observations per second, and thus the load, are the same
               for any number of sets. What can grow is what an observation costs
@@ -124,7 +124,7 @@ def standing(rows: Iterable[Row]) -> str:
                 f"{first.sets}",
                 first.way,
                 startups if first.observed == first.sets else f"{first.observed} observed, then stopped",
-                f"{first.startup_cpu / first.sets * 1000:.1f} ms",
+                f"{first.startup_cpu / first.sets * 1000:.1f} ms of {first.startup_all / first.sets * 1000:.1f} ms",
                 told(first.quiet_seconds, "{:.0f} s"),
                 f"{first.resync_seconds} s",
                 f"{idle.cpu_percent:.1f} % ({idle.busiest_percent:.1f})" if idle else "-",
@@ -135,8 +135,9 @@ def standing(rows: Iterable[Row]) -> str:
                 told(first.restart_seconds, f"{{:.1f}} s ({first.restart_cpu:.1f}), {first.restart_megabytes:.0f} MB"),
             ]
         )
-    head = ["sets", "operator", "start-up", "CPU per set", "quiet", "resync", "idle CPU (busiest 20 s)", "observations"]
-    head += ["CPU each", "writes", "RSS (peak)", "restart: all connected (CPU), RSS"]
+    head = ["sets", "operator", "start-up", "CPU per set, of all processes'", "quiet", "resync"]
+    head += ["idle CPU (busiest 20 s)", "observations", "CPU each", "writes", "RSS (peak)"]
+    head += ["restart: all connected (CPU), RSS"]
     return markdown(head, table)
 
 
