@@ -194,7 +194,8 @@ async def test_one_sets_page_follows_its_slots_and_transitions(shown: Shown) -> 
     assert await shown.tab.value("document.querySelectorAll('.map use[href=\"#plugged\"]').length") == 1
 
     shown.pages.cache.drop(UID("uid-default-web"))
-    await shown.wait("document.querySelector('h1')?.textContent === 'Not managed'", "the set to be gone")
+    is_gone = "document.querySelector('h1')?.textContent === 'Not managed' && document.readyState === 'complete'"
+    await shown.wait(is_gone, "the set to be gone, and the script of that page to have run")
     shown.pages.put("web")
     await shown.tab.value("void reload()")
     await shown.wait("document.querySelector('h1')?.textContent === 'web'", "the set to be back")
