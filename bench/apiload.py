@@ -164,7 +164,7 @@ class Connection:
 
 
 class Load:
-    """Somebody who makes and changes many sets of one namespace as fast as the API server takes them."""
+    """A client that makes and changes many sets of one namespace as fast as the API server takes them."""
 
     def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
         self._control_plane = control_plane

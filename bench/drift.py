@@ -1,11 +1,11 @@
-"""How long a machine that somebody else has changed stays wrong: three ways to keep it at its count, within one run.
+"""How long a machine that another client has changed stays wrong: three ways to keep it at its count, within one run.
 
     operator            with default settings: it stays connected, and hears of events and new sockets
     operator, OnDemand  with `spec.monitor.connection: OnDemand`: it looks every 60 s ± 10 %, and hears of new sockets
     15 s poll           a controller that connects every 15 s, as NeonVM's does, and repairs all at once
 
-    unplugged           somebody takes a CPU away: from the moment in which it is gone
-    plugged             somebody plugs a CPU: from the moment in which QEMU has it (a guest takes time to give it back)
+    unplugged           another client unplugs a CPU: from the moment in which it is gone
+    plugged             another client plugs a CPU: from the moment QEMU has it (a guest needs time to release it)
     restarted           QEMU is killed and started again, with fewer CPUs: from the moment in which its socket is made
 
 Each time ends when `query-cpus-fast`, read through a monitor of its own, shows the declared count again. Linux guests
@@ -59,7 +59,7 @@ class Way:
 
     interval_seconds  events come at a random moment of it
     machines          how many share the rounds
-    spec              what the VCPUSets declare beside this; None: there are none, somebody else keeps the machines
+    spec              what the VCPUSets declare beside this; None: there are none, another client keeps the machines
     """
 
     name: str
@@ -97,7 +97,7 @@ async def until_seen(observer: Raw, holds: Callable[[set[int]], bool]) -> float:
 
 
 async def unplugged(observer: Raw) -> float:
-    """Somebody takes a CPU away; seconds until there is another."""
+    """Another client unplugs a CPU; seconds until there is another."""
     cpus = await observer.call("query-cpus-fast")
     theirs = cpus[-1]["thread-id"]
     await observer.call("device_del", {"id": cpus[-1]["qom-path"]})
@@ -106,8 +106,8 @@ async def unplugged(observer: Raw) -> float:
 
 
 async def plugged(observer: Raw) -> float:
-    """Somebody plugs a CPU; seconds until there is one less."""
-    await observer.device_add(FOREIGN_SLOT, f"somebody-elses-{random.getrandbits(32):08x}")
+    """Another client plugs a CPU; seconds until there is one less."""
+    await observer.device_add(FOREIGN_SLOT, f"foreign-{random.getrandbits(32):08x}")
     plugged_at = time.time()
     return await until_seen(observer, lambda seen: len(seen) == DECLARED) - plugged_at
 
@@ -170,7 +170,7 @@ class Run:
         self.polling: list[asyncio.Task[None]] = []
 
     async def changes(self, way: Way, number: int, rounds: Iterator[int]) -> Callable[[], Awaitable[None]]:
-        """Make a machine with a guest; what is returned lets somebody change it as long as there are rounds."""
+        """Make a machine with a guest; what is returned lets a client change it as long as there are rounds."""
         monitor = self._folder / f"changed-{WAYS.index(way)}-{number}.sock"
         smp = f"{BOOTED},maxcpus={MAXCPUS}"
         guest = await self._stack.enter_async_context(saved_guest(smp=smp, monitor_paths=[monitor]))
@@ -191,7 +191,7 @@ class Run:
             await guest.wait_online(DECLARED)
             for number in rounds:
                 if way.spec is not None:
-                    # A new generation: or so many changes by somebody else would be reported as contested.
+                    # A new generation: or so many changes by another client would be reported as contested.
                     await self._user.change(monitor.stem, unplug={"retrySeconds": 301 + number})
                 await at_a_random_moment(way, unplug)
                 await at_a_random_moment(way, plug)

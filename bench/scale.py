@@ -16,7 +16,7 @@ ways to serve them take turns, twice, each time with an API server of its own:
     changes   so many sets are changed at once: every second one up, 2 to 6 vCPUs, the others down, 6 to 2, which takes
               a guest 0.03 to 0.3 s a CPU. All patches are sent at one moment; each time counts from that one to the
               moment in which the machine has the count, by the simulator. "From acceptance" it counts from when the
-              API server has answered the patch, by its audit log: this favours whoever keeps the API server busy, so
+              API server has answered the patch, by its audit log: this favours a way that keeps the API server busy, so
               that it accepts the patches slowly
     no counters
               the operator again, while idle, with machines that do not tell how busy their vCPUs are: the difference is

@@ -1,7 +1,7 @@
 """What the watches of node agents cost one API server: 1, 10, 100 and 1,000 of them.
 
 Each agent has a connection of its own and a watch on the sets of its node (`fieldSelector=spec.nodeName=…`), as
-`vcpuset run --node-name` has; it is simulated, and does nothing with what it is told. Somebody else writes the status
+`vcpuset run --node-name` has; it is simulated, and does nothing with what it is told. Another client writes the status
 of all sets and then changes their spec. Each write is told to the one agent whose set it is; the API server compares it
 with the selectors of all.
 

@@ -226,7 +226,7 @@ async def test_events_are_posted_when_an_api_server_that_did_not_answer_is_back(
     assert recorder.dropped == 0
 
 
-async def test_a_series_whose_event_has_expired_begins_anew(
+async def test_a_series_whose_event_has_expired_begins_again(
     cluster: Cluster, sets: User, vcpuset: VCPUSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(cluster)

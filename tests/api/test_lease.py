@@ -192,7 +192,7 @@ async def test_a_holder_whose_host_has_another_time_is_waited_for_all_the_same(
     clock.ahead = 200
     standby.heard.clear()
     await standby.waits()
-    # A new sign of life, and the time begins anew.
+    # A new sign of life, and the time begins again.
     await lease.change(spec={"renewTime": (moment(theirs) + timedelta(seconds=2)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")})
     for _ in range(2):  # The first try may have begun before.
         standby.heard.clear()

@@ -632,7 +632,7 @@ async def test_replicas_share_a_certificate_and_renew_it_without_a_moment_in_whi
 
 
 @pytest.mark.parametrize("damaged", ["tls.crt", "tls.key", "ca.crt"])
-async def test_a_damaged_secret_is_made_anew(world: World, damaged: str) -> None:
+async def test_a_damaged_secret_is_made_again(world: World, damaged: str) -> None:
     service = f"damaged-{damaged.replace('.', '-')}"
     async with (
         registered(world.control_plane, service, service) as path,
@@ -688,7 +688,7 @@ async def test_the_account_may_change_nothing_of_its_registration_but_the_bundle
     await until(denied, WAIT, "the change to be denied")
 
 
-async def test_a_certificate_from_files_is_served_anew_when_they_change_and_nothing_is_written(
+async def test_a_certificate_from_files_is_served_again_when_they_change_and_nothing_is_written(
     world: World, tmp_path: Path
 ) -> None:
     certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"

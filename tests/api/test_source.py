@@ -330,7 +330,7 @@ async def test_a_cancelled_watch_leaves_no_task_and_no_connection(sets: User) ->
     await until(lambda: asyncio.all_tasks() <= before, WAIT, "kopf's tasks to end")
 
 
-async def test_credentials_that_are_refused_are_read_anew_until_they_are_accepted(
+async def test_credentials_that_are_refused_are_read_again_until_they_are_accepted(
     sets: User, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await sets.create("web")

@@ -198,7 +198,7 @@ async def test_a_list_is_narrowed_by_the_server_and_comes_in_pages(
     await User(sets.control_plane, other).delete("other")
 
 
-async def test_credentials_that_are_refused_are_read_anew_once(
+async def test_credentials_that_are_refused_are_read_again_once(
     control_plane: ControlPlane, sets: User, tmp_path: Path
 ) -> None:
     await sets.create("web")

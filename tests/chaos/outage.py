@@ -108,7 +108,7 @@ class Outage:
     async def failed(self, times: int) -> None:
         """Wait until the watch, its list or its end was told of in the log so many times."""
         await until(
-            lambda: max(len(self.pauses()), self._begun_anew()) >= times,
+            lambda: max(len(self.pauses()), self._begun_again()) >= times,
             WAIT,
             lambda: f"{times} failed attempts to watch; {self.operator.tail()}",
         )
@@ -118,7 +118,7 @@ class Outage:
         line = r" vcpuset\.kube\.transport: (?:watch|GET) \S+/vcpusets: .*; (?:retrying|resuming) in ([0-9.]+) s"
         return [float(found) for found in re.findall(line, self.operator.text())]
 
-    def _begun_anew(self) -> int:
+    def _begun_again(self) -> int:
         """How often the log says that all of the watch was restarted.
 
         The pause before that can be so long that the request after it does not know of an end that came too soon.
@@ -140,7 +140,7 @@ class Outage:
             assert any(gap >= pause - 0.1 for gap in gaps), (pauses, gaps)
         # What was not paused for: the list and the watch at the beginning, and one watch after each good list.
         good = [each for each in asked if each.list and each.code == 200]
-        assert len(asked) <= max(len(pauses), self._begun_anew()) + len(good) + 2, (pauses, asked)
+        assert len(asked) <= max(len(pauses), self._begun_again()) + len(good) + 2, (pauses, asked)
 
     def check_lists(self) -> None:
         """Check that no two lists, of whomever, were asked for at once."""
@@ -160,7 +160,7 @@ class Outage:
                 if each.verb == "PATCH" and each.path.endswith(f"/{name}/status") and each.code != 200
             ]
             if any(each.code == 401 for each in self.proxy.requests):
-                failed = failed[::2]  # each is tried once more, with credentials read anew
+                failed = failed[::2]  # each is tried once more, with credentials read again
             # Three for what else wakes a set: its machine, its spec.
             steps = len(failed) - 4
             if steps > 0:

@@ -61,7 +61,7 @@ async def test_a_way_on_which_nothing_comes_through_for_a_while_loses_nothing(
         scene.check_lists()
 
 
-async def test_a_watch_that_falls_silent_is_given_up_and_begun_anew(
+async def test_a_watch_that_falls_silent_is_given_up_and_begun_again(
     control_plane: ControlPlane, user: User, folder: Path, tmp_path: Path
 ) -> None:
     """Everything else goes well, so nothing but the silence tells."""
@@ -132,7 +132,7 @@ async def test_old_news_and_news_that_comes_twice_change_nothing(
 async def test_a_deletion_that_the_watch_has_missed_is_found_by_a_sweep_and_the_next_set_has_the_monitor(
     control_plane: ControlPlane, user: User, folder: Path, tmp_path: Path, sweep: str
 ) -> None:
-    """By the one that comes from time to time, or by the one after a watch that had to begin anew with a list."""
+    """By the one that comes from time to time, or by the one after a watch that had to begin again with a list."""
     swallow = Swallow("DELETED", "keeps")
     async with outage(control_plane, user, folder, tmp_path, sweep) as scene:
         with scene.proxy.fault(swallow, watches):
@@ -166,7 +166,7 @@ async def test_lists_of_several_namespaces_and_sweeps_are_made_one_after_the_oth
         def ended() -> list[Asked]:
             return [each for each in scene.proxy.requests if each.list and each.ended is not None]
 
-        # All four watches have to begin anew, while sweeps go on.
+        # All four watches have to begin again, while sweeps go on.
         with scene.proxy.fault(Slow(0.1), lambda asked: asked.list), scene.proxy.fault(ErrorEvent(), watches):
             scene.proxy.cut(watches)
             await until(lambda: len(scene.lists()) >= before + 8, WAIT, "new lists")

@@ -109,7 +109,7 @@ async def test_an_operator_without_rights_says_what_helps_and_works_as_soon_as_i
             await operator.close()
 
 
-async def test_a_token_that_is_replaced_in_its_file_and_then_revoked_is_read_anew(
+async def test_a_token_that_is_replaced_in_its_file_and_then_revoked_is_read_again(
     control_plane: ControlPlane, user: User, folder: Path, tmp_path: Path
 ) -> None:
     """A token is bound to an object, and the API server accepts it for as long as that object is there."""

@@ -18,7 +18,7 @@ def watches(asked: Asked) -> bool:
     return asked.watch
 
 
-async def test_a_watch_from_a_version_that_etcd_has_forgotten_begins_anew_with_a_list_and_nothing_is_lost(
+async def test_a_watch_from_a_version_that_etcd_has_forgotten_begins_again_with_a_list_and_nothing_is_lost(
     socket_root: Path, tmp_path: Path
 ) -> None:
     async with ControlPlane(compaction_seconds=4) as control_plane:

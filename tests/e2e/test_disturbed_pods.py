@@ -1,4 +1,4 @@
-"""What a cluster does to the operators' pods: it starts anew one that hangs, and drains nodes one after the other."""
+"""What a cluster does to the operators' pods: it restarts one that hangs, and drains nodes one after the other."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ async def installed() -> AsyncIterator[tuple[ControlPlane, Nodes]]:
         yield control_plane, nodes
 
 
-async def test_an_agent_that_stands_still_is_started_anew_by_its_probe(installed: tuple[ControlPlane, Nodes]) -> None:
+async def test_an_agent_that_stands_still_is_restarted_by_its_probe(installed: tuple[ControlPlane, Nodes]) -> None:
     _, nodes = installed
     hanging, other = (nodes.pod("vcpuset-agent", node) for node in ("node-a", "node-b"))
     pid = hanging.pid
     os.kill(pid, signal.SIGSTOP)
-    await until(lambda: hanging.restarts == 1 and hanging.pid != pid, WAIT, "the process to be started anew")
+    await until(lambda: hanging.restarts == 1 and hanging.pid != pid, WAIT, "the process to be started again")
     await nodes.rolled_out("vcpuset-agent", "daemonset/vcpuset-agent")
     assert other.restarts == 0
 

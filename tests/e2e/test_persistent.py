@@ -169,7 +169,7 @@ async def test_the_death_of_a_machine_is_reported_and_its_successor_brought_to_t
             await _repaired(client, 4, gone=theirs[3])
 
 
-async def test_a_connection_that_breaks_is_made_anew(folder: Path, operator: OperatorProcess, user: User) -> None:
+async def test_a_connection_that_breaks_is_made_again(folder: Path, operator: OperatorProcess, user: User) -> None:
     async with FaultyMonitor(folder / "vm.sock", cpus=4) as monitor:
         await user.create("vm", 4, "vm.sock")
         await user.wait_ready("vm")

@@ -132,7 +132,7 @@ async def test_a_machine_that_hangs_while_its_guest_is_asked_has_timed_out_and_i
         try:
             hung = await shows(user, "vm", "MonitorTimeout", RECONCILING, "vm.sock has not answered a query", vcpus=2)
             assert [each["slot"] for each in hung.pending] == [1], "what was asked is not forgotten"
-            # Whoever connects anew hears nothing at all, which may have another cause.
+            # A client that connects again hears nothing at all, which may have another cause.
             await shows(user, "vm", "MonitorBusy", RECONCILING, "QEMU hangs", vcpus=2)
         finally:
             guest.thaw()

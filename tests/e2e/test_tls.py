@@ -84,7 +84,7 @@ async def test_a_renewed_client_certificate_is_picked_up_and_a_new_ca_on_both_si
     await user.change("web", vcpus=3)
     await web.ready(3)
 
-    # Another CA, the Secret first: nobody trusts anybody until QEMU is started anew.
+    # Another CA, the Secret first: nobody trusts anybody until QEMU is started again.
     web.ours = Authority()
     web.client = web.ours.client("vcpuset")
     await web.put()
@@ -272,7 +272,7 @@ async def test_a_machine_keeps_its_count_while_the_api_server_is_away_and_the_se
         await web.declare(vcpus=4)
         await web.ready(4)
         proxy.block()
-        # Somebody starts the machine anew, with the two CPUs of its boot.
+        # Somebody restarts the machine, with the two CPUs of its boot.
         await web.guest.restart()
 
         async def repaired() -> bool:

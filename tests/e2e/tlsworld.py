@@ -93,7 +93,7 @@ class Web:
         check: bool = True,
         priority: str | None = None,
     ) -> None:
-        """Start QEMU anew: with this certificate, for a client of this name."""
+        """Restart QEMU: with this certificate, for a client of this name."""
         folder = (server or self.ours.server()).write(self.guest.directory / "tls")
         self.guest.tls = MonitorTLS(folder, allow or self.client.name, check=check, priority=priority)
         await self.guest.restart()

@@ -166,7 +166,7 @@ class ControlPlane(Runnable):
         return self._apiserver.pid, self._etcd.pid
 
     async def replace_service_account_key(self) -> None:
-        """Have service accounts' tokens signed by another key once the API server is started anew.
+        """Have service accounts' tokens signed by another key once the API server is started again.
 
         All that were made before are refused from then on, also those of a controller manager.
         """

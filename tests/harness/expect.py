@@ -61,7 +61,7 @@ def check_form(seen: Seen) -> None:
     assert 1 <= generation <= seen.body["metadata"]["generation"]
     for each in conditions:
         assert set(each) == {"type", "status", "reason", "message", "lastTransitionTime", "observedGeneration"}
-        # What the agent said last stands while it cannot be asked anew, for what was declared then.
+        # What the agent said last stands while it cannot be asked again, for what was declared then.
         assert each["observedGeneration"] == generation or (
             each["type"] == AGENT and not each["observedGeneration"] > generation
         )

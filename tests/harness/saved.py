@@ -47,7 +47,7 @@ async def saved_guest(**options: Unpack[GuestOptions]) -> AsyncIterator[Guest]:
         try:
             await guest.start()
         except GuestError:
-            # Cut short, or of a QEMU that changed without changing its version: make it anew, once.
+            # Cut short, or of a QEMU that changed without changing its version: make it again, once.
             state.unlink(missing_ok=True)
             await _state(options)
             await guest.start()

@@ -41,7 +41,7 @@ class SteppedClock:
             **os.environ,
             "LD_PRELOAD": str(found),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",  # read anew at each look at the clock
+            "FAKETIME_NO_CACHE": "1",  # read again each time that the clock is read
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "NO_FAKE_STAT": "1",
         }

@@ -90,7 +90,7 @@ class Volumes:
         ]
 
     async def renew(self, identity: Identity) -> None:
-        """Write the projected volumes anew, with new tokens. The old ones stay valid until their time is over."""
+        """Write the projected volumes again, with new tokens. The old ones stay valid until their time is over."""
         for volume in self._pod["spec"].get("volumes", ()):
             if "projected" in volume:
                 for source in volume["projected"]["sources"]:

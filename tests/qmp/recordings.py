@@ -1,7 +1,7 @@
 """What real QEMU machines said, word for word, in `recordings.json`: where the fuzz test begins.
 
 A recording holds the greeting and one reply to each command that a session uses, as they came (without their ids). To
-record anew, with the QEMU that is installed:
+record again, with the QEMU that is installed:
 
     PYTHONPATH=tests .venv/bin/python -m qmp.recordings
 """

@@ -151,7 +151,7 @@ async def test_a_refusal_for_longer_than_its_timeout_ends_with_1(namespace_folde
         text = manifest(1, spec="unplug: {timeoutSeconds: 1}")
         failed = await vcpuset("apply", "-f", "-", "--socket-root", root, "--wait", *PLENTY, text=text, status=1)
         assert "Error: VCPUSet team-a/web: UnplugRefused. Stop what uses the CPUs" in failed.stderr
-        # Another count is another generation: its time begins anew.
+        # Another count is another generation: its time begins again.
         (record,) = records()
         before = json.loads(record.read_text())["metadata"]["generation"]
         again = await applied(root, manifest(2), "--wait", *PLENTY)

@@ -238,7 +238,7 @@ async def test_nobody_is_woken_by_an_answer_that_is_no_news(guests: Guests, woke
             assert online(guests.query(a_set(), TWO)) == 1
             assert len(agent.received(SYNC)) <= number
         await idle()
-        assert len(agent.received(SYNC)) == 6, "each look asks anew"
+        assert len(agent.received(SYNC)) == 6, "each observation asks again"
         assert len(woken.uids) == 1
 
 
@@ -283,7 +283,7 @@ async def test_a_failure_is_remembered_for_whatever_cpus_and_asked_again_with_gr
         assert gaps == pytest.approx([AGENT_SECONDS + pause for pause in wanted], abs=0.2)
 
 
-async def test_an_agent_that_is_back_is_asked_after_the_pause_and_its_next_failure_begins_anew(
+async def test_an_agent_that_is_back_is_asked_after_the_pause_and_its_next_failure_begins_again(
     guests: Guests, woken: Woken, path: Path
 ) -> None:
     woken.then = lambda: guests.query(a_set(), TWO)
@@ -301,7 +301,7 @@ async def test_an_agent_that_is_back_is_asked_after_the_pause_and_its_next_failu
     assert woken.times[-1] - woken.times[-2] == pytest.approx(RETRY_SECONDS[0], abs=0.2)
 
 
-async def test_an_agent_that_the_spec_names_anew_is_asked_at_once_and_the_old_ones_pause_wakes_nobody(
+async def test_an_agent_that_is_new_in_the_spec_is_asked_at_once_and_the_old_ones_pause_wakes_nobody(
     guests: Guests, woken: Woken, path: Path
 ) -> None:
     async with FaultyAgent(path, offline={1}):
@@ -314,7 +314,7 @@ async def test_an_agent_that_the_spec_names_anew_is_asked_at_once_and_the_old_on
         assert len(woken.uids) == 2
 
 
-async def test_an_agent_that_the_spec_names_anew_is_asked_although_the_old_one_has_not_answered(
+async def test_an_agent_that_is_new_in_the_spec_is_asked_although_the_old_one_has_not_answered(
     guests: Guests, woken: Woken, path: Path, namespace_folder: Path
 ) -> None:
     async with FaultyAgent(namespace_folder / "deaf.sock", faults={SYNC: Deaf()}) as deaf, FaultyAgent(path):
@@ -397,7 +397,7 @@ async def test_what_is_offline_is_left_so_while_there_are_too_many_or_the_machin
         assert guests.query(vcpuset, replace(THREE, migrating=True)) is not None
         await idle()
         assert agent.received(SET) == []
-        assert online(guests.query(vcpuset, THREE)) == 1, "asked anew, and now to be changed"
+        assert online(guests.query(vcpuset, THREE)) == 1, "asked again, and now to be changed"
         await woken.wait(2)
         assert online(guests.query(vcpuset, THREE)) == 3
 

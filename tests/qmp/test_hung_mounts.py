@@ -66,7 +66,7 @@ async def everything_is_given_back() -> AsyncIterator[None]:
 
 def descriptors() -> list[str]:
     targets = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    # Sockets are counted: the event loop has two of its own, which it makes anew each time that it runs.
+    # Sockets are counted: the event loop has two of its own, which it makes again each time that it runs.
     return sorted(
         target.partition(":[")[0] for target in targets if target.startswith(("/tmp/", "anon_inode:inotify", "socket:"))
     )

@@ -1,4 +1,4 @@
-"""The sessions that are kept between passes: one for each set, made anew with growing pauses where they do not last."""
+"""The sessions kept between passes: one for each set, made again with growing pauses where they do not last."""
 
 import asyncio
 from collections.abc import AsyncIterator

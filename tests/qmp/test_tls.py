@@ -457,7 +457,7 @@ async def test_a_qemu_that_ends_after_it_has_greeted_has_refused_nobody(
         assert store.doubts == 0
 
 
-@pytest.mark.parametrize("comes_back", [False, True], ids=["and stays away", "and is started anew"])
+@pytest.mark.parametrize("comes_back", [False, True], ids=["and stays away", "and is started again"])
 async def test_a_qemu_that_ends_right_after_the_handshake_is_not_said_to_refuse_anybody(
     authority: Authority, guest: Guest, tmp_path: Path, comes_back: bool
 ) -> None:

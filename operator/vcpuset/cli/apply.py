@@ -36,7 +36,7 @@ from vcpuset.runtime.workqueue import WorkQueue
 __all__ = ["Applied", "apply"]
 
 _BACKOFF: Final = ExponentialBackoff(base_seconds=0.25, cap_seconds=5)
-"""Shorter than the operator's: somebody waits."""
+"""Shorter than the operator's: a user waits."""
 
 _RESYNC_SECONDS: Final = 60.0
 _GRACE_SECONDS: Final = 10.0

@@ -19,7 +19,7 @@ class State(enum.Enum):
     RECONCILING = "Reconciling"
     """Reconciling=True: a change is in progress, or waits for something that passes."""
     STALLED = "Stalled"
-    """Stalled=True: it needs somebody to act (or another answer of the guest)."""
+    """Stalled=True: it needs a user to act (or another answer of the guest)."""
     HELD = "Held"
     """All three False: nothing is done, because the user wants that (also by deleting the set)."""
     UNKNOWN = "Unknown"

@@ -37,7 +37,7 @@ def test_a_node_whose_agent_is_ready_is_never_overdue() -> None:
     assert Story().passes(3600, ready=True) == []
 
 
-def test_an_agent_that_is_back_within_the_grace_period_begins_it_anew() -> None:
+def test_an_agent_that_is_back_within_the_grace_period_begins_it_again() -> None:
     story = Story()
     for _ in range(20):
         assert story.passes(60, ready=False) == []

@@ -76,7 +76,7 @@ def test_the_watch_is_not_behind_while_the_api_server_is_away(story: Story) -> N
     assert story.behind == 0
 
 
-def test_a_list_that_fails_starts_the_count_anew(story: Story) -> None:
+def test_a_list_that_fails_restarts_the_count(story: Story) -> None:
     story.lists(ENOUGH - 3, web="7")
     story.freshness.failed()
     assert story.behind == 0

@@ -151,7 +151,7 @@ async def test_a_count_is_written_with_the_time_of_the_last_occurrence() -> None
     assert times == sorted(times)
 
 
-async def test_a_series_whose_event_has_expired_begins_anew() -> None:
+async def test_a_series_whose_event_has_expired_begins_again() -> None:
     server = Server()
     async with running(server) as recorder:
         record(recorder, a_set(), note="first")
@@ -301,7 +301,7 @@ async def test_the_events_of_five_thousand_sets_that_fail_together_are_all_poste
         assert all(after - before >= 0.049 for before, after in itertools.pairwise(times))
 
 
-async def test_a_series_that_is_forgotten_for_others_begins_anew_and_its_count_is_written(
+async def test_a_series_that_is_forgotten_for_others_begins_again_and_its_count_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recorder_module, "REMEMBERED", 50)
@@ -311,11 +311,11 @@ async def test_a_series_that_is_forgotten_for_others_begins_anew_and_its_count_i
             for _ in range(2):
                 record(recorder, a_set(number), note=f"set {number}")
                 await asyncio.sleep(0.1)
-        record(recorder, a_set(0), note="set 0 anew")
+        record(recorder, a_set(0), note="set 0 again")
         record(recorder, a_set(499))
         await asyncio.sleep(2 * WRITE_SECONDS)
 
-    assert server.counts() == {f"set {number}": 2 for number in range(499)} | {"set 499": 3, "set 0 anew": 1}
+    assert server.counts() == {f"set {number}": 2 for number in range(499)} | {"set 499": 3, "set 0 again": 1}
 
 
 async def test_a_set_that_was_quiet_while_many_others_were_not_has_its_burst_again(

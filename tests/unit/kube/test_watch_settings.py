@@ -204,7 +204,7 @@ async def test_kopf_gets_the_same_credentials(no_credentials: Path, user: str, h
     assert info.as_http_headers() == headers
 
 
-async def test_a_token_file_is_read_anew_at_each_login(no_credentials: Path) -> None:
+async def test_a_token_file_is_read_again_at_each_login(no_credentials: Path) -> None:
     token = no_credentials / "token"
     file = no_credentials / "config"
     file.write_text(kubeconfig("http://h", user="tokenFile: token"))

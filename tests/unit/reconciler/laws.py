@@ -129,7 +129,7 @@ class LawfulWorld(World):
 
     @override
     def set_clock(self, seconds: float) -> None:
-        """Nothing can have been asked for in the future, so a clock that is set back starts the intervals anew."""
+        """Nothing can have been asked for in the future, so a clock that is set back restarts the intervals."""
         super().set_clock(seconds)
         # Requests of the future count as made now, until a report of progress fixes their time.
         self._at_work = self.loop.now + (PROGRESS_SECONDS[-1] if seconds < 0 else 0)

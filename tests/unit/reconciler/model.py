@@ -158,7 +158,7 @@ class Qemu:
     # --- the process ----------------------------------------------------------------------------------------------
 
     def power_on(self, *, legacy: bool = False, other_machine: bool = False) -> None:
-        """Start the process anew: boot CPUs only, connections cut."""
+        """Restart the process: boot CPUs only, connections cut."""
         self.process += 1
         self.machine_number += other_machine
         self.since = self.clock()

@@ -72,7 +72,7 @@ def test_a_silent_guest_times_out_and_a_late_answer_is_taken(
 def test_a_change_of_the_declaration_late_in_a_wait_delays_neither_time_out_nor_repetition(
     world: LawfulWorld, qemu: Qemu
 ) -> None:
-    """The wait for the new one begins anew, and both fall due long before the next regular look."""
+    """The wait for the new one begins again, and both fall due long before the next regular look."""
     qemu.guest = Guest.ASLEEP
     world.apply("web", vcpus=1)
     world.advance(240)

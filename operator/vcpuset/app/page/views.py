@@ -16,7 +16,7 @@ from vcpuset.kube.cluster import Scope
 __all__ = ["STATES", "Query", "Row", "clock_time", "count", "duration", "scope_words"]
 
 STATES: Final = (State.STALLED, State.UNKNOWN, State.RECONCILING, State.HELD, State.READY)
-"""In the order of the page: what needs somebody comes first."""
+"""In the order of the page: what needs attention comes first."""
 
 _REASONS: Final = {reason.value: reason for reason in Reason}
 

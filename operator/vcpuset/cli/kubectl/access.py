@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Access", "access_options", "complete_name", "connected", "execute"]
 
 COMPLETION_SECONDS: Final = 3.0
-"""Deadline of the completion of a name: somebody waits for each key press."""
+"""Deadline of the completion of a name: a user waits at each key press."""
 
 _T = TypeVar("_T")
 _Command = TypeVar("_Command", bound=Callable[..., Any])

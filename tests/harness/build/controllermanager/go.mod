@@ -1,5 +1,5 @@
 // kube-controller-manager, which the tests of autoscaling run. A module of its own beside ../controlplane, because it needs
-// many modules more, and because a change of pins here then builds nothing else anew. What both need is pinned alike.
+// many modules more, and because a change of pins here then builds nothing else again. What both need is pinned alike.
 // k8s.io/kubernetes requires its staging modules as v0.0.0, so each of them is replaced by its published version.
 module vcpuset.dev/controllermanager
 
