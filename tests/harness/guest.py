@@ -219,7 +219,7 @@ class Guest:
     async def start(self) -> Self:
         """Start QEMU and wait until its sockets can be connected to; a guest that boots is not `ready` then.
 
-        With `restore` the guest runs when this returns. GuestError: QEMU ended at once or did not take the state.
+        With `restore` the guest runs when this returns. GuestError: QEMU has ended, or did not take the state.
         """
         assert self._child is None or self._child.returncode is not None, "started twice"
         self._restored_console = ""
@@ -242,10 +242,14 @@ class Guest:
                 arguments += ["-mon", "chardev=tcp,mode=control"]
             self._child = Child.start(arguments, name="QEMU", log=self._messages_path, pass_fds=descriptors)
         await self._until(lambda: set(map(str, self._sockets)) <= listening(), START_SECONDS, "QEMU to listen")
-        if self._restore is not None:
-            await self._resume()
-        elif self.images is None and "-preconfig" not in self.hardware:
-            await self._launch()
+        try:
+            if self._restore is not None:
+                await self._resume()
+            elif self.images is None and "-preconfig" not in self.hardware:
+                await self._launch()
+        except (QMPError, TimeoutError) as error:
+            self.kill()
+            raise GuestError(self._ended()) from error
         return self
 
     async def _launch(self) -> None:
@@ -256,17 +260,13 @@ class Guest:
 
     async def _resume(self) -> None:
         """Let a restored guest go on. It does not report by itself then, so its state is asked for."""
-        try:
-            async with raw(self.control, hopeless=lambda: self.returncode is not None) as client:
+        async with raw(self.control, hopeless=lambda: self.returncode is not None) as client:
 
-                async def loaded() -> bool:
-                    return bool((await client.call("query-status"))["status"] != "inmigrate")
+            async def loaded() -> bool:
+                return bool((await client.call("query-status"))["status"] != "inmigrate")
 
-                await until(loaded, START_SECONDS, "the saved state to be loaded", interval=0.01)
-                await client.call("cont")
-        except (QMPError, TimeoutError) as error:
-            self.kill()
-            raise GuestError(self._ended()) from error
+            await until(loaded, START_SECONDS, "the saved state to be loaded", interval=0.01)
+            await client.call("cont")
         if self.images is not None:
             cpu = "/sys/devices/system/cpu"
             seen = await self.shell(f"echo online=$(cat {cpu}/online) present=$(cat {cpu}/present)")

@@ -205,7 +205,7 @@ def kvm_opens() -> bool:
 @pytest.mark.skipif(not kvm_opens(), reason="/dev/kvm cannot be opened here")
 async def test_a_real_machine_with_kvm_has_kvms_counters(world: World, namespace_folder: Path) -> None:
     monitor = namespace_folder / "vm.sock"
-    async with Guest(None, accel="kvm", cpu="max", smp="2,maxcpus=64", memory=64, monitor_paths=[monitor]) as guest:
+    async with Guest(None, accel="kvm", smp="2,maxcpus=64", memory=64, monitor_paths=[monitor]) as guest:
         await world.observe()
         assert world.meters.has_source(VM)
         await execute(guest.control, "cont")
