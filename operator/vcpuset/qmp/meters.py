@@ -1,4 +1,4 @@
-"""How busy the machines are: a sample at each observation, and one more when somebody asks.
+"""How busy the machines are: a sample at each observation, and one more when the number is requested.
 
 Nothing is written to the API server for this. QEMU's counters come first; only a machine without them has its guest's
 agent queried.
