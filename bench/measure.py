@@ -194,10 +194,13 @@ class Run:
         self._names = [f"vm-{number}" for number in range(outcome.sets)]
         self.declared = dict(zip(self._names, (LOW, HIGH) * outcome.sets, strict=False))
 
-    async def startup(self, begun: float) -> None:
-        """Wait until every set has a status, and until nothing has been written for a while after that."""
+    async def startup(self, begun: float, used: float) -> None:
+        """Wait until every set has a status, and until nothing has been written for a while after that.
+
+        `begun` and `used`: when the process was started, and the CPU time of all processes until then.
+        """
         written: dict[str, float] = {}
-        last, used = begun, all_cpu_seconds()
+        last = begun
 
         def observed() -> bool:
             nonlocal last
@@ -383,9 +386,9 @@ async def measure(
             )
             run = Run(outcome, serving, load, Audit(control_plane), simulation, limit)
             await load.create(run.declared, connection=WAYS.get(way, "Persistent"))
-            begun = time.time()
+            begun, used = time.time(), all_cpu_seconds()
             await stack.enter_async_context(serving)
-            await run.startup(begun)
+            await run.startup(begun, used)
             if outcome.observed < sets:
                 return outcome
             if idle_seconds:
