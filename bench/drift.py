@@ -1,7 +1,7 @@
 """How long a machine that another client has changed stays wrong: three ways to keep it at its count, within one run.
 
     operator            with default settings: it stays connected, and hears of events and new sockets
-    operator, OnDemand  with `spec.monitor.connection: OnDemand`: it looks every 60 s ± 10 %, and hears of new sockets
+    operator, OnDemand  with `spec.monitor.connection: OnDemand`: observes every 60 s ± 10 %, and hears of new sockets
     15 s poll           a controller that connects every 15 s, as NeonVM's does, and repairs all at once
 
     unplugged           another client unplugs a CPU: from the moment in which it is gone
